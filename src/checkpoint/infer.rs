@@ -1,0 +1,105 @@
+//! A model's configuration from the names and shapes of its tensors.
+
+use std::collections::BTreeMap;
+
+use super::Hints;
+use crate::config::{GeneratorConfig, Level, Preset, TokenizerConfig, Tower};
+
+/// Shapes of tensors by name.
+pub type Shapes = BTreeMap<String, Vec<usize>>;
+
+/// Axis `axis` of the tensor `name`, which has to have `rank` axes.
+fn size(shapes: &Shapes, name: &str, rank: usize, axis: usize) -> Result<usize, String> {
+    let shape = shapes.get(name).ok_or_else(|| format!("tensor {name} is missing"))?;
+    if shape.len() != rank {
+        return Err(format!("tensor {name} has shape {shape:?}, expected {rank} axes"));
+    }
+    Ok(shape[axis])
+}
+
+/// How many of `name(0)`, `name(1)`, … there are without a gap.
+fn count(shapes: &Shapes, name: impl Fn(usize) -> String) -> usize {
+    (0..).take_while(|&i| shapes.contains_key(&name(i))).count()
+}
+
+/// The generator's configuration. `hints` are the user's, `stored` the checkpoint's own.
+///
+/// # Errors
+/// A sentence naming the tensor that is missing or misshapen, or the flag that has to say what no tensor does.
+pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<GeneratorConfig, String> {
+    let preset = hints.preset.or(stored.preset);
+    let unknown = |what: &str, flag: &str| {
+        format!("neither its tensors nor its `args` tell {what}: give {flag}, or --preset for a published size")
+    };
+    let heads = hints.heads.or(preset.map(Preset::heads));
+    let window = hints.window.or(stored.window).or(preset.map(|_| Preset::WINDOW));
+    let vae_norm = hints.vae_norm.or(stored.vae_norm).or(preset.map(|_| Preset::VAE_NORM));
+    let steps = hints.steps.or(stored.steps).or(preset.map(|_| Preset::STEPS));
+    Ok(GeneratorConfig {
+        class_num: size(shapes, "class_emb.weight", 2, 0)?,
+        buffer: size(shapes, "encoder_pos_embed_learned", 3, 1)?,
+        embed: size(shapes, "z_proj.weight", 2, 1)?,
+        dim: size(shapes, "z_proj.weight", 2, 0)?,
+        depth: count(shapes, |i| format!("encoder_blocks.{i}.attn.qkv.weight")),
+        heads: heads.ok_or_else(|| unknown("how many attention heads it has", "--heads"))?,
+        mlp_dim: size(shapes, "encoder_blocks.0.mlp.fc1.weight", 2, 0)?,
+        window: window.ok_or_else(|| unknown("the window of self-attention", "--window"))?,
+        flow_dim: size(shapes, "diffloss.net.input_proj.weight", 2, 0)?,
+        flow_depth: count(shapes, |j| format!("diffloss.net.res_blocks.{j}.in_ln.weight")),
+        time_dim: size(shapes, "diffloss.net.time_embed.mlp.0.weight", 2, 1)?,
+        vae_norm: vae_norm.ok_or_else(|| unknown("the scale of its latents", "--vae-norm"))?,
+        steps: steps.ok_or_else(|| unknown("the number of sampling steps", "--steps"))?,
+    })
+}
+
+/// The tokenizer's configuration.
+///
+/// # Errors
+/// A sentence naming the tensor that is missing or misshapen.
+pub fn tokenizer(shapes: &Shapes) -> Result<TokenizerConfig, String> {
+    let levels = count(shapes, |l| format!("encoder.down.{l}.block.0.conv1.weight"));
+    let mut len_down_scale = 0;
+    for level in 0..levels.saturating_sub(1) {
+        let name = format!("encoder.down.{level}.downsample.conv.conv.weight");
+        let (output, input) = (size(shapes, &name, 4, 0)?, size(shapes, &name, 4, 1)?);
+        match (input == 4 * output, input == 2 * output) {
+            (true, _) if len_down_scale == level => len_down_scale += 1,
+            (_, true) => {}
+            _ => {
+                return Err(format!(
+                    "tensor {name} has shape {:?}, which halves neither height nor both",
+                    shapes[&name]
+                ));
+            }
+        }
+    }
+    let z_channels = size(shapes, "encoder.conv_out.weight", 4, 0)?;
+    let columns = size(shapes, "encoder.encoder1d.weight", 3, 0)?;
+    if z_channels == 0 || !columns.is_multiple_of(z_channels) {
+        return Err(format!("tensor encoder.encoder1d.weight has {columns} channels for rows of {z_channels}"));
+    }
+    Ok(TokenizerConfig {
+        image_channels: size(shapes, "encoder.conv_in.weight", 4, 1)?,
+        rows: columns / z_channels,
+        embed: size(shapes, "quant_layer.weight", 3, 0)?,
+        len_down_scale,
+        encoder: tower(shapes, "encoder", "down", z_channels)?,
+        decoder: tower(shapes, "decoder", "up", size(shapes, "decoder.conv_in.weight", 4, 1)?)?,
+    })
+}
+
+fn tower(shapes: &Shapes, part: &str, direction: &str, z_channels: usize) -> Result<Tower, String> {
+    let block = |level: usize, block: usize| format!("{part}.{direction}.{level}.block.{block}.conv1.weight");
+    let levels = (0..count(shapes, |level| block(level, 0)))
+        .map(|level| {
+            let attention = shapes.contains_key(&format!("{part}.{direction}.{level}.attn.0.norm.weight"));
+            Ok(Level { channels: size(shapes, &block(level, 0), 4, 0)?, attention })
+        })
+        .collect::<Result<_, String>>()?;
+    Ok(Tower {
+        z_channels,
+        conv_in: size(shapes, &format!("{part}.conv_in.weight"), 4, 0)?,
+        res_blocks: count(shapes, |index| block(0, index)),
+        levels,
+    })
+}

@@ -1,0 +1,203 @@
+//! Checkpoints: the reference's `.pth` and `.ckpt`, and our own `.safetensors`, all become a [`Config`] and [`Weights`].
+
+mod infer;
+mod pickle;
+mod torch;
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::Path;
+
+use candle_core::Tensor;
+use serde::de::DeserializeOwned;
+
+pub use infer::{Shapes, generator as infer_generator, tokenizer as infer_tokenizer};
+use torch::TorchFile;
+
+use crate::config::{GeneratorConfig, Preset, TokenizerConfig};
+use crate::tensors::TensorFile;
+use crate::weights::Weights;
+use crate::{Config, Error, Result, files};
+
+/// Which of a checkpoint's two sets of weights to take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightSet {
+    /// The exponential moving average, which the reference samples with.
+    #[default]
+    Ema,
+    /// The weights that were trained.
+    Raw,
+}
+
+/// What a checkpoint's tensors do not say. Explicit values win over the checkpoint's own, and those over the preset's.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Hints {
+    /// A published size.
+    pub preset: Option<Preset>,
+    /// Attention heads.
+    pub heads: Option<usize>,
+    /// Window of self-attention.
+    pub window: Option<usize>,
+    /// Scale of latents.
+    pub vae_norm: Option<f64>,
+    /// Euler steps.
+    pub steps: Option<usize>,
+}
+
+/// Key of the generator's configuration, as JSON, in the metadata of our `.safetensors`.
+pub const GENERATOR_KEY: &str = "eqim.generator";
+/// Key of the tokenizer's configuration, as JSON, in the metadata of our `.safetensors`.
+pub const TOKENIZER_KEY: &str = "eqim.tokenizer";
+
+/// First components of the tokenizer's tensor names; everything else is the generator's.
+const TOKENIZER_PARTS: [&str; 4] = ["encoder", "decoder", "quant_layer", "post_quant_layer"];
+/// Tensors of a tokenizer checkpoint that only training uses.
+const TRAINING_ONLY: [&str; 3] = ["ema_", "loss.", "semantic_decoder."];
+
+/// Loads a complete model from a checkpoint of the generator and one of the tokenizer, in any format, and checks it.
+///
+/// # Errors
+/// [`Error::Input`] naming the file and the tensor or value that is missing, extra, misshapen or not finite.
+pub fn load(generator: &Path, tokenizer: &Path, set: WeightSet, hints: &Hints) -> Result<(Config, Weights)> {
+    let mut weights = Weights::default();
+    let config = Config {
+        generator: load_generator(generator, set, hints, &mut weights)?,
+        tokenizer: load_tokenizer(tokenizer, set, &mut weights)?,
+    };
+    config.check().map_err(|error| match error {
+        Error::Input(problem) => Error::input(format!("{} with {}", generator.display(), tokenizer.display()), problem),
+        other => other,
+    })?;
+    weights.check(&config, &format!("{} with {}", generator.display(), tokenizer.display()))?;
+    Ok((config, weights))
+}
+
+/// Loads a complete model from one `.safetensors` that holds both configurations.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_safetensors(path: &Path) -> Result<(Config, Weights)> {
+    load(path, path, WeightSet::default(), &Hints::default())
+}
+
+fn is_zip(path: &Path) -> Result<bool> {
+    let mut magic = [0; 4];
+    let read = files::open(path)?.read(&mut magic).map_err(|error| Error::input(path.display(), error))?;
+    match &magic[..read] {
+        b"PK\x03\x04" => Ok(true),
+        _ if read < magic.len() => Err(Error::input(path.display(), "is too short for a checkpoint")),
+        [0x80, 2 | 3 | 4 | 5, ..] => Err(Error::input(
+            path.display(),
+            "is a PyTorch checkpoint of the format before 1.6: load it with torch.load and write it with torch.save",
+        )),
+        _ => Ok(false),
+    }
+}
+
+fn load_generator(path: &Path, set: WeightSet, hints: &Hints, weights: &mut Weights) -> Result<GeneratorConfig> {
+    if !is_zip(path)? {
+        let mut file = TensorFile::open(path)?;
+        let config: GeneratorConfig = stored_config(&file, GENERATOR_KEY)?;
+        read_part(&mut file, weights, |name| !is_tokenizer_part(name))?;
+        return Ok(with_hints(config, hints));
+    }
+    let mut file = TorchFile::open(path)?;
+    let (key, other) = match set {
+        WeightSet::Ema => ("model_ema", "raw"),
+        WeightSet::Raw => ("model", "ema"),
+    };
+    let model = file.item(key).ok_or_else(|| {
+        let keys = file.keys().join(", ");
+        file.bad(format!("has no `{key}` (its keys: {keys}); is it a generator's? Else try --weights {other}"))
+    })?;
+    let tensors = file.state_dict(model)?;
+    let shapes: Shapes = tensors.iter().filter_map(|(name, &id)| Some((name.clone(), file.shape(id)?))).collect();
+    let stored = stored_hints(&file);
+    let config = infer::generator(&shapes, hints, &stored).map_err(|problem| file.bad(problem))?;
+    for (name, id) in tensors {
+        weights.insert(name.clone(), &file.tensor(&name, id)?)?;
+    }
+    Ok(config)
+}
+
+fn load_tokenizer(path: &Path, set: WeightSet, weights: &mut Weights) -> Result<TokenizerConfig> {
+    if !is_zip(path)? {
+        let mut file = TensorFile::open(path)?;
+        let config: TokenizerConfig = stored_config(&file, TOKENIZER_KEY)?;
+        read_part(&mut file, weights, is_tokenizer_part)?;
+        return Ok(config);
+    }
+    let mut file = TorchFile::open(path)?;
+    let state = file.item("state_dict").ok_or_else(|| {
+        let keys = file.keys().join(", ");
+        file.bad(format!("has no `state_dict` (its keys: {keys}); is it a tokenizer's?"))
+    })?;
+    let tensors = file.state_dict(state)?;
+    let used = |name: &&String| !TRAINING_ONLY.iter().any(|prefix| name.starts_with(prefix));
+    let mut taken = BTreeMap::new();
+    for name in tensors.keys().filter(used) {
+        let source = match set {
+            WeightSet::Raw => name.clone(),
+            WeightSet::Ema => ema_name(name),
+        };
+        let id = tensors.get(&source).ok_or_else(|| {
+            file.bad(format!("tensor {source}, the average of {name}, is missing; --weights raw does without averages"))
+        })?;
+        taken.insert(name.clone(), (source, *id));
+    }
+    let shapes: Shapes = taken.iter().filter_map(|(name, (_, id))| Some((name.clone(), file.shape(*id)?))).collect();
+    let config = infer::tokenizer(&shapes).map_err(|problem| file.bad(problem))?;
+    for (name, (source, id)) in taken {
+        weights.insert(name, &file.tensor(&source, id)?)?;
+    }
+    Ok(config)
+}
+
+/// Name under which Lightning keeps the average of `name`: `ema_<part>.<the rest without dots>`.
+fn ema_name(name: &str) -> String {
+    let (part, rest) = name.split_once('.').unwrap_or((name, ""));
+    format!("ema_{part}.{}", rest.replace('.', ""))
+}
+
+fn is_tokenizer_part(name: &str) -> bool {
+    name.split('.').next().is_some_and(|part| TOKENIZER_PARTS.contains(&part))
+}
+
+fn stored_config<T: DeserializeOwned>(file: &TensorFile, key: &str) -> Result<T> {
+    let bad = |problem: String| Error::input(file.path().display(), problem);
+    let text = file.text(key).ok_or_else(|| bad(format!("has no `{key}` in its metadata, so it is none of eqim's")))?;
+    serde_json::from_str(text).map_err(|error| bad(format!("`{key}` in its metadata: {error}")))
+}
+
+fn read_part(file: &mut TensorFile, weights: &mut Weights, part: impl Fn(&str) -> bool) -> Result<()> {
+    let names: Vec<String> = file.tensors().into_keys().filter(|name| part(name)).collect();
+    for name in names {
+        let tensor: Tensor = file.read(&name)?;
+        weights.insert(name, &tensor)?;
+    }
+    Ok(())
+}
+
+fn with_hints(mut config: GeneratorConfig, hints: &Hints) -> GeneratorConfig {
+    config.heads = hints.heads.unwrap_or(config.heads);
+    config.window = hints.window.unwrap_or(config.window);
+    config.vae_norm = hints.vae_norm.unwrap_or(config.vae_norm);
+    config.steps = hints.steps.unwrap_or(config.steps);
+    config
+}
+
+/// What the trainer's `args` say.
+fn stored_hints(file: &TorchFile) -> Hints {
+    let Some(args) = file.item("args") else { return Hints::default() };
+    let pickle = file.pickle();
+    let number = |key| pickle.number(pickle.item(args, key)?);
+    let count = |key| number(key).filter(|n: &f64| n.fract() == 0.0 && (0.0..1e9).contains(n)).map(|n| n as usize);
+    let model = pickle.item(args, "model").and_then(|id| pickle.text(id));
+    Hints {
+        preset: model.and_then(Preset::from_reference_name),
+        heads: None,
+        window: count("cond_length"),
+        vae_norm: number("vae_norm"),
+        steps: count("num_sampling_steps"),
+    }
+}

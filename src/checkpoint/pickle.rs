@@ -1,0 +1,348 @@
+//! The part of Python's pickle format that `torch.save` writes, without running anything of it.
+//!
+//! Values live in one arena and refer to one another by index: a hostile file can then neither expand by sharing nor
+//! overflow the stack by nesting.
+
+use std::collections::HashMap;
+
+/// A value's place in a [`Pickle`].
+pub type Id = usize;
+
+/// One unpickled value.
+#[derive(Clone, Debug)]
+pub enum Value {
+    /// `None`.
+    None,
+    /// A truth value.
+    Bool,
+    /// An integer.
+    Int(i64),
+    /// A floating-point number.
+    Float(f64),
+    /// Text, or bytes as Latin-1.
+    Text(String),
+    /// A tuple, list or set.
+    Sequence(Vec<Id>),
+    /// A dictionary.
+    Dict(Vec<(Id, Id)>),
+    /// A global name, `module.name`.
+    Global(String),
+    /// What calling a global with arguments would give, and its state once set.
+    Object {
+        /// What is called.
+        class: Id,
+        /// Its arguments.
+        arguments: Id,
+        /// What `__setstate__` would be given.
+        state: Option<Id>,
+    },
+    /// A reference to something outside of the pickle: for PyTorch a tensor's storage.
+    Persistent(Id),
+}
+
+/// All values of a pickle.
+#[derive(Debug, Default)]
+pub struct Pickle {
+    values: Vec<Value>,
+}
+
+impl Pickle {
+    /// The value at `id`.
+    pub fn get(&self, id: Id) -> &Value {
+        &self.values[id]
+    }
+
+    /// Text at `id`.
+    pub fn text(&self, id: Id) -> Option<&str> {
+        match self.get(id) {
+            Value::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// An integer at `id`.
+    pub fn int(&self, id: Id) -> Option<i64> {
+        match self.get(id) {
+            Value::Int(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// A number at `id`, also one written as text (as the reference's `num_sampling_steps` is).
+    pub fn number(&self, id: Id) -> Option<f64> {
+        match self.get(id) {
+            Value::Int(value) => Some(*value as f64),
+            Value::Float(value) => Some(*value),
+            Value::Text(text) => text.parse().ok(),
+            _ => None,
+        }
+    }
+
+    /// The elements of a tuple or list at `id`.
+    pub fn sequence(&self, id: Id) -> Option<&[Id]> {
+        match self.get(id) {
+            Value::Sequence(items) => Some(items),
+            _ => None,
+        }
+    }
+
+    /// The entries of a dictionary at `id`, or of the attributes of an object such as `argparse.Namespace`.
+    pub fn entries(&self, id: Id) -> Option<&[(Id, Id)]> {
+        match self.get(id) {
+            Value::Dict(entries) => Some(entries),
+            Value::Object { state: Some(state), .. } => match self.get(*state) {
+                Value::Dict(entries) => Some(entries),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// The value under a text key of a dictionary or object at `id`.
+    pub fn item(&self, id: Id, key: &str) -> Option<Id> {
+        self.entries(id)?.iter().find(|(name, _)| self.text(*name) == Some(key)).map(|(_, value)| *value)
+    }
+
+    /// The global name that an object at `id` is an instance or a result of, with its arguments.
+    pub fn call(&self, id: Id) -> Option<(&str, Id)> {
+        match self.get(id) {
+            Value::Object { class, arguments, .. } => match self.get(*class) {
+                Value::Global(name) => Some((name, *arguments)),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+}
+
+/// Reads a pickle and gives the place of its root.
+///
+/// # Errors
+/// A sentence about the byte that could not be understood.
+pub fn read(bytes: &[u8]) -> Result<(Pickle, Id), String> {
+    let mut machine =
+        Machine { bytes, at: 0, pickle: Pickle::default(), stack: vec![], marks: vec![], memo: HashMap::new() };
+    loop {
+        let at = machine.at;
+        match machine.instruction() {
+            Ok(None) => {}
+            Ok(Some(root)) => return Ok((machine.pickle, root)),
+            Err(problem) => return Err(format!("pickle, byte {at}: {problem}")),
+        }
+    }
+}
+
+/// The pickle virtual machine (Python's `pickletools.py` documents its instructions).
+struct Machine<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    pickle: Pickle,
+    stack: Vec<Id>,
+    marks: Vec<usize>,
+    memo: HashMap<u64, Id>,
+}
+
+type Step<T> = Result<T, String>;
+
+impl Machine<'_> {
+    fn take(&mut self, length: usize) -> Step<&[u8]> {
+        let end = self.at.checked_add(length).filter(|end| *end <= self.bytes.len()).ok_or("it ends too early")?;
+        let taken = &self.bytes[self.at..end];
+        self.at = end;
+        Ok(taken)
+    }
+
+    fn unsigned(&mut self, length: usize) -> Step<u64> {
+        Ok(self.take(length)?.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte)))
+    }
+
+    /// A two's complement integer of up to 8 bytes.
+    fn signed(&mut self, length: usize) -> Step<i64> {
+        if length == 0 {
+            return Ok(0);
+        }
+        if length > 8 {
+            return Err(format!("an integer of {length} bytes, at most 8 are read"));
+        }
+        let unused = 64 - 8 * length as u32;
+        Ok((self.unsigned(length)? << unused) as i64 >> unused)
+    }
+
+    fn line(&mut self) -> Step<String> {
+        let length = self.bytes[self.at..].iter().position(|byte| *byte == b'\n').ok_or("a line without end")?;
+        let line = String::from_utf8_lossy(self.take(length)?).into_owned();
+        self.at += 1;
+        Ok(line)
+    }
+
+    fn text(&mut self, length: u64) -> Step<()> {
+        let text = self.take(length as usize)?;
+        let text = std::str::from_utf8(text).map_err(|error| error.to_string())?.to_string();
+        self.push(Value::Text(text));
+        Ok(())
+    }
+
+    fn latin1(&mut self, length: u64) -> Step<()> {
+        let text = self.take(length as usize)?.iter().map(|byte| char::from(*byte)).collect();
+        self.push(Value::Text(text));
+        Ok(())
+    }
+
+    fn push(&mut self, value: Value) {
+        self.stack.push(self.pickle.values.len());
+        self.pickle.values.push(value);
+    }
+
+    fn pop(&mut self) -> Step<Id> {
+        if self.marks.last().is_some_and(|mark| *mark >= self.stack.len()) {
+            return Err("a mark stands where a value should".into());
+        }
+        self.stack.pop().ok_or_else(|| "a value is missing".into())
+    }
+
+    fn top(&self) -> Step<Id> {
+        self.stack.last().copied().ok_or_else(|| "a value is missing".into())
+    }
+
+    fn pop_to_mark(&mut self) -> Step<Vec<Id>> {
+        let mark = self.marks.pop().filter(|mark| *mark <= self.stack.len()).ok_or("a mark is missing")?;
+        Ok(self.stack.split_off(mark))
+    }
+
+    fn tuple(&mut self, length: usize) -> Step<()> {
+        let start = self.stack.len().checked_sub(length).ok_or("a value is missing")?;
+        let items = self.stack.split_off(start);
+        self.push(Value::Sequence(items));
+        Ok(())
+    }
+
+    fn append(&mut self, items: Vec<Id>) -> Step<()> {
+        let list = self.top()?;
+        match &mut self.pickle.values[list] {
+            Value::Sequence(list) => list.extend(items),
+            // Subclasses of list: their elements are not needed.
+            Value::Object { .. } => {}
+            _ => return Err("elements for something that is no list".into()),
+        }
+        Ok(())
+    }
+
+    fn set_items(&mut self, items: &[Id]) -> Step<()> {
+        let dict = self.top()?;
+        let (pairs, []) = items.as_chunks::<2>() else { return Err("a key without value".into()) };
+        match &mut self.pickle.values[dict] {
+            Value::Dict(entries) => entries.extend(pairs.iter().map(|[key, value]| (*key, *value))),
+            // Subclasses of dict: their entries are not needed.
+            Value::Object { .. } => {}
+            _ => return Err("entries for something that is no dictionary".into()),
+        }
+        Ok(())
+    }
+
+    fn call(&mut self) -> Step<()> {
+        let arguments = self.pop()?;
+        let class = self.pop()?;
+        let dict = matches!(self.pickle.get(class), Value::Global(name) if name == "collections.OrderedDict");
+        self.push(if dict { Value::Dict(vec![]) } else { Value::Object { class, arguments, state: None } });
+        Ok(())
+    }
+
+    fn build(&mut self) -> Step<()> {
+        let new = self.pop()?;
+        let object = self.top()?;
+        if let Value::Object { state, .. } = &mut self.pickle.values[object] {
+            *state = Some(new);
+        }
+        Ok(())
+    }
+
+    fn global(&mut self, module: &str, name: &str) {
+        self.push(Value::Global(format!("{module}.{name}")));
+    }
+
+    fn memoize(&mut self, key: u64) -> Step<()> {
+        let top = self.top()?;
+        self.memo.insert(key, top);
+        Ok(())
+    }
+
+    fn recall(&mut self, key: u64) -> Step<()> {
+        self.stack.push(*self.memo.get(&key).ok_or_else(|| format!("nothing is memorized as {key}"))?);
+        Ok(())
+    }
+
+    /// Runs one instruction; gives the root at the end.
+    fn instruction(&mut self) -> Step<Option<Id>> {
+        match self.take(1)?[0] {
+            b'.' => return Ok(Some(self.pop()?)),
+            0x80 => drop(self.take(1)?),                                        // PROTO
+            0x95 => drop(self.take(8)?),                                        // FRAME
+            b'(' => self.marks.push(self.stack.len()),                          // MARK
+            b'0' => drop(self.pop()?),                                          // POP
+            b'1' => drop(self.pop_to_mark()?),                                  // POP_MARK
+            b'2' => self.stack.push(self.top()?),                               // DUP
+            b'N' => self.push(Value::None),                                     // NONE
+            0x88 => self.push(Value::Bool),                                     // NEWTRUE
+            0x89 => self.push(Value::Bool),                                     // NEWFALSE
+            b'K' => self.integer(|m| m.unsigned(1).map(|value| value as i64))?, // BININT1
+            b'M' => self.integer(|m| m.unsigned(2).map(|value| value as i64))?, // BININT2
+            b'J' => self.integer(|m| m.signed(4))?,                             // BININT
+            0x8a => self.integer(|m| m.unsigned(1).and_then(|length| m.signed(length as usize)))?, // LONG1
+            b'G' => {
+                let value = f64::from_bits(self.unsigned(8)?.swap_bytes());
+                self.push(Value::Float(value)); // BINFLOAT
+            }
+            b'X' => self.unsigned(4).and_then(|length| self.text(length))?, // BINUNICODE
+            0x8c => self.unsigned(1).and_then(|length| self.text(length))?, // SHORT_BINUNICODE
+            0x8d => self.unsigned(8).and_then(|length| self.text(length))?, // BINUNICODE8
+            b'U' | b'C' => self.unsigned(1).and_then(|length| self.latin1(length))?, // SHORT_BINSTRING, SHORT_BINBYTES
+            b'T' | b'B' => self.unsigned(4).and_then(|length| self.latin1(length))?, // BINSTRING, BINBYTES
+            b'c' => {
+                let (module, name) = (self.line()?, self.line()?);
+                self.global(&module, &name); // GLOBAL
+            }
+            0x93 => {
+                let (name, module) = (self.pop()?, self.pop()?);
+                let both = (self.pickle.text(module).map(String::from), self.pickle.text(name).map(String::from));
+                let (Some(module), Some(name)) = both else { return Err("a global name that is no text".into()) };
+                self.global(&module, &name); // STACK_GLOBAL
+            }
+            b'q' => self.unsigned(1).and_then(|key| self.memoize(key))?, // BINPUT
+            b'r' => self.unsigned(4).and_then(|key| self.memoize(key))?, // LONG_BINPUT
+            0x94 => self.memoize(self.memo.len() as u64)?,               // MEMOIZE
+            b'h' => self.unsigned(1).and_then(|key| self.recall(key))?,  // BINGET
+            b'j' => self.unsigned(4).and_then(|key| self.recall(key))?,  // LONG_BINGET
+            b')' => self.push(Value::Sequence(vec![])),                  // EMPTY_TUPLE
+            b']' | 0x8f => self.push(Value::Sequence(vec![])),           // EMPTY_LIST, EMPTY_SET
+            b'}' => self.push(Value::Dict(vec![])),                      // EMPTY_DICT
+            0x85 => self.tuple(1)?,                                      // TUPLE1
+            0x86 => self.tuple(2)?,                                      // TUPLE2
+            0x87 => self.tuple(3)?,                                      // TUPLE3
+            b't' | b'l' | 0x91 => {
+                let items = self.pop_to_mark()?;
+                self.push(Value::Sequence(items)); // TUPLE, LIST, FROZENSET
+            }
+            b'a' => self.pop().and_then(|item| self.append(vec![item]))?, // APPEND
+            b'e' | 0x90 => self.pop_to_mark().and_then(|items| self.append(items))?, // APPENDS, ADDITEMS
+            b's' => {
+                let (value, key) = (self.pop()?, self.pop()?);
+                self.set_items(&[key, value])?; // SETITEM
+            }
+            b'u' => self.pop_to_mark().and_then(|items| self.set_items(&items))?, // SETITEMS
+            b'R' | 0x81 => self.call()?,                                          // REDUCE, NEWOBJ
+            b'b' => self.build()?,                                                // BUILD
+            b'Q' => {
+                let id = self.pop()?;
+                self.push(Value::Persistent(id)); // BINPERSID
+            }
+            other => return Err(format!("instruction {other:#04x} is not one that torch.save writes")),
+        }
+        Ok(None)
+    }
+
+    fn integer(&mut self, read: impl FnOnce(&mut Self) -> Step<i64>) -> Step<()> {
+        let value = read(self)?;
+        self.push(Value::Int(value));
+        Ok(())
+    }
+}

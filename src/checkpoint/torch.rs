@@ -1,0 +1,165 @@
+//! PyTorch's zip checkpoints: `archive/data.pkl` beside one file for each storage.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use zip::ZipArchive;
+
+use super::pickle::{self, Id, Pickle, Value};
+use crate::{Error, Result, files};
+
+// A pickle holds names and numbers; the largest published one is under 1 MB.
+const LARGEST_PICKLE: u64 = 256 << 20;
+
+/// An open checkpoint. Tensors are read when asked for.
+#[derive(Debug)]
+pub struct TorchFile {
+    path: PathBuf,
+    archive: ZipArchive<BufReader<File>>,
+    prefix: String,
+    pickle: Pickle,
+    root: Id,
+}
+
+/// Where a tensor's values are.
+struct Layout {
+    storage: String,
+    dtype: DType,
+    offset: usize,
+    shape: Vec<usize>,
+}
+
+impl TorchFile {
+    /// Opens a checkpoint and reads everything but its tensors.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when it is truncated or not in the format.
+    pub fn open(path: &Path) -> Result<Self> {
+        let bad = |problem: String| Error::input(path.display(), format!("is not a PyTorch checkpoint: {problem}"));
+        let file = BufReader::new(files::open(path)?);
+        let mut archive = ZipArchive::new(file).map_err(|error| bad(error.to_string()))?;
+        let name = archive.file_names().flatten().find(|name| name.ends_with("data.pkl")).map(String::from);
+        let name = name.ok_or_else(|| bad("the archive has no data.pkl".into()))?;
+        let mut bytes = vec![];
+        let entry = archive.by_name(&name).map_err(|error| bad(error.to_string()))?;
+        entry.take(LARGEST_PICKLE).read_to_end(&mut bytes).map_err(|error| bad(error.to_string()))?;
+        let (pickle, root) = pickle::read(&bytes).map_err(bad)?;
+        let prefix = name.trim_end_matches("data.pkl").to_string();
+        Ok(Self { path: path.to_path_buf(), archive, prefix, pickle, root })
+    }
+
+    /// The value under `key` of the checkpoint's dictionary.
+    pub fn item(&self, key: &str) -> Option<Id> {
+        self.pickle.item(self.root, key)
+    }
+
+    /// The keys of the checkpoint's dictionary.
+    pub fn keys(&self) -> Vec<&str> {
+        let entries = self.pickle.entries(self.root).unwrap_or_default();
+        entries.iter().filter_map(|(key, _)| self.pickle.text(*key)).collect()
+    }
+
+    /// What the pickle holds.
+    pub fn pickle(&self) -> &Pickle {
+        &self.pickle
+    }
+
+    /// Names of the tensors of the state dict at `id`, with their places.
+    pub fn state_dict(&self, id: Id) -> Result<BTreeMap<String, Id>> {
+        let entries = self.pickle.entries(id).ok_or_else(|| self.bad("a state dict is no dictionary"))?;
+        let named = entries.iter().filter_map(|(name, tensor)| Some((self.pickle.text(*name)?.to_string(), *tensor)));
+        Ok(named.collect())
+    }
+
+    /// Shape of the tensor at `id`, if it is one that can be read.
+    pub fn shape(&self, id: Id) -> Option<Vec<usize>> {
+        self.layout(id).map(|layout| layout.shape)
+    }
+
+    /// Reads the tensor `name` at `id`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when its storage is missing, too short, or of an unknown type.
+    pub fn tensor(&mut self, name: &str, id: Id) -> Result<Tensor> {
+        let layout =
+            self.layout(id).ok_or_else(|| self.bad(format!("tensor {name} has no layout that can be read")))?;
+        let size = layout.dtype.size_in_bytes();
+        let elements = layout.shape.iter().try_fold(size, |all, &n| all.checked_mul(n));
+        let range = elements.and_then(|length| Some((layout.offset.checked_mul(size)? as u64, length)));
+        let (start, length) = range.ok_or_else(|| self.bad(format!("tensor {name} is absurdly large")))?;
+        let storage = format!("{}data/{}", self.prefix, layout.storage);
+        let bytes = read_range(&mut self.archive, &storage, start, length)
+            .map_err(|problem| self.bad(format!("tensor {name}: storage {storage}: {problem}")))?;
+        Ok(Tensor::from_raw_buffer(&bytes, layout.dtype, &layout.shape, &Device::Cpu)?)
+    }
+
+    /// Follows `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, …)`, for contiguous tensors.
+    fn layout(&self, id: Id) -> Option<Layout> {
+        let (mut function, mut arguments) = self.pickle.call(id)?;
+        if function == "torch._utils._rebuild_parameter" {
+            (function, arguments) = self.pickle.call(*self.pickle.sequence(arguments)?.first()?)?;
+        }
+        if function != "torch._utils._rebuild_tensor_v2" {
+            return None;
+        }
+        let &[storage, offset, size, stride, ..] = self.pickle.sequence(arguments)? else { return None };
+        let sizes = |id| -> Option<Vec<usize>> {
+            self.pickle.sequence(id)?.iter().map(|&id| usize::try_from(self.pickle.int(id)?).ok()).collect()
+        };
+        let (shape, stride) = (sizes(size)?, sizes(stride)?);
+        if !contiguous(&shape, &stride) {
+            return None;
+        }
+        let Value::Persistent(storage) = self.pickle.get(storage) else { return None };
+        let &[_, kind, key, ..] = self.pickle.sequence(*storage)? else { return None };
+        let Value::Global(kind) = self.pickle.get(kind) else { return None };
+        let dtype = match kind.as_str() {
+            "torch.FloatStorage" => DType::F32,
+            "torch.DoubleStorage" => DType::F64,
+            "torch.HalfStorage" => DType::F16,
+            "torch.BFloat16Storage" => DType::BF16,
+            _ => return None,
+        };
+        let storage = self.pickle.text(key)?.to_string();
+        Some(Layout { storage, dtype, offset: usize::try_from(self.pickle.int(offset)?).ok()?, shape })
+    }
+
+    /// An error about this file.
+    pub fn bad(&self, problem: impl std::fmt::Display) -> Error {
+        Error::input(self.path.display(), problem)
+    }
+}
+
+/// Bytes `start..start + length` of an entry.
+fn read_range(
+    archive: &mut ZipArchive<BufReader<File>>,
+    name: &str,
+    start: u64,
+    length: usize,
+) -> Result<Vec<u8>, String> {
+    let mut entry = archive.by_name(name).map_err(|error| error.to_string())?;
+    let end = start.saturating_add(length as u64);
+    if entry.size() < end {
+        return Err(format!("has {} bytes, and {end} are needed", entry.size()));
+    }
+    std::io::copy(&mut entry.by_ref().take(start), &mut std::io::sink()).map_err(|error| error.to_string())?;
+    let mut bytes = vec![];
+    entry.take(length as u64).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    if bytes.len() < length {
+        return Err(format!("ends after {} of {length} bytes", bytes.len()));
+    }
+    Ok(bytes)
+}
+
+fn contiguous(shape: &[usize], stride: &[usize]) -> bool {
+    let mut expected = 1usize;
+    shape.len() == stride.len()
+        && shape.iter().zip(stride).rev().all(|(&size, &stride)| {
+            let fits = size == 1 || stride == expected;
+            expected = expected.saturating_mul(size);
+            fits
+        })
+}

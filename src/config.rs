@@ -1,0 +1,318 @@
+//! Everything about a model that its code needs to know and its weights do not say by themselves.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// A complete model: the autoregressive generator and the tokenizer that turns its tokens into an image.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The transformer and its flow-matching head.
+    pub generator: GeneratorConfig,
+    /// The convolutional encoder and decoder.
+    pub tokenizer: TokenizerConfig,
+}
+
+/// Sizes of the generator (reference: `generator/equ_modeling.py`, `generator/diffloss.py`).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GeneratorConfig {
+    /// Number of classes; the label of this value is the unconditional one.
+    pub class_num: usize,
+    /// Condition tokens in front of the image tokens (`buffer_size`).
+    pub buffer: usize,
+    /// Latent width of a token, `E`.
+    pub embed: usize,
+    /// Transformer width, `D`.
+    pub dim: usize,
+    /// Transformer blocks.
+    pub depth: usize,
+    /// Attention heads, `H`.
+    pub heads: usize,
+    /// Hidden width of a block's MLP.
+    pub mlp_dim: usize,
+    /// Earlier tokens that self-attention sees beside its own (`cond_length`).
+    pub window: usize,
+    /// Width of the flow head, `W`.
+    pub flow_dim: usize,
+    /// Residual blocks of the flow head.
+    pub flow_depth: usize,
+    /// Width of the sinusoidal time embedding.
+    pub time_dim: usize,
+    /// Scale between the tokenizer's latents and the generator's tokens: token = latent · `vae_norm`.
+    pub vae_norm: f64,
+    /// Euler steps of the flow that a run takes unless told otherwise (`num_sampling_steps`).
+    pub steps: usize,
+}
+
+/// Sizes of the tokenizer (reference: `tokenizer/modules/diffusionmodules/model.py`).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerConfig {
+    /// Channels of an image.
+    pub image_channels: usize,
+    /// Rows of the latent grid, `R`.
+    pub rows: usize,
+    /// Latent width of a token, `E`.
+    pub embed: usize,
+    /// Downsamplings, from the image on, that halve the width too; those after them halve only the height.
+    pub len_down_scale: usize,
+    /// From the image to the latent grid.
+    pub encoder: Tower,
+    /// From the latent grid to the image. Its levels too are listed from the image's side.
+    pub decoder: Tower,
+}
+
+/// The convolutions of an encoder or decoder.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tower {
+    /// Channels of the latent grid, `Z`.
+    pub z_channels: usize,
+    /// Channels of the first convolution's result.
+    pub conv_in: usize,
+    /// Residual blocks of a level.
+    pub res_blocks: usize,
+    /// Resolution levels, the image's first.
+    pub levels: Vec<Level>,
+}
+
+/// One resolution level of a [`Tower`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Level {
+    /// Channels.
+    pub channels: usize,
+    /// Whether an attention block follows each residual block.
+    pub attention: bool,
+}
+
+impl GeneratorConfig {
+    /// Width of an attention head, `hd`.
+    pub fn head_dim(&self) -> usize {
+        self.dim / self.heads
+    }
+
+    /// The label that stands for no class.
+    pub fn unconditional(&self) -> usize {
+        self.class_num
+    }
+
+    fn check(&self) -> Result<()> {
+        let sizes = [
+            ("class_num", self.class_num, WIDEST),
+            ("buffer", self.buffer, LONGEST),
+            ("embed", self.embed, WIDEST),
+            ("dim", self.dim, WIDEST),
+            ("depth", self.depth, DEEPEST),
+            ("heads", self.heads, WIDEST),
+            ("mlp_dim", self.mlp_dim, WIDEST),
+            ("window", self.window, LONGEST),
+            ("flow_dim", self.flow_dim, WIDEST),
+            ("flow_depth", self.flow_depth, DEEPEST),
+            ("time_dim", self.time_dim, WIDEST),
+            ("steps", self.steps, LONGEST),
+        ];
+        if self.window == 0 {
+            return Err(Error::input(
+                "generator configuration",
+                "window (cond_length) is 0, which the reference reads as full causal attention; its cache would grow \
+                 with the image, so only windows of at least 1 are supported: set --window",
+            ));
+        }
+        if let Some((name, size, most)) = sizes.iter().find(|(_, size, most)| size == &0 || size > most) {
+            return Err(Error::input("generator configuration", format!("{name} is {size}, expected 1 to {most}")));
+        }
+        if !self.dim.is_multiple_of(self.heads) || !self.head_dim().is_multiple_of(2) {
+            return Err(Error::input(
+                "generator configuration",
+                format!("{} heads do not split width {} into heads of even width: set --heads", self.heads, self.dim),
+            ));
+        }
+        if !self.vae_norm.is_finite() || self.vae_norm <= 0.0 {
+            return Err(Error::input(
+                "generator configuration",
+                format!("vae_norm is {}, expected a positive number: set --vae-norm", self.vae_norm),
+            ));
+        }
+        if !self.time_dim.is_multiple_of(2) {
+            return Err(Error::input(
+                "generator configuration",
+                format!("time_dim is {}, expected an even number", self.time_dim),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl TokenizerConfig {
+    /// Height of an image in pixels.
+    pub fn image_height(&self) -> usize {
+        self.rows << (self.encoder.levels.len() - 1)
+    }
+
+    /// Width of a token in pixels.
+    pub fn token_width(&self) -> usize {
+        1 << self.len_down_scale.min(self.encoder.levels.len() - 1)
+    }
+
+    /// Factors (height, width) by which the downsampling after `level` shrinks the image.
+    pub fn downsampling(&self, level: usize) -> (usize, usize) {
+        if level < self.len_down_scale { (2, 2) } else { (2, 1) }
+    }
+
+    fn check(&self) -> Result<()> {
+        let bad = |problem: String| Err(Error::input("tokenizer configuration", problem));
+        for (name, tower) in [("encoder", &self.encoder), ("decoder", &self.decoder)] {
+            if tower.levels.is_empty() || tower.levels.len() > 16 {
+                return bad(format!("the {name} has {} levels, expected 1 to 16", tower.levels.len()));
+            }
+            if !(1..=DEEPEST).contains(&tower.res_blocks) || !(1..=WIDEST).contains(&tower.z_channels) {
+                return bad(format!("the {name} has an empty level or latent grid"));
+            }
+            let mut channels = tower.levels.iter().map(|level| level.channels).chain([tower.conv_in]);
+            if let Some(channels) = channels.find(|channels| !channels.is_multiple_of(GROUPS) || channels == &0) {
+                return bad(format!("the {name} has a level of {channels} channels, expected a multiple of {GROUPS}"));
+            }
+        }
+        if self.encoder.levels.len() != self.decoder.levels.len() {
+            return bad(format!(
+                "the encoder has {} levels and the decoder {}, expected as many",
+                self.encoder.levels.len(),
+                self.decoder.levels.len()
+            ));
+        }
+        if self.image_channels != 3 {
+            return bad(format!("images have {} channels, expected 3", self.image_channels));
+        }
+        if self.rows == 0 || self.embed == 0 || self.rows > LONGEST || self.embed > WIDEST {
+            return bad(format!(
+                "{} rows and embed {}, expected 1 to {LONGEST} and 1 to {WIDEST}",
+                self.rows, self.embed
+            ));
+        }
+        Ok(())
+    }
+}
+
+// Far beyond any model: they only keep a hostile configuration from asking for absurd work.
+const WIDEST: usize = 1 << 20;
+const LONGEST: usize = 1 << 16;
+const DEEPEST: usize = 1 << 10;
+
+/// Groups of every group normalization of the tokenizer.
+pub const GROUPS: usize = 32;
+
+impl Config {
+    /// Checks what the sizes must have in common, so that no interpreter has to.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the first field that does not fit.
+    pub fn check(&self) -> Result<()> {
+        self.generator.check()?;
+        self.tokenizer.check()?;
+        if self.generator.embed != self.tokenizer.embed {
+            return Err(Error::input(
+                "configuration",
+                format!(
+                    "the generator's tokens have {} values and the tokenizer's {}: they are not of one model",
+                    self.generator.embed, self.tokenizer.embed
+                ),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Size in pixels (width, height) of an image of `tokens` columns.
+    pub fn image_size(&self, tokens: usize) -> (usize, usize) {
+        (tokens * self.tokenizer.token_width(), self.tokenizer.image_height())
+    }
+}
+
+/// A published model size: what a checkpoint's tensors do not say, and the sizes of random weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preset {
+    /// 127 M parameters.
+    Small,
+    /// 296 M parameters.
+    Base,
+    /// 644 M parameters.
+    Large,
+    /// 1203 M parameters.
+    Huge,
+    /// The large model of the Places checkpoint, 30 classes.
+    PlacesLarge,
+}
+
+impl Preset {
+    /// Attention heads.
+    pub fn heads(self) -> usize {
+        match self {
+            Self::Small => 8,
+            Self::Base => 12,
+            Self::Large | Self::Huge | Self::PlacesLarge => 16,
+        }
+    }
+
+    /// The preset that the reference's `--model` name means.
+    pub fn from_reference_name(name: &str) -> Option<Self> {
+        match name {
+            "small_model" => Some(Self::Small),
+            "base_model" => Some(Self::Base),
+            "large_model" => Some(Self::Large),
+            "huge_model" => Some(Self::Huge),
+            _ => None,
+        }
+    }
+
+    /// The published configuration of this size (README of the reference, `configs/second_stage`).
+    pub fn config(self) -> Config {
+        let (dim, depth, flow_dim) = match self {
+            Self::Small => (512, 16, 960),
+            Self::Base => (768, 24, 1024),
+            Self::Large | Self::PlacesLarge => (1024, 32, 1280),
+            Self::Huge => (1280, 40, 1536),
+        };
+        let class_num = if self == Self::PlacesLarge { 30 } else { 1000 };
+        let generator = GeneratorConfig {
+            class_num,
+            buffer: 16,
+            embed: 256,
+            dim,
+            depth,
+            heads: self.heads(),
+            mlp_dim: 4 * dim,
+            window: Self::WINDOW,
+            flow_dim,
+            flow_depth: 12,
+            time_dim: 256,
+            vae_norm: Self::VAE_NORM,
+            steps: Self::STEPS,
+        };
+        Config { generator, tokenizer: Self::tokenizer() }
+    }
+
+    /// The published window of self-attention.
+    pub const WINDOW: usize = 3;
+    /// The published scale of latents.
+    pub const VAE_NORM: f64 = 0.05493;
+    /// The published number of Euler steps.
+    pub const STEPS: usize = 100;
+
+    fn tokenizer() -> TokenizerConfig {
+        let levels: Vec<Level> = [1, 1, 2, 4, 4]
+            .iter()
+            .enumerate()
+            .map(|(level, mult)| Level { channels: 128 * mult, attention: level == 4 })
+            .collect();
+        TokenizerConfig {
+            image_channels: 3,
+            rows: 16,
+            embed: 256,
+            len_down_scale: 4,
+            encoder: Tower { z_channels: 256, conv_in: 128, res_blocks: 2, levels: levels.clone() },
+            decoder: Tower { z_channels: 256, conv_in: 512, res_blocks: 3, levels },
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! The flow-matching head that samples a token (reference: `generator/diffloss.py`, `diffusion/flows.py`).
+
+use crate::Result;
+use crate::config::GeneratorConfig;
+use crate::ops::{Dim, Ops, Unary};
+
+const EPS: f32 = 1e-6;
+const TIME_BASE: f64 = 10000.0;
+const END: i64 = i64::MAX;
+
+/// Embedding `[S, W]` of times `t [S]`: a sinusoid, cosines first, and an MLP.
+///
+/// # Errors
+/// Those of the interpreter.
+fn embed_time<O: Ops>(o: &mut O, config: &GeneratorConfig, t: &O::Tensor) -> Result<O::Tensor> {
+    let &GeneratorConfig { time_dim, flow_dim, .. } = config;
+    let half = time_dim / 2;
+    let frequencies: Vec<f32> = (0..half).map(|k| (-TIME_BASE.ln() * k as f64 / half as f64).exp() as f32).collect();
+    o.scope("time_embed", |o| {
+        let frequencies = o.constant(&[1, half], &frequencies)?;
+        let t = o.reshape(t, &[Dim::Rest, Dim::Is(1)])?;
+        let angles = o.mul(&t, &frequencies)?;
+        let (cos, sin) = (o.unary(Unary::Cos, &angles)?, o.unary(Unary::Sin, &angles)?);
+        let sinusoid = o.concat(&[&cos, &sin], 1)?;
+        let h = o.linear("mlp.0", &sinusoid, time_dim, flow_dim)?;
+        let h = o.unary(Unary::Silu, &h)?;
+        o.linear("mlp.2", &h, flow_dim, flow_dim)
+    })
+}
+
+/// The adaptive layer norms' shifts, scales and gates, which depend on time and condition but not on the token:
+/// `[M, 3W]` for every residual block, then `[M, 2W]` for the final layer, of `y [M, W]`.
+fn modulations<O: Ops>(o: &mut O, config: &GeneratorConfig, y: &O::Tensor) -> Result<Vec<O::Tensor>> {
+    let &GeneratorConfig { flow_dim, flow_depth, .. } = config;
+    let y = o.unary(Unary::Silu, y)?;
+    let mut all = Vec::with_capacity(flow_depth + 1);
+    for j in 0..flow_depth {
+        let name = format!("res_blocks.{j}.adaLN_modulation.1");
+        all.push(o.linear(&name, &y, flow_dim, 3 * flow_dim)?);
+    }
+    all.push(o.linear("final_layer.adaLN_modulation.1", &y, flow_dim, 2 * flow_dim)?);
+    Ok(all)
+}
+
+/// Velocity `[rows, E]` at `h = input_proj(x)`, `[rows, W]`, under `modulations` of `rows` rows each.
+fn head<O: Ops>(o: &mut O, config: &GeneratorConfig, mut h: O::Tensor, modulations: &[O::Tensor]) -> Result<O::Tensor> {
+    let &GeneratorConfig { flow_dim, flow_depth, embed, .. } = config;
+    let width = flow_dim as i64;
+    for (j, modulation) in modulations[..flow_depth].iter().enumerate() {
+        h = o.scope(&format!("res_blocks.{j}"), |o| {
+            let shift = o.slice(modulation, 1, 0, width)?;
+            let scale = o.slice(modulation, 1, width, 2 * width)?;
+            let gate = o.slice(modulation, 1, 2 * width, 3 * width)?;
+            let x = o.norm("in_ln", &h, flow_dim, EPS)?;
+            let x = o.modulate(&x, &shift, &scale)?;
+            let x = o.linear("mlp.0", &x, flow_dim, flow_dim)?;
+            let x = o.unary(Unary::Silu, &x)?;
+            let x = o.linear("mlp.2", &x, flow_dim, flow_dim)?;
+            let x = o.mul(&gate, &x)?;
+            o.add(&h, &x)
+        })?;
+    }
+    o.scope("final_layer", |o| {
+        let shift = o.slice(&modulations[flow_depth], 1, 0, width)?;
+        let scale = o.slice(&modulations[flow_depth], 1, width, 2 * width)?;
+        let x = o.layer_norm(&h, None, flow_dim, EPS)?;
+        let x = o.modulate(&x, &shift, &scale)?;
+        o.linear("linear", &x, flow_dim, embed)
+    })
+}
+
+/// Velocity `v(x, t, c) [rows, E]` of tokens `x [rows, E]` at times `t [rows]` under conditions `c [rows, D]`.
+///
+/// # Errors
+/// Those of the interpreter.
+pub fn velocity<O: Ops>(
+    o: &mut O,
+    config: &GeneratorConfig,
+    x: &O::Tensor,
+    t: &O::Tensor,
+    c: &O::Tensor,
+) -> Result<O::Tensor> {
+    let &GeneratorConfig { dim, flow_dim, embed, .. } = config;
+    o.scope("diffloss.net", |o| {
+        let time = embed_time(o, config, t)?;
+        let condition = o.linear("cond_embed", c, dim, flow_dim)?;
+        let y = o.add(&time, &condition)?;
+        let modulations = modulations(o, config, &y)?;
+        let h = o.linear("input_proj", x, embed, flow_dim)?;
+        head(o, config, h, &modulations)
+    })
+}
+
+/// Classifier-free guidance: `v [G, B, E]` of the conditional (first) and the unconditional (last) stream becomes
+/// `v_u + guidance·(v_c - v_u)`, `[B, E]`, for `guidance [B]`. With one stream (G = 1) that is `v` itself.
+///
+/// # Errors
+/// Those of the interpreter.
+pub fn guide<O: Ops>(o: &mut O, config: &GeneratorConfig, v: &O::Tensor, guidance: &O::Tensor) -> Result<O::Tensor> {
+    let embed = Dim::Is(config.embed);
+    let conditional = o.slice(v, 0, 0, 1)?;
+    let unconditional = o.slice(v, 0, -1, END)?;
+    let conditional = o.reshape(&conditional, &[Dim::Rest, embed])?;
+    let unconditional = o.reshape(&unconditional, &[Dim::Rest, embed])?;
+    let difference = o.sub(&conditional, &unconditional)?;
+    let guidance = o.reshape(guidance, &[Dim::Rest, Dim::Is(1)])?;
+    let difference = o.mul(&guidance, &difference)?;
+    o.add(&unconditional, &difference)
+}
+
+/// Samples a token `[B, E]` by Euler's method from `noise [B, E]` along `timesteps [S+1]`, from 1 (noise) down to 0.
+///
+/// `z [G·B, D]` holds the conditions of B rows, and with guidance those of the unconditional stream after them (G = 2);
+/// both streams share the token. All timesteps' modulations are one matrix product each, outside the loop.
+///
+/// # Errors
+/// Those of the interpreter.
+pub fn sample<O: Ops>(
+    o: &mut O,
+    config: &GeneratorConfig,
+    z: &O::Tensor,
+    noise: &O::Tensor,
+    guidance: &O::Tensor,
+    timesteps: &O::Tensor,
+) -> Result<O::Tensor> {
+    let &GeneratorConfig { dim, flow_dim, embed, .. } = config;
+    o.scope("diffloss.net", |o| {
+        let t = o.slice(timesteps, 0, 0, -1)?;
+        let t_next = o.slice(timesteps, 0, 1, END)?;
+        let dt = o.sub(&t_next, &t)?;
+
+        let time = embed_time(o, config, &t)?;
+        let time = o.reshape(&time, &[Dim::Rest, Dim::Is(1), Dim::Is(flow_dim)])?;
+        let condition = o.linear("cond_embed", z, dim, flow_dim)?;
+        let y = o.add(&time, &condition)?;
+        let y = o.reshape(&y, &[Dim::Rest, Dim::Is(flow_dim)])?;
+        let streams = o.reshape(z, &[Dim::Rest, Dim::Of(noise, 0), Dim::Is(dim)])?;
+        let mut sequences = vec![];
+        for (j, modulation) in modulations(o, config, &y)?.iter().enumerate() {
+            let width = if j < config.flow_depth { 3 } else { 2 } * flow_dim;
+            sequences.push(o.reshape(modulation, &[Dim::Of(&time, 0), Dim::Of(z, 0), Dim::Is(width)])?);
+        }
+        sequences.push(dt);
+
+        let sequences: Vec<&O::Tensor> = sequences.iter().collect();
+        o.fold(&sequences, noise, |o, now, x| {
+            let (modulations, dt) = now.split_at(config.flow_depth + 1);
+            let h = o.linear("input_proj", x, embed, flow_dim)?;
+            let h = o.expand(&h, &[Dim::Of(&streams, 0), Dim::Of(noise, 0), Dim::Is(flow_dim)])?;
+            let h = o.reshape(&h, &[Dim::Rest, Dim::Is(flow_dim)])?;
+            let v = head(o, config, h, modulations)?;
+            let v = o.reshape(&v, &[Dim::Rest, Dim::Of(noise, 0), Dim::Is(embed)])?;
+            let v = guide(o, config, &v, guidance)?;
+            let change = o.mul(&v, &dt[0])?;
+            o.add(x, &change)
+        })
+    })
+}

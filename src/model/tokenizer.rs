@@ -1,0 +1,209 @@
+//! The convolutional tokenizer between images and rows of column tokens
+//! (reference: `tokenizer/models/tokenizer.py`, `tokenizer/modules/diffusionmodules/model.py`).
+
+use crate::Result;
+use crate::config::{GROUPS, TokenizerConfig, Tower};
+use crate::ops::{Dim, Ops, Unary};
+
+const EPS: f32 = 1e-6;
+
+// (spatial axes, kernel size) of the convolutions.
+const CONV1D: (usize, usize) = (1, 3);
+const CONV2D: (usize, usize) = (2, 3);
+const POINTWISE: (usize, usize) = (2, 1);
+
+fn group_norm<O: Ops>(o: &mut O, name: &str, x: &O::Tensor, channels: usize) -> Result<O::Tensor> {
+    o.scope(name, |o| {
+        let weight = o.param("weight", &[channels])?;
+        let bias = o.param("bias", &[channels])?;
+        o.group_norm(x, (&weight, &bias), GROUPS, EPS)
+    })
+}
+
+/// Norm, swish, convolution: the pattern of every convolution but the first.
+fn norm_conv<O: Ops>(
+    o: &mut O,
+    (norm, conv): (&str, &str),
+    x: &O::Tensor,
+    (input, output): (usize, usize),
+) -> Result<O::Tensor> {
+    let h = group_norm(o, norm, x, input)?;
+    let h = o.unary(Unary::Silu, &h)?;
+    o.convolution(conv, &h, (input, output), CONV2D)
+}
+
+fn res_block<O: Ops>(o: &mut O, name: &str, x: &O::Tensor, (input, output): (usize, usize)) -> Result<O::Tensor> {
+    o.scope(name, |o| {
+        let h = norm_conv(o, ("norm1", "conv1"), x, (input, output))?;
+        let h = norm_conv(o, ("norm2", "conv2"), &h, (output, output))?;
+        if input == output {
+            return o.add(x, &h);
+        }
+        let x = o.convolution("nin_shortcut", x, (input, output), POINTWISE)?;
+        o.add(&x, &h)
+    })
+}
+
+/// Attention of all pixels of `x [B, C, rows, width]` to one another.
+fn attention_block<O: Ops>(o: &mut O, name: &str, x: &O::Tensor, channels: usize, rows: usize) -> Result<O::Tensor> {
+    o.scope(name, |o| {
+        let h = group_norm(o, "norm", x, channels)?;
+        let mut qkv = vec![];
+        for part in ["q", "k", "v"] {
+            let part = o.convolution(part, &h, (channels, channels), POINTWISE)?;
+            let part = o.reshape(&part, &[Dim::Of(x, 0), Dim::Is(1), Dim::Is(channels), Dim::Rest])?;
+            qkv.push(o.permute(&part, &[0, 1, 3, 2])?);
+        }
+        let h = o.attention(&qkv[0], &qkv[1], &qkv[2], None, channels)?;
+        let h = o.permute(&h, &[0, 1, 3, 2])?;
+        let h = o.reshape(&h, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(rows), Dim::Rest])?;
+        let h = o.convolution("proj_out", &h, (channels, channels), POINTWISE)?;
+        o.add(x, &h)
+    })
+}
+
+/// Convolution to fewer channels and pixel-unshuffle of `x [B, C, rows, width]` by `(fy, fx)`, plus the shortcut: the
+/// reference's mean over groups of channels of the unshuffled input is the mean over each `fy × fx` patch.
+fn downsample<O: Ops>(
+    o: &mut O,
+    x: &O::Tensor,
+    channels: usize,
+    rows: usize,
+    (fy, fx): (usize, usize),
+) -> Result<O::Tensor> {
+    let patches = |o: &mut O, x: &O::Tensor, channels: usize| {
+        let shape = [Dim::Is(channels), Dim::Is(rows / fy), Dim::Is(fy), Dim::Rest, Dim::Is(fx)];
+        o.reshape(x, &[Dim::Of(x, 0), shape[0], shape[1], shape[2], shape[3], shape[4]])
+    };
+    o.scope("downsample", |o| {
+        let h = o.convolution("conv.conv", x, (channels, channels / (fy * fx)), CONV2D)?;
+        let h = patches(o, &h, channels / (fy * fx))?;
+        let h = o.permute(&h, &[0, 1, 3, 5, 2, 4])?;
+        let h = o.reshape(&h, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(rows / fy), Dim::Rest])?;
+        let shortcut = patches(o, x, channels)?;
+        let shortcut = o.mean(&shortcut, &[3, 5])?;
+        o.add(&h, &shortcut)
+    })
+}
+
+/// Convolution to more channels and pixel-shuffle of `x [B, C, rows, width]` by `(fy, fx)`, plus the shortcut: every
+/// channel repeated into the pixels of its patch, which before the shuffle is a broadcast.
+fn upsample<O: Ops>(
+    o: &mut O,
+    x: &O::Tensor,
+    channels: usize,
+    rows: usize,
+    (fy, fx): (usize, usize),
+) -> Result<O::Tensor> {
+    o.scope("upsample", |o| {
+        let h = o.convolution("conv.conv", x, (channels, channels * fy * fx), CONV2D)?;
+        let h = o.reshape(&h, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(fy * fx), Dim::Is(rows), Dim::Rest])?;
+        let shortcut = o.reshape(x, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(1), Dim::Is(rows), Dim::Rest])?;
+        let h = o.add(&h, &shortcut)?;
+        let shape = [Dim::Is(channels), Dim::Is(fy), Dim::Is(fx), Dim::Is(rows), Dim::Rest];
+        let h = o.reshape(&h, &[Dim::Of(x, 0), shape[0], shape[1], shape[2], shape[3], shape[4]])?;
+        let h = o.permute(&h, &[0, 1, 4, 2, 5, 3])?;
+        o.reshape(&h, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(rows * fy), Dim::Rest])
+    })
+}
+
+/// The residual and attention blocks of one level.
+fn level<O: Ops>(
+    o: &mut O,
+    tower: &Tower,
+    level: usize,
+    mut h: O::Tensor,
+    mut channels: usize,
+    rows: usize,
+) -> Result<O::Tensor> {
+    let output = tower.levels[level].channels;
+    for block in 0..tower.res_blocks {
+        h = res_block(o, &format!("block.{block}"), &h, (channels, output))?;
+        channels = output;
+        if tower.levels[level].attention {
+            h = attention_block(o, &format!("attn.{block}"), &h, channels, rows)?;
+        }
+    }
+    Ok(h)
+}
+
+fn middle<O: Ops>(o: &mut O, h: &O::Tensor, channels: usize, rows: usize) -> Result<O::Tensor> {
+    o.scope("mid", |o| {
+        let h = res_block(o, "block_1", h, (channels, channels))?;
+        let h = attention_block(o, "attn_1", &h, channels, rows)?;
+        res_block(o, "block_2", &h, (channels, channels))
+    })
+}
+
+/// Encodes `image [B, 3, height, tokens·width]` in -1..1 to the posterior's mean `[B, tokens, E]`, at least two tokens.
+///
+/// # Errors
+/// Those of the interpreter.
+pub fn encode<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Result<O::Tensor> {
+    let columns = encode_columns(o, config, image)?;
+    let width = config.encoder.z_channels * config.rows;
+    let latent = o.convolution("quant_layer", &columns, (width, config.embed), CONV1D)?;
+    o.permute(&latent, &[0, 2, 1])
+}
+
+/// The encoder without the last projection: image to columns `[B, Z·R, tokens]`, transposed from the reference's.
+///
+/// # Errors
+/// Those of the interpreter.
+pub fn encode_columns<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Result<O::Tensor> {
+    o.scope("encoder", |o| encoder(o, config, image))
+}
+
+fn encoder<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Result<O::Tensor> {
+    let tower = &config.encoder;
+    let mut rows = config.image_height();
+    let mut channels = tower.conv_in;
+    let mut h = o.convolution("conv_in", image, (config.image_channels, channels), CONV2D)?;
+    for i in 0..tower.levels.len() {
+        h = o.scope(&format!("down.{i}"), |o| level(o, tower, i, h, channels, rows))?;
+        channels = tower.levels[i].channels;
+        if i + 1 < tower.levels.len() {
+            let factors = config.downsampling(i);
+            h = o.scope(&format!("down.{i}"), |o| downsample(o, &h, channels, rows, factors))?;
+            rows /= factors.0;
+        }
+    }
+    let h = middle(o, &h, channels, rows)?;
+    let h = norm_conv(o, ("norm_out", "conv_out"), &h, (channels, tower.z_channels))?;
+    let width = tower.z_channels * rows;
+    let columns = o.reshape(&h, &[Dim::Of(image, 0), Dim::Is(width), Dim::Rest])?;
+    o.convolution("encoder1d", &columns, (width, width), CONV1D)
+}
+
+/// Decodes latents `[B, tokens, E]` (generated tokens divided by `vae_norm`), at least two of them, to
+/// `image [B, 3, height, tokens·width]` in about -1..1.
+///
+/// # Errors
+/// Those of the interpreter.
+pub fn decode<O: Ops>(o: &mut O, config: &TokenizerConfig, latents: &O::Tensor) -> Result<O::Tensor> {
+    let width = config.decoder.z_channels * config.rows;
+    let columns = o.permute(latents, &[0, 2, 1])?;
+    let columns = o.convolution("post_quant_layer", &columns, (config.embed, width), CONV1D)?;
+    o.scope("decoder", |o| decoder(o, config, &columns))
+}
+
+fn decoder<O: Ops>(o: &mut O, config: &TokenizerConfig, columns: &O::Tensor) -> Result<O::Tensor> {
+    let tower = &config.decoder;
+    let mut rows = config.rows;
+    let width = tower.z_channels * rows;
+    let mut channels = tower.conv_in;
+    let h = o.convolution("decoder1d", columns, (width, width), CONV1D)?;
+    let h = o.reshape(&h, &[Dim::Of(columns, 0), Dim::Is(tower.z_channels), Dim::Is(rows), Dim::Rest])?;
+    let h = o.convolution("conv_in", &h, (tower.z_channels, channels), CONV2D)?;
+    let mut h = middle(o, &h, channels, rows)?;
+    for i in (0..tower.levels.len()).rev() {
+        h = o.scope(&format!("up.{i}"), |o| level(o, tower, i, h, channels, rows))?;
+        channels = tower.levels[i].channels;
+        if i > 0 {
+            let factors = config.downsampling(i - 1);
+            h = o.scope(&format!("up.{i}"), |o| upsample(o, &h, channels, rows, factors))?;
+            rows *= factors.0;
+        }
+    }
+    norm_conv(o, ("norm_out", "conv_out"), &h, (channels, config.image_channels))
+}

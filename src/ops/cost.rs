@@ -1,0 +1,296 @@
+//! The interpreter that counts: multiply-adds, parameters and bytes of every scope, without computing anything.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::eager::{position, scoped};
+use super::{Binary, Dim, Ops, Unary};
+use crate::model::{Stage, flow, tokenizer, transformer};
+use crate::{Config, Error, Result};
+
+/// Shape of a tensor that is never computed.
+pub type Shape = Vec<usize>;
+
+/// What one scope costs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Row {
+    /// Multiply-adds of matrix products and convolutions.
+    pub multiply_adds: u64,
+    /// Elements of the weights first used here.
+    pub parameters: u64,
+    /// Elements of weights read, again for every iteration of a loop.
+    pub weights_read: u64,
+    /// Elements of all results, again for every iteration of a loop.
+    pub activations: u64,
+}
+
+impl std::ops::AddAssign for Row {
+    fn add_assign(&mut self, other: Self) {
+        self.multiply_adds += other.multiply_adds;
+        self.parameters += other.parameters;
+        self.weights_read += other.weights_read;
+        self.activations += other.activations;
+    }
+}
+
+/// Counts primitives by scope.
+#[derive(Debug)]
+pub struct Cost {
+    scope: Vec<String>,
+    repeat: u64,
+    rows: BTreeMap<String, Row>,
+    parameters: Vec<(String, Shape)>,
+    seen: BTreeSet<String>,
+}
+
+impl Default for Cost {
+    fn default() -> Self {
+        Self { scope: vec![], repeat: 1, rows: BTreeMap::new(), parameters: vec![], seen: BTreeSet::new() }
+    }
+}
+
+impl Cost {
+    /// Counts one graph at a batch of `batch` rows (each of the streams of guidance is a row, but in the sampler, which
+    /// shares tokens between them and counts both), `tokens` columns and `steps` Euler steps.
+    ///
+    /// # Errors
+    /// When the configuration is not consistent.
+    pub fn stage(&mut self, config: &Config, stage: Stage, batch: usize, tokens: usize, steps: usize) -> Result<()> {
+        let g = &config.generator;
+        let key_values = |length| {
+            let shape = vec![batch, g.heads, length, g.head_dim()];
+            vec![transformer::KeyValue { key: shape.clone(), value: shape }; g.depth]
+        };
+        match stage {
+            Stage::Prefill => transformer::prefill(self, g, &vec![batch]).map(drop),
+            Stage::Step => {
+                let (token, position) = (vec![batch, g.embed], vec![batch]);
+                transformer::step(self, g, &token, &position, &key_values(g.window), &key_values(g.buffer)).map(drop)
+            }
+            Stage::Flow => {
+                let (z, noise) = (vec![batch, g.dim], vec![batch, g.embed]);
+                flow::sample(self, g, &z, &noise, &vec![batch], &vec![steps + 1]).map(drop)
+            }
+            Stage::Decode => tokenizer::decode(self, &config.tokenizer, &vec![batch, tokens, g.embed]).map(drop),
+            Stage::Encode => {
+                let (width, height) = config.image_size(tokens);
+                let image = vec![batch, config.tokenizer.image_channels, height, width];
+                tokenizer::encode(self, &config.tokenizer, &image).map(drop)
+            }
+        }
+    }
+
+    /// Names and shapes of all weights that were used, in the order of first use.
+    pub fn into_parameters(self) -> Vec<(String, Shape)> {
+        self.parameters
+    }
+
+    /// What every scope costs by itself, without the scopes inside it.
+    pub fn rows(&self) -> &BTreeMap<String, Row> {
+        &self.rows
+    }
+
+    /// The sum over all scopes.
+    pub fn total(&self) -> Row {
+        let mut total = Row::default();
+        self.rows.values().for_each(|row| total += *row);
+        total
+    }
+
+    fn count(&mut self, row: Row) {
+        *self.rows.entry(self.scope.join(".")).or_default() += row;
+    }
+
+    fn result(&mut self, shape: Shape) -> Result<Shape> {
+        let activations = elements(&shape) * self.repeat;
+        self.count(Row { activations, ..Row::default() });
+        Ok(shape)
+    }
+
+    fn product(&mut self, shape: Shape, inner: usize) -> Result<Shape> {
+        let multiply_adds = elements(&shape) * inner as u64 * self.repeat;
+        self.count(Row { multiply_adds, ..Row::default() });
+        self.result(shape)
+    }
+}
+
+fn elements(shape: &[usize]) -> u64 {
+    shape.iter().map(|&size| size as u64).product()
+}
+
+fn mismatch(op: &str, shapes: &[&Shape]) -> Error {
+    Error::run(op, format!("shapes {shapes:?} do not fit"))
+}
+
+fn broadcast(a: &Shape, b: &Shape) -> Result<Shape> {
+    let rank = a.len().max(b.len());
+    let at = |shape: &Shape, axis: usize| (axis + shape.len()).checked_sub(rank).map_or(1, |axis| shape[axis]);
+    (0..rank)
+        .map(|axis| match (at(a, axis), at(b, axis)) {
+            (x, y) if x == y || y == 1 => Ok(x),
+            (1, y) => Ok(y),
+            _ => Err(mismatch("broadcast", &[a, b])),
+        })
+        .collect()
+}
+
+fn sizes(x: &Shape, shape: &[Dim<Shape>]) -> Result<Shape> {
+    let known = |dim: &Dim<Shape>| match dim {
+        Dim::Is(size) => Some(*size),
+        Dim::Of(other, axis) => Some(other[*axis]),
+        Dim::Rest => None,
+    };
+    let product: usize = shape.iter().filter_map(known).product();
+    let rest = elements(x) as usize / product.max(1);
+    let sizes: Shape = shape.iter().map(|dim| known(dim).unwrap_or(rest)).collect();
+    if elements(&sizes) == elements(x) { Ok(sizes) } else { Err(mismatch("reshape", &[x, &sizes])) }
+}
+
+impl Ops for Cost {
+    type Tensor = Shape;
+
+    fn enter(&mut self, name: &str) {
+        self.scope.push(name.to_string());
+    }
+
+    fn leave(&mut self) {
+        self.scope.pop();
+    }
+
+    fn param(&mut self, name: &str, shape: &[usize]) -> Result<Shape> {
+        let name = scoped(&self.scope, name);
+        let size = elements(shape);
+        let mut row = Row { weights_read: size * self.repeat, ..Row::default() };
+        if self.seen.insert(name.clone()) {
+            self.parameters.push((name, shape.to_vec()));
+            row.parameters = size;
+        }
+        self.count(row);
+        Ok(shape.to_vec())
+    }
+
+    fn constant(&mut self, shape: &[usize], _data: &[f32]) -> Result<Shape> {
+        Ok(shape.to_vec())
+    }
+
+    fn reshape(&mut self, x: &Shape, shape: &[Dim<Shape>]) -> Result<Shape> {
+        sizes(x, shape)
+    }
+
+    fn expand(&mut self, x: &Shape, shape: &[Dim<Shape>]) -> Result<Shape> {
+        let target: Shape = shape
+            .iter()
+            .map(|dim| match dim {
+                Dim::Is(size) => Ok(*size),
+                Dim::Of(other, axis) => Ok(other[*axis]),
+                Dim::Rest => Err(mismatch("expand", &[x])),
+            })
+            .collect::<Result<_>>()?;
+        let target = broadcast(x, &target)?;
+        self.result(target)
+    }
+
+    fn permute(&mut self, x: &Shape, axes: &[usize]) -> Result<Shape> {
+        self.result(axes.iter().map(|&axis| x[axis]).collect())
+    }
+
+    fn slice(&mut self, x: &Shape, axis: usize, start: i64, end: i64) -> Result<Shape> {
+        let mut shape = x.clone();
+        shape[axis] = position(end, x[axis]).saturating_sub(position(start, x[axis]));
+        self.result(shape)
+    }
+
+    fn concat(&mut self, xs: &[&Shape], axis: usize) -> Result<Shape> {
+        let mut shape = xs[0].clone();
+        shape[axis] = xs.iter().map(|x| x[axis]).sum();
+        self.result(shape)
+    }
+
+    fn gather(&mut self, table: &Shape, indices: &Shape) -> Result<Shape> {
+        self.result([indices, &table[1..]].concat())
+    }
+
+    fn unary(&mut self, _op: Unary, x: &Shape) -> Result<Shape> {
+        self.result(x.clone())
+    }
+
+    fn binary(&mut self, _op: Binary, a: &Shape, b: &Shape) -> Result<Shape> {
+        let shape = broadcast(a, b)?;
+        self.result(shape)
+    }
+
+    fn clamp(&mut self, x: &Shape, _low: f32, _high: f32) -> Result<Shape> {
+        self.result(x.clone())
+    }
+
+    fn mean(&mut self, x: &Shape, axes: &[usize]) -> Result<Shape> {
+        self.result((0..x.len()).filter(|axis| !axes.contains(axis)).map(|axis| x[axis]).collect())
+    }
+
+    fn softmax(&mut self, x: &Shape) -> Result<Shape> {
+        self.result(x.clone())
+    }
+
+    fn matmul(&mut self, a: &Shape, b: &Shape) -> Result<Shape> {
+        let ([.., rows, inner], [.., inner_b, columns]) = (&a[..], &b[..]) else {
+            return Err(mismatch("matmul", &[a, b]));
+        };
+        if inner != inner_b {
+            return Err(mismatch("matmul", &[a, b]));
+        }
+        let mut shape = broadcast(&a[..a.len() - 2].to_vec(), &b[..b.len() - 2].to_vec())?;
+        shape.extend([rows, columns]);
+        self.product(shape, *inner)
+    }
+
+    fn gemm(&mut self, x: &Shape, weight: &Shape, _bias: &Shape) -> Result<Shape> {
+        match (&x[..], &weight[..]) {
+            (&[rows, inner], &[output, inner_w]) if inner == inner_w => self.product(vec![rows, output], inner),
+            _ => Err(mismatch("gemm", &[x, weight])),
+        }
+    }
+
+    fn layer_norm(&mut self, x: &Shape, _: Option<(&Shape, &Shape)>, width: usize, _eps: f32) -> Result<Shape> {
+        if x.last() != Some(&width) {
+            return Err(mismatch("layer_norm", &[x, &vec![width]]));
+        }
+        self.result(x.clone())
+    }
+
+    fn group_norm(&mut self, x: &Shape, (weight, _): (&Shape, &Shape), groups: usize, _eps: f32) -> Result<Shape> {
+        if weight[0] != x[1] || !x[1].is_multiple_of(groups) {
+            return Err(mismatch("group_norm", &[x, weight]));
+        }
+        self.result(x.clone())
+    }
+
+    fn conv(&mut self, x: &Shape, weight: &Shape, _bias: &Shape, spatial: usize) -> Result<Shape> {
+        if weight.len() != 2 + spatial || x.len() != 2 + spatial || x[1] != weight[1] {
+            return Err(mismatch("conv", &[x, weight]));
+        }
+        let mut shape = vec![x[0], weight[0]];
+        for axis in 2..x.len() {
+            shape.push((x[axis] + 1).checked_sub(weight[axis]).ok_or_else(|| mismatch("conv", &[x, weight]))?);
+        }
+        self.product(shape, weight[1..].iter().product())
+    }
+
+    fn pad_reflect(&mut self, x: &Shape, spatial: usize) -> Result<Shape> {
+        let mut shape = x.clone();
+        shape[2..2 + spatial].iter_mut().for_each(|size| *size += 2);
+        self.result(shape)
+    }
+
+    fn fold(
+        &mut self,
+        sequences: &[&Shape],
+        state: &Shape,
+        mut body: impl FnMut(&mut Self, &[Shape], &Shape) -> Result<Shape>,
+    ) -> Result<Shape> {
+        let now: Vec<Shape> = sequences.iter().map(|sequence| sequence[1..].to_vec()).collect();
+        let iterations = sequences[0][0] as u64;
+        self.repeat *= iterations;
+        let next = body(self, &now, state);
+        self.repeat /= iterations.max(1);
+        next
+    }
+}

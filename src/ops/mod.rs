@@ -1,0 +1,344 @@
+//! The primitives that the model is written in, and their interpreters.
+//!
+//! [`eager::Eager`] runs them on Candle, [`cost::Cost`] counts them, `eqim-export` lowers them to ONNX. Where an operator
+//! of ONNX exists, a primitive means what that operator means; shapes are written `[batch, ...]` in the model's code.
+
+pub mod cost;
+pub mod eager;
+
+use crate::Result;
+
+/// Size of one axis of a new shape.
+#[derive(Debug)]
+pub enum Dim<'a, T> {
+    /// A size known from the configuration.
+    Is(usize),
+    /// The size of an axis of another tensor: how symbolic sizes (the batch, the tokens) are named.
+    Of(&'a T, usize),
+    /// What remains of the elements; at most once in a shape, and in [`Ops::reshape`] only.
+    Rest,
+}
+
+impl<T> Clone for Dim<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Dim<'_, T> {}
+
+/// An element-wise function of one tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unary {
+    /// Cosine.
+    Cos,
+    /// Sine.
+    Sin,
+    /// x · sigmoid(x), also called swish.
+    Silu,
+    /// Exact GELU, x · (1 + erf(x / √2)) / 2.
+    Gelu,
+    /// Integers as floating-point numbers.
+    ToFloat,
+}
+
+/// An element-wise function of two tensors, broadcast as NumPy does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Binary {
+    /// a + b
+    Add,
+    /// a - b
+    Sub,
+    /// a · b
+    Mul,
+}
+
+/// An interpreter of the model.
+///
+/// Weights are asked for by their checkpoint name, relative to the [scope](Ops::scope) that is open; the same scoped name
+/// becomes the ONNX node's name and the row of the cost table. Model code never asks a tensor for its shape.
+pub trait Ops: Sized {
+    /// A value of the model.
+    type Tensor: Clone;
+
+    /// Opens a named scope inside the current one. Model code calls [`Ops::scope`].
+    fn enter(&mut self, name: &str);
+
+    /// Closes the innermost scope.
+    fn leave(&mut self);
+
+    /// Runs `body` inside the scope `name`; scopes are joined by dots as PyTorch joins module names.
+    ///
+    /// # Errors
+    /// Those of `body`.
+    fn scope<R>(&mut self, name: &str, body: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
+        self.enter(name);
+        let result = body(self);
+        self.leave();
+        result
+    }
+
+    /// The weight `name` of the current scope.
+    ///
+    /// # Errors
+    /// When the weights have no tensor of that name and shape.
+    fn param(&mut self, name: &str, shape: &[usize]) -> Result<Self::Tensor>;
+
+    /// A tensor of known values.
+    ///
+    /// # Errors
+    /// When `data` is not as long as `shape` says.
+    fn constant(&mut self, shape: &[usize], data: &[f32]) -> Result<Self::Tensor>;
+
+    /// The same elements in another shape (ONNX `Reshape`).
+    ///
+    /// # Errors
+    /// When the sizes do not fit.
+    fn reshape(&mut self, x: &Self::Tensor, shape: &[Dim<Self::Tensor>]) -> Result<Self::Tensor>;
+
+    /// `x` repeated to `shape` by broadcasting (ONNX `Expand`).
+    ///
+    /// # Errors
+    /// When the sizes do not fit.
+    fn expand(&mut self, x: &Self::Tensor, shape: &[Dim<Self::Tensor>]) -> Result<Self::Tensor>;
+
+    /// Axes in another order (ONNX `Transpose`).
+    ///
+    /// # Errors
+    /// When `axes` is not a permutation.
+    fn permute(&mut self, x: &Self::Tensor, axes: &[usize]) -> Result<Self::Tensor>;
+
+    /// Elements `start..end` of an axis; as in NumPy, negative positions count from the end and a large `end` means
+    /// all of the rest (ONNX `Slice`).
+    ///
+    /// # Errors
+    /// When the range lies outside.
+    fn slice(&mut self, x: &Self::Tensor, axis: usize, start: i64, end: i64) -> Result<Self::Tensor>;
+
+    /// Tensors one after another along `axis` (ONNX `Concat`).
+    ///
+    /// # Errors
+    /// When other axes differ.
+    fn concat(&mut self, xs: &[&Self::Tensor], axis: usize) -> Result<Self::Tensor>;
+
+    /// Rows of `table [n, ...]` by `indices [batch]` of integers, `[batch, ...]` (ONNX `Gather`).
+    ///
+    /// # Errors
+    /// When an index lies outside.
+    fn gather(&mut self, table: &Self::Tensor, indices: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// An element-wise function.
+    ///
+    /// # Errors
+    /// When the interpreter refuses.
+    fn unary(&mut self, op: Unary, x: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// An element-wise function of two tensors with broadcasting.
+    ///
+    /// # Errors
+    /// When the shapes do not broadcast.
+    fn binary(&mut self, op: Binary, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// `x` limited to `low..=high` (ONNX `Clip`).
+    ///
+    /// # Errors
+    /// When the interpreter refuses.
+    fn clamp(&mut self, x: &Self::Tensor, low: f32, high: f32) -> Result<Self::Tensor>;
+
+    /// Mean over some axes, which disappear (ONNX `ReduceMean`).
+    ///
+    /// # Errors
+    /// When an axis lies outside.
+    fn mean(&mut self, x: &Self::Tensor, axes: &[usize]) -> Result<Self::Tensor>;
+
+    /// Softmax over the last axis (ONNX `Softmax`).
+    ///
+    /// # Errors
+    /// When the interpreter refuses.
+    fn softmax(&mut self, x: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// Matrix product of the last two axes, the others broadcast (ONNX `MatMul`).
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn matmul(&mut self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// `x [rows, in] · weightᵀ + bias`, weight `[out, in]` as PyTorch stores it (ONNX `Gemm` with `transB`).
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn gemm(&mut self, x: &Self::Tensor, weight: &Self::Tensor, bias: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// Normalization over the last axis of `width` elements, with `(weight, bias)` or without
+    /// (ONNX `LayerNormalization`).
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn layer_norm(
+        &mut self,
+        x: &Self::Tensor,
+        affine: Option<(&Self::Tensor, &Self::Tensor)>,
+        width: usize,
+        eps: f32,
+    ) -> Result<Self::Tensor>;
+
+    /// Normalization of `x [batch, channels, height, width]` over groups of channels (ONNX `GroupNormalization`).
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn group_norm(
+        &mut self,
+        x: &Self::Tensor,
+        affine: (&Self::Tensor, &Self::Tensor),
+        groups: usize,
+        eps: f32,
+    ) -> Result<Self::Tensor>;
+
+    /// Convolution of stride 1 without padding over the `spatial` (1 or 2) last axes (ONNX `Conv`).
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    fn conv(
+        &mut self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        bias: &Self::Tensor,
+        spatial: usize,
+    ) -> Result<Self::Tensor>;
+
+    /// One element more on both sides of the `spatial` last axes of `x` of rank `2 + spatial`, mirrored without the
+    /// border itself (ONNX `Pad`, mode `reflect`).
+    ///
+    /// # Errors
+    /// When an axis has fewer than two elements.
+    fn pad_reflect(&mut self, x: &Self::Tensor, spatial: usize) -> Result<Self::Tensor>;
+
+    /// Threads `state` through `body` once for every index `i` of the first axis of `sequences`, handing it their
+    /// `i`-th elements (ONNX `Loop`).
+    ///
+    /// # Errors
+    /// Those of `body`.
+    fn fold(
+        &mut self,
+        sequences: &[&Self::Tensor],
+        state: &Self::Tensor,
+        body: impl FnMut(&mut Self, &[Self::Tensor], &Self::Tensor) -> Result<Self::Tensor>,
+    ) -> Result<Self::Tensor>;
+
+    // What follows is derived.
+
+    /// a + b
+    ///
+    /// # Errors
+    /// Those of [`Ops::binary`].
+    fn add(&mut self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor> {
+        self.binary(Binary::Add, a, b)
+    }
+
+    /// a - b
+    ///
+    /// # Errors
+    /// Those of [`Ops::binary`].
+    fn sub(&mut self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor> {
+        self.binary(Binary::Sub, a, b)
+    }
+
+    /// a · b
+    ///
+    /// # Errors
+    /// Those of [`Ops::binary`].
+    fn mul(&mut self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor> {
+        self.binary(Binary::Mul, a, b)
+    }
+
+    /// `x` times a number.
+    ///
+    /// # Errors
+    /// Those of [`Ops::binary`].
+    fn scale(&mut self, x: &Self::Tensor, factor: f32) -> Result<Self::Tensor> {
+        let factor = self.constant(&[], &[factor])?;
+        self.mul(x, &factor)
+    }
+
+    /// x · (1 + scale) + shift, the modulation of adaptive layer norm (reference: `modulate`).
+    ///
+    /// # Errors
+    /// Those of [`Ops::binary`].
+    fn modulate(&mut self, x: &Self::Tensor, shift: &Self::Tensor, scale: &Self::Tensor) -> Result<Self::Tensor> {
+        let one = self.constant(&[], &[1.0])?;
+        let scale = self.add(scale, &one)?;
+        let x = self.mul(x, &scale)?;
+        self.add(&x, shift)
+    }
+
+    /// The module `nn.Linear(input, output)` of this name on `x [rows, input]`.
+    ///
+    /// # Errors
+    /// Those of [`Ops::param`] and [`Ops::gemm`].
+    fn linear(&mut self, name: &str, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor> {
+        self.scope(name, |o| {
+            let weight = o.param("weight", &[output, input])?;
+            let bias = o.param("bias", &[output])?;
+            o.gemm(x, &weight, &bias)
+        })
+    }
+
+    /// The module `nn.LayerNorm(width, eps)` of this name.
+    ///
+    /// # Errors
+    /// Those of [`Ops::param`] and [`Ops::layer_norm`].
+    fn norm(&mut self, name: &str, x: &Self::Tensor, width: usize, eps: f32) -> Result<Self::Tensor> {
+        self.scope(name, |o| {
+            let weight = o.param("weight", &[width])?;
+            let bias = o.param("bias", &[width])?;
+            o.layer_norm(x, Some((&weight, &bias)), width, eps)
+        })
+    }
+
+    /// The module `nn.Conv1d` or `nn.Conv2d` of this name, with a `kernel` of 1, or of 3 and reflect padding.
+    ///
+    /// # Errors
+    /// Those of [`Ops::param`], [`Ops::pad_reflect`] and [`Ops::conv`].
+    fn convolution(
+        &mut self,
+        name: &str,
+        x: &Self::Tensor,
+        (input, output): (usize, usize),
+        (spatial, kernel): (usize, usize),
+    ) -> Result<Self::Tensor> {
+        self.scope(name, |o| {
+            let mut shape = vec![output, input];
+            shape.resize(2 + spatial, kernel);
+            let weight = o.param("weight", &shape)?;
+            let bias = o.param("bias", &[output])?;
+            if kernel == 1 {
+                return o.conv(x, &weight, &bias, spatial);
+            }
+            let x = o.pad_reflect(x, spatial)?;
+            o.conv(&x, &weight, &bias, spatial)
+        })
+    }
+
+    /// Softmax attention of `q [b, h, n, d]` to `k`, `v` `[b, h, m, d]`, with `bias` added to the scores
+    /// `[b, h, n, m]`; scores are scaled by `d^-0.5`.
+    ///
+    /// # Errors
+    /// Those of the primitives.
+    fn attention(
+        &mut self,
+        q: &Self::Tensor,
+        k: &Self::Tensor,
+        v: &Self::Tensor,
+        bias: Option<&Self::Tensor>,
+        head_dim: usize,
+    ) -> Result<Self::Tensor> {
+        let q = self.scale(q, (head_dim as f32).powf(-0.5))?;
+        let k = self.permute(k, &[0, 1, 3, 2])?;
+        let mut scores = self.matmul(&q, &k)?;
+        if let Some(bias) = bias {
+            scores = self.add(&scores, bias)?;
+        }
+        let weights = self.softmax(&scores)?;
+        self.matmul(&weights, v)
+    }
+}

@@ -1,0 +1,64 @@
+//! Images in and out: PNG and JPEG files against arrays `[3, height, width]` in -1..1.
+
+use std::path::Path;
+
+use image::imageops::FilterType;
+use image::{ImageFormat, ImageReader, RgbImage};
+use ndarray::{Array3, ArrayView3};
+
+use crate::{Error, Result, files};
+
+/// A channel's value in -1..1 as a byte, rounded as the reference does (`engine_generator.py`).
+pub fn to_byte(value: f32) -> u8 {
+    ((value + 1.0) / 2.0 * 255.0).clamp(0.0, 255.0).round_ties_even() as u8
+}
+
+/// Writes `image [3, height, width]` as a PNG, replacing `path` when all of it is written.
+///
+/// # Errors
+/// [`Error::Run`] when it cannot be written.
+pub fn write_png(path: &Path, image: ArrayView3<f32>) -> Result<()> {
+    let (_, height, width) = image.dim();
+    let failed = |error: image::ImageError| Error::run(path.display(), format!("cannot be written: {error}"));
+    let pixels = RgbImage::from_fn(width as u32, height as u32, |x, y| {
+        image::Rgb([0, 1, 2].map(|channel| to_byte(image[[channel, y as usize, x as usize]])))
+    });
+    files::write_beside(path, |beside| pixels.save_with_format(beside, ImageFormat::Png).map_err(failed))
+}
+
+/// Reads a PNG or JPEG, scaled to `height` with its proportions kept, as `[3, height, width]`. Its width is cut on the
+/// left to a multiple of `multiple`, so that its right edge stays.
+///
+/// # Errors
+/// [`Error::Input`] when it is none, or narrower than `2 · multiple` after scaling.
+pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Array3<f32>> {
+    let bad = |problem: String| Error::input(path.display(), problem);
+    let reader = std::io::BufReader::new(files::open(path)?);
+    let reader = ImageReader::new(reader).with_guessed_format().map_err(|error| bad(error.to_string()))?;
+    let image = reader.decode().map_err(|error| bad(format!("is not a PNG or JPEG that can be read: {error}")))?;
+    let scaled = (image.width() as f64 * height as f64 / image.height() as f64).round() as usize;
+    let width = scaled / multiple * multiple;
+    if width < 2 * multiple {
+        return Err(bad(format!(
+            "is {scaled} pixels wide at a height of {height}, expected at least {} (two tokens)",
+            2 * multiple
+        )));
+    }
+    let same = image.height() as usize == height;
+    let image = if same { image } else { image.resize_exact(scaled as u32, height as u32, FilterType::Lanczos3) };
+    let pixels = image.to_rgb8();
+    Ok(Array3::from_shape_fn((3, height, width), |(channel, y, x)| {
+        let pixel = pixels.get_pixel((x + scaled - width) as u32, y as u32);
+        f32::from(pixel[channel]) / 127.5 - 1.0
+    }))
+}
+
+/// Whether a file starts as a PNG or JPEG does.
+///
+/// # Errors
+/// [`Error::Input`] when it cannot be read.
+pub fn is_picture(path: &Path) -> Result<bool> {
+    let reader = std::io::BufReader::new(files::open(path)?);
+    let format = ImageReader::new(reader).with_guessed_format().map_err(|error| Error::input(path.display(), error))?;
+    Ok(matches!(format.format(), Some(ImageFormat::Png | ImageFormat::Jpeg)))
+}

@@ -1,0 +1,207 @@
+//! The model on Candle against what the PyTorch reference computed, at two configurations.
+
+mod common;
+
+use candle_core::{Device, Tensor};
+use common::{ACTIVATION, Fixture, IMAGE, NOISE, SAMPLING, all, close, close_array};
+use eqim::checkpoint::{self, Hints, Shapes, WeightSet};
+use eqim::config::Preset;
+use eqim::engine::Engine;
+use eqim::generate::{Noise, generate};
+use eqim::model::{flow, parameters, transformer};
+use eqim::ops::Ops;
+use eqim::ops::eager::Eager;
+use eqim::picture::to_byte;
+use eqim::random::TorchRng;
+use ndarray::{Array3, Ix3, Ix4};
+
+fn dims(fixture: &Fixture, key: &str) -> Vec<usize> {
+    fixture.tensor(key).dims().to_vec()
+}
+
+#[test]
+fn teacher_forced_transformer() {
+    for fixture in all() {
+        let engine = fixture.engine(WeightSet::Ema);
+        let g = &engine.config().generator;
+        let o = &mut Eager::new(engine.weights());
+        let (labels, tokens) = (fixture.tensor("forward/labels"), fixture.tensor("forward/tokens"));
+        let (batch, n, embed) = tokens.dims3().unwrap();
+        let tokens = tokens.reshape((batch * n, embed)).unwrap();
+
+        let both = |c: &Tensor, x: &Tensor| {
+            let (c, x) = (c.reshape((batch, g.buffer, g.dim)).unwrap(), x.reshape((batch, n, g.dim)).unwrap());
+            Tensor::cat(&[&c, &x], 1).unwrap()
+        };
+        let mut c = transformer::embed_condition(o, g, labels).unwrap();
+        let mut x = transformer::embed_tokens(o, g, &tokens).unwrap();
+        close(&fixture, "forward/z_proj_ln", &both(&c, &x), ACTIVATION);
+        let (rope, bias) = transformer::teacher_forcing(o, g, n, 0).unwrap();
+        for i in 0..g.depth {
+            (c, x) = o
+                .scope(&format!("encoder_blocks.{i}"), |o| {
+                    let (cross, c) = transformer::condition_block(o, g, &c)?;
+                    let (x, _) = transformer::token_block(o, g, &x, n, &cross, None, &rope, &bias)?;
+                    Ok((c, x))
+                })
+                .unwrap();
+            close(&fixture, &format!("forward/block{i}"), &both(&c, &x), ACTIVATION);
+        }
+        let z = transformer::teacher_forced(o, g, labels, &tokens, n, 0).unwrap();
+        close(&fixture, "forward/z", &z, ACTIVATION);
+    }
+}
+
+#[test]
+fn cached_steps_equal_the_teacher_forced_transformer() {
+    for fixture in all() {
+        let engine = fixture.engine(WeightSet::Ema);
+        let labels = fixture.tensor("forward/labels").to_vec1::<i64>().unwrap();
+        let tokens: Array3<f32> = fixture.array("forward/tokens");
+        let z: Array3<f32> = fixture.array("forward/z");
+        let (mut session, mut found) = engine.start(&labels).unwrap();
+        for i in 0..z.dim().1 {
+            if i > 0 {
+                let token = tokens.index_axis(ndarray::Axis(1), i - 1);
+                found = session.step(token, &vec![i as i64 - 1; labels.len()]).unwrap();
+            }
+            let difference = &found - &z.index_axis(ndarray::Axis(1), i);
+            let largest = difference.iter().fold(0f32, |most, value| most.max(value.abs()));
+            assert!(largest <= ACTIVATION, "token {i}: {largest:e}");
+        }
+    }
+}
+
+#[test]
+fn flow_head() {
+    for fixture in all() {
+        let engine = fixture.engine(WeightSet::Ema);
+        let g = &engine.config().generator;
+        let o = &mut Eager::new(engine.weights());
+        let [x, t, c, guided_c] = ["x", "t", "c", "guided_c"].map(|key| fixture.tensor(&format!("flow/{key}")));
+        let rows = x.dim(0).unwrap();
+        close(&fixture, "flow/v", &flow::velocity(o, g, x, t, c).unwrap(), ACTIVATION);
+
+        let [x2, t2] = [x, t].map(|tensor| Tensor::cat(&[tensor, tensor], 0).unwrap());
+        let v = flow::velocity(o, g, &x2, &t2, guided_c).unwrap().reshape((2, rows, g.embed)).unwrap();
+        let guidance = Tensor::full(3.5f32, rows, &Device::Cpu).unwrap();
+        let guided = flow::guide(o, g, &v, &guidance).unwrap();
+        let expected = dims(&fixture, "flow/guided_v_3.5")[0];
+        let guided = if expected == 2 * rows { Tensor::cat(&[&guided, &guided], 0).unwrap() } else { guided };
+        close(&fixture, "flow/guided_v_3.5", &guided, ACTIVATION);
+
+        let timesteps = eqim::generate::timesteps(g.steps);
+        let timesteps = Tensor::from_slice(&timesteps, timesteps.len(), &Device::Cpu).unwrap();
+        let end = flow::sample(o, g, c, x, &guidance, &timesteps).unwrap();
+        close(&fixture, "flow/end", &end, ACTIVATION);
+        let end = flow::sample(o, g, guided_c, x, &guidance, &timesteps).unwrap();
+        let expected = dims(&fixture, "flow/guided_end_3.5")[0];
+        let end = if expected == 2 * rows { Tensor::cat(&[&end, &end], 0).unwrap() } else { end };
+        close(&fixture, "flow/guided_end_3.5", &end, ACTIVATION);
+    }
+}
+
+#[test]
+fn tokenizer_both_ways() {
+    for fixture in all() {
+        let engine = fixture.engine(WeightSet::Ema);
+        for n in [3, 16] {
+            let latent = engine.encode(fixture.array::<Ix4>(&format!("tokenizer/image{n}")).view()).unwrap();
+            close_array(&fixture, &format!("tokenizer/latent{n}"), &latent, ACTIVATION);
+            let decoded = engine.decode(fixture.array::<Ix3>(&format!("tokenizer/latent{n}")).view()).unwrap();
+            close_array(&fixture, &format!("tokenizer/decoded{n}"), &decoded, IMAGE);
+        }
+        let raw = fixture.engine(WeightSet::Raw);
+        let latent = raw.encode(fixture.array::<Ix4>("tokenizer/image3").view()).unwrap();
+        close_array(&fixture, "tokenizer/latent3_raw_weights", &latent, ACTIVATION);
+    }
+}
+
+#[test]
+fn encoder_before_its_last_projection() {
+    for fixture in all() {
+        let engine = fixture.engine(WeightSet::Ema);
+        for n in [3, 16] {
+            let o = &mut Eager::new(engine.weights());
+            let image = fixture.tensor(&format!("tokenizer/image{n}"));
+            let columns = eqim::model::tokenizer::encode_columns(o, &engine.config().tokenizer, image).unwrap();
+            let columns = columns.permute((0, 2, 1)).unwrap();
+            close(&fixture, &format!("tokenizer/encoder_out{n}"), &columns, ACTIVATION);
+        }
+    }
+}
+
+#[test]
+fn sampling_runs_from_the_seed_alone() {
+    for fixture in all() {
+        let engine = fixture.engine(WeightSet::Ema);
+        for run in fixture.runs() {
+            let request = fixture.request(&run);
+            let generated = generate(&engine, &request, |_| {}).unwrap();
+            let noise: Array3<f32> = fixture.array(&format!("{run}/noise"));
+            close_array(&fixture, &format!("{run}/noise"), &generated.noise, NOISE);
+            close_array(&fixture, &format!("{run}/tokens"), &generated.tokens, SAMPLING);
+
+            let given = eqim::generate::Request { noise: Noise::Given(noise), ..request };
+            let given = generate(&engine, &given, |_| {}).unwrap();
+            close_array(&fixture, &format!("{run}/tokens"), &given.tokens, SAMPLING);
+
+            if fixture.expected.contains_key(&format!("{run}/image")) {
+                let image =
+                    engine.decode((&generated.tokens / engine.config().generator.vae_norm as f32).view()).unwrap();
+                close_array(&fixture, &format!("{run}/image"), &image, SAMPLING);
+                let bytes = image.permuted_axes([0, 2, 3, 1]).mapv(|value| f32::from(to_byte(value)));
+                let expected = fixture.array::<Ix4>(&format!("{run}/image_u8"));
+                let levels = (&bytes - &expected).iter().fold(0f32, |most, value| most.max(value.abs()));
+                assert!(levels <= 1.0, "{run}: {levels} levels");
+            }
+        }
+    }
+}
+
+#[test]
+fn torch_random_numbers() {
+    let fixture = &all()[0];
+    let mut checked = 0;
+    for key in fixture.expected.keys().filter(|key| key.starts_with("torch_rng/") && key.ends_with("_first")) {
+        let seed: u64 = key["torch_rng/seed".len()..].split('_').next().unwrap().parse().unwrap();
+        let mut random = TorchRng::new(seed);
+        for key in [key.clone(), key.replace("_first", "_second")] {
+            let expected = fixture.tensor(&key).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let found = random.randn(expected.len());
+            let largest = found.iter().zip(&expected).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
+            assert!(largest <= NOISE, "{key}: {largest:e}");
+            checked += 1;
+        }
+    }
+    assert_eq!(checked, 10);
+}
+
+#[test]
+fn published_checkpoints_give_the_published_configurations() {
+    let text = std::fs::read_to_string(common::fixtures().join("published_shapes.json")).unwrap();
+    let published: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let shapes = |key: &str| -> Shapes { serde_json::from_value(published[key]["state_dict"].clone()).unwrap() };
+    let tokenizer = checkpoint::infer_tokenizer(&shapes("tokenizer")).unwrap();
+    let presets = [
+        ("small-1000-classes", Preset::Small),
+        ("base-1000-classes", Preset::Base),
+        ("large-1000-classes", Preset::Large),
+        ("huge-1000-classes", Preset::Huge),
+        ("large-30-classes", Preset::PlacesLarge),
+    ];
+    for (key, preset) in presets {
+        let shapes = shapes(key);
+        let hints = Hints { preset: Some(preset), ..Hints::default() };
+        let generator = checkpoint::infer_generator(&shapes, &hints, &Hints::default()).unwrap();
+        let config = eqim::Config { generator, tokenizer: tokenizer.clone() };
+        assert_eq!(config, preset.config(), "{key}");
+        config.check().unwrap();
+        let expected: Shapes = parameters(&config).unwrap().into_iter().collect();
+        for (name, shape) in &shapes {
+            assert_eq!(expected.get(name), Some(shape), "{key}: {name}");
+        }
+        let count: usize = shapes.values().map(|shape| shape.iter().product::<usize>()).sum();
+        assert_eq!(published[key]["parameters"], count, "{key}");
+    }
+}

@@ -1,0 +1,121 @@
+//! The pinned native libraries under `.native/`.
+
+use std::env::consts::OS;
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::command::run;
+
+/// Pinned version of ONNX Runtime.
+const ONNXRUNTIME: &str = "1.32.0";
+/// Pinned version of the Python package onnx, with which the tests check exported graphs.
+const ONNX: &str = "1.23.2";
+/// The file in an installed folder that names the version standing there.
+const STAMP: &str = "VERSION";
+
+/// Installs ONNX Runtime and the Python package onnx, each unless it stands there already.
+pub fn setup(root: &Path) -> Result<()> {
+    let library = library_name()?;
+    let native = root.join(".native");
+    fs::create_dir_all(&native).with_context(|| format!("{} could not be created", native.display()))?;
+    // Two setups at once would fill the same partial folder.
+    let lock = File::create(native.join("lock")).context(".native/lock could not be created")?;
+    lock.lock().context(".native/lock could not be locked")?;
+
+    let by_hand = format!(
+        "ONNX Runtime is not installed; to do it by hand, download the Python wheel onnxruntime {ONNXRUNTIME}, \
+         unzip it, and either point ORT_DYLIB_PATH at its onnxruntime/capi/{library} or copy that to \
+         .native/onnxruntime/ and write {ONNXRUNTIME} in .native/onnxruntime/{STAMP}"
+    );
+    install("onnxruntime", ONNXRUNTIME, &native.join("onnxruntime"), |partial| unpack_onnxruntime(&library, partial))
+        .context(by_hand)?;
+    install("onnx", ONNX, &native.join("python"), |partial| pip_install(&format!("onnx=={ONNX}"), partial, &[]))
+        .context("the Python package onnx, needed by the tests only, is not installed")
+}
+
+/// The file name of the ONNX Runtime library on this system.
+fn library_name() -> Result<String> {
+    match OS {
+        "linux" => Ok(format!("libonnxruntime.so.{ONNXRUNTIME}")),
+        "macos" => Ok(format!("libonnxruntime.{ONNXRUNTIME}.dylib")),
+        _ => bail!(
+            "setup does not support {OS}, only linux and macos: install ONNX Runtime \
+             {ONNXRUNTIME} by hand and point ORT_DYLIB_PATH at its library"
+        ),
+    }
+}
+
+/// Fills `folder` with `package`, unless its stamp says this version stands there already.
+fn install(package: &str, version: &str, folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    if fs::read_to_string(folder.join(STAMP)).is_ok_and(|stamp| stamp.trim() == version) {
+        println!("{package} {version} is already in {}", folder.display());
+        return Ok(());
+    }
+    println!("installing {package} {version} in {}", folder.display());
+    require_pip()?;
+
+    // Only a complete folder gets the final name: an interrupted setup is simply run again.
+    let partial = folder.with_extension("partial");
+    remove(&partial)?;
+    fs::create_dir(&partial).with_context(|| format!("{} could not be created", partial.display()))?;
+    fill(&partial)?;
+    fs::write(partial.join(STAMP), version).with_context(|| format!("{} could not be stamped", partial.display()))?;
+    remove(folder)?;
+    rename(&partial, folder)
+}
+
+/// Puts the ONNX Runtime library and its licences in `folder`.
+fn unpack_onnxruntime(library: &str, folder: &Path) -> Result<()> {
+    let wheel = folder.join("wheel");
+    // The library does not depend on Python: any Python can unpack the wheel of this one.
+    let options = ["--no-deps", "--python-version=3.11", "--ignore-requires-python"];
+    pip_install(&format!("onnxruntime=={ONNXRUNTIME}"), &wheel, &options)?;
+
+    let package = wheel.join("onnxruntime");
+    rename(&package.join("capi").join(library), &folder.join(library))?;
+    for licence in ["LICENSE", "ThirdPartyNotices.txt"] {
+        rename(&package.join(licence), &folder.join(licence))?;
+    }
+    remove(&wheel)
+}
+
+/// Installs a Python package in `folder`, away from the system's own.
+fn pip_install(package: &str, folder: &Path, options: &[&str]) -> Result<()> {
+    run(Command::new("python3")
+        .args(["-m", "pip", "install", "--quiet", "--only-binary=:all:"])
+        .args(options)
+        .arg("--target")
+        .arg(folder)
+        .arg(package)
+        // As variables, because an older pip rejects options that it does not know.
+        .env("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+        .env("PIP_ROOT_USER_ACTION", "ignore"))
+}
+
+/// Fails unless `python3 -m pip` works.
+fn require_pip() -> Result<()> {
+    let probe = Command::new("python3")
+        .args(["-m", "pip", "--version"])
+        .output()
+        .context("python3 could not be started: install the Debian package python3-pip")?;
+    if !probe.status.success() {
+        bail!("python3 has no module pip: install the Debian package python3-pip");
+    }
+    Ok(())
+}
+
+/// Moves a file or folder within `.native/`.
+fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).with_context(|| format!("{} could not become {}", from.display(), to.display()))
+}
+
+/// Removes a folder that may be absent.
+fn remove(folder: &Path) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder).with_context(|| format!("{} could not be removed", folder.display()))?;
+    }
+    Ok(())
+}
