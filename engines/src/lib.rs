@@ -1,1 +1,9 @@
-//! placeholder
+//! Bundles, the engines that run them, and what the command lines share.
+
+pub mod bundle;
+pub mod cli;
+pub mod native;
+pub mod onnxruntime;
+mod open;
+
+pub use open::{Backend, open};

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::eager::{position, scoped};
 use super::{Binary, Dim, Ops, Unary};
-use crate::model::{Stage, flow, tokenizer, transformer};
+use crate::model::{Axis, BATCH, Stage};
 use crate::{Config, Error, Result};
 
 /// Shape of a tensor that is never computed.
@@ -49,34 +49,20 @@ impl Default for Cost {
 }
 
 impl Cost {
-    /// Counts one graph at a batch of `batch` rows (each of the streams of guidance is a row, but in the sampler, which
-    /// shares tokens between them and counts both), `tokens` columns and `steps` Euler steps.
+    /// Counts one graph at a batch of `batch` rows without guidance, `tokens` columns and `steps` Euler steps.
     ///
     /// # Errors
     /// When the configuration is not consistent.
     pub fn stage(&mut self, config: &Config, stage: Stage, batch: usize, tokens: usize, steps: usize) -> Result<()> {
-        let g = &config.generator;
-        let key_values = |length| {
-            let shape = vec![batch, g.heads, length, g.head_dim()];
-            vec![transformer::KeyValue { key: shape.clone(), value: shape }; g.depth]
+        let (width, _) = config.image_size(tokens);
+        let sizes = [(BATCH, batch), ("rows", batch), ("times", steps + 1), ("tokens", tokens), ("width", width)];
+        let size = |axis: &Axis| match axis {
+            Axis::Is(size) => *size,
+            Axis::Any(name) => sizes.iter().find(|(known, _)| known == name).map_or(1, |(_, size)| *size),
         };
-        match stage {
-            Stage::Prefill => transformer::prefill(self, g, &vec![batch]).map(drop),
-            Stage::Step => {
-                let (token, position) = (vec![batch, g.embed], vec![batch]);
-                transformer::step(self, g, &token, &position, &key_values(g.window), &key_values(g.buffer)).map(drop)
-            }
-            Stage::Flow => {
-                let (z, noise) = (vec![batch, g.dim], vec![batch, g.embed]);
-                flow::sample(self, g, &z, &noise, &vec![batch], &vec![steps + 1]).map(drop)
-            }
-            Stage::Decode => tokenizer::decode(self, &config.tokenizer, &vec![batch, tokens, g.embed]).map(drop),
-            Stage::Encode => {
-                let (width, height) = config.image_size(tokens);
-                let image = vec![batch, config.tokenizer.image_channels, height, width];
-                tokenizer::encode(self, &config.tokenizer, &image).map(drop)
-            }
-        }
+        let inputs: Vec<Shape> =
+            stage.inputs(config).iter().map(|port| port.shape.iter().map(size).collect()).collect();
+        stage.run(self, config, &inputs).map(drop)
     }
 
     /// Names and shapes of all weights that were used, in the order of first use.

@@ -1,0 +1,48 @@
+//! From a bundle to an engine.
+
+use clap::ValueEnum;
+use eqim::candle::CandleEngine;
+use eqim::engine::Engine;
+use eqim::{Error, Result, checkpoint};
+
+use crate::bundle::Bundle;
+use crate::native;
+use crate::onnxruntime::OrtEngine;
+
+/// What runs a bundle.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Backend {
+    /// ONNX Runtime where its library is found, else Candle, and says which.
+    #[default]
+    Auto,
+    /// ONNX Runtime.
+    Ort,
+    /// Candle, without any native library.
+    Candle,
+}
+
+/// Prepares an engine for a bundle. `threads` limits ONNX Runtime's; by default it takes every core.
+///
+/// # Errors
+/// [`Error::Input`] for weights that do not fit; [`Error::Run`] when ONNX Runtime was asked for and is not found.
+pub fn open(bundle: &Bundle, backend: Backend, threads: Option<usize>) -> Result<Box<dyn Engine>> {
+    let library = native::find_onnxruntime();
+    match (backend, library) {
+        (Backend::Candle, _) => candle(bundle),
+        (Backend::Auto | Backend::Ort, Ok(library)) => Ok(Box::new(OrtEngine::new(bundle, &library, threads)?)),
+        (Backend::Ort, Err(problem)) => Err(Error::Run(problem)),
+        (Backend::Auto, Err(problem)) => {
+            tracing::warn!("{problem}; running on Candle, which is slower");
+            candle(bundle)
+        }
+    }
+}
+
+fn candle(bundle: &Bundle) -> Result<Box<dyn Engine>> {
+    let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;
+    if config != bundle.manifest.model {
+        let weights = bundle.weights_path();
+        return Err(Error::input(weights.display(), "was written for another model than its bundle's config.json"));
+    }
+    Ok(Box::new(CandleEngine::new(config, weights)))
+}
