@@ -6,7 +6,7 @@ use ndarray::{Array2, Array3, Axis, concatenate, s};
 
 use crate::engine::Engine;
 use crate::random::TorchRng;
-use crate::{Error, Result};
+use crate::{Config, Error, Result};
 
 /// How guidance grows along the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -80,8 +80,8 @@ impl Request {
     ///
     /// # Errors
     /// [`Error::Input`] naming the flag, or the file's key, that does not fit.
-    pub fn check(&self, engine: &dyn Engine) -> Result<()> {
-        let generator = &engine.config().generator;
+    pub fn check(&self, config: &Config) -> Result<()> {
+        let generator = &config.generator;
         let (rows, embed) = (self.labels.len(), generator.embed);
         if rows == 0 {
             return Err(Error::input("--class", "names no class, expected at least one"));
@@ -149,7 +149,7 @@ pub fn timesteps(steps: usize) -> Vec<f32> {
 /// # Errors
 /// [`Error::Input`] for a request that does not fit the model; whatever the engine fails with.
 pub fn generate(engine: &dyn Engine, request: &Request, mut progress: impl FnMut(usize)) -> Result<Generated> {
-    request.check(engine)?;
+    request.check(engine.config())?;
     let (rows, embed) = (request.labels.len(), engine.config().generator.embed);
     let guided = request.cfg != 1.0;
     let unconditional = engine.config().generator.unconditional();

@@ -8,6 +8,9 @@ use ndarray::{Array3, ArrayView3};
 
 use crate::{Error, Result, files};
 
+/// Widest picture that is read, in pixels after scaling: a sliver of a file would else scale to gigabytes.
+pub const WIDEST: usize = 1 << 16;
+
 /// A channel's value in -1..1 as a byte, rounded as the reference does (`engine_generator.py`).
 pub fn to_byte(value: f32) -> u8 {
     ((value + 1.0) / 2.0 * 255.0).clamp(0.0, 255.0).round_ties_even() as u8
@@ -26,31 +29,44 @@ pub fn write_png(path: &Path, image: ArrayView3<f32>) -> Result<()> {
     files::write_beside(path, |beside| pixels.save_with_format(beside, ImageFormat::Png).map_err(failed))
 }
 
-/// Reads a PNG or JPEG, scaled to `height` with its proportions kept, as `[3, height, width]`. Its width is cut on the
-/// left to a multiple of `multiple`, so that its right edge stays.
+/// A picture that was read, and what was done to it.
+#[derive(Clone, Debug)]
+pub struct Picture {
+    /// `[3, height, width]` in -1..1.
+    pub pixels: Array3<f32>,
+    /// Width and height in the file.
+    pub original: (u32, u32),
+    /// Width after scaling, before the cut.
+    pub scaled: usize,
+}
+
+/// Reads a PNG or JPEG, scaled to `height` with its proportions kept. Its width is cut on the left to a multiple of
+/// `multiple`, so that its right edge stays.
 ///
 /// # Errors
-/// [`Error::Input`] when it is none, or narrower than `2 · multiple` after scaling.
-pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Array3<f32>> {
+/// [`Error::Input`] when it is none, or after scaling narrower than `2 · multiple` or wider than [`WIDEST`].
+pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Picture> {
     let bad = |problem: String| Error::input(path.display(), problem);
     let reader = std::io::BufReader::new(files::open(path)?);
     let reader = ImageReader::new(reader).with_guessed_format().map_err(|error| bad(error.to_string()))?;
     let image = reader.decode().map_err(|error| bad(format!("is not a PNG or JPEG that can be read: {error}")))?;
-    let scaled = (image.width() as f64 * height as f64 / image.height() as f64).round() as usize;
+    let original = (image.width(), image.height());
+    let scaled = (original.0 as f64 * height as f64 / original.1 as f64).round() as usize;
     let width = scaled / multiple * multiple;
-    if width < 2 * multiple {
+    if width < 2 * multiple || scaled > WIDEST {
         return Err(bad(format!(
-            "is {scaled} pixels wide at a height of {height}, expected at least {} (two tokens)",
+            "is {scaled} pixels wide at a height of {height}, expected {} (two tokens) to {WIDEST}",
             2 * multiple
         )));
     }
-    let same = image.height() as usize == height;
+    let same = original.1 as usize == height;
     let image = if same { image } else { image.resize_exact(scaled as u32, height as u32, FilterType::Lanczos3) };
     let pixels = image.to_rgb8();
-    Ok(Array3::from_shape_fn((3, height, width), |(channel, y, x)| {
+    let pixels = Array3::from_shape_fn((3, height, width), |(channel, y, x)| {
         let pixel = pixels.get_pixel((x + scaled - width) as u32, y as u32);
         f32::from(pixel[channel]) / 127.5 - 1.0
-    }))
+    });
+    Ok(Picture { pixels, original, scaled })
 }
 
 /// Whether a file starts as a PNG or JPEG does.

@@ -168,7 +168,10 @@ impl Bundle {
         for record in records {
             let plain = Path::new(&record.file).components().count() == 1 && !record.file.contains(['/', '\\']);
             if !plain || record.file.starts_with('.') {
-                return Err(Error::input(config.display(), format!("names a file outside of the bundle: {}", record.file)));
+                return Err(Error::input(
+                    config.display(),
+                    format!("names a file outside of the bundle: {}", record.file),
+                ));
             }
         }
         for stage in Stage::ALL {
@@ -196,7 +199,8 @@ impl Bundle {
     /// # Errors
     /// [`Error::Input`] when the bundle has none.
     pub fn graph(&self, stage: Stage) -> Result<&GraphRecord> {
-        let missing = || Error::input(self.folder.join(CONFIG_FILE).display(), format!("names no {} graph", stage.name()));
+        let missing =
+            || Error::input(self.folder.join(CONFIG_FILE).display(), format!("names no {} graph", stage.name()));
         self.manifest.graphs.get(stage.name()).ok_or_else(missing)
     }
 

@@ -15,7 +15,11 @@ const INSTALLED: &str = ".native/onnxruntime";
 pub fn find_onnxruntime() -> Result<PathBuf, String> {
     if let Some(path) = std::env::var_os(ORT_VARIABLE) {
         let path = PathBuf::from(path);
-        return if path.is_file() { Ok(path) } else { Err(format!("{ORT_VARIABLE} names {}, which is no file", path.display())) };
+        return if path.is_file() {
+            Ok(path)
+        } else {
+            Err(format!("{ORT_VARIABLE} names {}, which is no file", path.display()))
+        };
     }
     let starts = [std::env::current_exe().ok(), std::env::current_dir().ok()];
     let folders = starts.iter().flatten().flat_map(|start| start.ancestors());

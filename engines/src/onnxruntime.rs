@@ -1,10 +1,236 @@
-//! ONNX Runtime.
+//! The engine that runs a bundle's graphs on ONNX Runtime's CPU provider.
+//!
+//! Keys and values never leave ONNX Runtime: what a step gives as `present` is the `past` of the next, by reference.
+
+use std::cell::{OnceCell, RefCell};
 use std::path::Path;
-use eqim::Result;
-use crate::bundle::Bundle;
-/// placeholder
-pub struct OrtEngine;
+use std::sync::OnceLock;
+
+use eqim::engine::{Engine, Session};
+use eqim::model::{Axis, Kind, Port, Stage};
+use eqim::{Config, Error, Result};
+use half::f16;
+use ndarray::{Array, Array2, Array3, Array4, ArrayD, ArrayView, ArrayView2, ArrayView3, ArrayView4, Dimension};
+use ort::environment::Environment;
+use ort::session::SessionInputValue;
+use ort::session::builder::GraphOptimizationLevel;
+use ort::value::{DynValue, Tensor};
+
+use crate::bundle::{Bundle, Precision};
+
+/// ONNX Runtime's library, loaded once in a process.
+#[derive(Clone, Copy)]
+pub struct Runtime(&'static Environment);
+
+/// One graph, loaded.
+pub struct Graph {
+    name: String,
+    session: RefCell<ort::session::Session>,
+}
+
+fn failed(subject: &str) -> impl Fn(ort::Error) -> Error {
+    move |error| Error::run(subject, format!("ONNX Runtime: {error}"))
+}
+
+impl Runtime {
+    /// Loads the shared library. In one process the first library that is loaded stays.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when it is not ONNX Runtime, or too old.
+    pub fn load(library: &Path) -> Result<Self> {
+        static ENVIRONMENT: OnceLock<Result<Environment, String>> = OnceLock::new();
+        let environment = ENVIRONMENT.get_or_init(|| {
+            let builder = ort::init_from(library).map_err(|error| error.to_string())?;
+            builder.with_name("eqim").build().map_err(|error| error.to_string())
+        });
+        match environment {
+            Ok(environment) => Ok(Self(environment)),
+            Err(problem) => Err(Error::run(library.display(), format!("cannot be used as ONNX Runtime: {problem}"))),
+        }
+    }
+
+    /// Loads a graph; `threads` limits those of one operator.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when ONNX Runtime refuses it.
+    pub fn graph(self, path: &Path, threads: Option<usize>) -> Result<Graph> {
+        let name = path.display().to_string();
+        let load = || -> Result<ort::session::Session, ort::Error> {
+            let builder = ort::session::Session::builder(self.0)?;
+            let mut builder = builder.with_optimization_level(GraphOptimizationLevel::All)?;
+            if let Some(threads) = threads {
+                builder = builder.with_intra_threads(threads)?;
+            }
+            builder.commit_from_file(path)
+        };
+        let session = RefCell::new(load().map_err(failed(&name))?);
+        Ok(Graph { name, session })
+    }
+}
+
+impl Graph {
+    /// Runs the graph on its inputs in order; gives its outputs in order.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when ONNX Runtime fails.
+    pub fn run(&self, inputs: &[SessionInputValue<'_>]) -> Result<Vec<DynValue>> {
+        let mut session = self.session.borrow_mut();
+        let outputs = session.run(inputs).map_err(failed(&self.name))?;
+        Ok(outputs.into_iter().map(|(_, value)| value).collect())
+    }
+}
+
+/// An array as an input.
+///
+/// # Errors
+/// [`Error::Run`] when ONNX Runtime refuses its shape.
+pub fn float_input<D: Dimension>(array: ArrayView<f32, D>) -> Result<DynValue> {
+    let values: Vec<f32> = array.iter().copied().collect();
+    Ok(Tensor::from_array((array.shape().to_vec(), values)).map_err(failed("input"))?.into_dyn())
+}
+
+/// An array of FP16, a cache, as an input.
+///
+/// # Errors
+/// [`Error::Run`] when ONNX Runtime refuses its shape.
+pub fn half_input<D: Dimension>(array: Array<f16, D>) -> Result<DynValue> {
+    let shape = array.shape().to_vec();
+    let values: Vec<f16> = array.into_iter().collect();
+    Ok(Tensor::from_array((shape, values)).map_err(failed("input"))?.into_dyn())
+}
+
+/// Integers `[rows]` as an input.
+///
+/// # Errors
+/// [`Error::Run`] when ONNX Runtime refuses them.
+pub fn integer_input(values: &[i64]) -> Result<DynValue> {
+    Ok(Tensor::from_array((vec![values.len()], values.to_vec())).map_err(failed("input"))?.into_dyn())
+}
+
+/// Values of `f32` or `f16` as an array of as many axes.
+///
+/// # Errors
+/// [`Error::Run`] for values of another type or rank.
+pub fn float_output<D: Dimension>(value: &DynValue) -> Result<Array<f32, D>> {
+    let (shape, values) = match value.try_extract_tensor::<f32>() {
+        Ok((shape, values)) => (shape, values.to_vec()),
+        Err(_) => {
+            let (shape, values) = value.try_extract_tensor::<f16>().map_err(failed("output"))?;
+            (shape, values.iter().map(|value| value.to_f32()).collect())
+        }
+    };
+    let shape: Vec<usize> = shape.iter().map(|&size| size as usize).collect();
+    let array = Array::from_shape_vec(shape, values).and_then(Array::into_dimensionality);
+    array.map_err(|error| Error::run("output", error))
+}
+
+/// A bundle on ONNX Runtime. Graphs are loaded when first used.
+pub struct OrtEngine {
+    bundle: Bundle,
+    runtime: Runtime,
+    threads: Option<usize>,
+    graphs: [OnceCell<Graph>; Stage::ALL.len()],
+}
+
 impl OrtEngine {
-    /// placeholder
-    pub fn new(_bundle: &Bundle, _library: &Path, _threads: Option<usize>) -> Result<eqim::candle::CandleEngine> { todo!() }
+    /// An engine for a bundle on the given library.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when the library cannot be used.
+    pub fn new(bundle: &Bundle, library: &Path, threads: Option<usize>) -> Result<Self> {
+        let runtime = Runtime::load(library)?;
+        Ok(Self { bundle: bundle.clone(), runtime, threads, graphs: Default::default() })
+    }
+
+    fn run(&self, stage: Stage, inputs: &[SessionInputValue<'_>]) -> Result<Vec<DynValue>> {
+        let cell = &self.graphs[stage as usize];
+        let graph = match cell.get() {
+            Some(graph) => graph,
+            None => {
+                let graph = self.runtime.graph(&self.bundle.graph_path(stage)?, self.threads)?;
+                cell.get_or_init(|| graph)
+            }
+        };
+        graph.run(inputs)
+    }
+
+    /// Runs a stage of one output.
+    fn run_one<D: Dimension>(&self, stage: Stage, inputs: &[SessionInputValue<'_>]) -> Result<Array<f32, D>> {
+        let outputs = self.run(stage, inputs)?;
+        let output = outputs.first().ok_or_else(|| Error::run(stage.name(), "gave no output"))?;
+        float_output(output)
+    }
+
+    /// An empty cache for `rows` rows.
+    fn empty(&self, port: &Port, rows: usize) -> Result<DynValue> {
+        let size = |axis: &Axis| match axis {
+            Axis::Is(size) => *size,
+            Axis::Any(_) => rows,
+        };
+        let shape: Vec<usize> = port.shape.iter().map(size).collect();
+        match self.bundle.manifest.precision {
+            Precision::Fp32 => float_input(ArrayD::zeros(shape).view()),
+            Precision::Fp16 => half_input(ArrayD::from_elem(shape, f16::ZERO)),
+        }
+    }
+}
+
+impl Engine for OrtEngine {
+    fn config(&self) -> &Config {
+        &self.bundle.manifest.model
+    }
+
+    fn name(&self) -> &str {
+        "ONNX Runtime"
+    }
+
+    fn start(&self, labels: &[i64]) -> Result<(Box<dyn Session + '_>, Array2<f32>)> {
+        let mut cross = self.run(Stage::Prefill, &[integer_input(labels)?.into()])?;
+        let z = float_output(&cross.remove(0))?;
+        let inputs = Stage::Step.inputs(self.config());
+        let caches = inputs.iter().filter(|port| port.kind == Kind::Cache).take(2 * self.config().generator.depth);
+        let past = caches.map(|port| self.empty(port, labels.len())).collect::<Result<_>>()?;
+        Ok((Box::new(OrtSession { engine: self, past, cross }), z))
+    }
+
+    fn sample(
+        &self,
+        z: ArrayView2<f32>,
+        noise: ArrayView2<f32>,
+        guidance: &[f32],
+        timesteps: &[f32],
+    ) -> Result<Array2<f32>> {
+        let inputs = [
+            float_input(z)?.into(),
+            float_input(noise)?.into(),
+            float_input(ArrayView::from(guidance))?.into(),
+            float_input(ArrayView::from(timesteps))?.into(),
+        ];
+        self.run_one(Stage::Flow, &inputs)
+    }
+
+    fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>> {
+        self.run_one(Stage::Decode, &[float_input(latents)?.into()])
+    }
+
+    fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>> {
+        self.run_one(Stage::Encode, &[float_input(images)?.into()])
+    }
+}
+
+struct OrtSession<'a> {
+    engine: &'a OrtEngine,
+    past: Vec<DynValue>,
+    cross: Vec<DynValue>,
+}
+
+impl Session for OrtSession<'_> {
+    fn step(&mut self, tokens: ArrayView2<f32>, positions: &[i64]) -> Result<Array2<f32>> {
+        let mut inputs: Vec<SessionInputValue> = vec![float_input(tokens)?.into(), integer_input(positions)?.into()];
+        inputs.extend(self.past.iter().chain(&self.cross).map(SessionInputValue::from));
+        let mut present = self.engine.run(Stage::Step, &inputs)?;
+        let z = float_output(&present.remove(0))?;
+        self.past = present;
+        Ok(z)
+    }
 }

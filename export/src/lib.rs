@@ -1,1 +1,7 @@
-//! placeholder
+//! From checkpoints to bundles: lowering to ONNX, and checking what was written.
+
+pub mod inspect;
+pub mod lower;
+pub mod onnx;
+pub mod validate;
+pub mod write;

@@ -162,8 +162,7 @@ impl Stage {
 
 fn image(config: &Config) -> Port {
     let tokenizer = &config.tokenizer;
-    let shape =
-        vec![any(BATCH), Axis::Is(tokenizer.image_channels), Axis::Is(tokenizer.image_height()), any("width")];
+    let shape = vec![any(BATCH), Axis::Is(tokenizer.image_channels), Axis::Is(tokenizer.image_height()), any("width")];
     port("image", Kind::Float, shape)
 }
 

@@ -51,12 +51,12 @@ fn attention_block<O: Ops>(o: &mut O, name: &str, x: &O::Tensor, channels: usize
         let mut qkv = vec![];
         for part in ["q", "k", "v"] {
             let part = o.convolution(part, &h, (channels, channels), POINTWISE)?;
-            let part = o.reshape(&part, &[Dim::Of(x, 0), Dim::Is(1), Dim::Is(channels), Dim::Rest])?;
+            let part = o.reshape(&part, &[Dim::Of(&part, 0), Dim::Is(1), Dim::Is(channels), Dim::Rest])?;
             qkv.push(o.permute(&part, &[0, 1, 3, 2])?);
         }
         let h = o.attention(&qkv[0], &qkv[1], &qkv[2], None, channels)?;
         let h = o.permute(&h, &[0, 1, 3, 2])?;
-        let h = o.reshape(&h, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(rows), Dim::Rest])?;
+        let h = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(channels), Dim::Is(rows), Dim::Rest])?;
         let h = o.convolution("proj_out", &h, (channels, channels), POINTWISE)?;
         o.add(x, &h)
     })
@@ -79,7 +79,7 @@ fn downsample<O: Ops>(
         let h = o.convolution("conv.conv", x, (channels, channels / (fy * fx)), CONV2D)?;
         let h = patches(o, &h, channels / (fy * fx))?;
         let h = o.permute(&h, &[0, 1, 3, 5, 2, 4])?;
-        let h = o.reshape(&h, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(rows / fy), Dim::Rest])?;
+        let h = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(channels), Dim::Is(rows / fy), Dim::Rest])?;
         let shortcut = patches(o, x, channels)?;
         let shortcut = o.mean(&shortcut, &[3, 5])?;
         o.add(&h, &shortcut)
@@ -97,13 +97,13 @@ fn upsample<O: Ops>(
 ) -> Result<O::Tensor> {
     o.scope("upsample", |o| {
         let h = o.convolution("conv.conv", x, (channels, channels * fy * fx), CONV2D)?;
-        let h = o.reshape(&h, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(fy * fx), Dim::Is(rows), Dim::Rest])?;
+        let h = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(channels), Dim::Is(fy * fx), Dim::Is(rows), Dim::Rest])?;
         let shortcut = o.reshape(x, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(1), Dim::Is(rows), Dim::Rest])?;
         let h = o.add(&h, &shortcut)?;
         let shape = [Dim::Is(channels), Dim::Is(fy), Dim::Is(fx), Dim::Is(rows), Dim::Rest];
-        let h = o.reshape(&h, &[Dim::Of(x, 0), shape[0], shape[1], shape[2], shape[3], shape[4]])?;
+        let h = o.reshape(&h, &[Dim::Of(&h, 0), shape[0], shape[1], shape[2], shape[3], shape[4]])?;
         let h = o.permute(&h, &[0, 1, 4, 2, 5, 3])?;
-        o.reshape(&h, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(rows * fy), Dim::Rest])
+        o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(channels), Dim::Is(rows * fy), Dim::Rest])
     })
 }
 
@@ -171,7 +171,7 @@ fn encoder<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Re
     let h = middle(o, &h, channels, rows)?;
     let h = norm_conv(o, ("norm_out", "conv_out"), &h, (channels, tower.z_channels))?;
     let width = tower.z_channels * rows;
-    let columns = o.reshape(&h, &[Dim::Of(image, 0), Dim::Is(width), Dim::Rest])?;
+    let columns = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(width), Dim::Rest])?;
     o.convolution("encoder1d", &columns, (width, width), CONV1D)
 }
 
@@ -193,7 +193,7 @@ fn decoder<O: Ops>(o: &mut O, config: &TokenizerConfig, columns: &O::Tensor) -> 
     let width = tower.z_channels * rows;
     let mut channels = tower.conv_in;
     let h = o.convolution("decoder1d", columns, (width, width), CONV1D)?;
-    let h = o.reshape(&h, &[Dim::Of(columns, 0), Dim::Is(tower.z_channels), Dim::Is(rows), Dim::Rest])?;
+    let h = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(tower.z_channels), Dim::Is(rows), Dim::Rest])?;
     let h = o.convolution("conv_in", &h, (tower.z_channels, channels), CONV2D)?;
     let mut h = middle(o, &h, channels, rows)?;
     for i in (0..tower.levels.len()).rev() {

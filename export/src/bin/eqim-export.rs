@@ -1,0 +1,243 @@
+//! `eqim-export`: from checkpoints to bundles of ONNX graphs, and what is in them.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use eqim::candle::CandleEngine;
+use eqim::checkpoint::{self, Hints, WeightSet};
+use eqim::config::Preset;
+use eqim::weights::Weights;
+use eqim::{Config, Error, Result};
+use eqim_engines::bundle::{Bundle, Precision};
+use eqim_engines::{cli, native};
+use eqim_export::inspect::inspect;
+use eqim_export::lower::{NEWEST_OPSET, OLDEST_OPSET};
+use eqim_export::validate::{default_tolerance, validate};
+use eqim_export::write::{self, Draft, Options};
+
+/// Export Equivariant Image Modeling checkpoints, and inspect what was exported.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Onnx(Onnx),
+    Inspect(Inspect),
+}
+
+/// Write a bundle: five ONNX graphs around one file of weights, validated against Candle.
+#[derive(Args)]
+#[command(
+    after_help = "Example:\n  eqim-export onnx --generator places_large.ckpt --tokenizer tokenizer.ckpt \\\n    --preset places-large -o bundle"
+)]
+struct Onnx {
+    #[command(flatten)]
+    source: Source,
+    #[command(flatten)]
+    hints: HintArguments,
+    /// Which weights of the checkpoints to take
+    #[arg(long, value_enum, default_value_t = WeightsArgument::Ema)]
+    weights: WeightsArgument,
+    /// Folder to write; an older bundle there is replaced
+    #[arg(short, long, value_name = "BUNDLE")]
+    output: PathBuf,
+    /// ONNX operator set
+    #[arg(long, default_value_t = NEWEST_OPSET, value_parser = clap::value_parser!(i64).range(OLDEST_OPSET..=NEWEST_OPSET))]
+    opset: i64,
+    /// Precision of weights and matrix products
+    #[arg(long, value_enum, default_value_t = DtypeArgument::Fp32)]
+    dtype: DtypeArgument,
+    /// Largest difference from Candle that validation accepts, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 5e-2 for fp16]
+    #[arg(long, value_parser = tolerance)]
+    atol: Option<f32>,
+    /// Write the bundle without running it
+    #[arg(long)]
+    no_validate: bool,
+}
+
+/// Where weights come from.
+#[derive(Args)]
+struct Source {
+    /// The generator's checkpoint: .pth of the reference, or .safetensors of eqim
+    #[arg(long, value_name = "FILE", required_unless_present = "random", requires = "tokenizer")]
+    generator: Option<PathBuf>,
+    /// The tokenizer's checkpoint: .ckpt of the reference, or .safetensors of eqim
+    #[arg(long, value_name = "FILE", required_unless_present = "random", requires = "generator")]
+    tokenizer: Option<PathBuf>,
+    /// Random weights of a published size instead, for benchmarks without a download
+    #[arg(long, value_enum, value_name = "PRESET", conflicts_with_all = ["generator", "tokenizer", "preset"])]
+    random: Option<PresetArgument>,
+    /// Seed of --random
+    #[arg(long, default_value_t = 0, requires = "random")]
+    seed: u32,
+}
+
+/// What a checkpoint may not say.
+#[derive(Args)]
+struct HintArguments {
+    /// Published size that the generator's checkpoint has
+    #[arg(long, value_enum)]
+    preset: Option<PresetArgument>,
+    /// Attention heads
+    #[arg(long)]
+    heads: Option<usize>,
+    /// Earlier tokens that self-attention sees (cond_length)
+    #[arg(long)]
+    window: Option<usize>,
+    /// Scale of latents
+    #[arg(long)]
+    vae_norm: Option<f64>,
+    /// Euler steps of a run by default
+    #[arg(long)]
+    steps: Option<usize>,
+}
+
+/// Show a bundle's graphs, parameters and costs; verifies every file.
+#[derive(Args)]
+struct Inspect {
+    /// A folder that eqim-export onnx wrote
+    bundle: PathBuf,
+    /// Tokens that decoder and encoder are counted for
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(2..=1_000_000))]
+    tokens: u32,
+    /// Euler steps that the sampler is counted for [default: the model's]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    steps: Option<u32>,
+    /// Report as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum PresetArgument {
+    Small,
+    Base,
+    Large,
+    Huge,
+    PlacesLarge,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum WeightsArgument {
+    Ema,
+    Raw,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DtypeArgument {
+    Fp32,
+    Fp16,
+}
+
+impl From<PresetArgument> for Preset {
+    fn from(preset: PresetArgument) -> Self {
+        match preset {
+            PresetArgument::Small => Self::Small,
+            PresetArgument::Base => Self::Base,
+            PresetArgument::Large => Self::Large,
+            PresetArgument::Huge => Self::Huge,
+            PresetArgument::PlacesLarge => Self::PlacesLarge,
+        }
+    }
+}
+
+fn tolerance(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
+        _ => Err("expected a number of at least 0".into()),
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    cli::main(|| match &arguments.command {
+        Command::Onnx(onnx) => export(onnx),
+        Command::Inspect(arguments) => show(arguments),
+    })
+}
+
+/// Loads or draws the weights.
+fn load(arguments: &Onnx) -> Result<(Config, Weights)> {
+    let HintArguments { preset, heads, window, vae_norm, steps } = arguments.hints;
+    if let Some(preset) = arguments.source.random {
+        let mut config = Preset::from(preset).config();
+        let generator = &mut config.generator;
+        generator.heads = heads.unwrap_or(generator.heads);
+        generator.window = window.unwrap_or(generator.window);
+        generator.vae_norm = vae_norm.unwrap_or(generator.vae_norm);
+        generator.steps = steps.unwrap_or(generator.steps);
+        config.check()?;
+        let weights = Weights::random(&config, arguments.source.seed)?;
+        return Ok((config, weights));
+    }
+    let (Some(generator), Some(tokenizer)) = (&arguments.source.generator, &arguments.source.tokenizer) else {
+        return Err(Error::input("--generator and --tokenizer", "are both needed without --random"));
+    };
+    let hints = Hints { preset: preset.map(Preset::from), heads, window, vae_norm, steps };
+    let set = match arguments.weights {
+        WeightsArgument::Ema => WeightSet::Ema,
+        WeightsArgument::Raw => WeightSet::Raw,
+    };
+    checkpoint::load(generator, tokenizer, set, &hints)
+}
+
+fn export(arguments: &Onnx) -> Result<()> {
+    write::check_destination(&arguments.output)?;
+    let library =
+        if arguments.no_validate { None } else { Some(native::find_onnxruntime().map_err(without_validation)?) };
+    let precision = match arguments.dtype {
+        DtypeArgument::Fp32 => Precision::Fp32,
+        DtypeArgument::Fp16 => Precision::Fp16,
+    };
+    let (config, weights) = load(arguments)?;
+    let options = Options { precision, opset: arguments.opset };
+    let draft = write::draft(&arguments.output, &config, &weights, options, |file| println!("writing {file}"))?;
+    let draft = match library {
+        Some(library) => {
+            let atol = arguments.atol.unwrap_or(default_tolerance(precision));
+            let reference = CandleEngine::new(config, weights);
+            validated(draft, &reference, &library, atol)?
+        }
+        None => draft,
+    };
+    let bundle = draft.publish()?;
+    println!("The ONNX export succeeded and the bundle was saved at: {}", bundle.folder.display());
+    Ok(())
+}
+
+fn without_validation(problem: String) -> Error {
+    Error::Run(format!("{problem}, or give --no-validate to write the bundle unseen"))
+}
+
+/// Passes a draft on if it computes what the model does.
+fn validated(draft: Draft, reference: &CandleEngine, library: &std::path::Path, atol: f32) -> Result<Draft> {
+    println!("Validating on ONNX Runtime against Candle in FP32 (same inputs, same noise):");
+    let report = validate(&draft.bundle, reference, library, atol, |line| println!("{line}"))?;
+    if report.passed() {
+        return Ok(draft);
+    }
+    let failed = report.checks.iter().filter(|check| !check.passed).count();
+    let problem = format!(
+        "{failed} of {} comparisons are beyond {atol:e}, so no bundle was written; --atol accepts more, --no-validate all",
+        report.checks.len()
+    );
+    Err(Error::run("validation", problem))
+}
+
+fn show(arguments: &Inspect) -> Result<()> {
+    let bundle = Bundle::open(&arguments.bundle)?;
+    let steps = arguments.steps.map_or(bundle.manifest.model.generator.steps, |steps| steps as usize);
+    let inspection = inspect(&bundle, arguments.tokens as usize, steps)?;
+    if arguments.json {
+        let json = serde_json::to_string_pretty(&inspection).map_err(|error| Error::run("--json", error))?;
+        println!("{json}");
+    } else {
+        print!("{}", inspection.text());
+    }
+    Ok(())
+}

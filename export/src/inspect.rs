@@ -1,0 +1,198 @@
+//! What a bundle holds and what its stages cost.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use eqim::model::{Axis, Port, Stage};
+use eqim::ops::cost::{Cost, Row};
+use eqim::{Error, Result, files};
+use eqim_engines::bundle::{Bundle, Manifest, Precision};
+use prost::Message;
+use serde::Serialize;
+
+use crate::onnx;
+
+/// Everything that `eqim-export inspect` tells.
+#[derive(Debug, Serialize)]
+pub struct Inspection {
+    /// What `config.json` says.
+    pub manifest: Manifest,
+    /// Length that decoder and encoder are counted for.
+    pub tokens: usize,
+    /// Euler steps that the sampler is counted for.
+    pub steps: usize,
+    /// Graphs in the order of a run.
+    pub stages: Vec<StageReport>,
+}
+
+/// One graph.
+#[derive(Debug, Serialize)]
+pub struct StageReport {
+    /// Its name.
+    pub name: &'static str,
+    /// Number of nodes of every operator, loop bodies included.
+    pub operators: BTreeMap<String, usize>,
+    /// Size of the `.onnx` file.
+    pub file_bytes: u64,
+    /// Cost of one run of one row.
+    pub cost: Row,
+    /// Bytes of the weights it uses.
+    pub parameter_bytes: u64,
+    /// Bytes of weights read in one run, once for every iteration of a loop.
+    pub weight_bytes_read: u64,
+    /// Cost by top-level scope.
+    pub scopes: BTreeMap<String, Row>,
+}
+
+/// Reads a bundle, verifying every file, and counts its stages.
+///
+/// # Errors
+/// [`Error::Input`] for a file that is not what was exported.
+pub fn inspect(bundle: &Bundle, tokens: usize, steps: usize) -> Result<Inspection> {
+    bundle.manifest.weights.verify(&bundle.folder)?;
+    let stages = Stage::ALL.iter().map(|&stage| report(bundle, stage, tokens, steps)).collect::<Result<_>>()?;
+    Ok(Inspection { manifest: bundle.manifest.clone(), tokens, steps, stages })
+}
+
+fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<StageReport> {
+    let path = bundle.graph_path(stage)?;
+    let bytes = std::fs::read(&path).map_err(|error| Error::input(path.display(), error))?;
+    let model = onnx::Model::decode(&bytes[..]).map_err(|error| Error::input(path.display(), error))?;
+    let mut operators = BTreeMap::new();
+    count_operators(&model.graph.unwrap_or_default(), &mut operators);
+
+    let mut cost = Cost::default();
+    cost.stage(&bundle.manifest.model, stage, 1, tokens, steps)?;
+    let mut scopes: BTreeMap<String, Row> = BTreeMap::new();
+    for (scope, row) in cost.rows() {
+        *scopes.entry(top_level(scope)).or_default() += *row;
+    }
+    let total = cost.total();
+    let size = match bundle.manifest.precision {
+        Precision::Fp32 => 4,
+        Precision::Fp16 => 2,
+    };
+    Ok(StageReport {
+        name: stage.name(),
+        operators,
+        file_bytes: files::open(&path)?.metadata().map_or(0, |metadata| metadata.len()),
+        cost: total,
+        parameter_bytes: total.parameters * size,
+        weight_bytes_read: total.weights_read * size,
+        scopes,
+    })
+}
+
+/// `encoder_blocks.3.attn.qkv` is counted under `encoder_blocks`, `decoder.up.2.block.0` under `decoder.up.2`.
+fn top_level(scope: &str) -> String {
+    let parts: Vec<&str> = scope.split('.').collect();
+    let length = match parts[..] {
+        ["encoder" | "decoder", "down" | "up", ..] => 3,
+        ["encoder" | "decoder" | "diffloss", ..] => 2.max(if parts[0] == "diffloss" { 3 } else { 2 }),
+        _ => 1,
+    };
+    parts[..length.min(parts.len())].join(".")
+}
+
+fn count_operators(graph: &onnx::Graph, operators: &mut BTreeMap<String, usize>) {
+    for node in &graph.node {
+        *operators.entry(node.op_type.clone().unwrap_or_default()).or_default() += 1;
+        for body in node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()) {
+            count_operators(body, operators);
+        }
+    }
+}
+
+fn show_ports(ports: &[Port]) -> String {
+    let caches = |port: &&Port| port.name.contains('.');
+    let shape = |port: &Port| {
+        let axes = port.shape.iter().map(|axis| match axis {
+            Axis::Is(size) => size.to_string(),
+            Axis::Any(name) => name.clone(),
+        });
+        axes.collect::<Vec<_>>().join(",")
+    };
+    let mut shown: Vec<String> =
+        ports.iter().filter(|port| !caches(port)).map(|port| format!("{} [{}]", port.name, shape(port))).collect();
+    let mut groups: BTreeMap<&str, Vec<&Port>> = BTreeMap::new();
+    for port in ports.iter().filter(caches) {
+        groups.entry(port.name.split('.').next().unwrap_or_default()).or_default().push(port);
+    }
+    for (group, ports) in groups {
+        shown.push(format!("{group}.0..{}.key/value [{}]", ports.len() / 2 - 1, shape(ports[0])));
+    }
+    shown.join(", ")
+}
+
+/// A number with a unit prefix: 1.23 G.
+fn short(value: u64) -> String {
+    let (scale, unit) = match value {
+        0..1_000 => return value.to_string(),
+        1_000..1_000_000 => (1e3, "k"),
+        1_000_000..1_000_000_000 => (1e6, "M"),
+        _ => (1e9, "G"),
+    };
+    format!("{:.2} {unit}", value as f64 / scale)
+}
+
+impl Inspection {
+    /// The report as text.
+    pub fn text(&self) -> String {
+        let manifest = &self.manifest;
+        let (g, t) = (&manifest.model.generator, &manifest.model.tokenizer);
+        let mut text = String::new();
+        let mut line = |words: String| {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "{words}");
+        };
+        line(format!("bundle of {}, {}, opset {}", manifest.producer, manifest.precision, manifest.opset));
+        line(format!(
+            "generator: {} classes, width {}, {} blocks, {} heads, window {}, {} condition tokens, token of {} values",
+            g.class_num, g.dim, g.depth, g.heads, g.window, g.buffer, g.embed
+        ));
+        line(format!(
+            "flow head: width {}, {} blocks, {} steps by default; vae_norm {}",
+            g.flow_dim, g.flow_depth, g.steps, g.vae_norm
+        ));
+        line(format!(
+            "tokenizer: tokens of {}×{} pixels, {} rows, levels of {:?} channels",
+            t.token_width(),
+            t.image_height(),
+            t.rows,
+            t.decoder.levels.iter().map(|level| level.channels).collect::<Vec<_>>()
+        ));
+        line(format!("weights: {}B in {}, sha256 verified", short(manifest.weights.bytes), manifest.weights.file));
+        line(format!(
+            "\nCosts of one run of one row (decoder, encoder: {} tokens; sampler: {} steps, no guidance):\n",
+            self.tokens, self.steps
+        ));
+        line(format!(
+            "{:<18}{:>12}{:>12}{:>14}{:>14}{:>8}",
+            "stage", "parameters", "bytes", "weights read", "multiply-adds", "nodes"
+        ));
+        for stage in &self.stages {
+            line(format!(
+                "{:<18}{:>12}{:>12}{:>14}{:>14}{:>8}",
+                stage.name,
+                short(stage.cost.parameters),
+                short(stage.parameter_bytes) + "B",
+                short(stage.weight_bytes_read) + "B",
+                short(stage.cost.multiply_adds),
+                stage.operators.values().sum::<usize>()
+            ));
+        }
+        for (stage, report) in Stage::ALL.iter().zip(&self.stages) {
+            line(format!("\n{}.onnx, {}B", report.name, short(report.file_bytes)));
+            line(format!("  inputs:    {}", show_ports(&stage.inputs(&manifest.model))));
+            line(format!("  outputs:   {}", show_ports(&stage.outputs(&manifest.model))));
+            let operators: Vec<String> =
+                report.operators.iter().map(|(name, count)| format!("{name} {count}")).collect();
+            line(format!("  operators: {}", operators.join(", ")));
+            for (scope, row) in report.scopes.iter().filter(|(_, row)| row.multiply_adds > 0) {
+                let (weights, products) = (short(row.parameters), short(row.multiply_adds));
+                line(format!("  {scope:<40} {weights:>10} parameters {products:>10} multiply-adds"));
+            }
+        }
+        text
+    }
+}

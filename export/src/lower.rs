@@ -1,0 +1,487 @@
+//! The interpreter that writes the model as ONNX nodes, under the names of its scopes.
+//!
+//! In FP16 it casts as PyTorch's autocast does: matrix products and convolutions run in the precision of the bundle,
+//! norms and softmax in FP32, and where two precisions meet the result is FP32, so that the residual stream and the
+//! ODE's state never lose bits.
+
+use std::collections::HashMap;
+
+use eqim::model::{Axis, Kind, Port, Stage};
+use eqim::ops::eager::scoped;
+use eqim::ops::{Binary, Dim, Ops, Unary};
+use eqim::tensors::TensorFile;
+use eqim::{Config, Error, Result};
+use eqim_engines::bundle::{Precision, WEIGHTS_FILE};
+
+use crate::onnx::{self, Attribute, DataType, Dimension, Graph, Model, Node, OperatorSet};
+
+/// Oldest operator set that the lowering can use: it has `LayerNormalization`.
+pub const OLDEST_OPSET: i64 = 17;
+/// Newest operator set that it writes; the default.
+pub const NEWEST_OPSET: i64 = 20;
+
+/// A value of the graph.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Value {
+    name: String,
+    data_type: DataType,
+}
+
+/// Where a weight stands in the file of weights.
+#[derive(Clone, Debug)]
+pub struct Place {
+    shape: Vec<usize>,
+    data_type: DataType,
+    bytes: (u64, u64),
+}
+
+/// Places of weights by their names.
+pub type Places = HashMap<String, Place>;
+
+/// Places of all weights of a `.safetensors`.
+///
+/// # Errors
+/// [`Error::Input`] for a tensor that is neither `f32` nor `f16`.
+pub fn places(file: &TensorFile) -> Result<Places> {
+    let place = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
+        let data_type = match info.dtype {
+            safetensors::Dtype::F32 => DataType::Float,
+            safetensors::Dtype::F16 => DataType::Float16,
+            other => {
+                let problem = format!("tensor {name} is of type {other:?}, expected F32 or F16");
+                return Err(Error::input(file.path().display(), problem));
+            }
+        };
+        Ok((name, Place { shape: info.shape.clone(), data_type, bytes: file.place(info) }))
+    };
+    file.tensors().into_iter().map(place).collect()
+}
+
+/// Writes primitives as nodes.
+pub struct Lower<'a> {
+    weights: &'a Places,
+    opset: i64,
+    compute: DataType,
+    scope: Vec<String>,
+    /// The graph, and inside it the loop bodies that are open.
+    graphs: Vec<Graph>,
+    /// How often a name was wanted, to keep names unique.
+    wanted: HashMap<String, usize>,
+    /// Initializers that exist: weights by name, constants by type, shape and bytes.
+    parameters: HashMap<String, Value>,
+    constants: HashMap<(DataType, Vec<usize>, Vec<u8>), Value>,
+    /// Sizes of axes already computed, innermost graph last.
+    sizes: Vec<HashMap<(String, Option<usize>), Value>>,
+}
+
+/// Lowers one stage to a model whose weights are in the bundle's file of weights.
+///
+/// # Errors
+/// When a weight is missing.
+pub fn lower(config: &Config, stage: Stage, weights: &Places, precision: Precision, opset: i64) -> Result<Model> {
+    let mut lower = Lower::new(weights, precision, opset);
+    let inputs: Vec<Value> = stage.inputs(config).iter().map(|port| lower.input(port)).collect();
+    let outputs = stage.run(&mut lower, config, &inputs)?;
+    Ok(lower.finish(stage.name(), &outputs, &stage.outputs(config)))
+}
+
+impl<'a> Lower<'a> {
+    /// An empty graph.
+    pub fn new(weights: &'a Places, precision: Precision, opset: i64) -> Self {
+        let compute = match precision {
+            Precision::Fp32 => DataType::Float,
+            Precision::Fp16 => DataType::Float16,
+        };
+        Self {
+            weights,
+            opset,
+            compute,
+            scope: vec![],
+            graphs: vec![Graph::default()],
+            wanted: HashMap::new(),
+            parameters: HashMap::new(),
+            constants: HashMap::new(),
+            sizes: vec![HashMap::new()],
+        }
+    }
+
+    fn data_type(&self, kind: Kind) -> DataType {
+        match kind {
+            Kind::Integer => DataType::Int64,
+            Kind::Float => DataType::Float,
+            Kind::Cache => self.compute,
+        }
+    }
+
+    /// Declares an input.
+    pub fn input(&mut self, port: &Port) -> Value {
+        let value = Value { name: port.name.clone(), data_type: self.data_type(port.kind) };
+        self.wanted.insert(port.name.clone(), 1);
+        self.graphs[0].input.push(onnx::value_info(&value.name, value.data_type, Some(dimensions(port))));
+        value
+    }
+
+    /// Closes the graph, whose `outputs` get the names and types of `ports`.
+    pub fn finish(mut self, name: &str, outputs: &[Value], ports: &[Port]) -> Model {
+        let mut renamed = HashMap::new();
+        for (output, port) in outputs.iter().zip(ports) {
+            let data_type = self.data_type(port.kind);
+            let mut value = self.cast(output, data_type);
+            let is_input = self.graphs[0].input.iter().any(|input| input.name.as_deref() == Some(&value.name));
+            if is_input || renamed.contains_key(&value.name) {
+                value = self.node("Identity", &[&value], vec![], data_type);
+            }
+            renamed.insert(value.name, port.name.clone());
+            self.graphs[0].output.push(onnx::value_info(&port.name, data_type, Some(dimensions(port))));
+        }
+        let mut graph = self.graphs.remove(0);
+        graph.name = Some(name.into());
+        rename(&mut graph, &renamed);
+        Model {
+            ir_version: Some(if self.opset < 19 { 8 } else { 9 }),
+            producer_name: Some("eqim".into()),
+            producer_version: Some(env!("CARGO_PKG_VERSION").into()),
+            graph: Some(graph),
+            opset_import: vec![OperatorSet { domain: None, version: Some(self.opset) }],
+        }
+    }
+
+    fn graph(&mut self) -> &mut Graph {
+        let last = self.graphs.len() - 1;
+        &mut self.graphs[last]
+    }
+
+    fn unique(&mut self, name: String) -> String {
+        let count = self.wanted.entry(name.clone()).or_insert(0);
+        *count += 1;
+        if *count == 1 { name } else { format!("{name}_{}", *count - 1) }
+    }
+
+    /// Appends a node of one output to the innermost graph.
+    fn node(&mut self, op: &str, inputs: &[&Value], attributes: Vec<Attribute>, data_type: DataType) -> Value {
+        let name = self.unique(scoped(&self.scope, op));
+        let value = Value { name: format!("{name}_output"), data_type };
+        let node = Node {
+            input: inputs.iter().map(|input| input.name.clone()).collect(),
+            output: vec![value.name.clone()],
+            name: Some(name),
+            op_type: Some(op.into()),
+            attribute: attributes,
+        };
+        self.graph().node.push(node);
+        value
+    }
+
+    fn initializer(&mut self, data_type: DataType, shape: &[usize], bytes: Vec<u8>) -> Value {
+        let key = (data_type, shape.to_vec(), bytes);
+        if let Some(value) = self.constants.get(&key) {
+            return value.clone();
+        }
+        let value = Value { name: format!("constant.{}", self.constants.len()), data_type };
+        self.graphs[0].initializer.push(onnx::constant(&value.name, data_type, shape, key.2.clone()));
+        self.constants.insert(key, value.clone());
+        value
+    }
+
+    fn integers(&mut self, shape: &[usize], values: &[i64]) -> Value {
+        self.initializer(DataType::Int64, shape, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+    }
+
+    fn floats(&mut self, shape: &[usize], values: &[f32]) -> Value {
+        self.initializer(DataType::Float, shape, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+    }
+
+    fn cast(&mut self, x: &Value, data_type: DataType) -> Value {
+        if x.data_type == data_type {
+            return x.clone();
+        }
+        self.node("Cast", &[x], vec![Attribute::int("to", data_type as i64)], data_type)
+    }
+
+    /// Casts for a matrix product or convolution.
+    fn computed(&mut self, op: &str, inputs: &[&Value], attributes: Vec<Attribute>) -> Value {
+        let compute = self.compute;
+        let inputs: Vec<Value> = inputs.iter().map(|input| self.cast(input, compute)).collect();
+        self.node(op, &inputs.iter().collect::<Vec<_>>(), attributes, compute)
+    }
+
+    /// Casts for a norm or softmax.
+    fn precise(&mut self, op: &str, inputs: &[&Value], attributes: Vec<Attribute>) -> Value {
+        let inputs: Vec<Value> = inputs.iter().map(|input| self.cast(input, DataType::Float)).collect();
+        self.node(op, &inputs.iter().collect::<Vec<_>>(), attributes, DataType::Float)
+    }
+
+    /// Size of an axis, `[1]`, or the whole shape.
+    fn size(&mut self, x: &Value, axis: Option<usize>) -> Value {
+        let key = (x.name.clone(), axis);
+        if let Some(value) = self.sizes.iter().find_map(|sizes| sizes.get(&key)) {
+            return value.clone();
+        }
+        let attributes = axis
+            .map_or(vec![], |axis| vec![Attribute::int("start", axis as i64), Attribute::int("end", axis as i64 + 1)]);
+        let value = self.node("Shape", &[x], attributes, DataType::Int64);
+        if let Some(innermost) = self.sizes.last_mut() {
+            innermost.insert(key, value.clone());
+        }
+        value
+    }
+
+    /// A shape, for `Reshape` of `x` or for `Expand` (`None`).
+    fn shape(&mut self, x: Option<&Value>, shape: &[Dim<Value>]) -> Value {
+        let fixed = |(position, dim): (usize, &Dim<Value>)| match dim {
+            Dim::Is(size) => Some(*size as i64),
+            Dim::Rest => Some(-1),
+            // Reshape reads 0 as the size of the same axis of its input.
+            Dim::Of(other, axis) => (x == Some(*other) && *axis == position).then_some(0),
+        };
+        let sizes: Vec<Option<i64>> = shape.iter().enumerate().map(fixed).collect();
+        if let Some(sizes) = sizes.iter().copied().collect::<Option<Vec<i64>>>() {
+            return self.integers(&[sizes.len()], &sizes);
+        }
+        let parts: Vec<Value> = shape
+            .iter()
+            .zip(sizes)
+            .map(|(dim, size)| match (dim, size) {
+                (Dim::Of(other, axis), None) => self.size(other, Some(*axis)),
+                (_, size) => self.integers(&[1], &[size.unwrap_or(-1)]),
+            })
+            .collect();
+        self.node("Concat", &parts.iter().collect::<Vec<_>>(), vec![Attribute::int("axis", 0)], DataType::Int64)
+    }
+
+    /// Emits the body of a loop as a graph of its own.
+    fn body(
+        &mut self,
+        sequences: &[&Value],
+        state: DataType,
+        body: impl FnOnce(&mut Self, &[Value], &Value) -> Result<Value>,
+    ) -> Result<Graph> {
+        let mut named = |name: &str| {
+            let name = scoped(&self.scope, &format!("Loop.{name}"));
+            self.unique(name)
+        };
+        let [iteration, condition, carried] = ["iteration", "condition", "state"].map(&mut named);
+        let input = vec![
+            onnx::value_info(&iteration, DataType::Int64, Some(vec![])),
+            onnx::value_info(&condition, DataType::Bool, Some(vec![])),
+            onnx::value_info(&carried, state, None),
+        ];
+        self.graphs.push(Graph { input, name: Some(scoped(&self.scope, "Loop.body")), ..Graph::default() });
+        self.sizes.push(HashMap::new());
+
+        let iteration = Value { name: iteration, data_type: DataType::Int64 };
+        let axis = || vec![Attribute::int("axis", 0)];
+        let now: Vec<Value> = sequences
+            .iter()
+            .map(|sequence| self.node("Gather", &[sequence, &iteration], axis(), sequence.data_type))
+            .collect();
+        let next = body(self, &now, &Value { name: carried, data_type: state });
+
+        self.sizes.pop();
+        let next = next.map(|next| self.cast(&next, state));
+        let goes_on =
+            self.node("Identity", &[&Value { name: condition, data_type: DataType::Bool }], vec![], DataType::Bool);
+        let mut graph = self.graphs.pop().unwrap_or_default();
+        graph.output = vec![
+            onnx::value_info(&goes_on.name, DataType::Bool, Some(vec![])),
+            onnx::value_info(&next?.name, state, None),
+        ];
+        Ok(graph)
+    }
+}
+
+fn dimensions(port: &Port) -> Vec<Dimension> {
+    let dimension = |axis: &Axis| match axis {
+        Axis::Is(size) => Dimension { dim_value: Some(*size as i64), dim_param: None },
+        Axis::Any(name) => Dimension { dim_value: None, dim_param: Some(name.clone()) },
+    };
+    port.shape.iter().map(dimension).collect()
+}
+
+/// Renames values, also where loop bodies use them.
+fn rename(graph: &mut Graph, names: &HashMap<String, String>) {
+    for node in &mut graph.node {
+        for name in node.input.iter_mut().chain(&mut node.output) {
+            if let Some(new) = names.get(name) {
+                name.clone_from(new);
+            }
+        }
+        node.attribute.iter_mut().filter_map(|attribute| attribute.g.as_mut()).for_each(|body| rename(body, names));
+    }
+}
+
+impl Ops for Lower<'_> {
+    type Tensor = Value;
+
+    fn enter(&mut self, name: &str) {
+        self.scope.push(name.to_string());
+    }
+
+    fn leave(&mut self) {
+        self.scope.pop();
+    }
+
+    fn param(&mut self, name: &str, shape: &[usize]) -> Result<Value> {
+        let name = scoped(&self.scope, name);
+        if let Some(value) = self.parameters.get(&name) {
+            return Ok(value.clone());
+        }
+        let place = self.weights.get(&name).filter(|place| place.shape == shape);
+        let place = place.ok_or_else(|| Error::input(WEIGHTS_FILE, format!("has no tensor {name} {shape:?}")))?;
+        let tensor = onnx::external(&name, place.data_type, shape, WEIGHTS_FILE, place.bytes);
+        self.graphs[0].initializer.push(tensor);
+        let value = Value { name: name.clone(), data_type: place.data_type };
+        self.parameters.insert(name, value.clone());
+        Ok(value)
+    }
+
+    fn constant(&mut self, shape: &[usize], data: &[f32]) -> Result<Value> {
+        Ok(self.floats(shape, data))
+    }
+
+    fn reshape(&mut self, x: &Value, shape: &[Dim<Value>]) -> Result<Value> {
+        let shape = self.shape(Some(x), shape);
+        Ok(self.node("Reshape", &[x, &shape], vec![], x.data_type))
+    }
+
+    fn expand(&mut self, x: &Value, shape: &[Dim<Value>]) -> Result<Value> {
+        let shape = self.shape(None, shape);
+        Ok(self.node("Expand", &[x, &shape], vec![], x.data_type))
+    }
+
+    fn permute(&mut self, x: &Value, axes: &[usize]) -> Result<Value> {
+        let perm = Attribute::ints("perm", axes.iter().map(|&axis| axis as i64));
+        Ok(self.node("Transpose", &[x], vec![perm], x.data_type))
+    }
+
+    fn slice(&mut self, x: &Value, axis: usize, start: i64, end: i64) -> Result<Value> {
+        let [start, end, axis] = [start, end, axis as i64].map(|value| self.integers(&[1], &[value]));
+        Ok(self.node("Slice", &[x, &start, &end, &axis], vec![], x.data_type))
+    }
+
+    fn concat(&mut self, xs: &[&Value], axis: usize) -> Result<Value> {
+        let same = xs.iter().all(|x| x.data_type == xs[0].data_type);
+        // Only caches meet values of another precision here, and they are kept in the bundle's.
+        let data_type = if same { xs[0].data_type } else { self.compute };
+        let xs: Vec<Value> = xs.iter().map(|x| self.cast(x, data_type)).collect();
+        let axis = vec![Attribute::int("axis", axis as i64)];
+        Ok(self.node("Concat", &xs.iter().collect::<Vec<_>>(), axis, data_type))
+    }
+
+    fn gather(&mut self, table: &Value, indices: &Value) -> Result<Value> {
+        Ok(self.node("Gather", &[table, indices], vec![Attribute::int("axis", 0)], table.data_type))
+    }
+
+    fn unary(&mut self, op: Unary, x: &Value) -> Result<Value> {
+        Ok(match op {
+            Unary::Cos => self.precise("Cos", &[x], vec![]),
+            Unary::Sin => self.precise("Sin", &[x], vec![]),
+            Unary::Silu => {
+                let gate = self.node("Sigmoid", &[x], vec![], x.data_type);
+                self.node("Mul", &[x, &gate], vec![], x.data_type)
+            }
+            Unary::Gelu if self.opset >= 20 => self.node("Gelu", &[x], vec![], x.data_type),
+            Unary::Gelu => {
+                let x = &self.cast(x, DataType::Float);
+                let [half, one, root] =
+                    [0.5, 1.0, std::f32::consts::FRAC_1_SQRT_2].map(|value| self.floats(&[], &[value]));
+                let scaled = self.precise("Mul", &[x, &root], vec![]);
+                let erf = self.precise("Erf", &[&scaled], vec![]);
+                let erf = self.precise("Add", &[&erf, &one], vec![]);
+                let x = self.precise("Mul", &[x, &half], vec![]);
+                self.precise("Mul", &[&x, &erf], vec![])
+            }
+            Unary::ToFloat => self.cast(x, DataType::Float),
+        })
+    }
+
+    fn binary(&mut self, op: Binary, a: &Value, b: &Value) -> Result<Value> {
+        let name = match op {
+            Binary::Add => "Add",
+            Binary::Sub => "Sub",
+            Binary::Mul => "Mul",
+        };
+        if a.data_type == b.data_type {
+            return Ok(self.node(name, &[a, b], vec![], a.data_type));
+        }
+        Ok(self.precise(name, &[a, b], vec![]))
+    }
+
+    fn clamp(&mut self, x: &Value, low: f32, high: f32) -> Result<Value> {
+        let [low, high] = [low, high].map(|value| self.floats(&[], &[value]));
+        Ok(self.precise("Clip", &[x, &low, &high], vec![]))
+    }
+
+    fn mean(&mut self, x: &Value, axes: &[usize]) -> Result<Value> {
+        let axes: Vec<i64> = axes.iter().map(|&axis| axis as i64).collect();
+        let keep = Attribute::int("keepdims", 0);
+        if self.opset < 18 {
+            return Ok(self.node("ReduceMean", &[x], vec![keep, Attribute::ints("axes", axes)], x.data_type));
+        }
+        let axes = self.integers(&[axes.len()], &axes);
+        Ok(self.node("ReduceMean", &[x, &axes], vec![keep], x.data_type))
+    }
+
+    fn softmax(&mut self, x: &Value) -> Result<Value> {
+        Ok(self.precise("Softmax", &[x], vec![Attribute::int("axis", -1)]))
+    }
+
+    fn matmul(&mut self, a: &Value, b: &Value) -> Result<Value> {
+        Ok(self.computed("MatMul", &[a, b], vec![]))
+    }
+
+    fn gemm(&mut self, x: &Value, weight: &Value, bias: &Value) -> Result<Value> {
+        Ok(self.computed("Gemm", &[x, weight, bias], vec![Attribute::int("transB", 1)]))
+    }
+
+    fn layer_norm(&mut self, x: &Value, affine: Option<(&Value, &Value)>, width: usize, eps: f32) -> Result<Value> {
+        let attributes = vec![Attribute::int("axis", -1), Attribute::float("epsilon", eps)];
+        let Some((weight, bias)) = affine else {
+            let ones = self.floats(&[width], &vec![1.0; width]);
+            return Ok(self.precise("LayerNormalization", &[x, &ones], attributes));
+        };
+        Ok(self.precise("LayerNormalization", &[x, weight, bias], attributes))
+    }
+
+    // GroupNormalization with a scale for each channel exists from opset 21 on only.
+    fn group_norm(&mut self, x: &Value, (weight, bias): (&Value, &Value), groups: usize, eps: f32) -> Result<Value> {
+        let x = &self.cast(x, DataType::Float);
+        let shape = self.size(x, None);
+        let grouped = self.integers(&[3], &[0, groups as i64, -1]);
+        let grouped = self.node("Reshape", &[x, &grouped], vec![], DataType::Float);
+        let [ones, zeros] = [1.0, 0.0].map(|value| self.floats(&[groups], &vec![value; groups]));
+        let epsilon = vec![Attribute::float("epsilon", eps)];
+        let normed = self.node("InstanceNormalization", &[&grouped, &ones, &zeros], epsilon, DataType::Float);
+        let normed = self.node("Reshape", &[&normed, &shape], vec![], DataType::Float);
+        let channels = self.integers(&[3], &[-1, 1, 1]);
+        let [weight, bias] =
+            [weight, bias].map(|affine| self.node("Reshape", &[affine, &channels], vec![], affine.data_type));
+        let scaled = self.precise("Mul", &[&normed, &weight], vec![]);
+        Ok(self.precise("Add", &[&scaled, &bias], vec![]))
+    }
+
+    fn conv(&mut self, x: &Value, weight: &Value, bias: &Value, _spatial: usize) -> Result<Value> {
+        Ok(self.computed("Conv", &[x, weight, bias], vec![]))
+    }
+
+    fn pad_reflect(&mut self, x: &Value, spatial: usize) -> Result<Value> {
+        let side = [vec![0; 2], vec![1; spatial]].concat();
+        let pads = self.integers(&[2 * side.len()], &[side.clone(), side].concat());
+        Ok(self.node("Pad", &[x, &pads], vec![Attribute::text("mode", "reflect")], x.data_type))
+    }
+
+    fn fold(
+        &mut self,
+        sequences: &[&Value],
+        state: &Value,
+        body: impl FnMut(&mut Self, &[Value], &Value) -> Result<Value>,
+    ) -> Result<Value> {
+        let steps = self.size(sequences[0], Some(0));
+        let first = self.integers(&[1], &[0]);
+        let steps = self.node("Squeeze", &[&steps, &first], vec![], DataType::Int64);
+        let goes_on = self.initializer(DataType::Bool, &[], vec![1]);
+        let graph = self.body(sequences, state.data_type, body)?;
+        let body = vec![Attribute::graph("body", graph)];
+        Ok(self.node("Loop", &[&steps, &goes_on, state], body, state.data_type))
+    }
+}

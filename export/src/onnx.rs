@@ -1,0 +1,264 @@
+//! The messages of ONNX that a lowered model needs (`onnx.proto`, IR version 9), with prost's encoding.
+
+use prost::Message;
+
+/// `ModelProto`.
+#[derive(Clone, PartialEq, Message)]
+pub struct Model {
+    /// Version of the format.
+    #[prost(int64, optional, tag = "1")]
+    pub ir_version: Option<i64>,
+    /// Program that wrote the model.
+    #[prost(string, optional, tag = "2")]
+    pub producer_name: Option<String>,
+    /// Its version.
+    #[prost(string, optional, tag = "3")]
+    pub producer_version: Option<String>,
+    /// The graph.
+    #[prost(message, optional, tag = "7")]
+    pub graph: Option<Graph>,
+    /// Operator sets that the graph uses.
+    #[prost(message, repeated, tag = "8")]
+    pub opset_import: Vec<OperatorSet>,
+}
+
+/// `OperatorSetIdProto`.
+#[derive(Clone, PartialEq, Message)]
+pub struct OperatorSet {
+    /// Empty for the standard operators.
+    #[prost(string, optional, tag = "1")]
+    pub domain: Option<String>,
+    /// Version.
+    #[prost(int64, optional, tag = "2")]
+    pub version: Option<i64>,
+}
+
+/// `GraphProto`.
+#[derive(Clone, PartialEq, Message)]
+pub struct Graph {
+    /// Nodes in an order in which they can run.
+    #[prost(message, repeated, tag = "1")]
+    pub node: Vec<Node>,
+    /// Name.
+    #[prost(string, optional, tag = "2")]
+    pub name: Option<String>,
+    /// Weights and constants.
+    #[prost(message, repeated, tag = "5")]
+    pub initializer: Vec<Tensor>,
+    /// Inputs.
+    #[prost(message, repeated, tag = "11")]
+    pub input: Vec<ValueInfo>,
+    /// Outputs.
+    #[prost(message, repeated, tag = "12")]
+    pub output: Vec<ValueInfo>,
+}
+
+/// `NodeProto`.
+#[derive(Clone, PartialEq, Message)]
+pub struct Node {
+    /// Names of inputs.
+    #[prost(string, repeated, tag = "1")]
+    pub input: Vec<String>,
+    /// Names of outputs.
+    #[prost(string, repeated, tag = "2")]
+    pub output: Vec<String>,
+    /// Name.
+    #[prost(string, optional, tag = "3")]
+    pub name: Option<String>,
+    /// Operator.
+    #[prost(string, optional, tag = "4")]
+    pub op_type: Option<String>,
+    /// Attributes.
+    #[prost(message, repeated, tag = "5")]
+    pub attribute: Vec<Attribute>,
+}
+
+/// `AttributeProto`.
+#[derive(Clone, PartialEq, Message)]
+pub struct Attribute {
+    /// Name.
+    #[prost(string, optional, tag = "1")]
+    pub name: Option<String>,
+    /// A number.
+    #[prost(float, optional, tag = "2")]
+    pub f: Option<f32>,
+    /// An integer.
+    #[prost(int64, optional, tag = "3")]
+    pub i: Option<i64>,
+    /// Text.
+    #[prost(bytes = "vec", optional, tag = "4")]
+    pub s: Option<Vec<u8>>,
+    /// A graph.
+    #[prost(message, optional, tag = "6")]
+    pub g: Option<Graph>,
+    /// Integers.
+    #[prost(int64, repeated, packed = "false", tag = "8")]
+    pub ints: Vec<i64>,
+    /// Which of the fields it is: `AttributeType`.
+    #[prost(int32, optional, tag = "20")]
+    pub kind: Option<i32>,
+}
+
+/// `TensorProto`.
+#[derive(Clone, PartialEq, Message)]
+pub struct Tensor {
+    /// Shape.
+    #[prost(int64, repeated, packed = "false", tag = "1")]
+    pub dims: Vec<i64>,
+    /// Element type: [`DataType`].
+    #[prost(int32, optional, tag = "2")]
+    pub data_type: Option<i32>,
+    /// Name.
+    #[prost(string, optional, tag = "8")]
+    pub name: Option<String>,
+    /// Little-endian values, when they stand in this file.
+    #[prost(bytes = "vec", optional, tag = "9")]
+    pub raw_data: Option<Vec<u8>>,
+    /// Where values are, when in another file.
+    #[prost(message, repeated, tag = "13")]
+    pub external_data: Vec<Entry>,
+    /// 1 when values are in another file.
+    #[prost(int32, optional, tag = "14")]
+    pub data_location: Option<i32>,
+}
+
+/// `StringStringEntryProto`.
+#[derive(Clone, PartialEq, Message)]
+pub struct Entry {
+    /// Key.
+    #[prost(string, optional, tag = "1")]
+    pub key: Option<String>,
+    /// Value.
+    #[prost(string, optional, tag = "2")]
+    pub value: Option<String>,
+}
+
+/// `ValueInfoProto`.
+#[derive(Clone, PartialEq, Message)]
+pub struct ValueInfo {
+    /// Name.
+    #[prost(string, optional, tag = "1")]
+    pub name: Option<String>,
+    /// Type.
+    #[prost(message, optional, tag = "2")]
+    pub kind: Option<Type>,
+}
+
+/// `TypeProto`, of a tensor.
+#[derive(Clone, PartialEq, Message)]
+pub struct Type {
+    /// The tensor's type.
+    #[prost(message, optional, tag = "1")]
+    pub tensor_type: Option<TensorType>,
+}
+
+/// `TypeProto.Tensor`.
+#[derive(Clone, PartialEq, Message)]
+pub struct TensorType {
+    /// Element type: [`DataType`].
+    #[prost(int32, optional, tag = "1")]
+    pub elem_type: Option<i32>,
+    /// Shape, if it is declared.
+    #[prost(message, optional, tag = "2")]
+    pub shape: Option<Shape>,
+}
+
+/// `TensorShapeProto`.
+#[derive(Clone, PartialEq, Message)]
+pub struct Shape {
+    /// Axes.
+    #[prost(message, repeated, tag = "1")]
+    pub dim: Vec<Dimension>,
+}
+
+/// `TensorShapeProto.Dimension`: one of the two.
+#[derive(Clone, PartialEq, Message)]
+pub struct Dimension {
+    /// A fixed size.
+    #[prost(int64, optional, tag = "1")]
+    pub dim_value: Option<i64>,
+    /// A symbolic size.
+    #[prost(string, optional, tag = "2")]
+    pub dim_param: Option<String>,
+}
+
+/// Element types that occur (`TensorProto.DataType`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(i32)]
+pub enum DataType {
+    /// 32-bit floating point.
+    Float = 1,
+    /// 64-bit integer.
+    Int64 = 7,
+    /// Truth value.
+    Bool = 9,
+    /// 16-bit floating point.
+    Float16 = 10,
+}
+
+/// A tensor of known values, to stand in the file.
+pub fn constant(name: &str, data_type: DataType, dims: &[usize], raw_data: Vec<u8>) -> Tensor {
+    Tensor {
+        dims: dims.iter().map(|&size| size as i64).collect(),
+        data_type: Some(data_type as i32),
+        name: Some(name.into()),
+        raw_data: Some(raw_data),
+        ..Tensor::default()
+    }
+}
+
+/// A tensor whose values are `length` bytes of the file `location`, from `offset` on.
+pub fn external(
+    name: &str,
+    data_type: DataType,
+    dims: &[usize],
+    location: &str,
+    (offset, length): (u64, u64),
+) -> Tensor {
+    let entry = |key: &str, value: String| Entry { key: Some(key.into()), value: Some(value) };
+    Tensor {
+        dims: dims.iter().map(|&size| size as i64).collect(),
+        data_type: Some(data_type as i32),
+        name: Some(name.into()),
+        external_data: vec![
+            entry("location", location.into()),
+            entry("offset", offset.to_string()),
+            entry("length", length.to_string()),
+        ],
+        data_location: Some(1),
+        ..Tensor::default()
+    }
+}
+
+/// The declaration of an input or output; without dimensions its shape is left to inference.
+pub fn value_info(name: &str, data_type: DataType, dims: Option<Vec<Dimension>>) -> ValueInfo {
+    let tensor_type = TensorType { elem_type: Some(data_type as i32), shape: dims.map(|dim| Shape { dim }) };
+    ValueInfo { name: Some(name.into()), kind: Some(Type { tensor_type: Some(tensor_type) }) }
+}
+
+impl Attribute {
+    /// An attribute holding a number.
+    pub fn float(name: &str, value: f32) -> Self {
+        Self { name: Some(name.into()), f: Some(value), kind: Some(1), ..Self::default() }
+    }
+
+    /// An attribute holding an integer.
+    pub fn int(name: &str, value: i64) -> Self {
+        Self { name: Some(name.into()), i: Some(value), kind: Some(2), ..Self::default() }
+    }
+
+    /// An attribute holding text.
+    pub fn text(name: &str, value: &str) -> Self {
+        Self { name: Some(name.into()), s: Some(value.into()), kind: Some(3), ..Self::default() }
+    }
+
+    /// An attribute holding a graph.
+    pub fn graph(name: &str, value: Graph) -> Self {
+        Self { name: Some(name.into()), g: Some(value), kind: Some(5), ..Self::default() }
+    }
+
+    /// An attribute holding integers.
+    pub fn ints(name: &str, values: impl IntoIterator<Item = i64>) -> Self {
+        Self { name: Some(name.into()), ints: values.into_iter().collect(), kind: Some(7), ..Self::default() }
+    }
+}

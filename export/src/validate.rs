@@ -1,0 +1,236 @@
+//! Proof that a bundle computes what the model does: ONNX Runtime against Candle in FP32, each graph alone and whole
+//! rollouts.
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use eqim::candle::{CandleEngine, to_array};
+use eqim::engine::Engine;
+use eqim::generate::{Noise, Request, Schedule, generate};
+use eqim::model::{Axis, BATCH, Kind, Port, Stage, transformer};
+use eqim::ops::eager::Eager;
+use eqim::random::TorchRng;
+use eqim::{Config, Error, Result};
+use eqim_engines::bundle::{Bundle, Precision};
+use eqim_engines::onnxruntime::{OrtEngine, Runtime, float_input, float_output, integer_input};
+use half::f16;
+use ndarray::{Array2, Array3, ArrayD, Axis as ArrayAxis, s};
+use serde::Serialize;
+
+/// How far values may lie apart by default. FP32: both sides round at 1e-7 of values near 1, a few hundred times in a
+/// row. FP16 rounds at 5e-4, and a rollout feeds tokens back.
+pub fn default_tolerance(precision: Precision) -> f32 {
+    match precision {
+        Precision::Fp32 => 1e-4,
+        Precision::Fp16 => 5e-2,
+    }
+}
+
+/// One comparison.
+#[derive(Clone, Debug, Serialize)]
+pub struct Check {
+    /// What was compared, as a sentence's subject.
+    pub what: String,
+    /// Largest difference, `|found - expected| / max(1, |expected|)`; infinite where a value is not finite.
+    pub largest: f32,
+    /// The first token from which on values lie apart, in rollouts that fail.
+    pub first_token: Option<usize>,
+    /// Whether the difference is within the tolerance.
+    pub passed: bool,
+}
+
+/// A report of all comparisons of a bundle.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The tolerance.
+    pub atol: f32,
+    /// Comparisons in the order in which they were made.
+    pub checks: Vec<Check>,
+}
+
+impl Report {
+    /// Whether every comparison passed.
+    pub fn passed(&self) -> bool {
+        self.checks.iter().all(|check| check.passed)
+    }
+}
+
+impl Check {
+    /// The line that says it, as optimum does.
+    pub fn line(&self, atol: f32) -> String {
+        if self.passed {
+            return format!(
+                "\t-[✓] {}: all values close (max diff: {:.1e}, atol: {atol:.0e})",
+                self.what, self.largest
+            );
+        }
+        let token = self.first_token.map_or(String::new(), |token| format!(", first diverging token: {token}"));
+        format!(
+            "\t-[x] {}: values not close enough, max diff: {:.3e} (atol: {atol:.0e}{token})",
+            self.what, self.largest
+        )
+    }
+}
+
+// Enough rows for two streams and tokens for every code path, little enough for the largest model.
+const ROWS: usize = 2;
+const IMAGE_TOKENS: usize = 3;
+const MOST_STEPS: usize = 8;
+const SEED: u64 = 20;
+
+/// Compares a bundle on ONNX Runtime with `reference`, and shows every line to `progress` as it is known.
+///
+/// # Errors
+/// When an engine fails; a difference is no error but stands in the report.
+pub fn validate(
+    bundle: &Bundle,
+    reference: &CandleEngine,
+    library: &Path,
+    atol: f32,
+    mut progress: impl FnMut(&str),
+) -> Result<Report> {
+    let runtime = Runtime::load(library)?;
+    let mut checks = vec![];
+    let mut add = |check: Check| {
+        progress(&check.line(atol));
+        checks.push(check);
+    };
+    let mut random = TorchRng::new(SEED);
+    for stage in Stage::ALL {
+        for check in graph_alone(bundle, reference, runtime, stage, atol, &mut random)? {
+            add(check);
+        }
+    }
+    let engine = OrtEngine::new(bundle, library, None)?;
+    let (rollout, tokens) = guided_rollout(&engine, reference, atol)?;
+    add(rollout);
+    add(cache_is_no_cache(&engine, reference, &tokens, atol)?);
+    Ok(Report { atol, checks })
+}
+
+fn check(what: String, found: &ArrayD<f32>, expected: &ArrayD<f32>, atol: f32) -> Check {
+    let largest = if found.shape() == expected.shape() { difference(found, expected) } else { f32::INFINITY };
+    Check { what, largest, first_token: None, passed: largest <= atol }
+}
+
+fn difference<'a>(found: impl IntoIterator<Item = &'a f32>, expected: impl IntoIterator<Item = &'a f32>) -> f32 {
+    let pairs = found.into_iter().zip(expected);
+    let relative = |(found, expected): (&f32, &f32)| (found - expected).abs() / expected.abs().max(1.0);
+    pairs.map(relative).fold(0.0, |most, value| if value.is_nan() { f32::INFINITY } else { most.max(value) })
+}
+
+/// Compares a random tokens' rows of both kinds: of whole rollouts `[B, N, width]`.
+fn check_rollout(what: String, found: &Array3<f32>, expected: &Array3<f32>, atol: f32) -> Check {
+    let token = |i| difference(&found.index_axis(ArrayAxis(1), i), &expected.index_axis(ArrayAxis(1), i));
+    let first_token = (0..expected.dim().1).find(|&i| token(i) > atol);
+    let largest = difference(found, expected);
+    Check { what, largest, first_token, passed: first_token.is_none() }
+}
+
+/// Random values for a port of a stage.
+fn random_input(config: &Config, stage: Stage, port: &Port, random: &mut TorchRng) -> Result<Tensor> {
+    let (width, _) = config.image_size(IMAGE_TOKENS);
+    let size = |axis: &Axis| match axis {
+        Axis::Is(size) => *size,
+        Axis::Any(name) => match name.as_str() {
+            BATCH => ROWS,
+            "rows" => 2 * ROWS,
+            "tokens" => IMAGE_TOKENS,
+            "width" => width,
+            _ => MOST_STEPS + 1,
+        },
+    };
+    let shape: Vec<usize> = port.shape.iter().map(size).collect();
+    let count = shape.iter().product();
+    let window = config.generator.window as i64;
+    Ok(match (stage, port.name.as_str()) {
+        // One row before its window is full and one after; a class and none.
+        (Stage::Step, "position") => Tensor::new(&[1, window + 2], &Device::Cpu)?,
+        (Stage::Prefill, _) => Tensor::new(&[0, config.generator.unconditional() as i64], &Device::Cpu)?,
+        (_, "timesteps") => Tensor::from_vec(eqim::generate::timesteps(MOST_STEPS), shape, &Device::Cpu)?,
+        _ => Tensor::from_vec(random.randn(count), shape, &Device::Cpu)?,
+    })
+}
+
+fn graph_alone(
+    bundle: &Bundle,
+    reference: &CandleEngine,
+    runtime: Runtime,
+    stage: Stage,
+    atol: f32,
+    random: &mut TorchRng,
+) -> Result<Vec<Check>> {
+    let config = &bundle.manifest.model;
+    let ports = stage.inputs(config);
+    let inputs = ports.iter().map(|port| random_input(config, stage, port, random)).collect::<Result<Vec<_>>>()?;
+    let expected = stage.run(&mut Eager::new(reference.weights()), config, &inputs)?;
+    let graph = runtime.graph(&bundle.graph_path(stage)?, None)?;
+    let values = ports
+        .iter()
+        .zip(&inputs)
+        .map(|(port, input)| match (port.kind, bundle.manifest.precision) {
+            (Kind::Integer, _) => Ok(integer_input(&input.to_vec1::<i64>()?)?.into()),
+            (Kind::Cache, Precision::Fp16) => {
+                let array: ArrayD<f32> = to_array(input)?;
+                Ok(eqim_engines::onnxruntime::half_input(array.mapv(f16::from_f32))?.into())
+            }
+            _ => Ok(float_input::<ndarray::IxDyn>(to_array(input)?.view())?.into()),
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let found = graph.run(&values)?;
+
+    let mut checks = vec![];
+    let mut caches: Option<Check> = None;
+    for ((port, expected), found) in stage.outputs(config).iter().zip(&expected).zip(&found) {
+        let subject = format!("{}.onnx {}", stage.name(), port.name);
+        let check = check(subject, &float_output(found)?, &to_array(expected)?, atol);
+        if port.kind != Kind::Cache || !check.passed {
+            checks.push(check);
+        } else if caches.as_ref().is_none_or(|worst| check.largest > worst.largest) {
+            let what = format!("{}.onnx, all keys and values", stage.name());
+            caches = Some(Check { what, ..check });
+        }
+    }
+    checks.extend(caches);
+    Ok(checks)
+}
+
+/// A rollout of a guided batch, past the first wrap of the cache's window, on both engines from one seed.
+fn guided_rollout(engine: &dyn Engine, reference: &CandleEngine, atol: f32) -> Result<(Check, Array3<f32>)> {
+    let generator = &reference.config().generator;
+    let request = Request {
+        labels: vec![Some(0), None],
+        tokens: 2 * generator.window + 3,
+        cfg: 3.0,
+        schedule: Schedule::Linear,
+        steps: generator.steps.min(MOST_STEPS),
+        prefix: None,
+        noise: Noise::Seed(SEED),
+    };
+    let expected = generate(reference, &request, |_| {})?.tokens;
+    let found = generate(engine, &request, |_| {})?.tokens;
+    let what = format!("rollout of {} tokens, window {}, cfg {}", request.tokens, generator.window, request.cfg);
+    Ok((check_rollout(what, &found, &expected, atol), expected))
+}
+
+/// The cached steps of the bundle against the whole sequence at once on Candle.
+fn cache_is_no_cache(engine: &dyn Engine, reference: &CandleEngine, tokens: &Array3<f32>, atol: f32) -> Result<Check> {
+    let generator = &reference.config().generator;
+    let (rows, n, embed) = tokens.dim();
+    let labels = vec![0, generator.unconditional() as i64];
+    let whole = {
+        let flat = Tensor::from_vec(tokens.iter().copied().collect::<Vec<f32>>(), (rows * n, embed), &Device::Cpu)?;
+        let labels = Tensor::from_slice(&labels, rows, &Device::Cpu)?;
+        let o = &mut Eager::new(reference.weights());
+        let z: Array2<f32> = to_array(&transformer::teacher_forced(o, generator, &labels, &flat, n, 0)?)?;
+        z.into_shape_with_order((rows, n, generator.dim)).map_err(|error| Error::run("z", error))?
+    };
+    let mut cached = Array3::zeros(whole.dim());
+    let (mut session, z) = engine.start(&labels)?;
+    cached.slice_mut(s![.., 0, ..]).assign(&z);
+    for i in 1..n {
+        let z = session.step(tokens.index_axis(ArrayAxis(1), i - 1), &vec![i as i64 - 1; rows])?;
+        cached.slice_mut(s![.., i, ..]).assign(&z);
+    }
+    Ok(check_rollout(format!("cache of {} against no cache, {n} tokens", generator.window), &cached, &whole, atol))
+}

@@ -1,0 +1,173 @@
+//! Writing a bundle, beside its destination until it is complete.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Tensor};
+use eqim::checkpoint::{GENERATOR_KEY, TOKENIZER_KEY};
+use eqim::model::Stage;
+use eqim::tensors::{self, TensorFile};
+use eqim::weights::Weights;
+use eqim::{Config, Error, Result};
+use eqim_engines::bundle::{Bundle, CONFIG_FILE, FORMAT, FileRecord, GraphRecord, Manifest, Precision, WEIGHTS_FILE};
+use prost::Message;
+use tempfile::TempDir;
+
+use crate::lower::{self, Places};
+
+/// How graphs are written.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Precision of weights and matrix products.
+    pub precision: Precision,
+    /// ONNX operator set.
+    pub opset: i64,
+}
+
+/// A bundle that is complete but does not stand at its destination yet. Dropped, it vanishes.
+#[derive(Debug)]
+pub struct Draft {
+    folder: TempDir,
+    destination: PathBuf,
+    /// The bundle where it stands now.
+    pub bundle: Bundle,
+}
+
+/// Checks, before any work, that a bundle can be put at `destination`.
+///
+/// # Errors
+/// [`Error::Input`] when something that is no bundle stands there, or its folder does not exist.
+pub fn check_destination(destination: &Path) -> Result<()> {
+    let bad = |problem: &str| Err(Error::input(destination.display(), problem));
+    if !parent(destination).is_dir() {
+        return bad("cannot be written: its folder does not exist");
+    }
+    let Ok(mut entries) = std::fs::read_dir(destination) else {
+        return if destination.exists() { bad("is a file, expected a folder to write") } else { Ok(()) };
+    };
+    let foreign = entries.next().is_some() && !destination.join(CONFIG_FILE).is_file();
+    if foreign { bad("holds files that are no bundle: name another folder, or remove it") } else { Ok(()) }
+}
+
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Writes all of a bundle beside `destination`. `progress` is told the name of each file before it is written.
+///
+/// # Errors
+/// [`Error::Input`] for weights beyond the precision's range; [`Error::Run`] when a file cannot be written.
+pub fn draft(
+    destination: &Path,
+    config: &Config,
+    weights: &Weights,
+    options: Options,
+    mut progress: impl FnMut(&str),
+) -> Result<Draft> {
+    check_destination(destination)?;
+    let failed = |error: std::io::Error| Error::run(destination.display(), format!("cannot be written: {error}"));
+    let folder = tempfile::Builder::new().prefix(".eqim-").tempdir_in(parent(destination)).map_err(failed)?;
+    progress(WEIGHTS_FILE);
+    let weights_file = folder.path().join(WEIGHTS_FILE);
+    write_weights(&weights_file, config, weights, options.precision)?;
+    let places = lower::places(&TensorFile::open(&weights_file)?)?;
+    let mut graphs = BTreeMap::new();
+    for stage in Stage::ALL {
+        progress(&graph_file(stage));
+        graphs.insert(stage.name().to_string(), write_graph(folder.path(), config, stage, &places, options)?);
+    }
+    let manifest = Manifest {
+        format: FORMAT,
+        producer: format!("eqim {}", env!("CARGO_PKG_VERSION")),
+        precision: options.precision,
+        opset: options.opset,
+        model: config.clone(),
+        weights: FileRecord::of(folder.path(), WEIGHTS_FILE)?,
+        graphs,
+    };
+    let text = serde_json::to_vec_pretty(&manifest).map_err(|error| Error::run(CONFIG_FILE, error))?;
+    eqim::files::write(&folder.path().join(CONFIG_FILE), &text)?;
+    let bundle = Bundle::open(folder.path())?;
+    Ok(Draft { folder, destination: destination.to_path_buf(), bundle })
+}
+
+impl Draft {
+    /// Puts the bundle at its destination, in place of an older one.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when it cannot be moved there; the older one is then still there.
+    pub fn publish(self) -> Result<Bundle> {
+        let failed =
+            |error: std::io::Error| Error::run(self.destination.display(), format!("cannot be written: {error}"));
+        share(self.folder.path()).map_err(failed)?;
+        let older = tempfile::Builder::new().prefix(".eqim-").tempdir_in(parent(&self.destination)).map_err(failed)?;
+        let set_aside = older.path().join("older");
+        let replaces = self.destination.exists();
+        if replaces {
+            std::fs::rename(&self.destination, &set_aside).map_err(failed)?;
+        }
+        if let Err(error) = std::fs::rename(self.folder.path(), &self.destination) {
+            if replaces {
+                std::fs::rename(&set_aside, &self.destination).map_err(failed)?;
+            }
+            return Err(failed(error));
+        }
+        let _moved = self.folder.keep();
+        Bundle::open(&self.destination)
+    }
+}
+
+/// Temporary folders are private; results are not.
+#[cfg(unix)]
+fn share(folder: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))
+}
+
+#[cfg(not(unix))]
+fn share(_folder: &Path) -> std::io::Result<()> {
+    Ok(())
+}
+
+fn graph_file(stage: Stage) -> String {
+    format!("{}.onnx", stage.name())
+}
+
+fn write_graph(folder: &Path, config: &Config, stage: Stage, places: &Places, options: Options) -> Result<GraphRecord> {
+    let model = lower::lower(config, stage, places, options.precision, options.opset)?;
+    let file = graph_file(stage);
+    eqim::files::write(&folder.join(&file), &model.encode_to_vec())?;
+    Ok(GraphRecord {
+        file: FileRecord::of(folder, &file)?,
+        inputs: stage.inputs(config),
+        outputs: stage.outputs(config),
+    })
+}
+
+fn write_weights(path: &Path, config: &Config, weights: &Weights, precision: Precision) -> Result<()> {
+    let json = |value| serde_json::to_string(value).map_err(|error| Error::run(WEIGHTS_FILE, error));
+    let text = HashMap::from([
+        (GENERATOR_KEY.to_string(), json(&serde_json::json!(config.generator))?),
+        (TOKENIZER_KEY.to_string(), json(&serde_json::json!(config.tokenizer))?),
+    ]);
+    let stored = weights
+        .iter()
+        .map(|(name, tensor)| Ok((name, convert(name, tensor, precision)?)))
+        .collect::<Result<Vec<(&str, Tensor)>>>()?;
+    tensors::write(path, &stored, text)
+}
+
+fn convert(name: &str, tensor: &Tensor, precision: Precision) -> Result<Tensor> {
+    if precision == Precision::Fp32 {
+        return Ok(tensor.clone());
+    }
+    let largest = tensor.abs()?.max_all()?.to_scalar::<f32>()?;
+    let limit = half::f16::MAX.to_f32();
+    if largest > limit {
+        return Err(Error::input(
+            format!("tensor {name}"),
+            format!("has a value of {largest}, beyond FP16's {limit}: export with --dtype fp32"),
+        ));
+    }
+    Ok(tensor.to_dtype(DType::F16)?)
+}
