@@ -5,5 +5,6 @@ pub mod cli;
 pub mod native;
 pub mod onnxruntime;
 mod open;
+pub mod run;
 
 pub use open::{Backend, open};

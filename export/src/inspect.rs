@@ -88,7 +88,8 @@ fn top_level(scope: &str) -> String {
     let parts: Vec<&str> = scope.split('.').collect();
     let length = match parts[..] {
         ["encoder" | "decoder", "down" | "up", ..] => 3,
-        ["encoder" | "decoder" | "diffloss", ..] => 2.max(if parts[0] == "diffloss" { 3 } else { 2 }),
+        ["diffloss", ..] => 3,
+        ["encoder" | "decoder", ..] => 2,
         _ => 1,
     };
     parts[..length.min(parts.len())].join(".")

@@ -248,46 +248,15 @@ impl<'a> Lower<'a> {
             .collect();
         self.node("Concat", &parts.iter().collect::<Vec<_>>(), vec![Attribute::int("axis", 0)], DataType::Int64)
     }
+}
 
-    /// Emits the body of a loop as a graph of its own.
-    fn body(
-        &mut self,
-        sequences: &[&Value],
-        state: DataType,
-        body: impl FnOnce(&mut Self, &[Value], &Value) -> Result<Value>,
-    ) -> Result<Graph> {
-        let mut named = |name: &str| {
-            let name = scoped(&self.scope, &format!("Loop.{name}"));
-            self.unique(name)
-        };
-        let [iteration, condition, carried] = ["iteration", "condition", "state"].map(&mut named);
-        let input = vec![
-            onnx::value_info(&iteration, DataType::Int64, Some(vec![])),
-            onnx::value_info(&condition, DataType::Bool, Some(vec![])),
-            onnx::value_info(&carried, state, None),
-        ];
-        self.graphs.push(Graph { input, name: Some(scoped(&self.scope, "Loop.body")), ..Graph::default() });
-        self.sizes.push(HashMap::new());
-
-        let iteration = Value { name: iteration, data_type: DataType::Int64 };
-        let axis = || vec![Attribute::int("axis", 0)];
-        let now: Vec<Value> = sequences
-            .iter()
-            .map(|sequence| self.node("Gather", &[sequence, &iteration], axis(), sequence.data_type))
-            .collect();
-        let next = body(self, &now, &Value { name: carried, data_type: state });
-
-        self.sizes.pop();
-        let next = next.map(|next| self.cast(&next, state));
-        let goes_on =
-            self.node("Identity", &[&Value { name: condition, data_type: DataType::Bool }], vec![], DataType::Bool);
-        let mut graph = self.graphs.pop().unwrap_or_default();
-        graph.output = vec![
-            onnx::value_info(&goes_on.name, DataType::Bool, Some(vec![])),
-            onnx::value_info(&next?.name, state, None),
-        ];
-        Ok(graph)
-    }
+/// A loop whose body is written once, as a graph of its own.
+pub struct Written {
+    sequences: Option<Vec<Value>>,
+    steps: Value,
+    state: Value,
+    condition: String,
+    body: Option<Graph>,
 }
 
 fn dimensions(port: &Port) -> Vec<Dimension> {
@@ -312,6 +281,7 @@ fn rename(graph: &mut Graph, names: &HashMap<String, String>) {
 
 impl Ops for Lower<'_> {
     type Tensor = Value;
+    type Loop = Written;
 
     fn enter(&mut self, name: &str) {
         self.scope.push(name.to_string());
@@ -470,18 +440,51 @@ impl Ops for Lower<'_> {
         Ok(self.node("Pad", &[x, &pads], vec![Attribute::text("mode", "reflect")], x.data_type))
     }
 
-    fn fold(
-        &mut self,
-        sequences: &[&Value],
-        state: &Value,
-        body: impl FnMut(&mut Self, &[Value], &Value) -> Result<Value>,
-    ) -> Result<Value> {
+    fn open_loop(&mut self, sequences: &[&Value], state: &Value) -> Result<Written> {
         let steps = self.size(sequences[0], Some(0));
         let first = self.integers(&[1], &[0]);
         let steps = self.node("Squeeze", &[&steps, &first], vec![], DataType::Int64);
+        let sequences = Some(sequences.iter().map(|&sequence| sequence.clone()).collect());
+        Ok(Written { sequences, steps, state: state.clone(), condition: String::new(), body: None })
+    }
+
+    fn turn(&mut self, open: &mut Written) -> Result<Option<(Vec<Value>, Value)>> {
+        let Some(sequences) = open.sequences.take() else { return Ok(None) };
+        let name = |part| scoped(&self.scope, &format!("Loop.{part}"));
+        let names = ["iteration", "condition", "state"].map(name);
+        let [iteration, condition, carried] = names.map(|name| self.unique(name));
+        let state = open.state.data_type;
+        let input = vec![
+            onnx::value_info(&iteration, DataType::Int64, Some(vec![])),
+            onnx::value_info(&condition, DataType::Bool, Some(vec![])),
+            onnx::value_info(&carried, state, None),
+        ];
+        open.condition = condition;
+        self.graphs.push(Graph { input, name: Some(scoped(&self.scope, "Loop.body")), ..Graph::default() });
+        self.sizes.push(HashMap::new());
+
+        let iteration = Value { name: iteration, data_type: DataType::Int64 };
+        let mut element = |sequence: &Value| self.gather(sequence, &iteration);
+        let now = sequences.iter().map(&mut element).collect::<Result<_>>()?;
+        Ok(Some((now, Value { name: carried, data_type: state })))
+    }
+
+    fn carry(&mut self, open: &mut Written, state: Value) -> Result<()> {
+        let next = self.cast(&state, open.state.data_type);
+        let condition = Value { name: open.condition.clone(), data_type: DataType::Bool };
+        let goes_on = self.node("Identity", &[&condition], vec![], DataType::Bool);
+        self.graph().output = vec![
+            onnx::value_info(&goes_on.name, DataType::Bool, Some(vec![])),
+            onnx::value_info(&next.name, next.data_type, None),
+        ];
+        self.sizes.pop();
+        open.body = self.graphs.pop();
+        Ok(())
+    }
+
+    fn close_loop(&mut self, open: Written) -> Result<Value> {
         let goes_on = self.initializer(DataType::Bool, &[], vec![1]);
-        let graph = self.body(sequences, state.data_type, body)?;
-        let body = vec![Attribute::graph("body", graph)];
-        Ok(self.node("Loop", &[&steps, &goes_on, state], body, state.data_type))
+        let body = vec![Attribute::graph("body", open.body.unwrap_or_default())];
+        Ok(self.node("Loop", &[&open.steps, &goes_on, &open.state], body, open.state.data_type))
     }
 }

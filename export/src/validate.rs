@@ -11,6 +11,7 @@ use eqim::model::{Axis, BATCH, Kind, Port, Stage, transformer};
 use eqim::ops::eager::Eager;
 use eqim::random::TorchRng;
 use eqim::{Config, Error, Result};
+use eqim_calibration::Ranges;
 use eqim_engines::bundle::{Bundle, Precision};
 use eqim_engines::onnxruntime::{OrtEngine, Runtime, float_input, float_output, integer_input};
 use half::f16;
@@ -46,12 +47,24 @@ pub struct Report {
     pub atol: f32,
     /// Comparisons in the order in which they were made.
     pub checks: Vec<Check>,
+    /// The scope of the largest activation, and that, where the precision limits it.
+    pub largest_activation: Option<(String, f32)>,
 }
 
 impl Report {
-    /// Whether every comparison passed.
+    /// Whether every comparison passed, and activations keep a distance from the end of the precision's range.
     pub fn passed(&self) -> bool {
-        self.checks.iter().all(|check| check.passed)
+        self.checks.iter().all(|check| check.passed) && self.within_range()
+    }
+
+    fn within_range(&self) -> bool {
+        self.largest_activation.as_ref().is_none_or(|(_, largest)| *largest <= MOST_FP16)
+    }
+
+    fn range_line(&self) -> Option<String> {
+        let (scope, largest) = self.largest_activation.as_ref()?;
+        let mark = if self.within_range() { '✓' } else { 'x' };
+        Some(format!("\t-[{mark}] largest activation {largest:.1} in {scope}, FP16 ends at {}", f16::MAX))
     }
 }
 
@@ -78,6 +91,10 @@ const IMAGE_TOKENS: usize = 3;
 const MOST_STEPS: usize = 8;
 const SEED: u64 = 20;
 
+/// Largest activation that FP16 graphs may meet on random inputs: a quarter of the type's range, since a checkpoint's
+/// own inputs can be wider.
+const MOST_FP16: f32 = 16384.0;
+
 /// Compares a bundle on ONNX Runtime with `reference`, and shows every line to `progress` as it is known.
 ///
 /// # Errors
@@ -91,21 +108,26 @@ pub fn validate(
 ) -> Result<Report> {
     let runtime = Runtime::load(library)?;
     let mut checks = vec![];
-    let mut add = |check: Check| {
+    let mut add = |progress: &mut dyn FnMut(&str), check: Check| {
         progress(&check.line(atol));
         checks.push(check);
     };
     let mut random = TorchRng::new(SEED);
+    let mut ranges = Ranges::default();
     for stage in Stage::ALL {
-        for check in graph_alone(bundle, reference, runtime, stage, atol, &mut random)? {
-            add(check);
+        for check in graph_alone(bundle, reference, runtime, stage, atol, &mut random, &mut ranges)? {
+            add(&mut progress, check);
         }
     }
     let engine = OrtEngine::new(bundle, library, None)?;
     let (rollout, tokens) = guided_rollout(&engine, reference, atol)?;
-    add(rollout);
-    add(cache_is_no_cache(&engine, reference, &tokens, atol)?);
-    Ok(Report { atol, checks })
+    add(&mut progress, rollout);
+    add(&mut progress, cache_is_no_cache(&engine, reference, &tokens, atol)?);
+    let largest = ranges.largest().map(|(scope, largest)| (scope.to_string(), largest));
+    let largest_activation = largest.filter(|_| bundle.manifest.precision == Precision::Fp16);
+    let report = Report { atol, checks, largest_activation };
+    report.range_line().iter().for_each(|line| progress(line));
+    Ok(report)
 }
 
 fn check(what: String, found: &ArrayD<f32>, expected: &ArrayD<f32>, atol: f32) -> Check {
@@ -119,7 +141,7 @@ fn difference<'a>(found: impl IntoIterator<Item = &'a f32>, expected: impl IntoI
     pairs.map(relative).fold(0.0, |most, value| if value.is_nan() { f32::INFINITY } else { most.max(value) })
 }
 
-/// Compares a random tokens' rows of both kinds: of whole rollouts `[B, N, width]`.
+/// Compares whole rollouts `[B, N, width]`, token by token.
 fn check_rollout(what: String, found: &Array3<f32>, expected: &Array3<f32>, atol: f32) -> Check {
     let token = |i| difference(&found.index_axis(ArrayAxis(1), i), &expected.index_axis(ArrayAxis(1), i));
     let first_token = (0..expected.dim().1).find(|&i| token(i) > atol);
@@ -159,11 +181,12 @@ fn graph_alone(
     stage: Stage,
     atol: f32,
     random: &mut TorchRng,
+    ranges: &mut Ranges,
 ) -> Result<Vec<Check>> {
     let config = &bundle.manifest.model;
     let ports = stage.inputs(config);
     let inputs = ports.iter().map(|port| random_input(config, stage, port, random)).collect::<Result<Vec<_>>>()?;
-    let expected = stage.run(&mut Eager::new(reference.weights()), config, &inputs)?;
+    let expected = ranges.observe(reference.weights(), |o| stage.run(o, config, &inputs))?;
     let graph = runtime.graph(&bundle.graph_path(stage)?, None)?;
     let values = ports
         .iter()

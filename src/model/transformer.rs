@@ -12,8 +12,8 @@ const BLOCK_EPS: f32 = 1e-6;
 const CROSS_EPS: f32 = 1e-5;
 const ROPE_BASE: f32 = 10000.0;
 
-// Added to the scores of slots that hold no token. Far enough below any score that exp() gives 0, and within fp16.
-const MASKED: f32 = -30000.0;
+// Added to the scores of slots that hold no token: so far below any score that exp() gives 0, and within FP16.
+const MASKED: f32 = -10000.0;
 
 /// Keys and values of one attention, each `[B, H, length, hd]`.
 #[derive(Clone, Debug)]

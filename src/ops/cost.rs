@@ -99,6 +99,14 @@ impl Cost {
     }
 }
 
+/// A loop whose body is counted once, times its turns.
+#[derive(Debug)]
+pub struct Counted {
+    turn: Option<Vec<Shape>>,
+    turns: u64,
+    state: Shape,
+}
+
 fn elements(shape: &[usize]) -> u64 {
     shape.iter().map(|&size| size as u64).product()
 }
@@ -133,6 +141,7 @@ fn sizes(x: &Shape, shape: &[Dim<Shape>]) -> Result<Shape> {
 
 impl Ops for Cost {
     type Tensor = Shape;
+    type Loop = Counted;
 
     fn enter(&mut self, name: &str) {
         self.scope.push(name.to_string());
@@ -266,17 +275,25 @@ impl Ops for Cost {
         self.result(shape)
     }
 
-    fn fold(
-        &mut self,
-        sequences: &[&Shape],
-        state: &Shape,
-        mut body: impl FnMut(&mut Self, &[Shape], &Shape) -> Result<Shape>,
-    ) -> Result<Shape> {
-        let now: Vec<Shape> = sequences.iter().map(|sequence| sequence[1..].to_vec()).collect();
-        let iterations = sequences[0][0] as u64;
-        self.repeat *= iterations;
-        let next = body(self, &now, state);
-        self.repeat /= iterations.max(1);
-        next
+    fn open_loop(&mut self, sequences: &[&Shape], state: &Shape) -> Result<Counted> {
+        let now = sequences.iter().map(|sequence| sequence[1..].to_vec()).collect();
+        let turns = sequences.first().map_or(0, |sequence| sequence[0] as u64);
+        Ok(Counted { turn: (turns > 0).then_some(now), turns, state: state.clone() })
+    }
+
+    fn turn(&mut self, open: &mut Counted) -> Result<Option<(Vec<Shape>, Shape)>> {
+        let Some(now) = open.turn.take() else { return Ok(None) };
+        self.repeat *= open.turns;
+        Ok(Some((now, open.state.clone())))
+    }
+
+    fn carry(&mut self, open: &mut Counted, state: Shape) -> Result<()> {
+        self.repeat /= open.turns;
+        open.state = state;
+        Ok(())
+    }
+
+    fn close_loop(&mut self, open: Counted) -> Result<Shape> {
+        Ok(open.state)
     }
 }

@@ -20,6 +20,15 @@ impl<'a> Eager<'a> {
     }
 }
 
+/// A loop between two turns.
+#[derive(Debug)]
+pub struct Running {
+    sequences: Vec<Tensor>,
+    state: Tensor,
+    turns: usize,
+    done: usize,
+}
+
 fn sizes(x: &Tensor, shape: &[Dim<Tensor>]) -> Result<Vec<usize>> {
     let mut sizes = Vec::with_capacity(shape.len());
     let mut rest = None;
@@ -51,6 +60,7 @@ pub(super) fn position(at: i64, length: usize) -> usize {
 
 impl Ops for Eager<'_> {
     type Tensor = Tensor;
+    type Loop = Running;
 
     fn enter(&mut self, name: &str) {
         self.scope.push(name.to_string());
@@ -182,18 +192,28 @@ impl Ops for Eager<'_> {
         Ok(x)
     }
 
-    fn fold(
-        &mut self,
-        sequences: &[&Tensor],
-        state: &Tensor,
-        mut body: impl FnMut(&mut Self, &[Tensor], &Tensor) -> Result<Tensor>,
-    ) -> Result<Tensor> {
-        let mut state = state.clone();
-        for i in 0..sequences[0].dim(0)? {
-            let now: Vec<Tensor> = sequences.iter().map(|sequence| sequence.get(i)).collect::<Result<_, _>>()?;
-            state = body(self, &now, &state)?;
+    fn open_loop(&mut self, sequences: &[&Tensor], state: &Tensor) -> Result<Running> {
+        let turns = sequences.first().map_or(Ok(0), |sequence| sequence.dim(0))?;
+        let sequences = sequences.iter().map(|&sequence| sequence.clone()).collect();
+        Ok(Running { sequences, state: state.clone(), turns, done: 0 })
+    }
+
+    fn turn(&mut self, open: &mut Running) -> Result<Option<(Vec<Tensor>, Tensor)>> {
+        if open.done == open.turns {
+            return Ok(None);
         }
-        Ok(state)
+        let now = open.sequences.iter().map(|sequence| sequence.get(open.done)).collect::<Result<_, _>>()?;
+        Ok(Some((now, open.state.clone())))
+    }
+
+    fn carry(&mut self, open: &mut Running, state: Tensor) -> Result<()> {
+        open.state = state;
+        open.done += 1;
+        Ok(())
+    }
+
+    fn close_loop(&mut self, open: Running) -> Result<Tensor> {
+        Ok(open.state)
     }
 }
 

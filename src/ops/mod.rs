@@ -61,6 +61,9 @@ pub trait Ops: Sized {
     /// A value of the model.
     type Tensor: Clone;
 
+    /// A loop that is being run or written.
+    type Loop;
+
     /// Opens a named scope inside the current one. Model code calls [`Ops::scope`].
     fn enter(&mut self, name: &str);
 
@@ -213,8 +216,36 @@ pub trait Ops: Sized {
     /// When an axis has fewer than two elements.
     fn pad_reflect(&mut self, x: &Self::Tensor, spatial: usize) -> Result<Self::Tensor>;
 
+    /// Opens a loop that threads `state` through one turn for every index of the first axis of `sequences`
+    /// (ONNX `Loop`). Model code calls [`Ops::fold`].
+    ///
+    /// # Errors
+    /// When the interpreter refuses.
+    fn open_loop(&mut self, sequences: &[&Self::Tensor], state: &Self::Tensor) -> Result<Self::Loop>;
+
+    /// What the next turn works on: the sequences' elements and the state; nothing when all turns are done. An
+    /// interpreter that writes the loop down instead of running it asks for one turn only.
+    ///
+    /// # Errors
+    /// When the interpreter refuses.
+    fn turn(&mut self, open: &mut Self::Loop) -> Result<Option<(Vec<Self::Tensor>, Self::Tensor)>>;
+
+    /// Hands over the state after a turn.
+    ///
+    /// # Errors
+    /// When the interpreter refuses.
+    fn carry(&mut self, open: &mut Self::Loop, state: Self::Tensor) -> Result<()>;
+
+    /// Closes a loop; gives the last state.
+    ///
+    /// # Errors
+    /// When the interpreter refuses.
+    fn close_loop(&mut self, open: Self::Loop) -> Result<Self::Tensor>;
+
+    // What follows is derived.
+
     /// Threads `state` through `body` once for every index `i` of the first axis of `sequences`, handing it their
-    /// `i`-th elements (ONNX `Loop`).
+    /// `i`-th elements.
     ///
     /// # Errors
     /// Those of `body`.
@@ -222,10 +253,15 @@ pub trait Ops: Sized {
         &mut self,
         sequences: &[&Self::Tensor],
         state: &Self::Tensor,
-        body: impl FnMut(&mut Self, &[Self::Tensor], &Self::Tensor) -> Result<Self::Tensor>,
-    ) -> Result<Self::Tensor>;
-
-    // What follows is derived.
+        mut body: impl FnMut(&mut Self, &[Self::Tensor], &Self::Tensor) -> Result<Self::Tensor>,
+    ) -> Result<Self::Tensor> {
+        let mut open = self.open_loop(sequences, state)?;
+        while let Some((now, state)) = self.turn(&mut open)? {
+            let next = body(self, &now, &state)?;
+            self.carry(&mut open, next)?;
+        }
+        self.close_loop(open)
+    }
 
     /// a + b
     ///

@@ -1,0 +1,211 @@
+//! The flags of `eqim-run`, checked as far as they can be without a model.
+
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::Parser;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use eqim::generate::{MOST_STEPS, Schedule};
+
+use crate::Backend;
+
+/// Most tokens of a run, over all of its images. A million tokens of 256 values and their noise take 2 GB, and their
+/// image would be 16 million pixels wide: a larger number is a mistake, and allocating for it would abort.
+pub const MOST_TOKENS: usize = 1_000_000;
+
+const EXAMPLES: &str = "\
+Examples:
+  eqim-run --engine bundle --class 3 -o image.png
+  eqim-run --engine bundle --class 3,0,none --seed 7 --cfg 4 --width 512 -o image.png
+  eqim-run --engine bundle --prefix photo.jpg --tokens 48 -o longer.png
+
+The second writes image-0.png, image-1.png and image-2.png; the third carries a photo on to its right.";
+
+/// Generate images with a bundle that eqim-export wrote.
+///
+/// An image is made column by column: every token is a column of pixels (16 wide in the published models).
+/// Progress and warnings go to standard error, the report to standard output.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "eqim-run", version, after_help = EXAMPLES, allow_negative_numbers = true)]
+pub struct Arguments {
+    /// Folder of the exported model, as written by `eqim-export onnx`
+    #[arg(long, value_name = "BUNDLE")]
+    pub engine: PathBuf,
+
+    /// Classes, separated by commas, one image each; `none` is an image of no class
+    #[arg(long = "class", value_name = "CLASSES", value_delimiter = ',', default_value = "none", value_parser = class)]
+    pub classes: Vec<Option<usize>>,
+
+    /// Number that the noise is drawn from, the same noise as after torch.manual_seed
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub seed: u64,
+
+    /// Length of the images in tokens, those of --prefix included [default: 16]
+    #[arg(long, value_name = "N", value_parser = tokens)]
+    pub tokens: Option<usize>,
+
+    /// Length of the images in pixels, instead of --tokens; a multiple of a token's width
+    #[arg(long, value_name = "PIXELS", value_parser = width, conflicts_with = "tokens")]
+    pub width: Option<usize>,
+
+    /// Classifier-free guidance: how strongly an image follows its class; 1 is none, and twice as fast
+    #[arg(long, value_name = "SCALE", default_value_t = 1.0, value_parser = cfg)]
+    pub cfg: f32,
+
+    /// How guidance grows: from the first token to the last, or the same at every token
+    #[arg(long, value_name = "HOW", default_value = "linear", value_parser = schedules())]
+    pub cfg_schedule: Schedule,
+
+    /// Steps that each token is denoised in [default: the model's]
+    #[arg(long, value_name = "N", value_parser = steps)]
+    pub steps: Option<usize>,
+
+    /// Beginning to continue: a PNG or JPEG, or tokens that --save-tokens wrote; one is used for all classes
+    #[arg(long, value_name = "FILE")]
+    pub prefix: Option<PathBuf>,
+
+    /// Noise of the generated tokens instead of a seed's: `noise` [images, tokens, E] of a .safetensors
+    #[arg(long, value_name = "FILE", conflicts_with = "seed")]
+    pub noise: Option<PathBuf>,
+
+    /// Also write `tokens` and `noise` to this .safetensors
+    #[arg(long, value_name = "FILE")]
+    pub save_tokens: Option<PathBuf>,
+
+    /// Image to write; several are numbered: image-0.png, image-1.png
+    #[arg(short, long, value_name = "PNG", default_value = "image.png")]
+    pub output: PathBuf,
+
+    /// What runs the model
+    #[arg(long, value_enum, value_name = "BACKEND", default_value_t)]
+    pub backend: Backend,
+
+    /// Threads of ONNX Runtime [default: every core]
+    #[arg(long, value_name = "N", value_parser = threads)]
+    pub threads: Option<usize>,
+
+    /// Report as JSON on standard output, and nothing else there
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn class(text: &str) -> Result<Option<usize>, String> {
+    match text.trim() {
+        "none" => Ok(None),
+        number => number.parse().map(Some).map_err(|_| "expected class numbers or `none`, separated by commas".into()),
+    }
+}
+
+fn within<T: FromStr + PartialOrd + Display>(text: &str, range: RangeInclusive<T>) -> Result<T, String> {
+    let value = text.parse().ok().filter(|value| range.contains(value));
+    value.ok_or_else(|| format!("expected a number from {} to {}", range.start(), range.end()))
+}
+
+fn tokens(text: &str) -> Result<usize, String> {
+    within(text, 2..=MOST_TOKENS)
+}
+
+fn width(text: &str) -> Result<usize, String> {
+    within(text, 1..=usize::MAX >> 1).map_err(|_| "expected a positive number of pixels".into())
+}
+
+fn cfg(text: &str) -> Result<f32, String> {
+    within(text, 0.0..=f32::MAX).map_err(|_| "expected a finite number of at least 0".into())
+}
+
+fn steps(text: &str) -> Result<usize, String> {
+    within(text, 1..=MOST_STEPS)
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    within(text, 1..=1024)
+}
+
+fn schedules() -> impl TypedValueParser<Value = Schedule> {
+    let name = |name: String| if name == "constant" { Schedule::Constant } else { Schedule::Linear };
+    PossibleValuesParser::new(["linear", "constant"]).map(name)
+}
+
+/// Tokens of an image `width` pixels wide.
+pub fn tokens_of_width(width: usize, token_width: usize) -> Result<usize, String> {
+    let (below, least) = (width / token_width, 2);
+    if below >= least && width.is_multiple_of(token_width) {
+        return Ok(below);
+    }
+    let nearest = if below < least {
+        format!("the least is {}", least * token_width)
+    } else {
+        format!("the nearest are {} and {}", below * token_width, (below + 1) * token_width)
+    };
+    Err(format!("is {width}, expected a multiple of {token_width}, the width of a token: {nearest}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Arguments, String> {
+        let arguments = ["eqim-run", "--engine", "bundle"].iter().chain(arguments);
+        Arguments::try_parse_from(arguments).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn flags_are_consistent() {
+        use clap::CommandFactory;
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn classes() {
+        assert_eq!(parse(&[]).unwrap().classes, [None]);
+        assert_eq!(parse(&["--class", "3,0,none"]).unwrap().classes, [Some(3), Some(0), None]);
+        assert_eq!(parse(&["--class", "3, 0"]).unwrap().classes, [Some(3), Some(0)]);
+        for bad in ["", "x", "3,", ",", "-1", "3;0", "1.5", "99999999999999999999999"] {
+            let error = parse(&["--class", bad]).unwrap_err();
+            assert!(error.contains("--class") && error.contains("class numbers"), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn numbers_out_of_range_name_their_flag() {
+        let bad = [
+            ("--tokens", "0"),
+            ("--tokens", "1"),
+            ("--tokens", "-3"),
+            ("--tokens", "10000001"),
+            ("--tokens", "99999999999999999999999"),
+            ("--width", "0"),
+            ("--cfg", "NaN"),
+            ("--cfg", "inf"),
+            ("--cfg", "1e39"),
+            ("--cfg", "-1"),
+            ("--steps", "0"),
+            ("--threads", "0"),
+            ("--seed", "-1"),
+            ("--seed", "18446744073709551616"),
+            ("--cfg-schedule", "cosine"),
+        ];
+        for (flag, value) in bad {
+            let error = parse(&[flag, value]).unwrap_err();
+            assert!(error.contains(&format!("'{value}' for '{flag}")), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_excludes_each_other() {
+        assert!(parse(&["--tokens", "4", "--width", "64"]).is_err());
+        assert!(parse(&["--noise", "a", "--seed", "1"]).is_err());
+        assert!(parse(&["--noise", "a"]).is_ok());
+    }
+
+    #[test]
+    fn widths() {
+        assert_eq!(tokens_of_width(32, 16), Ok(2));
+        assert_eq!(tokens_of_width(512, 16), Ok(32));
+        assert!(tokens_of_width(100, 16).unwrap_err().ends_with("the nearest are 96 and 112"));
+        assert!(tokens_of_width(16, 16).unwrap_err().ends_with("the least is 32"));
+        assert!(tokens_of_width(33, 16).unwrap_err().ends_with("32 and 48"));
+    }
+}

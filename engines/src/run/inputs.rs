@@ -1,0 +1,166 @@
+//! From flags and the files that they name to a request that fits the model.
+
+use std::path::Path;
+
+use candle_core::DType;
+use eqim::engine::Engine;
+use eqim::generate::{Noise, Request};
+use eqim::tensors::TensorFile;
+use eqim::{Config, Error, Result, candle, picture};
+use ndarray::{Array3, Axis, Ix3};
+
+use super::arguments::{Arguments, MOST_TOKENS, tokens_of_width};
+use crate::cli;
+
+/// Length of an image unless told otherwise: square, in the published models.
+const TOKENS: usize = 16;
+
+/// What a run begins with.
+#[derive(Debug)]
+pub enum Prefix {
+    /// Tokens `[1 or B, n, E]`.
+    Tokens(Array3<f32>),
+    /// Pixels `[3, height, width]`.
+    Picture(Array3<f32>),
+}
+
+/// The request that the flags describe, and the beginning that it lacks until an engine is there to encode it.
+///
+/// # Errors
+/// [`Error::Input`] naming the flag, and the file, that does not fit the model.
+pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Option<Prefix>)> {
+    let rows = arguments.classes.len();
+    let mut request = Request {
+        labels: arguments.classes.clone(),
+        tokens: length(arguments, config)?,
+        cfg: arguments.cfg,
+        schedule: arguments.cfg_schedule,
+        steps: arguments.steps.unwrap_or(config.generator.steps),
+        prefix: None,
+        noise: Noise::Seed(arguments.seed),
+    };
+    request.check(config)?;
+    let prefix = arguments.prefix.as_deref().map(|path| Prefix::read(path, rows, request.tokens, config));
+    let prefix = prefix.transpose()?;
+    if let Some(path) = &arguments.noise {
+        let given = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
+        let noise = read_tokens("--noise", path, "noise", &[rows], config)?;
+        let (found, expected) = (noise.dim().1, request.tokens - given);
+        if found != expected {
+            let problem =
+                format!("is noise of {found} tokens, expected {expected}: the run's length without its prefix");
+            return Err(about("--noise")(Error::input(path.display(), problem)));
+        }
+        request.noise = Noise::Given(noise);
+    }
+    Ok((request, prefix))
+}
+
+/// The images' length in tokens.
+fn length(arguments: &Arguments, config: &Config) -> Result<usize> {
+    let (flag, tokens) = match arguments.width {
+        Some(width) => {
+            let tokens = tokens_of_width(width, config.tokenizer.token_width());
+            ("--width", tokens.map_err(|problem| Error::input("--width", problem))?)
+        }
+        None => ("--tokens", arguments.tokens.unwrap_or(TOKENS)),
+    };
+    let images = arguments.classes.len();
+    if tokens > MOST_TOKENS / images {
+        let problem = format!("asks for {images} × {tokens} tokens, expected at most {MOST_TOKENS} in a run");
+        return Err(Error::input(flag, problem));
+    }
+    Ok(tokens)
+}
+
+impl Prefix {
+    fn read(path: &Path, rows: usize, tokens: usize, config: &Config) -> Result<Self> {
+        let flag = "--prefix";
+        let prefix = if picture::is_picture(path).map_err(about(flag))? {
+            Self::read_picture(path, config)?
+        } else {
+            Self::Tokens(read_tokens(flag, path, "tokens", &[1, rows], config)?)
+        };
+        let given = prefix.tokens(config);
+        if given >= tokens {
+            let problem =
+                format!("is {given} tokens long and the image {tokens}, so nothing is left to generate: set --tokens");
+            return Err(about(flag)(Error::input(path.display(), problem)));
+        }
+        Ok(prefix)
+    }
+
+    fn read_picture(path: &Path, config: &Config) -> Result<Self> {
+        let token_width = config.tokenizer.token_width();
+        let read = picture::read(path, config.tokenizer.image_height(), token_width).map_err(about("--prefix"))?;
+        let (width, height) = read.original;
+        let (_, scaled_height, kept) = read.pixels.dim();
+        cli::note(format_args!(
+            "prefix {}: {width}×{height} pixels, scaled to {}×{scaled_height}, {} cut on the left: {} tokens",
+            path.display(),
+            read.scaled,
+            read.scaled - kept,
+            kept / token_width,
+        ));
+        Ok(Self::Picture(read.pixels))
+    }
+
+    /// Its length in tokens.
+    pub fn tokens(&self, config: &Config) -> usize {
+        match self {
+            Self::Tokens(tokens) => tokens.dim().1,
+            Self::Picture(pixels) => pixels.dim().2 / config.tokenizer.token_width(),
+        }
+    }
+
+    /// Its tokens, `[rows, n, E]`.
+    ///
+    /// # Errors
+    /// When the encoder fails.
+    pub fn encode(self, engine: &dyn Engine, rows: usize) -> Result<Array3<f32>> {
+        let tokens = match self {
+            Self::Tokens(tokens) => tokens,
+            Self::Picture(pixels) => {
+                engine.encode(pixels.insert_axis(Axis(0)).view())? * engine.config().generator.vae_norm as f32
+            }
+        };
+        let (_, count, embed) = tokens.dim();
+        let repeated = tokens.broadcast((rows, count, embed)).map(|tokens| tokens.to_owned());
+        repeated.ok_or_else(|| Error::run(engine.name(), format!("encoded a picture as {:?}", tokens.dim())))
+    }
+}
+
+/// Reads `key` of a `.safetensors`: at least one token, as many rows as one of `rows`, finite numbers of any precision.
+fn read_tokens(flag: &str, path: &Path, key: &str, rows: &[usize], config: &Config) -> Result<Array3<f32>> {
+    let bad = |problem: String| about(flag)(Error::input(path.display(), problem));
+    let mut file = TensorFile::open(path).map_err(about(flag))?;
+    let Some((dtype, shape)) = file.tensors().get(key).map(|info| (info.dtype, info.shape.clone())) else {
+        let mut names: Vec<String> = file.tensors().into_keys().collect();
+        names.sort();
+        return Err(bad(format!("has no tensor `{key}` (it has: {})", names.join(", "))));
+    };
+    let embed = config.generator.embed;
+    if !matches!(shape[..], [batch, (1..), values] if rows.contains(&batch) && values == embed) {
+        let mut rows: Vec<String> = rows.iter().map(usize::to_string).collect();
+        rows.dedup();
+        let expected = format!("[{}, tokens, {embed}]: one row a class, {embed} values a token", rows.join(" or "));
+        return Err(bad(format!("`{key}` has shape {shape:?}, expected {expected}")));
+    }
+    let float = [DType::F32, DType::F16, DType::BF16, DType::F64];
+    if !DType::try_from(dtype).is_ok_and(|dtype| float.contains(&dtype)) {
+        return Err(bad(format!("`{key}` is of type {dtype}, expected F32, F16, BF16 or F64")));
+    }
+    let array = candle::to_array::<Ix3>(&file.read(key).map_err(about(flag))?.to_dtype(DType::F32)?)?;
+    if array.iter().any(|value| !value.is_finite()) {
+        return Err(bad(format!("`{key}` has a value that is not finite")));
+    }
+    Ok(array)
+}
+
+/// Puts the flag that named a file before what is wrong with the file.
+fn about(flag: &str) -> impl Fn(Error) -> Error {
+    move |error| match error {
+        Error::Input(problem) => Error::Input(format!("{flag} {problem}")),
+        other => other,
+    }
+}

@@ -1,0 +1,72 @@
+//! `eqim-run`: images from a bundle.
+
+mod arguments;
+mod inputs;
+mod outputs;
+mod report;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use arguments::Arguments;
+use eqim::engine::Engine;
+use eqim::generate::{Generated, generate, timed};
+use eqim::{Error, Result, candle, picture, tensors};
+use ndarray::{Axis, s};
+
+use crate::bundle::Bundle;
+use crate::cli::{self, Progress};
+use inputs::Prefix;
+use outputs::Outputs;
+use report::{Report, Seconds};
+
+/// Generates images as the command line says.
+///
+/// # Errors
+/// [`Error::Input`] naming the flag or file that cannot be used, before anything slow runs; [`Error::Run`] for a run
+/// that failed.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let outputs = Outputs::check(arguments)?;
+    let bundle = Bundle::open(&arguments.engine)?;
+    let config = &bundle.manifest.model;
+    let (mut request, prefix) = inputs::request(arguments, config)?;
+    let prefix_tokens = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
+
+    let (mut load, mut encoder, mut decoder) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
+    let engine = timed(&mut load, || crate::open(&bundle, arguments.backend, arguments.threads))?;
+    let encoded = matches!(prefix, Some(Prefix::Picture(_)));
+    if let Some(prefix) = prefix {
+        request.prefix = Some(timed(&mut encoder, || prefix.encode(engine.as_ref(), request.labels.len()))?);
+    }
+    let mut progress = Progress::new("generated", request.tokens, "tokens");
+    let generated = generate(engine.as_ref(), &request, |done| progress.at(done))?;
+    drop(progress);
+    if let Some(path) = &outputs.tokens {
+        let tokens = candle::to_tensor(generated.tokens.view())?;
+        let noise = candle::to_tensor(generated.noise.view())?;
+        tensors::write(path, &[("tokens", tokens), ("noise", noise)], Default::default())?;
+    }
+    decode(engine.as_ref(), &generated, &outputs.images, &mut decoder)?;
+
+    let times = &generated.times;
+    let seconds = Seconds::new(load, encoded.then_some(encoder), times, decoder);
+    let report = Report::new(arguments, engine.as_ref(), &request, prefix_tokens, &outputs, seconds);
+    cli::print(if arguments.json { report.json()? } else { report.table() })
+}
+
+/// Decodes and writes image by image, so that the memory of one is enough.
+fn decode(engine: &dyn Engine, generated: &Generated, paths: &[PathBuf], time: &mut Duration) -> Result<()> {
+    let vae_norm = engine.config().generator.vae_norm as f32;
+    let mut progress = Progress::new("decoded", paths.len(), "images");
+    for (row, path) in paths.iter().enumerate() {
+        let latents = &generated.tokens.slice(s![row..=row, .., ..]) / vae_norm;
+        let images = timed(time, || engine.decode(latents.view()))?;
+        if images.iter().any(|value| !value.is_finite()) {
+            let problem = format!("decoded image {row} has values that are not finite: its precision does not fit");
+            return Err(Error::run(engine.name(), problem));
+        }
+        picture::write_png(path, images.index_axis(Axis(0), 0))?;
+        progress.at(row + 1);
+    }
+    Ok(())
+}

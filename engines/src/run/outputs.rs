@@ -1,0 +1,108 @@
+//! Where results go, checked before the work for them begins.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use eqim::{Error, Result};
+
+use super::Arguments;
+
+/// The files that a run writes.
+#[derive(Debug)]
+pub struct Outputs {
+    /// One image a class.
+    pub images: Vec<PathBuf>,
+    /// Tokens and noise.
+    pub tokens: Option<PathBuf>,
+}
+
+impl Outputs {
+    /// Checks that all results can be written.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the flag, and the file or folder that cannot be written.
+    pub fn check(arguments: &Arguments) -> Result<Self> {
+        let images = numbered(&arguments.output, arguments.classes.len())?;
+        let outputs = Self { images, tokens: arguments.save_tokens.clone() };
+        for path in &outputs.images {
+            writable("--output", path)?;
+        }
+        if let Some(path) = &outputs.tokens {
+            writable("--save-tokens", path)?;
+            if outputs.images.contains(path) {
+                return Err(Error::input(format!("--save-tokens {}", path.display()), "is written by --output too"));
+            }
+        }
+        Ok(outputs)
+    }
+
+    /// All files.
+    pub fn all(&self) -> impl Iterator<Item = &PathBuf> {
+        self.images.iter().chain(&self.tokens)
+    }
+}
+
+/// Names of `count` images: `path` itself for one, else with a number before its extension.
+fn numbered(path: &Path, count: usize) -> Result<Vec<PathBuf>> {
+    let (Some(stem), Some(extension)) = (path.file_stem(), path.extension()) else {
+        return Err(not_png(path));
+    };
+    if !extension.eq_ignore_ascii_case("png") {
+        return Err(not_png(path));
+    }
+    if count == 1 {
+        return Ok(vec![path.to_path_buf()]);
+    }
+    let name = |number| {
+        let mut name = OsString::from(stem);
+        name.push(format!("-{number}."));
+        name.push(extension);
+        path.with_file_name(name)
+    };
+    Ok((0..count).map(name).collect())
+}
+
+fn not_png(path: &Path) -> Error {
+    Error::input(format!("--output {}", path.display()), "is written as a PNG: expected a name that ends in .png")
+}
+
+/// Checks that a file can be put in place at `path`.
+fn writable(flag: &str, path: &Path) -> Result<()> {
+    let bad = |problem: String| Error::input(format!("{flag} {}", path.display()), problem);
+    if path.file_name().is_none() || path.exists() && !path.is_file() {
+        return Err(bad("is not a file".into()));
+    }
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() {
+        return Err(bad(format!("there is no folder {}: create it first", folder.display())));
+    }
+    // Results are renamed into place, so the folder is what has to be writable.
+    let trial = tempfile::tempfile_in(folder);
+    trial.map_err(|error| bad(format!("the folder {} cannot be written to: {error}", folder.display())))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_images() {
+        let name = |path: &str, count| numbered(Path::new(path), count).unwrap();
+        assert_eq!(name("out.png", 1), [Path::new("out.png")]);
+        assert_eq!(name("a/b.c.PNG", 2), [Path::new("a/b.c-0.PNG"), Path::new("a/b.c-1.PNG")]);
+        for bad in ["out", "out.jpg", "", "/", ".png", "out.png.txt"] {
+            assert!(numbered(Path::new(bad), 1).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn places_that_cannot_be_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let problem = |path: &Path| writable("--output", path).unwrap_err().to_string();
+        assert!(writable("--output", &folder.path().join("new.png")).is_ok());
+        assert!(problem(folder.path()).ends_with("is not a file"));
+        assert!(problem(&folder.path().join("missing/a.png")).contains("create it first"));
+        assert!(problem(Path::new("/dev/null")).ends_with("is not a file"));
+    }
+}

@@ -1,0 +1,135 @@
+//! What a run did and how long it took.
+
+use std::fmt::Write;
+use std::time::Duration;
+
+use eqim::engine::Engine;
+use eqim::generate::{Request, Times};
+use eqim::{Error, Result};
+use serde::Serialize;
+
+use super::Arguments;
+use super::outputs::Outputs;
+
+/// A finished run.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The bundle's folder.
+    engine: String,
+    /// What ran it.
+    backend: String,
+    /// One an image; `null` is none.
+    classes: Vec<Option<usize>>,
+    /// `null` when the noise was given.
+    seed: Option<u64>,
+    /// Length of an image, its prefix included.
+    tokens: usize,
+    /// Length of what was given.
+    prefix_tokens: usize,
+    /// Pixels.
+    width: usize,
+    /// Pixels.
+    height: usize,
+    /// Images in the order of the classes, then the tokens.
+    files: Vec<String>,
+    seconds: Seconds,
+    /// Without loading.
+    images_per_second: f64,
+    /// Generated tokens of all images, without loading, encoding and decoding.
+    tokens_per_second: f64,
+}
+
+/// Seconds spent in each stage.
+#[derive(Debug, Serialize)]
+pub struct Seconds {
+    load: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    encoder: Option<f64>,
+    prefill: f64,
+    transformer_step: f64,
+    flow_sampler: f64,
+    decoder: f64,
+    /// All but `load`.
+    total: f64,
+}
+
+impl Seconds {
+    /// Where the time went; `encoder` when a picture was encoded.
+    pub fn new(load: Duration, encoder: Option<Duration>, times: &Times, decoder: Duration) -> Self {
+        let total = encoder.unwrap_or_default() + times.prefill + times.step + times.flow + decoder;
+        Self {
+            load: load.as_secs_f64(),
+            encoder: encoder.map(|time| time.as_secs_f64()),
+            prefill: times.prefill.as_secs_f64(),
+            transformer_step: times.step.as_secs_f64(),
+            flow_sampler: times.flow.as_secs_f64(),
+            decoder: decoder.as_secs_f64(),
+            total: total.as_secs_f64(),
+        }
+    }
+}
+
+impl Report {
+    /// The report of a run that took `seconds`.
+    pub fn new(
+        arguments: &Arguments,
+        engine: &dyn Engine,
+        request: &Request,
+        prefix_tokens: usize,
+        outputs: &Outputs,
+        seconds: Seconds,
+    ) -> Self {
+        let (width, height) = engine.config().image_size(request.tokens);
+        let images = request.labels.len();
+        let generated = images * (request.tokens - prefix_tokens);
+        Self {
+            engine: arguments.engine.display().to_string(),
+            backend: engine.name().to_string(),
+            classes: request.labels.clone(),
+            seed: arguments.noise.is_none().then_some(arguments.seed),
+            tokens: request.tokens,
+            prefix_tokens,
+            width,
+            height,
+            files: outputs.all().map(|path| path.display().to_string()).collect(),
+            images_per_second: images as f64 / seconds.total,
+            tokens_per_second: generated as f64 / (seconds.prefill + seconds.transformer_step + seconds.flow_sampler),
+            seconds,
+        }
+    }
+
+    /// For programs.
+    ///
+    /// # Errors
+    /// Never for a run's numbers.
+    pub fn json(&self) -> Result<String> {
+        serde_json::to_string_pretty(self).map_err(|error| Error::run("report", error))
+    }
+
+    /// For people.
+    pub fn table(&self) -> String {
+        let Self { seconds, tokens, prefix_tokens, .. } = self;
+        let images = self.classes.len();
+        let stages = [
+            ("encoder", seconds.encoder, 1),
+            ("prefill", Some(seconds.prefill), 1),
+            ("transformer step", Some(seconds.transformer_step), tokens - 1),
+            ("flow sampler", Some(seconds.flow_sampler), tokens - prefix_tokens),
+            ("decoder", Some(seconds.decoder), images),
+        ];
+        let mut text = format!("{} on {}, loaded in {:.2} s\n\n", self.engine, self.backend, seconds.load);
+        text += "stage              calls     total s    mean ms   share\n";
+        for (name, time, calls) in stages {
+            let Some(time) = time else { continue };
+            let (mean, share) = (1e3 * time / calls as f64, 100.0 * time / seconds.total);
+            let _ = writeln!(text, "{name:<16} {calls:>7} {time:>11.3} {mean:>10.3} {share:>6.1}%");
+        }
+        let _ = writeln!(text, "{:<16} {:>7} {:>11.3}\n", "total", "", seconds.total);
+        let size = format!("{} × {} pixels", self.width, self.height);
+        let _ = writeln!(text, "{images} × {size}: {:.3} images/s", self.images_per_second);
+        let generated = images * (tokens - prefix_tokens);
+        let _ =
+            writeln!(text, "{generated} tokens generated: {:.3} tokens/s without decoding\n", self.tokens_per_second);
+        text + "wrote " + &self.files.join(", ")
+    }
+}
