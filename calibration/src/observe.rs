@@ -3,8 +3,8 @@
 use eqim::Result;
 use eqim::ops::{Binary, Dim, Ops, Unary};
 
-/// Runs primitives on `O` and shows `probe` every value that arithmetic gives, under the name of its scope. Values that
-/// are only moved are not shown.
+/// Runs primitives on `O` and shows `probe`, under the name of the scope, every value that enters a matrix product, a
+/// convolution or a norm, and every result of a product or convolution: what reduced precision has to hold.
 #[derive(Debug)]
 pub struct Observe<O, F> {
     inner: O,
@@ -18,9 +18,12 @@ impl<O: Ops, F: FnMut(&str, &O::Tensor) -> Result<()>> Observe<O, F> {
         Self { inner, probe, scope: vec![] }
     }
 
-    fn shown(&mut self, value: Result<O::Tensor>) -> Result<O::Tensor> {
-        let value = value?;
-        (self.probe)(&self.scope.join("."), &value)?;
+    fn show(&mut self, value: &O::Tensor) -> Result<()> {
+        (self.probe)(&self.scope.join("."), value)
+    }
+
+    fn shown(&mut self, value: O::Tensor) -> Result<O::Tensor> {
+        self.show(&value)?;
         Ok(value)
     }
 }
@@ -72,37 +75,35 @@ impl<O: Ops, F: FnMut(&str, &O::Tensor) -> Result<()>> Ops for Observe<O, F> {
     }
 
     fn unary(&mut self, op: Unary, x: &O::Tensor) -> Result<O::Tensor> {
-        let y = self.inner.unary(op, x);
-        self.shown(y)
+        self.inner.unary(op, x)
     }
 
     fn binary(&mut self, op: Binary, a: &O::Tensor, b: &O::Tensor) -> Result<O::Tensor> {
-        let y = self.inner.binary(op, a, b);
-        self.shown(y)
+        self.inner.binary(op, a, b)
     }
 
     fn clamp(&mut self, x: &O::Tensor, low: f32, high: f32) -> Result<O::Tensor> {
-        let y = self.inner.clamp(x, low, high);
-        self.shown(y)
+        self.inner.clamp(x, low, high)
     }
 
     fn mean(&mut self, x: &O::Tensor, axes: &[usize]) -> Result<O::Tensor> {
-        let y = self.inner.mean(x, axes);
-        self.shown(y)
+        self.inner.mean(x, axes)
     }
 
     fn softmax(&mut self, x: &O::Tensor) -> Result<O::Tensor> {
-        let y = self.inner.softmax(x);
-        self.shown(y)
+        self.inner.softmax(x)
     }
 
     fn matmul(&mut self, a: &O::Tensor, b: &O::Tensor) -> Result<O::Tensor> {
-        let y = self.inner.matmul(a, b);
+        self.show(a)?;
+        self.show(b)?;
+        let y = self.inner.matmul(a, b)?;
         self.shown(y)
     }
 
     fn gemm(&mut self, x: &O::Tensor, weight: &O::Tensor, bias: &O::Tensor) -> Result<O::Tensor> {
-        let y = self.inner.gemm(x, weight, bias);
+        self.show(x)?;
+        let y = self.inner.gemm(x, weight, bias)?;
         self.shown(y)
     }
 
@@ -113,8 +114,8 @@ impl<O: Ops, F: FnMut(&str, &O::Tensor) -> Result<()>> Ops for Observe<O, F> {
         width: usize,
         eps: f32,
     ) -> Result<O::Tensor> {
-        let y = self.inner.layer_norm(x, affine, width, eps);
-        self.shown(y)
+        self.show(x)?;
+        self.inner.layer_norm(x, affine, width, eps)
     }
 
     fn group_norm(
@@ -124,12 +125,13 @@ impl<O: Ops, F: FnMut(&str, &O::Tensor) -> Result<()>> Ops for Observe<O, F> {
         groups: usize,
         eps: f32,
     ) -> Result<O::Tensor> {
-        let y = self.inner.group_norm(x, affine, groups, eps);
-        self.shown(y)
+        self.show(x)?;
+        self.inner.group_norm(x, affine, groups, eps)
     }
 
     fn conv(&mut self, x: &O::Tensor, weight: &O::Tensor, bias: &O::Tensor, spatial: usize) -> Result<O::Tensor> {
-        let y = self.inner.conv(x, weight, bias, spatial);
+        self.show(x)?;
+        let y = self.inner.conv(x, weight, bias, spatial)?;
         self.shown(y)
     }
 

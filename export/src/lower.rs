@@ -1,8 +1,8 @@
 //! The interpreter that writes the model as ONNX nodes, under the names of its scopes.
 //!
 //! In FP16 it casts as PyTorch's autocast does: matrix products and convolutions run in the precision of the bundle,
-//! norms and softmax in FP32, and where two precisions meet the result is FP32, so that the residual stream and the
-//! ODE's state never lose bits.
+//! norms and softmax in FP32, and where two precisions meet the result is FP32, so that the transformer's residual
+//! stream and the ODE's state never lose bits.
 
 use std::collections::HashMap;
 

@@ -19,11 +19,11 @@ use ndarray::{Array2, Array3, ArrayD, Axis as ArrayAxis, s};
 use serde::Serialize;
 
 /// How far values may lie apart by default. FP32: both sides round at 1e-7 of values near 1, a few hundred times in a
-/// row. FP16 rounds at 5e-4, and a rollout feeds tokens back.
+/// row. FP16 rounds at 5e-4; random weights of four sizes came to at most 4e-3.
 pub fn default_tolerance(precision: Precision) -> f32 {
     match precision {
         Precision::Fp32 => 1e-4,
-        Precision::Fp16 => 5e-2,
+        Precision::Fp16 => 2e-2,
     }
 }
 

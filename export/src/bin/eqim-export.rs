@@ -52,7 +52,7 @@ struct Onnx {
     /// Precision of weights and matrix products
     #[arg(long, value_enum, default_value_t = DtypeArgument::Fp32)]
     dtype: DtypeArgument,
-    /// Largest difference from Candle that validation accepts, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 5e-2 for fp16]
+    /// Largest difference from Candle that validation accepts, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 2e-2 for fp16]
     #[arg(long, value_parser = tolerance)]
     atol: Option<f32>,
     /// Write the bundle without running it
