@@ -187,7 +187,7 @@ fn graph_alone(
     let ports = stage.inputs(config);
     let inputs = ports.iter().map(|port| random_input(config, stage, port, random)).collect::<Result<Vec<_>>>()?;
     let expected = ranges.observe(reference.weights(), |o| stage.run(o, config, &inputs))?;
-    let graph = runtime.graph(&bundle.graph_path(stage)?, None)?;
+    let graph = runtime.graph(&bundle.graph_path(stage)?, None, false)?;
     let values = ports
         .iter()
         .zip(&inputs)
