@@ -1,6 +1,7 @@
 //! From checkpoint to picture: the export and one run, on the test fixture.
 
 use std::env::{self, consts::EXE_SUFFIX};
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
@@ -20,6 +21,7 @@ pub fn demo(root: &Path) -> Result<()> {
         .current_dir(root))?;
 
     println!("exporting the test fixture to demo/bundle");
+    fs::create_dir_all(root.join("demo")).context("the folder demo cannot be made")?;
     run_built("eqim-export", EXPORT, root)?;
 
     println!("drawing a picture with demo/bundle");

@@ -196,7 +196,7 @@ fn export(arguments: &Onnx) -> Result<()> {
     };
     let (config, weights) = load(arguments)?;
     let options = Options { precision, opset: arguments.opset };
-    let draft = write::draft(&arguments.output, &config, &weights, options, |file| println!("writing {file}"))?;
+    let draft = write::draft(&arguments.output, &config, &weights, options, |file| say(format_args!("writing {file}")))?;
     let draft = match library {
         Some(library) => {
             let atol = arguments.atol.unwrap_or(default_tolerance(precision));
@@ -206,8 +206,12 @@ fn export(arguments: &Onnx) -> Result<()> {
         None => draft,
     };
     let bundle = draft.publish()?;
-    println!("The ONNX export succeeded and the bundle was saved at: {}", bundle.folder.display());
-    Ok(())
+    cli::print(format_args!("The ONNX export succeeded and the bundle was saved at: {}", bundle.folder.display()))
+}
+
+/// Reports progress; the export goes on when nobody listens.
+fn say(text: impl std::fmt::Display) {
+    let _ = cli::print(text);
 }
 
 fn without_validation(problem: String) -> Error {
@@ -216,8 +220,8 @@ fn without_validation(problem: String) -> Error {
 
 /// Passes a draft on if it computes what the model does.
 fn validated(draft: Draft, reference: &CandleEngine, library: &std::path::Path, atol: f32) -> Result<Draft> {
-    println!("Validating on ONNX Runtime against Candle in FP32 (same inputs, same noise):");
-    let report = validate(&draft.bundle, reference, library, atol, |line| println!("{line}"))?;
+    say("Validating on ONNX Runtime against Candle in FP32 (same inputs, same noise):");
+    let report = validate(&draft.bundle, reference, library, atol, |line| say(line))?;
     if report.passed() {
         return Ok(draft);
     }
@@ -234,9 +238,7 @@ fn show(arguments: &Inspect) -> Result<()> {
     let inspection = inspect(&bundle, arguments.tokens as usize, steps)?;
     if arguments.json {
         let json = serde_json::to_string_pretty(&inspection).map_err(|error| Error::run("--json", error))?;
-        println!("{json}");
-    } else {
-        print!("{}", inspection.text());
+        return cli::print(json);
     }
-    Ok(())
+    cli::print(inspection.text().trim_end())
 }
