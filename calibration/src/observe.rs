@@ -1,7 +1,7 @@
 //! The decorator around an interpreter.
 
 use eqim::Result;
-use eqim::ops::{Binary, Dim, Ops, Unary};
+use eqim::ops::{Binary, Dim, Ops, Turn, Unary};
 
 /// Runs primitives on `O` and shows `probe`, under the name of the scope, every value that enters a matrix product, a
 /// convolution or a norm, and every result of a product or convolution: what reduced precision has to hold.
@@ -143,7 +143,7 @@ impl<O: Ops, F: FnMut(&str, &O::Tensor) -> Result<()>> Ops for Observe<O, F> {
         self.inner.open_loop(sequences, state)
     }
 
-    fn turn(&mut self, open: &mut O::Loop) -> Result<Option<(Vec<O::Tensor>, O::Tensor)>> {
+    fn turn(&mut self, open: &mut O::Loop) -> Result<Option<Turn<O::Tensor>>> {
         self.inner.turn(open)
     }
 

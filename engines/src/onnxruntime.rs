@@ -58,7 +58,8 @@ impl Runtime {
         let name = path.display().to_string();
         let load = || -> Result<ort::session::Session, ort::Error> {
             let builder = ort::session::Session::builder(self.0)?;
-            let mut builder = builder.with_optimization_level(GraphOptimizationLevel::All)?.with_prepacking(prepacking)?;
+            let mut builder =
+                builder.with_optimization_level(GraphOptimizationLevel::All)?.with_prepacking(prepacking)?;
             if let Some(threads) = threads {
                 builder = builder.with_intra_threads(threads)?;
             }

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use eqim::model::{Axis, Kind, Port, Stage};
 use eqim::ops::eager::scoped;
-use eqim::ops::{Binary, Dim, Ops, Unary};
+use eqim::ops::{Binary, Dim, Ops, Turn, Unary};
 use eqim::tensors::TensorFile;
 use eqim::{Config, Error, Result};
 use eqim_engines::bundle::{Precision, WEIGHTS_FILE};
@@ -448,7 +448,7 @@ impl Ops for Lower<'_> {
         Ok(Written { sequences, steps, state: state.clone(), condition: String::new(), body: None })
     }
 
-    fn turn(&mut self, open: &mut Written) -> Result<Option<(Vec<Value>, Value)>> {
+    fn turn(&mut self, open: &mut Written) -> Result<Option<Turn<Value>>> {
         let Some(sequences) = open.sequences.take() else { return Ok(None) };
         let name = |part| scoped(&self.scope, &format!("Loop.{part}"));
         let names = ["iteration", "condition", "state"].map(name);

@@ -143,7 +143,7 @@ fn difference<'a>(found: impl IntoIterator<Item = &'a f32>, expected: impl IntoI
 
 /// Compares whole rollouts `[B, N, width]`, token by token.
 fn check_rollout(what: String, found: &Array3<f32>, expected: &Array3<f32>, atol: f32) -> Check {
-    let token = |i| difference(&found.index_axis(ArrayAxis(1), i), &expected.index_axis(ArrayAxis(1), i));
+    let token = |i| difference(found.index_axis(ArrayAxis(1), i), expected.index_axis(ArrayAxis(1), i));
     let first_token = (0..expected.dim().1).find(|&i| token(i) > atol);
     let largest = difference(found, expected);
     Check { what, largest, first_token, passed: first_token.is_none() }

@@ -86,7 +86,9 @@ fn the_checker_refuses_a_wrong_graph() {
     let damage: [fn(&mut Graph); 3] = [
         |graph| graph.node.swap(0, 1),
         |graph| graph.output[0] = onnx::value_info("z", DataType::Float16, None),
-        |graph| graph.initializer.iter_mut().filter(|tensor| tensor.data_location == Some(1)).for_each(|t| t.dims[0] += 1),
+        |graph| {
+            graph.initializer.iter_mut().filter(|tensor| tensor.data_location == Some(1)).for_each(|t| t.dims[0] += 1)
+        },
     ];
     for (i, damage) in damage.iter().enumerate() {
         let mut model = model.clone();
@@ -145,7 +147,12 @@ fn names_are_unique() {
                         assert!(values.insert(name.clone()), "{}: two values {name}", stage.name());
                     }
                     for node in &graph.node {
-                        assert!(nodes.insert(node.name.clone().unwrap()), "{}: two nodes {:?}", stage.name(), node.name);
+                        assert!(
+                            nodes.insert(node.name.clone().unwrap()),
+                            "{}: two nodes {:?}",
+                            stage.name(),
+                            node.name
+                        );
                     }
                 }
             }
@@ -203,7 +210,10 @@ fn exporting_twice_gives_the_same_bytes() {
             let mut files: Vec<_> =
                 std::fs::read_dir(&bundle.folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
             files.sort();
-            files.into_iter().map(|file| (file.clone(), std::fs::read(bundle.folder.join(file)).unwrap())).collect::<Vec<_>>()
+            files
+                .into_iter()
+                .map(|file| (file.clone(), std::fs::read(bundle.folder.join(file)).unwrap()))
+                .collect::<Vec<_>>()
         });
         assert_eq!(files[0].len(), Stage::ALL.len() + 2);
         for (first, second) in files[0].iter().zip(&files[1]) {

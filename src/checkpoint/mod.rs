@@ -86,7 +86,7 @@ fn is_zip(path: &Path) -> Result<bool> {
     match &magic[..read] {
         b"PK\x03\x04" => Ok(true),
         _ if read < magic.len() => Err(Error::input(path.display(), "is too short for a checkpoint")),
-        [0x80, 2 | 3 | 4 | 5, ..] => Err(Error::input(
+        [0x80, 2..=5, ..] => Err(Error::input(
             path.display(),
             "is a PyTorch checkpoint of the format before 1.6: load it with torch.load and write it with torch.save",
         )),

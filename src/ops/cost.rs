@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::eager::{position, scoped};
-use super::{Binary, Dim, Ops, Unary};
+use super::{Binary, Dim, Ops, Turn, Unary};
 use crate::model::{Axis, BATCH, Stage};
 use crate::{Config, Error, Result};
 
@@ -281,7 +281,7 @@ impl Ops for Cost {
         Ok(Counted { turn: (turns > 0).then_some(now), turns, state: state.clone() })
     }
 
-    fn turn(&mut self, open: &mut Counted) -> Result<Option<(Vec<Shape>, Shape)>> {
+    fn turn(&mut self, open: &mut Counted) -> Result<Option<Turn<Shape>>> {
         let Some(now) = open.turn.take() else { return Ok(None) };
         self.repeat *= open.turns;
         Ok(Some((now, open.state.clone())))

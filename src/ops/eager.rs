@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Device, Tensor};
 
-use super::{Binary, Dim, Ops, Unary};
+use super::{Binary, Dim, Ops, Turn, Unary};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -198,7 +198,7 @@ impl Ops for Eager<'_> {
         Ok(Running { sequences, state: state.clone(), turns, done: 0 })
     }
 
-    fn turn(&mut self, open: &mut Running) -> Result<Option<(Vec<Tensor>, Tensor)>> {
+    fn turn(&mut self, open: &mut Running) -> Result<Option<Turn<Tensor>>> {
         if open.done == open.turns {
             return Ok(None);
         }

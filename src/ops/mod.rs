@@ -53,6 +53,9 @@ pub enum Binary {
     Mul,
 }
 
+/// What a turn of a loop works on: the sequences' elements, and the state.
+pub type Turn<T> = (Vec<T>, T);
+
 /// An interpreter of the model.
 ///
 /// Weights are asked for by their checkpoint name, relative to the [scope](Ops::scope) that is open; the same scoped name
@@ -228,7 +231,7 @@ pub trait Ops: Sized {
     ///
     /// # Errors
     /// When the interpreter refuses.
-    fn turn(&mut self, open: &mut Self::Loop) -> Result<Option<(Vec<Self::Tensor>, Self::Tensor)>>;
+    fn turn(&mut self, open: &mut Self::Loop) -> Result<Option<Turn<Self::Tensor>>>;
 
     /// Hands over the state after a turn.
     ///

@@ -196,7 +196,8 @@ fn export(arguments: &Onnx) -> Result<()> {
     };
     let (config, weights) = load(arguments)?;
     let options = Options { precision, opset: arguments.opset };
-    let draft = write::draft(&arguments.output, &config, &weights, options, |file| say(format_args!("writing {file}")))?;
+    let draft =
+        write::draft(&arguments.output, &config, &weights, options, |file| say(format_args!("writing {file}")))?;
     let draft = match library {
         Some(library) => {
             let atol = arguments.atol.unwrap_or(default_tolerance(precision));
