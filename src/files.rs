@@ -17,14 +17,18 @@ pub fn open(path: &Path) -> Result<File> {
     Ok(file)
 }
 
+/// The folder that `path` is in.
+pub fn folder(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Lets `write` make a file beside its destination, and renames it when that is done.
 ///
 /// # Errors
 /// [`Error::Run`] when the file cannot be written; those of `write`.
 pub fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let failed = |error: std::io::Error| Error::run(path.display(), format!("cannot be written: {error}"));
-    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let file = tempfile::Builder::new().prefix(".eqim-").tempfile_in(folder).map_err(failed)?;
+    let file = tempfile::Builder::new().prefix(".eqim-").tempfile_in(folder(path)).map_err(failed)?;
     write(file.path())?;
     set_default_permissions(file.path()).map_err(failed)?;
     file.persist(path).map_err(|error| failed(error.error))?;

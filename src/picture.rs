@@ -1,9 +1,11 @@
 //! Images in and out: PNG and JPEG files against arrays `[3, height, width]` in -1..1.
 
+use std::fs::File;
+use std::io::BufReader;
 use std::path::Path;
 
 use image::imageops::FilterType;
-use image::{ImageFormat, ImageReader, RgbImage};
+use image::{ImageDecoder, ImageError, ImageFormat, ImageReader, RgbImage};
 use ndarray::{Array3, ArrayView3};
 
 use crate::{Error, Result, files};
@@ -34,7 +36,7 @@ pub fn write_png(path: &Path, image: ArrayView3<f32>) -> Result<()> {
 pub struct Picture {
     /// `[3, height, width]` in -1..1.
     pub pixels: Array3<f32>,
-    /// Width and height in the file.
+    /// Width and height in the file, turned upright.
     pub original: (u32, u32),
     /// Width after scaling, before the cut.
     pub scaled: usize,
@@ -47,9 +49,11 @@ pub struct Picture {
 /// [`Error::Input`] when it is none, or after scaling narrower than `2 · multiple` or wider than [`WIDEST`].
 pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Picture> {
     let bad = |problem: String| Error::input(path.display(), problem);
-    let reader = std::io::BufReader::new(files::open(path)?);
-    let reader = ImageReader::new(reader).with_guessed_format().map_err(|error| bad(error.to_string()))?;
-    let image = reader.decode().map_err(|error| bad(format!("is not a PNG or JPEG that can be read: {error}")))?;
+    let unreadable = |error: ImageError| bad(format!("is not a PNG or JPEG that can be read: {error}"));
+    let mut image = open(path)?.decode().map_err(unreadable)?;
+    // Cameras store pictures as the sensor lay, and beside them how to turn them.
+    let orientation = open(path)?.into_decoder().and_then(|mut decoder| decoder.orientation());
+    image.apply_orientation(orientation.map_err(unreadable)?);
     let original = (image.width(), image.height());
     let scaled = (original.0 as f64 * height as f64 / original.1 as f64).round() as usize;
     let width = scaled / multiple * multiple;
@@ -74,7 +78,10 @@ pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Picture> {
 /// # Errors
 /// [`Error::Input`] when it cannot be read.
 pub fn is_picture(path: &Path) -> Result<bool> {
-    let reader = std::io::BufReader::new(files::open(path)?);
-    let format = ImageReader::new(reader).with_guessed_format().map_err(|error| Error::input(path.display(), error))?;
-    Ok(matches!(format.format(), Some(ImageFormat::Png | ImageFormat::Jpeg)))
+    Ok(matches!(open(path)?.format(), Some(ImageFormat::Png | ImageFormat::Jpeg)))
+}
+
+fn open(path: &Path) -> Result<ImageReader<BufReader<File>>> {
+    let reader = ImageReader::new(BufReader::new(files::open(path)?));
+    reader.with_guessed_format().map_err(|error| Error::input(path.display(), error))
 }

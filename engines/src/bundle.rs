@@ -5,7 +5,8 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use eqim::model::{Port, Stage};
-use eqim::{Config, Error, Result, files};
+use eqim::tensors::TensorFile;
+use eqim::{Config, Error, Result, checkpoint, files};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -156,7 +157,7 @@ impl Bundle {
             return Err(bad(format!("is of format {}, this program reads {FORMAT}", version.format)));
         }
         let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
-        manifest.model.check()?;
+        manifest.model.check().map_err(|error| bad(error.to_string()))?;
         let bundle = Self { folder: folder.to_path_buf(), manifest };
         bundle.check_files()?;
         Ok(bundle)
@@ -185,11 +186,20 @@ impl Bundle {
             }
             graph.file.verify(&self.folder)?;
         }
-        let weights = self.weights_path();
-        let found = files::open(&weights)?.metadata().map_err(|error| Error::input(weights.display(), error))?.len();
-        if found != self.manifest.weights.bytes {
-            let expected = self.manifest.weights.bytes;
-            return Err(Error::input(weights.display(), format!("has {found} bytes, expected {expected}: truncated?")));
+        self.check_weights()
+    }
+
+    /// Checks the length of the weights, and that they are of the same model.
+    fn check_weights(&self) -> Result<()> {
+        let path = self.weights_path();
+        let bad = |problem: String| Err(Error::input(path.display(), problem));
+        let found = files::open(&path)?.metadata().map_err(|error| Error::input(path.display(), error))?.len();
+        let expected = self.manifest.weights.bytes;
+        if found != expected {
+            return bad(format!("has {found} bytes, {CONFIG_FILE} says {expected}: truncated?"));
+        }
+        if checkpoint::stored_config(&TensorFile::open(&path)?)? != self.manifest.model {
+            return bad(format!("was written for another model than {CONFIG_FILE}: export the bundle again"));
         }
         Ok(())
     }

@@ -92,13 +92,10 @@ impl Progress {
         let bar = ProgressBar::new(total as u64).with_message(verb);
         let style =
             ProgressStyle::with_template(&format!("{{msg}} {{wide_bar}} {{pos}}/{{len}} {things}, {{eta}} left"));
-        Self {
-            bar: bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())),
-            verb,
-            things,
-            total,
-            tenth: 0,
-        }
+        let bar = bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        // Shown before the first thing is done.
+        bar.tick();
+        Self { bar, verb, things, total, tenth: 0 }
     }
 
     /// Shows that `done` of the things are done.

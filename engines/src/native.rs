@@ -15,11 +15,13 @@ const INSTALLED: &str = ".native/onnxruntime";
 pub fn find_onnxruntime() -> Result<PathBuf, String> {
     if let Some(path) = std::env::var_os(ORT_VARIABLE) {
         let path = PathBuf::from(path);
-        return if path.is_file() {
-            Ok(path)
-        } else {
-            Err(format!("{ORT_VARIABLE} names {}, which is no file", path.display()))
+        let missing = || {
+            let path = path.display();
+            format!(
+                "{ORT_VARIABLE} names {path}, which is no file: correct it, or unset it and run `cargo xtask setup`"
+            )
         };
+        return if path.is_file() { Ok(path) } else { Err(missing()) };
     }
     let starts = [std::env::current_exe().ok(), std::env::current_dir().ok()];
     let folders = starts.iter().flatten().flat_map(|start| start.ancestors());

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 use eqim::checkpoint::{GENERATOR_KEY, TOKENIZER_KEY};
+use eqim::files::folder;
 use eqim::model::Stage;
 use eqim::tensors::{self, TensorFile};
 use eqim::weights::Weights;
@@ -14,6 +15,8 @@ use prost::Message;
 use tempfile::TempDir;
 
 use crate::lower::{self, Places};
+
+const PRODUCER: &str = "eqim";
 
 /// How graphs are written.
 #[derive(Clone, Copy, Debug)]
@@ -38,19 +41,28 @@ pub struct Draft {
 /// # Errors
 /// [`Error::Input`] when something that is no bundle stands there, or its folder does not exist.
 pub fn check_destination(destination: &Path) -> Result<()> {
-    let bad = |problem: &str| Err(Error::input(destination.display(), problem));
-    if !parent(destination).is_dir() {
-        return bad("cannot be written: its folder does not exist");
+    let bad = |problem: String| Err(Error::input(destination.display(), problem));
+    if !folder(destination).is_dir() {
+        return bad("cannot be written: its folder does not exist".into());
     }
-    let Ok(mut entries) = std::fs::read_dir(destination) else {
-        return if destination.exists() { bad("is a file, expected a folder to write") } else { Ok(()) };
+    let Ok(entries) = std::fs::read_dir(destination) else {
+        return if destination.exists() { bad("is a file, expected a folder to write".into()) } else { Ok(()) };
     };
-    let foreign = entries.next().is_some() && !destination.join(CONFIG_FILE).is_file();
-    if foreign { bad("holds files that are no bundle: name another folder, or remove it") } else { Ok(()) }
+    let names: Vec<String> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    match names.iter().find(|name| !is_ours(destination, name)) {
+        Some(name) => bad(format!("holds {name}, which is no bundle's: name another folder, or remove that")),
+        None => Ok(()),
+    }
 }
 
-fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+/// Whether eqim wrote a file of a folder, in whatever version: other models' folders have a `config.json` too.
+fn is_ours(folder: &Path, name: &str) -> bool {
+    if name != CONFIG_FILE {
+        return name == WEIGHTS_FILE || Stage::ALL.iter().any(|stage| graph_file(*stage) == name);
+    }
+    let text = std::fs::read(folder.join(CONFIG_FILE)).unwrap_or_default();
+    let manifest: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+    manifest["producer"].as_str().is_some_and(|producer| producer.starts_with(PRODUCER))
 }
 
 /// Writes all of a bundle beside `destination`. `progress` is told the name of each file before it is written.
@@ -66,29 +78,29 @@ pub fn draft(
 ) -> Result<Draft> {
     check_destination(destination)?;
     let failed = |error: std::io::Error| Error::run(destination.display(), format!("cannot be written: {error}"));
-    let folder = tempfile::Builder::new().prefix(".eqim-").tempdir_in(parent(destination)).map_err(failed)?;
+    let draft = tempfile::Builder::new().prefix(".eqim-").tempdir_in(folder(destination)).map_err(failed)?;
     progress(WEIGHTS_FILE);
-    let weights_file = folder.path().join(WEIGHTS_FILE);
+    let weights_file = draft.path().join(WEIGHTS_FILE);
     write_weights(&weights_file, config, weights, options.precision)?;
     let places = lower::places(&TensorFile::open(&weights_file)?)?;
     let mut graphs = BTreeMap::new();
     for stage in Stage::ALL {
         progress(&graph_file(stage));
-        graphs.insert(stage.name().to_string(), write_graph(folder.path(), config, stage, &places, options)?);
+        graphs.insert(stage.name().to_string(), write_graph(draft.path(), config, stage, &places, options)?);
     }
     let manifest = Manifest {
         format: FORMAT,
-        producer: format!("eqim {}", env!("CARGO_PKG_VERSION")),
+        producer: format!("{PRODUCER} {}", env!("CARGO_PKG_VERSION")),
         precision: options.precision,
         opset: options.opset,
         model: config.clone(),
-        weights: FileRecord::of(folder.path(), WEIGHTS_FILE)?,
+        weights: FileRecord::of(draft.path(), WEIGHTS_FILE)?,
         graphs,
     };
     let text = serde_json::to_vec_pretty(&manifest).map_err(|error| Error::run(CONFIG_FILE, error))?;
-    eqim::files::write(&folder.path().join(CONFIG_FILE), &text)?;
-    let bundle = Bundle::open(folder.path())?;
-    Ok(Draft { folder, destination: destination.to_path_buf(), bundle })
+    eqim::files::write(&draft.path().join(CONFIG_FILE), &text)?;
+    let bundle = Bundle::open(draft.path())?;
+    Ok(Draft { folder: draft, destination: destination.to_path_buf(), bundle })
 }
 
 impl Draft {
@@ -100,7 +112,7 @@ impl Draft {
         let failed =
             |error: std::io::Error| Error::run(self.destination.display(), format!("cannot be written: {error}"));
         share(self.folder.path()).map_err(failed)?;
-        let older = tempfile::Builder::new().prefix(".eqim-").tempdir_in(parent(&self.destination)).map_err(failed)?;
+        let older = tempfile::Builder::new().prefix(".eqim-").tempdir_in(folder(&self.destination)).map_err(failed)?;
         let set_aside = older.path().join("older");
         let replaces = self.destination.exists();
         if replaces {

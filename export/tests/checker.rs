@@ -1,17 +1,13 @@
 //! Whole bundles of both fixture models: the onnx package's checker accepts them, and names and weights are the
 //! checkpoint's.
 
-#[path = "../../tests/common/mod.rs"]
-mod common;
-
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
-use common::Fixture;
 use eqim::candle::CandleEngine;
-use eqim::checkpoint::WeightSet;
+use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::engine::Engine;
 use eqim::model::Stage;
 use eqim_engines::bundle::{Bundle, Precision, WEIGHTS_FILE};
@@ -34,7 +30,12 @@ fn repository() -> PathBuf {
 /// Both fixture models.
 fn engines() -> [CandleEngine; 2] {
     let fixtures = repository().join("tests/fixtures");
-    [fixtures.clone(), fixtures.join("other")].map(|folder| Fixture::open(folder).engine(WeightSet::Ema))
+    [(fixtures.clone(), 2), (fixtures.join("other"), 4)].map(|(folder, heads)| {
+        let (generator, tokenizer) = (folder.join("generator.pth"), folder.join("tokenizer.ckpt"));
+        let hints = Hints { heads: Some(heads), ..Hints::default() };
+        let (config, weights) = checkpoint::load(&generator, &tokenizer, WeightSet::Ema, &hints).unwrap();
+        CandleEngine::new(config, weights)
+    })
 }
 
 fn export(engine: &CandleEngine, folder: &Path, options: Options) -> Bundle {

@@ -80,6 +80,14 @@ pub fn load_safetensors(path: &Path) -> Result<(Config, Weights)> {
     load(path, path, WeightSet::default(), &Hints::default())
 }
 
+/// The configuration that a `.safetensors` of a whole model has in its metadata.
+///
+/// # Errors
+/// [`Error::Input`] when it has none.
+pub fn stored_config(file: &TensorFile) -> Result<Config> {
+    Ok(Config { generator: stored_part(file, GENERATOR_KEY)?, tokenizer: stored_part(file, TOKENIZER_KEY)? })
+}
+
 fn is_zip(path: &Path) -> Result<bool> {
     let mut magic = [0; 4];
     let read = files::open(path)?.read(&mut magic).map_err(|error| Error::input(path.display(), error))?;
@@ -97,7 +105,7 @@ fn is_zip(path: &Path) -> Result<bool> {
 fn load_generator(path: &Path, set: WeightSet, hints: &Hints, weights: &mut Weights) -> Result<GeneratorConfig> {
     if !is_zip(path)? {
         let mut file = TensorFile::open(path)?;
-        let config: GeneratorConfig = stored_config(&file, GENERATOR_KEY)?;
+        let config: GeneratorConfig = stored_part(&file, GENERATOR_KEY)?;
         read_part(&mut file, weights, |name| !is_tokenizer_part(name))?;
         return Ok(with_hints(config, hints));
     }
@@ -123,7 +131,7 @@ fn load_generator(path: &Path, set: WeightSet, hints: &Hints, weights: &mut Weig
 fn load_tokenizer(path: &Path, set: WeightSet, weights: &mut Weights) -> Result<TokenizerConfig> {
     if !is_zip(path)? {
         let mut file = TensorFile::open(path)?;
-        let config: TokenizerConfig = stored_config(&file, TOKENIZER_KEY)?;
+        let config: TokenizerConfig = stored_part(&file, TOKENIZER_KEY)?;
         read_part(&mut file, weights, is_tokenizer_part)?;
         return Ok(config);
     }
@@ -163,7 +171,7 @@ fn is_tokenizer_part(name: &str) -> bool {
     name.split('.').next().is_some_and(|part| TOKENIZER_PARTS.contains(&part))
 }
 
-fn stored_config<T: DeserializeOwned>(file: &TensorFile, key: &str) -> Result<T> {
+fn stored_part<T: DeserializeOwned>(file: &TensorFile, key: &str) -> Result<T> {
     let bad = |problem: String| Error::input(file.path().display(), problem);
     let text = file.text(key).ok_or_else(|| bad(format!("has no `{key}` in its metadata, so it is none of eqim's")))?;
     serde_json::from_str(text).map_err(|error| bad(format!("`{key}` in its metadata: {error}")))

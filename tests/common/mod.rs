@@ -1,6 +1,8 @@
 //! The golden fixtures, and tolerances with their reasons.
 #![allow(dead_code, missing_docs)]
 
+pub mod bins;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

@@ -39,7 +39,7 @@ pub struct Arguments {
     pub classes: Vec<Option<usize>>,
 
     /// Number that the noise is drawn from, the same noise as after torch.manual_seed
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = seed)]
     pub seed: u64,
 
     /// Length of the images in tokens, those of --prefix included [default: 16]
@@ -113,6 +113,10 @@ fn width(text: &str) -> Result<usize, String> {
 
 fn cfg(text: &str) -> Result<f32, String> {
     within(text, 0.0..=f32::MAX).map_err(|_| "expected a finite number of at least 0".into())
+}
+
+fn seed(text: &str) -> Result<u64, String> {
+    within(text, 0..=u64::MAX)
 }
 
 fn steps(text: &str) -> Result<usize, String> {

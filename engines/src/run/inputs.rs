@@ -44,7 +44,8 @@ pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Optio
     let prefix = prefix.transpose()?;
     if let Some(path) = &arguments.noise {
         let given = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
-        let noise = read_tokens("--noise", path, "noise", &[rows], config)?;
+        let file = TensorFile::open(path).map_err(about("--noise"))?;
+        let noise = read_tokens("--noise", file, "noise", &[rows], config)?;
         let (found, expected) = (noise.dim().1, request.tokens - given);
         if found != expected {
             let problem =
@@ -79,7 +80,9 @@ impl Prefix {
         let prefix = if picture::is_picture(path).map_err(about(flag))? {
             Self::read_picture(path, config)?
         } else {
-            Self::Tokens(read_tokens(flag, path, "tokens", &[1, rows], config)?)
+            let neither = |error| Error::Input(format!("{}; nor is it a PNG or JPEG", about(flag)(error)));
+            let file = TensorFile::open(path).map_err(neither)?;
+            Self::Tokens(read_tokens(flag, file, "tokens", &[1, rows], config)?)
         };
         let given = prefix.tokens(config);
         if given >= tokens {
@@ -131,9 +134,9 @@ impl Prefix {
 }
 
 /// Reads `key` of a `.safetensors`: at least one token, as many rows as one of `rows`, finite numbers of any precision.
-fn read_tokens(flag: &str, path: &Path, key: &str, rows: &[usize], config: &Config) -> Result<Array3<f32>> {
+fn read_tokens(flag: &str, mut file: TensorFile, key: &str, rows: &[usize], config: &Config) -> Result<Array3<f32>> {
+    let path = file.path().to_path_buf();
     let bad = |problem: String| about(flag)(Error::input(path.display(), problem));
-    let mut file = TensorFile::open(path).map_err(about(flag))?;
     let Some((dtype, shape)) = file.tensors().get(key).map(|info| (info.dtype, info.shape.clone())) else {
         let mut names: Vec<String> = file.tensors().into_keys().collect();
         names.sort();

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use eqim::files::folder;
 use eqim::{Error, Result};
 
 use super::Arguments;
@@ -29,7 +30,7 @@ impl Outputs {
         }
         if let Some(path) = &outputs.tokens {
             writable("--save-tokens", path)?;
-            if outputs.images.contains(path) {
+            if outputs.images.iter().any(|image| place(image) == place(path)) {
                 return Err(Error::input(format!("--save-tokens {}", path.display()), "is written by --output too"));
             }
         }
@@ -40,6 +41,11 @@ impl Outputs {
     pub fn all(&self) -> impl Iterator<Item = &PathBuf> {
         self.images.iter().chain(&self.tokens)
     }
+}
+
+/// Where a path leads, however it is spelled.
+fn place(path: &Path) -> Option<PathBuf> {
+    Some(folder(path).canonicalize().ok()?.join(path.file_name()?))
 }
 
 /// Names of `count` images: `path` itself for one, else with a number before its extension.
@@ -72,7 +78,7 @@ fn writable(flag: &str, path: &Path) -> Result<()> {
     if path.file_name().is_none() || path.exists() && !path.is_file() {
         return Err(bad("is not a file".into()));
     }
-    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = folder(path);
     if !folder.is_dir() {
         return Err(bad(format!("there is no folder {}: create it first", folder.display())));
     }

@@ -73,7 +73,7 @@ struct Source {
     #[arg(long, value_enum, value_name = "PRESET", conflicts_with_all = ["generator", "tokenizer", "preset"])]
     random: Option<PresetArgument>,
     /// Seed of --random
-    #[arg(long, default_value_t = 0, requires = "random")]
+    #[arg(long, default_value_t = 0, conflicts_with_all = ["generator", "tokenizer"])]
     seed: u32,
 }
 

@@ -1,0 +1,164 @@
+//! The workspace's programs, run as a user runs them.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::{Duration, SystemTime};
+
+use tempfile::TempDir;
+
+use super::Fixture;
+
+/// Far longer than any run on the fixtures takes: a program that hangs fails its test.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Path of the program `name`. It is built first: Cargo builds only the programs of a test's own package.
+pub fn program(name: &str) -> &'static Path {
+    static PROGRAMS: OnceLock<BTreeMap<String, PathBuf>> = OnceLock::new();
+    PROGRAMS.get_or_init(build).get(name).unwrap_or_else(|| panic!("no program {name}"))
+}
+
+fn build() -> BTreeMap<String, PathBuf> {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| env!("CARGO").into()));
+    cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
+    cargo.args([
+        "build",
+        "--bins",
+        "-p",
+        "eqim-export",
+        "-p",
+        "eqim-engines",
+        "--message-format=json-render-diagnostics",
+    ]);
+    if !cfg!(debug_assertions) {
+        cargo.arg("--release");
+    }
+    let output = cargo.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let messages = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+    let messages = messages.map(|line| serde_json::from_slice::<serde_json::Value>(line).unwrap());
+    let executables = messages.filter_map(|message| message["executable"].as_str().map(PathBuf::from));
+    executables.map(|path| (path.file_stem().unwrap().to_str().unwrap().to_string(), path)).collect()
+}
+
+/// A temporary folder that programs run in, so that their command lines stay short.
+pub struct Workplace(TempDir);
+
+/// A program that has ended.
+pub struct Finished {
+    line: String,
+    code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Length and time of change of every file of a folder, none for folders.
+type Listing = BTreeMap<PathBuf, Option<(u64, SystemTime)>>;
+
+impl Workplace {
+    /// A folder with a fixture's `generator.pth` and `tokenizer.ckpt`.
+    pub fn new(fixture: &Fixture) -> Self {
+        let place = Self(tempfile::tempdir().unwrap());
+        for file in ["generator.pth", "tokenizer.ckpt"] {
+            std::fs::copy(fixture.folder.join(file), place.path(file)).unwrap();
+        }
+        place
+    }
+
+    /// A folder that also has the `bundle` of the fixture.
+    pub fn with_bundle(fixture: &Fixture) -> Self {
+        let place = Self::new(fixture);
+        place.run(&format!("{} --no-validate -o bundle", export_line(fixture))).succeeded();
+        place
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    pub fn read(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    pub fn write(&self, name: &str, contents: impl AsRef<[u8]>) {
+        std::fs::write(self.path(name), contents).unwrap_or_else(|error| panic!("{name}: {error}"));
+    }
+
+    /// Runs a command line of a program and arguments without spaces.
+    pub fn run(&self, line: &str) -> Finished {
+        self.run_with(line, &[])
+    }
+
+    /// Runs a command line with variables of the environment set.
+    pub fn run_with(&self, line: &str, variables: &[(&str, &str)]) -> Finished {
+        let mut words = line.split(' ');
+        let mut command = assert_cmd::Command::new(program(words.next().unwrap()));
+        command.args(words).envs(variables.iter().copied()).current_dir(self.0.path()).timeout(PATIENCE);
+        let output = command.output().unwrap();
+        let [stdout, stderr] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+        Finished { line: line.into(), code: output.status.code(), stdout, stderr }
+    }
+
+    /// Runs a command line that has to be refused with a message that holds `mentions`, and to leave no trace.
+    #[track_caller]
+    pub fn refused(&self, line: &str, mentions: &[&str]) {
+        let before = self.listing();
+        self.run(line).failed(2, mentions);
+        assert_eq!(before, self.listing(), "{line}: left something behind");
+    }
+
+    /// Names in a folder inside, sorted.
+    pub fn listing_of(&self, folder: &str) -> Vec<String> {
+        let entries = std::fs::read_dir(self.path(folder)).unwrap();
+        let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// Everything in the folder, however deep.
+    pub fn listing(&self) -> Listing {
+        let (mut listing, mut folders) = (Listing::new(), vec![self.0.path().to_path_buf()]);
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(&folder).unwrap().map(Result::unwrap) {
+                let metadata = entry.metadata().unwrap();
+                if metadata.is_dir() {
+                    folders.push(entry.path());
+                }
+                let file = metadata.is_file().then(|| (metadata.len(), metadata.modified().unwrap()));
+                listing.insert(entry.path(), file);
+            }
+        }
+        listing
+    }
+}
+
+impl Finished {
+    /// Asserts that it succeeded.
+    #[track_caller]
+    pub fn succeeded(self) -> Self {
+        self.ended(Some(0));
+        self
+    }
+
+    /// Asserts that it failed with exit code `code` and a message on standard error that holds `mentions`.
+    #[track_caller]
+    pub fn failed(self, code: i32, mentions: &[&str]) -> Self {
+        self.ended(Some(code));
+        for mention in mentions {
+            assert!(self.stderr.contains(mention), "{}: no {mention:?} in {:?}", self.line, self.stderr);
+        }
+        self
+    }
+
+    #[track_caller]
+    fn ended(&self, code: Option<i32>) {
+        let Self { line, stdout, stderr, .. } = self;
+        assert!(self.code == code && !stderr.contains("panicked"), "{line}: {:?}\n{stdout}\n{stderr}", self.code);
+    }
+}
+
+/// The command line that exports a fixture, without its output.
+pub fn export_line(fixture: &Fixture) -> String {
+    format!("eqim-export onnx --generator generator.pth --tokenizer tokenizer.ckpt --heads {}", fixture.heads)
+}

@@ -1,0 +1,822 @@
+//! Broken, wrong and hostile input: every case ends with exit code 2, a message that names what is wrong, and no trace.
+
+mod common;
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{Cursor, Write};
+
+use candle_core::{DType, Device, Tensor};
+use common::bins::Workplace;
+use common::{Fixture, all, fixtures};
+use eqim::checkpoint::{GENERATOR_KEY, TOKENIZER_KEY};
+use eqim::tensors::{self, TensorFile};
+use serde_json::{Value, json};
+use zip::ZipWriter;
+use zip::write::SimpleFileOptions;
+
+fn first() -> Fixture {
+    Fixture::open(fixtures())
+}
+
+// Checkpoints.
+
+/// Exports with one of the fixture's two checkpoints replaced.
+const GENERATOR: &str = "eqim-export onnx --tokenizer tokenizer.ckpt --heads 2 -o out --generator";
+const TOKENIZER: &str = "eqim-export onnx --generator generator.pth --heads 2 -o out --tokenizer";
+
+#[test]
+fn truncated_checkpoints() {
+    let place = Workplace::new(&first());
+    for (line, file) in [(GENERATOR, "generator.pth"), (TOKENIZER, "tokenizer.ckpt")] {
+        let whole = place.read(file);
+        for length in [0, 3, 10, 1000, whole.len() / 2, whole.len() - 1] {
+            let name = format!("{length}-of-{file}");
+            place.write(&name, &whole[..length]);
+            place.refused(&format!("{line} {name}"), &[&name]);
+        }
+    }
+}
+
+#[test]
+fn files_that_are_no_checkpoints() {
+    let place = Workplace::new(&first());
+    let noise: Vec<u8> = (0..100_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    place.write("noise.bin", &noise);
+    place.write("zip.bin", [b"PK\x03\x04", &noise[..]].concat());
+    place.write("old.bin", [b"\x80\x02\x8a\x0a", &noise[..]].concat());
+    place.write("text.txt", "These are no weights.\n".repeat(100));
+    image::RgbImage::new(64, 64).save(place.path("picture.png")).unwrap();
+    place.write("empty.zip", zip_file(&[]));
+    place.write("other.zip", zip_file(&[("readme.txt", b"hello")]));
+    std::fs::create_dir(place.path("folder")).unwrap();
+    let files = [
+        "noise.bin",
+        "zip.bin",
+        "old.bin",
+        "text.txt",
+        "picture.png",
+        "empty.zip",
+        "other.zip",
+        "folder",
+        "missing.pth",
+    ];
+    for file in files {
+        for line in [GENERATOR, TOKENIZER] {
+            place.refused(&format!("{line} {file}"), &[file]);
+        }
+    }
+}
+
+#[test]
+fn checkpoints_of_something_else() {
+    let [one, other] = all();
+    let place = Workplace::new(&one);
+    std::fs::copy(other.folder.join("generator.pth"), place.path("other.pth")).unwrap();
+    std::fs::copy(other.folder.join("tokenizer.ckpt"), place.path("other.ckpt")).unwrap();
+    place.refused(&format!("{GENERATOR} tokenizer.ckpt"), &["tokenizer.ckpt", "model_ema"]);
+    place.refused(&format!("{TOKENIZER} generator.pth"), &["generator.pth", "state_dict"]);
+    let embeds = "8 values and the tokenizer's 6";
+    place.refused(&format!("{TOKENIZER} other.ckpt"), &["generator.pth", "other.ckpt", embeds]);
+    let embeds = "6 values and the tokenizer's 8";
+    place.refused(&format!("{GENERATOR} other.pth"), &["other.pth", "tokenizer.ckpt", embeds]);
+}
+
+#[test]
+fn export_flags() {
+    let place = Workplace::new(&first());
+    place.write("file", "");
+    let flags = [
+        ("", "--heads"),
+        ("--heads 3", "--heads"),
+        ("--heads 0", "heads"),
+        ("--heads 32", "--heads"),
+        ("--heads 99999999999999999999", "--heads"),
+        ("--heads 2 --window 0", "--window"),
+        ("--heads 2 --window 1000000", "window"),
+        ("--heads 2 --vae-norm nan", "--vae-norm"),
+        ("--heads 2 --vae-norm inf", "--vae-norm"),
+        ("--heads 2 --vae-norm=-1", "--vae-norm"),
+        ("--heads 2 --vae-norm 0", "--vae-norm"),
+        ("--heads 2 --steps 0", "steps"),
+        ("--heads 2 --opset 5", "--opset"),
+        ("--heads 2 --opset 21", "--opset"),
+        ("--heads 2 --atol nan", "--atol"),
+        ("--heads 2 --atol=-1", "--atol"),
+        ("--heads 2 --dtype int8", "--dtype"),
+        ("--heads 2 --weights best", "--weights"),
+        ("--preset gigantic", "--preset"),
+        ("--random small", "--random"),
+        ("--random gigantic", "--random"),
+        ("--heads 2 -o missing/out", "missing/out"),
+        ("--heads 2 -o file", "file"),
+        ("--heads 2 -o file/out", "file/out"),
+        ("--heads 2 -o .", "."),
+        ("--frobnicate", "--frobnicate"),
+        ("--heads 2 --seed 3", "--seed"),
+    ];
+    for (flags, mention) in flags {
+        let output = if flags.contains("-o ") { "" } else { "-o out" };
+        let line = format!("eqim-export onnx --generator generator.pth --tokenizer tokenizer.ckpt {flags} {output}");
+        place.refused(&line.split_whitespace().collect::<Vec<_>>().join(" "), &[mention]);
+    }
+    place.refused("eqim-export onnx --heads 2 -o out", &["--generator"]);
+    place.refused("eqim-export onnx --generator generator.pth -o out", &["--tokenizer"]);
+    place.refused("eqim-export onnx --generator generator.pth --tokenizer tokenizer.ckpt --heads 2", &["--output"]);
+}
+
+// Pickles.
+
+fn zip_file(files: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut zip = ZipWriter::new(Cursor::new(vec![]));
+    for (name, contents) in files {
+        zip.start_file(*name, SimpleFileOptions::default()).unwrap();
+        zip.write_all(contents).unwrap();
+    }
+    zip.finish().unwrap().into_inner()
+}
+
+fn global(module: &str, name: &str) -> Vec<u8> {
+    format!("c{module}\n{name}\n").into_bytes()
+}
+
+fn text(text: &str) -> Vec<u8> {
+    [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat()
+}
+
+fn integer(value: i64) -> Vec<u8> {
+    [&[0x8a, 8][..], &value.to_le_bytes()].concat()
+}
+
+fn tuple(items: &[Vec<u8>]) -> Vec<u8> {
+    [b"(".to_vec(), items.concat(), b"t".to_vec()].concat()
+}
+
+fn call(function: Vec<u8>, arguments: &[Vec<u8>]) -> Vec<u8> {
+    [function, tuple(arguments), b"R".to_vec()].concat()
+}
+
+fn dict(entries: &[(&str, Vec<u8>)]) -> Vec<u8> {
+    let entries = entries.iter().flat_map(|(key, value)| [text(key), value.clone()]).collect::<Vec<_>>().concat();
+    [b"}(".to_vec(), entries, b"u".to_vec()].concat()
+}
+
+/// A tensor as `torch.save` writes it.
+struct Saved<'a> {
+    storage_type: &'a str,
+    storage: &'a str,
+    offset: i64,
+    shape: &'a [i64],
+    stride: Option<&'a [i64]>,
+}
+
+const STORAGE: &str = "0";
+const STORAGE_FLOATS: usize = 256;
+
+fn saved(shape: &[i64]) -> Saved<'_> {
+    Saved { storage_type: "FloatStorage", storage: STORAGE, offset: 0, shape, stride: None }
+}
+
+impl Saved<'_> {
+    fn pickle(&self) -> Vec<u8> {
+        let contiguous = |axis: usize| self.shape[axis + 1..].iter().fold(1i64, |all, n| all.saturating_mul(*n));
+        let stride: Vec<i64> =
+            self.stride.map_or_else(|| (0..self.shape.len()).map(contiguous).collect(), <[i64]>::to_vec);
+        let [shape, stride] = [self.shape, &stride].map(|n| tuple(&n.iter().copied().map(integer).collect::<Vec<_>>()));
+        let kind = global("torch", self.storage_type);
+        let place = tuple(&[text("storage"), kind, text(self.storage), text("cpu"), integer(STORAGE_FLOATS as i64)]);
+        let storage = [place, b"Q".to_vec()].concat();
+        let hooks = call(global("collections", "OrderedDict"), &[]);
+        let arguments = [storage, integer(self.offset), shape, stride, vec![0x89], hooks];
+        call(global("torch._utils", "_rebuild_tensor_v2"), &arguments)
+    }
+}
+
+/// A generator's checkpoint of that state dict.
+fn generator(state: &[(&str, Vec<u8>)]) -> Vec<u8> {
+    let pickle = [dict(&[("model_ema", dict(state))]), b".".to_vec()].concat();
+    let values = [0; 4 * STORAGE_FLOATS];
+    zip_file(&[("archive/data.pkl", &pickle), (&format!("archive/data/{STORAGE}"), &values)])
+}
+
+#[test]
+fn tensors_that_are_not_in_their_storage() {
+    // All that the generator's sizes are read from; `bad` takes the place of one of them.
+    const USUAL: [(&str, &[i64]); 6] = [
+        ("class_emb.weight", &[5, 8]),
+        ("diffloss.net.input_proj.weight", &[8, 4]),
+        ("diffloss.net.time_embed.mlp.0.weight", &[8, 16]),
+        ("encoder_blocks.0.mlp.fc1.weight", &[16, 8]),
+        ("encoder_pos_embed_learned", &[1, 4, 8]),
+        ("z_proj.weight", &[8, 4]),
+    ];
+    let place = Workplace::new(&first());
+    let line = "eqim-export onnx --tokenizer tokenizer.ckpt --preset small --heads 2 -o out --generator bad.pth";
+    let refused = |name: &str, bad: Vec<u8>, mentions: &[&str]| {
+        let usual =
+            USUAL.iter().filter(|(usual, _)| *usual != name).map(|(name, shape)| (*name, saved(shape).pickle()));
+        place.write("bad.pth", generator(&usual.chain([(name, bad)]).collect::<Vec<_>>()));
+        place.refused(line, &[&["bad.pth", name], mentions].concat());
+    };
+    let z_proj = |bad: Saved, mentions: &[&str]| refused("z_proj.weight", bad.pickle(), mentions);
+
+    const HUGE: i64 = 1 << 40;
+    z_proj(saved(&[8, HUGE]), &["bytes"]);
+    z_proj(saved(&[HUGE, HUGE]), &["large"]);
+    z_proj(saved(&[8, 64]), &["bytes"]);
+    z_proj(Saved { offset: STORAGE_FLOATS as i64 - 8, ..saved(&[8, 4]) }, &["bytes"]);
+    z_proj(Saved { offset: i64::MAX, ..saved(&[8, 4]) }, &["large"]);
+    z_proj(Saved { offset: i64::MAX / 4, ..saved(&[8, 4]) }, &["bytes"]);
+    z_proj(Saved { storage: "77", ..saved(&[8, 4]) }, &["77"]);
+    z_proj(Saved { storage: "../../../../etc/passwd", ..saved(&[8, 4]) }, &["passwd"]);
+    z_proj(Saved { storage_type: "DoubleStorage", ..saved(&[16, 16]) }, &["bytes"]);
+    z_proj(Saved { offset: -1, ..saved(&[8, 4]) }, &[]);
+    z_proj(saved(&[-8, 4]), &[]);
+    z_proj(saved(&[i64::MIN, i64::MIN]), &[]);
+    z_proj(saved(&[8]), &["axes"]);
+    z_proj(saved(&[]), &["axes"]);
+    z_proj(saved(&[1; 1000]), &["axes"]);
+    z_proj(Saved { stride: Some(&[1, 8]), ..saved(&[8, 4]) }, &[]);
+    z_proj(Saved { stride: Some(&[0, 0]), ..saved(&[8, 4]) }, &[]);
+    z_proj(Saved { stride: Some(&[4]), ..saved(&[8, 4]) }, &[]);
+    z_proj(Saved { storage_type: "QInt8Storage", ..saved(&[8, 4]) }, &[]);
+    // No size is read from this one, so only reading it can fail.
+    for shape in [&[HUGE, HUGE, 0][..], &[-1], &[8, HUGE]] {
+        refused("extra", saved(shape).pickle(), &[]);
+    }
+    refused("z_proj.weight", text("no tensor"), &[]);
+    refused("z_proj.weight", call(global("os", "system"), &[text("touch owned")]), &[]);
+    refused("z_proj.weight", call(global("torch._utils", "_rebuild_tensor_v2"), &[]), &[]);
+
+    // A parameter that is a parameter that is a parameter …: itself, or a thousand times.
+    let parameter = global("torch._utils", "_rebuild_parameter");
+    let itself = [&parameter[..], b"]q\x00Rq\x01", b"h\x00h\x01a0"].concat();
+    refused("z_proj.weight", itself, &[]);
+    let wrapped = (0..1000).fold(saved(&[8, 4]).pickle(), |inner, _| call(parameter.clone(), &[inner]));
+    refused("z_proj.weight", wrapped, &[]);
+    // No class, no position: sizes that are 0 stop at the configuration.
+    place.write("bad.pth", generator(&USUAL.map(|(name, shape)| (name, saved(&vec![0; shape.len()]).pickle()))));
+    place.refused(line, &["bad.pth", "is 0"]);
+}
+
+#[test]
+fn storages_that_are_missing_or_short() {
+    let fixture = first();
+    let place = Workplace::new(&fixture);
+    for (line, file) in [(GENERATOR, "generator.pth"), (TOKENIZER, "tokenizer.ckpt")] {
+        let mut archive = zip::ZipArchive::new(Cursor::new(place.read(file))).unwrap();
+        let mut files = vec![];
+        for index in 0..archive.len() {
+            let mut entry = archive.by_index(index).unwrap();
+            let mut contents = vec![];
+            std::io::copy(&mut entry, &mut contents).unwrap();
+            files.push((entry.name().unwrap().into_owned(), contents));
+        }
+        let bad = format!("bad-{file}");
+        let short = |keep: fn(usize) -> usize| {
+            let cut =
+                |name: &str, bytes: &'_ [u8]| if name.contains("/data/") { keep(bytes.len()) } else { bytes.len() };
+            let files: Vec<_> = files.iter().map(|(name, bytes)| (&name[..], &bytes[..cut(name, bytes)])).collect();
+            zip_file(&files)
+        };
+        for keep in [|_| 0, |length| length - 1] {
+            place.write(&bad, short(keep));
+            place.refused(&format!("{line} {bad}"), &[&bad, "tensor", "storage"]);
+        }
+        let without: Vec<_> = files.iter().filter(|(name, _)| !name.contains("/data/")).collect();
+        let without: Vec<_> = without.iter().map(|(name, bytes)| (&name[..], &bytes[..])).collect();
+        place.write(&bad, zip_file(&without));
+        place.refused(&format!("{line} {bad}"), &[&bad, "tensor", "storage"]);
+    }
+}
+
+#[test]
+fn pickles_that_are_not_of_torch_save() {
+    let nested = |levels: usize| [&b")"[..], &vec![0x85; levels], b"."].concat();
+    // Ten references to the list before, sixty times over: 10^60 values if they were copied.
+    let laughs = (0..60u8).fold(b"]q\x00".to_vec(), |mut pickle, level| {
+        pickle.extend(b"](");
+        pickle.extend([b'h', level].repeat(10));
+        pickle.extend([b'e', b'q', level + 1]);
+        pickle
+    });
+    let root_in_itself = b"}q\x00X\x09\x00\x00\x00model_emah\x00s.";
+    let cases: Vec<(&str, Vec<u8>)> = vec![
+        ("nothing", b"".into()),
+        ("no end", b"}".into()),
+        ("an empty stack", b".".into()),
+        ("deep tuples", nested(1_000_000)),
+        ("a memo bomb", [&laughs[..], b"."].concat()),
+        ("a memo bomb as model", [&b"}"[..], &text("model_ema"), &laughs, b"s."].concat()),
+        ("a dictionary in itself", root_in_itself.into()),
+        ("a list in itself", b"]q\x00h\x00a.".into()),
+        ("an unknown instruction", b"\xff.".into()),
+        ("instructions of protocol 0", b"S'text'\n.".into()),
+        ("a mark and nothing", b"(.".into()),
+        ("a tuple without mark", b"t.".into()),
+        ("a list without mark", b"]e.".into()),
+        ("pop of a mark", b"N(0.".into()),
+        ("a tuple over a mark", b"NN(\x86t.".into()),
+        ("marks closed twice", b"((NtNtt.".into()),
+        ("marks without their values", b"N((\x85tt.".into()),
+        ("elements for a dictionary", b"}Na.".into()),
+        ("entries for a list", b"](NNu.".into()),
+        ("a key without value", b"}(Nu.".into()),
+        ("a call of nothing", b"R.".into()),
+        ("a state for nothing", b"Nb.".into()),
+        ("a global that is no text", b"NN\x93.".into()),
+        ("a global without end", b"ctorch".into()),
+        ("a global without name", b"ctorch\n".into()),
+        ("nothing memorized", b"h\x07.".into()),
+        ("nothing to memorize", b"q\x07.".into()),
+        ("a large memo", b"Nr\xff\xff\xff\xff0j\xff\xff\xff\xff.".into()),
+        ("text that is too short", b"X\xff\xff\xff\xffabc.".into()),
+        ("text of all memory", b"\x8d\xff\xff\xff\xff\xff\xff\xff\xffabc.".into()),
+        ("text that is no text", b"X\x02\x00\x00\x00\xff\xfe.".into()),
+        ("a long integer", [&[0x8a, 255][..], &[1; 255], b"."].concat()),
+        ("an integer without bytes", b"\x8a\x00.".into()),
+        ("a frame of nothing", b"\x95\x01.".into()),
+        ("a model that is text", [&b"}"[..], &text("model_ema"), &text("?"), b"s."].concat()),
+        ("a model without tensors", [&b"}"[..], &text("model_ema"), b"}s."].concat()),
+        ("keys that are no text", [&b"}"[..], &text("model_ema"), b"}N)sK\x01)s", b"s."].concat()),
+        ("something run", [&call(global("os", "system"), &[text("touch owned")])[..], b"."].concat()),
+    ];
+    let place = Workplace::new(&first());
+    for (name, pickle) in &cases {
+        let file = format!("{}.pth", name.replace(' ', "-"));
+        place.write(&file, zip_file(&[("archive/data.pkl", pickle)]));
+        for line in [GENERATOR, TOKENIZER] {
+            place.refused(&format!("{line} {file}"), &[&file]);
+        }
+    }
+}
+
+// Our own checkpoints.
+
+/// The header of a `.safetensors`, and what follows.
+fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
+}
+
+#[test]
+fn safetensors_that_lie() {
+    let place = Workplace::with_bundle(&first());
+    let whole = place.read("bundle/model.safetensors");
+    let tensor = |dtype: &str, shape: &str, offsets: &str| {
+        format!(r#"{{"z_proj.weight": {{"dtype": "{dtype}", "shape": {shape}, "data_offsets": {offsets}}}}}"#)
+    };
+    let simple = |dtype, shape, offsets| safetensors(&tensor(dtype, shape, offsets), &[0; 8]);
+    let with_length = |length: u64| [&length.to_le_bytes(), &whole[8..]].concat();
+    let cases = [
+        ("short", whole[..5].to_vec()),
+        ("header-only", whole[..8].to_vec()),
+        ("half-a-header", whole[..200].to_vec()),
+        ("half", whole[..whole.len() / 2].to_vec()),
+        ("one-less", whole[..whole.len() - 1].to_vec()),
+        ("one-more", [&whole[..], b"!"].concat()),
+        ("no-header", with_length(0)),
+        ("header-too-short", with_length(100)),
+        ("header-beyond-the-end", with_length(whole.len() as u64)),
+        ("header-of-all-memory", with_length(u64::MAX)),
+        ("header-of-gigabytes", with_length(99_999_999)),
+        ("no-json", safetensors("certainly", &[])),
+        ("deep-json", safetensors(&"[".repeat(1_000_000), &[])),
+        ("a-list", safetensors("[]", &[])),
+        ("offsets-beyond-the-end", simple("F32", "[4]", "[0, 16]")),
+        ("offsets-of-all-memory", simple("F32", "[4611686018427387903]", "[0, 18446744073709551612]")),
+        ("offsets-backwards", simple("F32", "[2]", "[8, 0]")),
+        ("offsets-negative", simple("F32", "[2]", "[-8, 0]")),
+        ("offsets-with-a-gap", simple("F32", "[1]", "[4, 8]")),
+        ("shape-of-more", simple("F32", "[3]", "[0, 8]")),
+        ("shape-negative", simple("F32", "[-2]", "[0, 8]")),
+        ("shape-that-overflows", simple("F32", "[4294967296, 4294967296, 4294967296]", "[0, 8]")),
+        ("unknown-type", simple("F33", "[2]", "[0, 8]")),
+        ("no-metadata", simple("F32", "[2]", "[0, 8]")),
+        ("metadata-of-others", safetensors(r#"{"__metadata__": {"format": "pt"}}"#, &[])),
+    ];
+    for (name, contents) in cases {
+        let file = format!("{name}.safetensors");
+        place.write(&file, contents);
+        for line in [GENERATOR, TOKENIZER] {
+            place.refused(&format!("{line} {file}"), &[&file]);
+        }
+    }
+}
+
+/// What a `.safetensors` holds.
+#[derive(Clone)]
+struct Contents {
+    tensors: BTreeMap<String, Tensor>,
+    text: HashMap<String, String>,
+}
+
+impl Contents {
+    fn read(place: &Workplace, file: &str) -> Self {
+        let mut file = TensorFile::open(&place.path(file)).unwrap();
+        let names: Vec<String> = file.tensors().into_keys().collect();
+        let keys = [GENERATOR_KEY, TOKENIZER_KEY];
+        Self {
+            text: keys.map(|key| (key.to_string(), file.text(key).unwrap().to_string())).into(),
+            tensors: names.into_iter().map(|name| (name.clone(), file.read(&name).unwrap())).collect(),
+        }
+    }
+
+    fn write(self, place: &Workplace, file: &str) {
+        let tensors: Vec<_> = self.tensors.iter().map(|(name, tensor)| (&name[..], tensor.clone())).collect();
+        tensors::write(&place.path(file), &tensors, self.text).unwrap();
+    }
+}
+
+const BOTH: &str = "eqim-export onnx --generator bad.safetensors --tokenizer bad.safetensors -o out";
+
+#[test]
+fn tensors_that_are_not_the_models() {
+    let place = Workplace::with_bundle(&first());
+    let whole = Contents::read(&place, "bundle/model.safetensors");
+    let poisoned = |name: &str, value: f32| {
+        let tensor = &whole.tensors[name];
+        let mut values = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        *values.last_mut().unwrap() = value;
+        Tensor::from_vec(values, tensor.shape(), &Device::Cpu).unwrap()
+    };
+    let refused = |name: &str, tensor: Option<Tensor>, flags: &str| {
+        let mut bad = whole.clone();
+        bad.tensors.remove(name);
+        bad.tensors.extend(tensor.map(|tensor| (name.to_string(), tensor)));
+        bad.write(&place, "bad.safetensors");
+        let file = if flags.is_empty() { "bad.safetensors" } else { "" };
+        place.refused(&format!("{BOTH}{flags}"), &[name, file]);
+    };
+    for name in ["z_proj.weight", "encoder_blocks.1.attn.qkv.bias", "decoder.mid.attn_1.q.weight", "quant_layer.bias"] {
+        refused(name, None, "");
+        refused(name, Some(Tensor::zeros((7, 7), DType::F32, &Device::Cpu).unwrap()), "");
+        refused(name, Some(Tensor::zeros(0, DType::F32, &Device::Cpu).unwrap()), "");
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            refused(name, Some(poisoned(name, value)), "");
+        }
+        refused(name, Some(poisoned(name, -1e6)), " --dtype fp16");
+    }
+    for name in ["extra", "encoder.extra", "encoder_blocks.3.attn.qkv.weight", ""] {
+        refused(name, Some(Tensor::zeros(3, DType::F32, &Device::Cpu).unwrap()), "");
+    }
+}
+
+#[test]
+fn metadata_that_is_not_a_model() {
+    let place = Workplace::with_bundle(&first());
+    let whole = Contents::read(&place, "bundle/model.safetensors");
+    let refused = |key: &str, text: Option<String>, mention: &str| {
+        let mut bad = whole.clone();
+        bad.text.remove(key);
+        bad.text.extend(text.map(|text| (key.to_string(), text)));
+        bad.write(&place, "bad.safetensors");
+        place.refused(BOTH, &["bad.safetensors", mention]);
+    };
+    for key in [GENERATOR_KEY, TOKENIZER_KEY] {
+        refused(key, None, key);
+        for text in ["", "null", "{}", "[[[", r#"{"depth": 3}"#, "{\"vae_norm\": NaN}"] {
+            refused(key, Some(text.into()), key);
+        }
+        refused(key, Some("[".repeat(1_000_000)), key);
+    }
+    let most = u64::MAX;
+    let multiple = (most - 31).into();
+    let edits: [(&str, &str, Value, &str); 28] = [
+        (GENERATOR_KEY, "/depth", json!(1_000_000_000), "depth"),
+        (GENERATOR_KEY, "/depth", json!(1024), "encoder_blocks.3."),
+        (GENERATOR_KEY, "/depth", json!(0), "depth"),
+        (GENERATOR_KEY, "/depth", json!(2), "encoder_blocks.2."),
+        (GENERATOR_KEY, "/heads", json!(0), "heads"),
+        (GENERATOR_KEY, "/heads", json!(3), "--heads"),
+        (GENERATOR_KEY, "/dim", json!(most), "dim"),
+        (GENERATOR_KEY, "/dim", json!(-32), GENERATOR_KEY),
+        (GENERATOR_KEY, "/dim", json!(64), "class_emb.weight"),
+        (GENERATOR_KEY, "/mlp_dim", json!(1 << 20), "encoder_blocks.0.mlp"),
+        (GENERATOR_KEY, "/class_num", json!(0), "class_num"),
+        (GENERATOR_KEY, "/buffer", json!(most), "buffer"),
+        (GENERATOR_KEY, "/window", json!(0), "window"),
+        (GENERATOR_KEY, "/window", json!(most), "window"),
+        (GENERATOR_KEY, "/time_dim", json!(7), "time_dim"),
+        (GENERATOR_KEY, "/steps", json!(0), "steps"),
+        (GENERATOR_KEY, "/vae_norm", json!("NaN"), GENERATOR_KEY),
+        (GENERATOR_KEY, "/vae_norm", json!(-0.5), "vae_norm"),
+        (GENERATOR_KEY, "/embed", json!(6), "6"),
+        (TOKENIZER_KEY, "/rows", json!(0), "rows"),
+        (TOKENIZER_KEY, "/rows", json!(most), "rows"),
+        (TOKENIZER_KEY, "/image_channels", json!(4), "4 channels"),
+        (TOKENIZER_KEY, "/encoder/levels", json!([]), "levels"),
+        (TOKENIZER_KEY, "/encoder/res_blocks", json!(most), "encoder"),
+        (TOKENIZER_KEY, "/decoder/z_channels", json!(0), "decoder"),
+        (TOKENIZER_KEY, "/decoder/conv_in", json!(48), "48"),
+        (TOKENIZER_KEY, "/decoder/levels/0/channels", multiple, "decoder"),
+        (TOKENIZER_KEY, "/len_down_scale", json!(0), "decoder.up.2.upsample"),
+    ];
+    for (key, pointer, value, mention) in edits {
+        let mut config: Value = serde_json::from_str(&whole.text[key]).unwrap();
+        *config.pointer_mut(pointer).unwrap() = value;
+        refused(key, Some(config.to_string()), mention);
+    }
+}
+
+// Bundles.
+
+#[test]
+fn bundles_that_are_not_whole() {
+    let place = Workplace::with_bundle(&first());
+    let refused = |bundle: &str, mentions: &[&str]| {
+        for backend in ["candle", "ort"] {
+            let line = format!("eqim-run --tokens 3 -o out.png --backend {backend} --engine {bundle}");
+            place.refused(&line, mentions);
+        }
+        place.refused(&format!("eqim-export inspect {bundle}"), mentions);
+    };
+    std::fs::create_dir(place.path("empty")).unwrap();
+    refused("empty", &["empty", "config.json"]);
+    refused("missing", &["missing"]);
+    refused("generator.pth", &["generator.pth"]);
+
+    for file in place.listing_of("bundle") {
+        let (path, aside) = (place.path(&format!("bundle/{file}")), place.path("aside"));
+        let contents = std::fs::read(&path).unwrap();
+        std::fs::rename(&path, &aside).unwrap();
+        refused("bundle", &[&file]);
+        std::fs::create_dir(&path).unwrap();
+        refused("bundle", &[&file]);
+        std::fs::remove_dir(&path).unwrap();
+        for length in [0, 10, contents.len() / 2, contents.len() - 1] {
+            std::fs::write(&path, &contents[..length]).unwrap();
+            refused("bundle", &[&file]);
+        }
+        if file.ends_with(".onnx") {
+            let mut edited = contents.clone();
+            edited[contents.len() / 2] ^= 1;
+            std::fs::write(&path, edited).unwrap();
+            refused("bundle", &[&file, "export the bundle again"]);
+        }
+        std::fs::rename(&aside, &path).unwrap();
+    }
+    place.run("eqim-run --engine bundle --tokens 3 -o out.png").succeeded();
+}
+
+#[test]
+fn weights_that_were_edited() {
+    let place = Workplace::with_bundle(&first());
+    let mut weights = place.read("bundle/model.safetensors");
+    let length = weights.len();
+    weights[length - 3] ^= 1;
+    place.write("bundle/model.safetensors", weights);
+    place.refused("eqim-export inspect bundle", &["model.safetensors", "sha256"]);
+}
+
+#[test]
+fn descriptions_that_are_not_of_the_bundle() {
+    let [one, other] = all();
+    let place = Workplace::with_bundle(&one);
+    let whole = place.read("bundle/config.json");
+    let run = "eqim-run --engine bundle --tokens 3 -o out.png";
+    let refused_by_all = |contents: &[u8], mentions: &[&str]| {
+        place.write("bundle/config.json", contents);
+        for line in [&format!("{run} --backend candle"), &format!("{run} --backend ort"), "eqim-export inspect bundle"]
+        {
+            place.refused(line, mentions);
+        }
+    };
+    let deep = "[".repeat(1_000_000);
+    for garbage in ["", "weights", "[]", "{}", "null", r#"{"format": "new"}"#, r#"{"format": 1}"#, &deep] {
+        refused_by_all(garbage.as_bytes(), &["config.json"]);
+    }
+    refused_by_all(&Workplace::with_bundle(&other).read("bundle/config.json"), &["bundle", "export"]);
+
+    place.write("decoder.onnx", place.read("bundle/decoder.onnx"));
+    place.write("model.safetensors", place.read("bundle/model.safetensors"));
+    let absolute = place.path("decoder.onnx");
+    let edits: [(&str, Value, &str); 20] = [
+        ("/format", json!(2), "format 2"),
+        ("/format", json!(-1), "config.json"),
+        ("/precision", json!("fp8"), "config.json"),
+        ("/graphs", json!({}), "prefill"),
+        ("/graphs/decoder/file", json!("../decoder.onnx"), "../decoder.onnx"),
+        ("/graphs/decoder/file", json!(absolute), "decoder.onnx"),
+        ("/graphs/decoder/file", json!("sub\\decoder.onnx"), "decoder.onnx"),
+        ("/graphs/decoder/file", json!(""), "config.json"),
+        ("/graphs/decoder/file", json!(".."), "config.json"),
+        ("/graphs/decoder/file", json!("encoder.onnx"), "encoder.onnx"),
+        ("/graphs/decoder/inputs", json!([]), "decoder"),
+        ("/graphs/decoder/sha256", json!(""), "decoder.onnx"),
+        ("/graphs/decoder/sha256", json!("äöüäöüäöüäöü"), "decoder.onnx"),
+        ("/weights/file", json!("../model.safetensors"), "../model.safetensors"),
+        ("/weights/bytes", json!(3), "model.safetensors"),
+        ("/model/generator/heads", json!(0), "config.json"),
+        ("/model/generator/depth", json!(1_000_000_000), "config.json"),
+        ("/model/generator/depth", json!(2), "config.json"),
+        ("/model/generator/dim", json!(64), "config.json"),
+        ("/model/tokenizer/embed", json!(6), "config.json"),
+    ];
+    for (pointer, value, mention) in edits {
+        let mut config: Value = serde_json::from_slice(&whole).unwrap();
+        *config.pointer_mut(pointer).unwrap() = value;
+        refused_by_all(config.to_string().as_bytes(), &[mention]);
+    }
+
+    // What the graphs' inputs do not show, the weights' own description does.
+    let mut config: Value = serde_json::from_slice(&whole).unwrap();
+    *config.pointer_mut("/model/generator/class_num").unwrap() = json!(1000);
+    refused_by_all(config.to_string().as_bytes(), &["bundle"]);
+}
+
+// Runs.
+
+#[test]
+fn run_flags() {
+    let place = Workplace::with_bundle(&first());
+    place.write("file", "");
+    std::fs::create_dir(place.path("folder.png")).unwrap();
+    let cases = [
+        ("--tokens 0", "--tokens"),
+        ("--tokens 1", "--tokens"),
+        ("--tokens=-1", "--tokens"),
+        ("--tokens 1000001", "--tokens"),
+        ("--tokens 18446744073709551615", "--tokens"),
+        ("--tokens 400000 --class 0,1,2", "--tokens"),
+        ("--tokens 4 --width 16", "--width"),
+        ("--width 0", "--width"),
+        ("--width 4", "--width"),
+        ("--width 17", "16 and 20"),
+        ("--width 18446744073709551615", "--width"),
+        ("--class 5", "--class"),
+        ("--class 3,1000000", "--class"),
+        ("--class cat", "--class"),
+        ("--class=", "--class"),
+        ("--class 1,,2", "--class"),
+        ("--class=-1", "--class"),
+        ("--class 1.5", "--class"),
+        ("--cfg NaN", "--cfg"),
+        ("--cfg inf", "--cfg"),
+        ("--cfg=-inf", "--cfg"),
+        ("--cfg=-1", "--cfg"),
+        ("--cfg 1e39", "--cfg"),
+        ("--cfg much", "--cfg"),
+        ("--cfg-schedule cosine", "--cfg-schedule"),
+        ("--steps 0", "--steps"),
+        ("--steps 100001", "--steps"),
+        ("--seed=-1", "--seed"),
+        ("--seed 18446744073709551616", "--seed"),
+        ("--threads 0", "--threads"),
+        ("--threads 1000000", "--threads"),
+        ("--backend tensorrt", "--backend"),
+        ("--frobnicate", "--frobnicate"),
+        ("-o missing/out.png", "missing"),
+        ("-o folder.png", "folder.png"),
+        ("-o file/out.png", "file"),
+        ("-o out.jpg", "out.jpg"),
+        ("-o out", "out"),
+        ("-o .png", ".png"),
+        ("--save-tokens missing/saved.safetensors", "missing"),
+        ("--save-tokens folder.png", "folder.png"),
+        ("--save-tokens file/saved.safetensors", "file"),
+        ("-o same.png --save-tokens same.png", "same.png"),
+        ("--seed 3 --noise file", "--noise"),
+        ("-o same.png --save-tokens ./same.png", "same.png"),
+    ];
+    for (flags, mention) in cases {
+        place.refused(&format!("eqim-run --engine bundle {flags}"), &[mention]);
+    }
+    place.refused("eqim-run --tokens 3", &["--engine"]);
+}
+
+fn write_tokens(place: &Workplace, file: &str, key: &str, tensor: Tensor) {
+    tensors::write(&place.path(file), &[(key, tensor)], HashMap::new()).unwrap();
+}
+
+fn zeros(shape: &[usize]) -> Tensor {
+    Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap()
+}
+
+/// Writes tokens or noise, as `key`, that a run of one class and E 8 cannot use, and refuses all of them.
+fn refuse_tensors(place: &Workplace, flag: &str, key: &str, line: &str) {
+    let poisoned = |value: f32| {
+        let values: Vec<f32> = (0..24).map(|i| if i == 20 { value } else { 0.5 }).collect();
+        Tensor::from_vec(values, (1, 3, 8), &Device::Cpu).unwrap()
+    };
+    let cases = [
+        ("wrong-embed", key, zeros(&[1, 3, 6])),
+        ("wrong-batch", key, zeros(&[2, 3, 8])),
+        ("no-batch", key, zeros(&[0, 3, 8])),
+        ("no-tokens", key, zeros(&[1, 0, 8])),
+        ("flat", key, zeros(&[3, 8])),
+        ("scalar", key, zeros(&[])),
+        ("integers", key, zeros(&[1, 3, 8]).to_dtype(DType::I64).unwrap()),
+        ("nan", key, poisoned(f32::NAN)),
+        ("infinite", key, poisoned(f32::NEG_INFINITY)),
+        ("wrong-key", "latents", zeros(&[1, 3, 8])),
+    ];
+    let refused = |file: &str| place.refused(&format!("{line} {flag} {file}"), &[flag, file]);
+    for (name, key, tensor) in cases {
+        let file = format!("{name}.safetensors");
+        write_tokens(place, &file, key, tensor);
+        refused(&file);
+    }
+    write_tokens(place, "whole.safetensors", key, zeros(&[1, 3, 8]));
+    let whole = place.read("whole.safetensors");
+    for length in [0, 5, whole.len() / 2, whole.len() - 1] {
+        place.write("truncated.safetensors", &whole[..length]);
+        refused("truncated.safetensors");
+    }
+    place.write("notes.txt", "three tokens, please");
+    for file in ["notes.txt", "missing.safetensors", "bundle", "generator.pth"] {
+        refused(file);
+    }
+}
+
+#[test]
+fn prefixes_of_tokens() {
+    let place = Workplace::with_bundle(&first());
+    let line = "eqim-run --engine bundle --backend candle -o out.png --tokens";
+    refuse_tensors(&place, "--prefix", "tokens", &format!("{line} 5"));
+    for tokens in [2, 3] {
+        place.refused(&format!("{line} {tokens} --prefix whole.safetensors"), &["--prefix", "whole.safetensors"]);
+    }
+    place.run(&format!("{line} 4 --prefix whole.safetensors")).succeeded();
+    write_tokens(&place, "two.safetensors", "tokens", zeros(&[2, 3, 8]));
+    place.refused(&format!("{line} 4 --class 0,1,2 --prefix two.safetensors"), &["--prefix", "two.safetensors"]);
+}
+
+#[test]
+fn noise_that_does_not_fit() {
+    let place = Workplace::with_bundle(&first());
+    let line = "eqim-run --engine bundle --backend candle -o out.png --tokens";
+    refuse_tensors(&place, "--noise", "noise", &format!("{line} 3"));
+    place.refused(&format!("{line} 4 --noise whole.safetensors"), &["--noise", "whole.safetensors", "expected 4"]);
+    place.refused(&format!("{line} 2 --noise whole.safetensors"), &["--noise", "whole.safetensors", "expected 2"]);
+    write_tokens(&place, "prefix.safetensors", "tokens", zeros(&[1, 2, 8]));
+    let line = format!("{line} 4 --prefix prefix.safetensors --noise whole.safetensors");
+    place.refused(&line, &["--noise", "whole.safetensors", "expected 2"]);
+    place.run("eqim-run --engine bundle --tokens 3 --noise whole.safetensors -o out.png").succeeded();
+}
+
+/// A PNG's header that promises `width × height` pixels.
+fn promised_png(width: u32, height: u32) -> Vec<u8> {
+    let chunk = |kind: &[u8], data: &[u8]| {
+        let body = [kind, data].concat();
+        let crc = body.iter().fold(u32::MAX, |crc, byte| {
+            (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ (0xedb8_8320 * (crc & 1)))
+        });
+        [&(data.len() as u32).to_be_bytes(), &body[..], &(!crc).to_be_bytes()].concat()
+    };
+    let header = [&width.to_be_bytes()[..], &height.to_be_bytes(), &[8, 2, 0, 0, 0]].concat();
+    [b"\x89PNG\r\n\x1a\n".to_vec(), chunk(b"IHDR", &header), chunk(b"IDAT", &[]), chunk(b"IEND", &[])].concat()
+}
+
+#[test]
+fn prefixes_that_are_pictures() {
+    let place = Workplace::with_bundle(&first());
+    let line = "eqim-run --engine bundle --backend candle -o out.png --tokens 5 --prefix";
+    let picture = |file: &str, width, height| image::RgbImage::new(width, height).save(place.path(file)).unwrap();
+    let refused = |file: &str| place.refused(&format!("{line} {file}"), &["--prefix", file]);
+    picture("pixel.png", 1, 1);
+    picture("narrow.png", 7, 32);
+    picture("tower.png", 1, 3000);
+    picture("sliver.png", 3000, 1);
+    picture("long.png", 20, 32);
+    picture("whole.png", 16, 32);
+    picture("whole.jpg", 16, 32);
+    place.write("huge.png", promised_png(100_000, 100_000));
+    place.write("endless.png", promised_png(u32::MAX, u32::MAX));
+    place.write("none.png", promised_png(0, 0));
+    place.write("text.png", "a picture of a cat");
+    for file in ["pixel", "narrow", "tower", "sliver", "long", "huge", "endless", "none", "text"] {
+        refused(&format!("{file}.png"));
+    }
+    for file in ["whole.png", "whole.jpg"] {
+        let whole = place.read(file);
+        // A JPEG decodes as far as it goes, once its tables are complete.
+        for length in [4, 20, 200] {
+            let name = format!("{length}-of-{file}");
+            place.write(&name, &whole[..length]);
+            refused(&name);
+        }
+        place.run(&format!("{line} {file}")).succeeded();
+        std::fs::remove_file(place.path("out.png")).unwrap();
+    }
+}
+
+#[test]
+fn inspect_flags() {
+    let place = Workplace::with_bundle(&first());
+    for (flags, mention) in [
+        ("bundle --tokens 1", "--tokens"),
+        ("bundle --tokens 1000001", "--tokens"),
+        ("bundle --steps 0", "--steps"),
+        ("bundle --steps 99999999999", "--steps"),
+        ("--json", "BUNDLE"),
+    ] {
+        place.refused(&format!("eqim-export inspect {flags}"), &[mention]);
+    }
+}
+
+#[test]
+fn no_command_at_all() {
+    let place = Workplace::new(&first());
+    for line in ["eqim-export", "eqim-run", "eqim-export onnx", "eqim-export inspect"] {
+        place.refused(line, &["Usage"]);
+    }
+}
