@@ -172,7 +172,8 @@ impl TokenizerConfig {
                 return bad(format!("the {name} has an empty level or latent grid"));
             }
             let mut channels = tower.levels.iter().map(|level| level.channels).chain([tower.conv_in]);
-            if let Some(channels) = channels.find(|channels| !channels.is_multiple_of(GROUPS) || channels == &0) {
+            let fits = |channels: &usize| channels.is_multiple_of(GROUPS) && (1..=WIDEST).contains(channels);
+            if let Some(channels) = channels.find(|channels| !fits(channels)) {
                 return bad(format!("the {name} has a level of {channels} channels, expected a multiple of {GROUPS}"));
             }
         }

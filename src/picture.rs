@@ -50,7 +50,11 @@ pub struct Picture {
 pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Picture> {
     let bad = |problem: String| Error::input(path.display(), problem);
     let unreadable = |error: ImageError| bad(format!("is not a PNG or JPEG that can be read: {error}"));
-    let mut image = open(path)?.decode().map_err(unreadable)?;
+    let reader = open(path)?;
+    if reader.format() == Some(ImageFormat::Jpeg) && !is_whole_jpeg(path)? {
+        return Err(bad("is a JPEG that was cut off: its end is missing".into()));
+    }
+    let mut image = reader.decode().map_err(unreadable)?;
     // Cameras store pictures as the sensor lay, and beside them how to turn them.
     let orientation = open(path)?.into_decoder().and_then(|mut decoder| decoder.orientation());
     image.apply_orientation(orientation.map_err(unreadable)?);
@@ -79,6 +83,13 @@ pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Picture> {
 /// [`Error::Input`] when it cannot be read.
 pub fn is_picture(path: &Path) -> Result<bool> {
     Ok(matches!(open(path)?.format(), Some(ImageFormat::Png | ImageFormat::Jpeg)))
+}
+
+/// Whether the end marker follows the last scan of a JPEG. The decoder fills what is missing without a word.
+fn is_whole_jpeg(path: &Path) -> Result<bool> {
+    let bytes = std::fs::read(path).map_err(|error| Error::input(path.display(), error))?;
+    let last = |marker: [u8; 2]| bytes.windows(2).rposition(|pair| pair == marker);
+    Ok(last([0xff, 0xd9]) > last([0xff, 0xda]))
 }
 
 fn open(path: &Path) -> Result<ImageReader<BufReader<File>>> {

@@ -8,7 +8,7 @@ use std::io::{Cursor, Write};
 use candle_core::{DType, Device, Tensor};
 use common::bins::Workplace;
 use common::{Fixture, all, fixtures};
-use eqim::checkpoint::{GENERATOR_KEY, TOKENIZER_KEY};
+use eqim::checkpoint::CONFIG_KEY;
 use eqim::tensors::{self, TensorFile};
 use serde_json::{Value, json};
 use zip::ZipWriter;
@@ -413,7 +413,7 @@ impl Contents {
     fn read(place: &Workplace, file: &str) -> Self {
         let mut file = TensorFile::open(&place.path(file)).unwrap();
         let names: Vec<String> = file.tensors().into_keys().collect();
-        let keys = [GENERATOR_KEY, TOKENIZER_KEY];
+        let keys = [CONFIG_KEY];
         Self {
             text: keys.map(|key| (key.to_string(), file.text(key).unwrap().to_string())).into(),
             tensors: names.into_iter().map(|name| (name.clone(), file.read(&name).unwrap())).collect(),
@@ -464,56 +464,54 @@ fn tensors_that_are_not_the_models() {
 fn metadata_that_is_not_a_model() {
     let place = Workplace::with_bundle(&first());
     let whole = Contents::read(&place, "bundle/model.safetensors");
-    let refused = |key: &str, text: Option<String>, mention: &str| {
+    let refused = |text: Option<String>, mention: &str| {
         let mut bad = whole.clone();
-        bad.text.remove(key);
-        bad.text.extend(text.map(|text| (key.to_string(), text)));
+        bad.text.remove(CONFIG_KEY);
+        bad.text.extend(text.map(|text| (CONFIG_KEY.to_string(), text)));
         bad.write(&place, "bad.safetensors");
         place.refused(BOTH, &["bad.safetensors", mention]);
     };
-    for key in [GENERATOR_KEY, TOKENIZER_KEY] {
-        refused(key, None, key);
-        for text in ["", "null", "{}", "[[[", r#"{"depth": 3}"#, "{\"vae_norm\": NaN}"] {
-            refused(key, Some(text.into()), key);
-        }
-        refused(key, Some("[".repeat(1_000_000)), key);
+    refused(None, CONFIG_KEY);
+    for text in ["", "null", "{}", "[[[", r#"{"generator": {"depth": 3}}"#, "{\"vae_norm\": NaN}"] {
+        refused(Some(text.into()), CONFIG_KEY);
     }
+    refused(Some("[".repeat(1_000_000)), CONFIG_KEY);
     let most = u64::MAX;
     let multiple = (most - 31).into();
-    let edits: [(&str, &str, Value, &str); 28] = [
-        (GENERATOR_KEY, "/depth", json!(1_000_000_000), "depth"),
-        (GENERATOR_KEY, "/depth", json!(1024), "encoder_blocks.3."),
-        (GENERATOR_KEY, "/depth", json!(0), "depth"),
-        (GENERATOR_KEY, "/depth", json!(2), "encoder_blocks.2."),
-        (GENERATOR_KEY, "/heads", json!(0), "heads"),
-        (GENERATOR_KEY, "/heads", json!(3), "--heads"),
-        (GENERATOR_KEY, "/dim", json!(most), "dim"),
-        (GENERATOR_KEY, "/dim", json!(-32), GENERATOR_KEY),
-        (GENERATOR_KEY, "/dim", json!(64), "class_emb.weight"),
-        (GENERATOR_KEY, "/mlp_dim", json!(1 << 20), "encoder_blocks.0.mlp"),
-        (GENERATOR_KEY, "/class_num", json!(0), "class_num"),
-        (GENERATOR_KEY, "/buffer", json!(most), "buffer"),
-        (GENERATOR_KEY, "/window", json!(0), "window"),
-        (GENERATOR_KEY, "/window", json!(most), "window"),
-        (GENERATOR_KEY, "/time_dim", json!(7), "time_dim"),
-        (GENERATOR_KEY, "/steps", json!(0), "steps"),
-        (GENERATOR_KEY, "/vae_norm", json!("NaN"), GENERATOR_KEY),
-        (GENERATOR_KEY, "/vae_norm", json!(-0.5), "vae_norm"),
-        (GENERATOR_KEY, "/embed", json!(6), "6"),
-        (TOKENIZER_KEY, "/rows", json!(0), "rows"),
-        (TOKENIZER_KEY, "/rows", json!(most), "rows"),
-        (TOKENIZER_KEY, "/image_channels", json!(4), "4 channels"),
-        (TOKENIZER_KEY, "/encoder/levels", json!([]), "levels"),
-        (TOKENIZER_KEY, "/encoder/res_blocks", json!(most), "encoder"),
-        (TOKENIZER_KEY, "/decoder/z_channels", json!(0), "decoder"),
-        (TOKENIZER_KEY, "/decoder/conv_in", json!(48), "48"),
-        (TOKENIZER_KEY, "/decoder/levels/0/channels", multiple, "decoder"),
-        (TOKENIZER_KEY, "/len_down_scale", json!(0), "decoder.up.2.upsample"),
+    let edits: [(&str, Value, &str); 28] = [
+        ("/generator/depth", json!(1_000_000_000), "depth"),
+        ("/generator/depth", json!(1024), "encoder_blocks.3."),
+        ("/generator/depth", json!(0), "depth"),
+        ("/generator/depth", json!(2), "encoder_blocks.2."),
+        ("/generator/heads", json!(0), "heads"),
+        ("/generator/heads", json!(3), "--heads"),
+        ("/generator/dim", json!(most), "dim"),
+        ("/generator/dim", json!(-32), CONFIG_KEY),
+        ("/generator/dim", json!(64), "class_emb.weight"),
+        ("/generator/mlp_dim", json!(1 << 20), "encoder_blocks.0.mlp"),
+        ("/generator/class_num", json!(0), "class_num"),
+        ("/generator/buffer", json!(most), "buffer"),
+        ("/generator/window", json!(0), "window"),
+        ("/generator/window", json!(most), "window"),
+        ("/generator/time_dim", json!(7), "time_dim"),
+        ("/generator/steps", json!(0), "steps"),
+        ("/generator/vae_norm", json!("NaN"), CONFIG_KEY),
+        ("/generator/vae_norm", json!(-0.5), "vae_norm"),
+        ("/generator/embed", json!(6), "6"),
+        ("/tokenizer/rows", json!(0), "rows"),
+        ("/tokenizer/rows", json!(most), "rows"),
+        ("/tokenizer/image_channels", json!(4), "4 channels"),
+        ("/tokenizer/encoder/levels", json!([]), "levels"),
+        ("/tokenizer/encoder/res_blocks", json!(most), "encoder"),
+        ("/tokenizer/decoder/z_channels", json!(0), "decoder"),
+        ("/tokenizer/decoder/conv_in", json!(48), "48"),
+        ("/tokenizer/decoder/levels/0/channels", multiple, "decoder"),
+        ("/tokenizer/len_down_scale", json!(0), "decoder.up.2.upsample"),
     ];
-    for (key, pointer, value, mention) in edits {
-        let mut config: Value = serde_json::from_str(&whole.text[key]).unwrap();
+    for (pointer, value, mention) in edits {
+        let mut config: Value = serde_json::from_str(&whole.text[CONFIG_KEY]).unwrap();
         *config.pointer_mut(pointer).unwrap() = value;
-        refused(key, Some(config.to_string()), mention);
+        refused(Some(config.to_string()), mention);
     }
 }
 
@@ -788,8 +786,7 @@ fn prefixes_that_are_pictures() {
     }
     for file in ["whole.png", "whole.jpg"] {
         let whole = place.read(file);
-        // A JPEG decodes as far as it goes, once its tables are complete.
-        for length in [4, 20, 200] {
+        for length in [4, 20, 200, whole.len() - 14] {
             let name = format!("{length}-of-{file}");
             place.write(&name, &whole[..length]);
             refused(&name);

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
-use eqim::checkpoint::{GENERATOR_KEY, TOKENIZER_KEY};
+use eqim::checkpoint::{CONFIG_KEY, StoredConfig};
 use eqim::files::folder;
 use eqim::model::Stage;
 use eqim::tensors::{self, TensorFile};
@@ -42,8 +42,8 @@ pub struct Draft {
 /// [`Error::Input`] when something that is no bundle stands there, or its folder does not exist.
 pub fn check_destination(destination: &Path) -> Result<()> {
     let bad = |problem: String| Err(Error::input(destination.display(), problem));
-    if !folder(destination).is_dir() {
-        return bad("cannot be written: its folder does not exist".into());
+    if destination.file_name().is_none() || !folder(destination).is_dir() {
+        return bad("expected the name of a folder to write, inside a folder that exists".into());
     }
     let Ok(entries) = std::fs::read_dir(destination) else {
         return if destination.exists() { bad("is a file, expected a folder to write".into()) } else { Ok(()) };
@@ -157,11 +157,9 @@ fn write_graph(folder: &Path, config: &Config, stage: Stage, places: &Places, op
 }
 
 fn write_weights(path: &Path, config: &Config, weights: &Weights, precision: Precision) -> Result<()> {
-    let json = |value| serde_json::to_string(value).map_err(|error| Error::run(WEIGHTS_FILE, error));
-    let text = HashMap::from([
-        (GENERATOR_KEY.to_string(), json(&serde_json::json!(config.generator))?),
-        (TOKENIZER_KEY.to_string(), json(&serde_json::json!(config.tokenizer))?),
-    ]);
+    let config = StoredConfig { generator: Some(config.generator.clone()), tokenizer: Some(config.tokenizer.clone()) };
+    let config = serde_json::to_string(&config).map_err(|error| Error::run(WEIGHTS_FILE, error))?;
+    let text = HashMap::from([(CONFIG_KEY.to_string(), config)]);
     let stored = weights
         .iter()
         .map(|(name, tensor)| Ok((name, convert(name, tensor, precision)?)))

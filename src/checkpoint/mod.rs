@@ -9,7 +9,7 @@ use std::io::Read;
 use std::path::Path;
 
 use candle_core::Tensor;
-use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 
 pub use infer::{Shapes, generator as infer_generator, tokenizer as infer_tokenizer};
 use torch::TorchFile;
@@ -44,10 +44,21 @@ pub struct Hints {
     pub steps: Option<usize>,
 }
 
-/// Key of the generator's configuration, as JSON, in the metadata of our `.safetensors`.
-pub const GENERATOR_KEY: &str = "eqim.generator";
-/// Key of the tokenizer's configuration, as JSON, in the metadata of our `.safetensors`.
-pub const TOKENIZER_KEY: &str = "eqim.tokenizer";
+/// Key of the configuration, as JSON, in the metadata of our `.safetensors`. There is no other key, so that a file's
+/// bytes depend on its contents alone.
+pub const CONFIG_KEY: &str = "eqim";
+
+/// What our `.safetensors` says of the model whose tensors it holds, one half or both.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoredConfig {
+    /// The generator's, where the file holds its tensors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generator: Option<GeneratorConfig>,
+    /// The tokenizer's, where the file holds its tensors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<TokenizerConfig>,
+}
 
 /// First components of the tokenizer's tensor names; everything else is the generator's.
 const TOKENIZER_PARTS: [&str; 4] = ["encoder", "decoder", "quant_layer", "post_quant_layer"];
@@ -85,7 +96,20 @@ pub fn load_safetensors(path: &Path) -> Result<(Config, Weights)> {
 /// # Errors
 /// [`Error::Input`] when it has none.
 pub fn stored_config(file: &TensorFile) -> Result<Config> {
-    Ok(Config { generator: stored_part(file, GENERATOR_KEY)?, tokenizer: stored_part(file, TOKENIZER_KEY)? })
+    let StoredConfig { generator, tokenizer } = stored(file)?;
+    Ok(Config { generator: part(file, generator, "generator")?, tokenizer: part(file, tokenizer, "tokenizer")? })
+}
+
+fn stored(file: &TensorFile) -> Result<StoredConfig> {
+    let bad = |problem: String| Error::input(file.path().display(), problem);
+    let none = || bad(format!("has no `{CONFIG_KEY}` in its metadata, so it is none of eqim's"));
+    let text = file.text(CONFIG_KEY).ok_or_else(none)?;
+    serde_json::from_str(text).map_err(|error| bad(format!("`{CONFIG_KEY}` in its metadata: {error}")))
+}
+
+fn part<T>(file: &TensorFile, config: Option<T>, name: &str) -> Result<T> {
+    let none = || Error::input(file.path().display(), format!("`{CONFIG_KEY}` in its metadata describes no {name}"));
+    config.ok_or_else(none)
 }
 
 fn is_zip(path: &Path) -> Result<bool> {
@@ -105,7 +129,7 @@ fn is_zip(path: &Path) -> Result<bool> {
 fn load_generator(path: &Path, set: WeightSet, hints: &Hints, weights: &mut Weights) -> Result<GeneratorConfig> {
     if !is_zip(path)? {
         let mut file = TensorFile::open(path)?;
-        let config: GeneratorConfig = stored_part(&file, GENERATOR_KEY)?;
+        let config = part(&file, stored(&file)?.generator, "generator")?;
         read_part(&mut file, weights, |name| !is_tokenizer_part(name))?;
         return Ok(with_hints(config, hints));
     }
@@ -131,7 +155,7 @@ fn load_generator(path: &Path, set: WeightSet, hints: &Hints, weights: &mut Weig
 fn load_tokenizer(path: &Path, set: WeightSet, weights: &mut Weights) -> Result<TokenizerConfig> {
     if !is_zip(path)? {
         let mut file = TensorFile::open(path)?;
-        let config: TokenizerConfig = stored_part(&file, TOKENIZER_KEY)?;
+        let config = part(&file, stored(&file)?.tokenizer, "tokenizer")?;
         read_part(&mut file, weights, is_tokenizer_part)?;
         return Ok(config);
     }
@@ -169,12 +193,6 @@ fn ema_name(name: &str) -> String {
 
 fn is_tokenizer_part(name: &str) -> bool {
     name.split('.').next().is_some_and(|part| TOKENIZER_PARTS.contains(&part))
-}
-
-fn stored_part<T: DeserializeOwned>(file: &TensorFile, key: &str) -> Result<T> {
-    let bad = |problem: String| Error::input(file.path().display(), problem);
-    let text = file.text(key).ok_or_else(|| bad(format!("has no `{key}` in its metadata, so it is none of eqim's")))?;
-    serde_json::from_str(text).map_err(|error| bad(format!("`{key}` in its metadata: {error}")))
 }
 
 fn read_part(file: &mut TensorFile, weights: &mut Weights, part: impl Fn(&str) -> bool) -> Result<()> {
