@@ -10,11 +10,12 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::Input`] when it cannot be opened or is no file.
 pub fn open(path: &Path) -> Result<File> {
-    let file = File::open(path).map_err(|error| Error::input(path.display(), error))?;
-    if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+    let bad = |error: std::io::Error| Error::input(path.display(), error);
+    // Asked first: opening a pipe would wait for its other end.
+    if !std::fs::metadata(path).map_err(bad)?.is_file() {
         return Err(Error::input(path.display(), "is not a file"));
     }
-    Ok(file)
+    File::open(path).map_err(bad)
 }
 
 /// The folder that `path` is in.

@@ -31,6 +31,9 @@ impl TensorFile {
         let bad = |problem: String| Error::input(path.display(), format!("is not a safetensors file: {problem}"));
         let mut file = files::open(path)?;
         let length = file.metadata().map_err(|error| bad(error.to_string()))?.len();
+        if length < 8 {
+            return Err(bad(format!("it has {length} bytes, too few for a header")));
+        }
         let mut header = vec![0; 8];
         file.read_exact(&mut header).map_err(|error| bad(error.to_string()))?;
         let header_length = u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| header[i]));

@@ -41,6 +41,9 @@ const SIZES: [Sizes; 2] = [[(BATCH, 1), ("tokens", 2), ("steps", 1)], [(BATCH, 3
 const KINDS: [[Kind; 2]; 4] =
     [[Kind::Float; 2], [Kind::Cache; 2], [Kind::Cache, Kind::Float], [Kind::Float, Kind::Cache]];
 
+/// Names and shapes of weights.
+type Parameters = Vec<(String, Vec<usize>)>;
+
 const INDICES: i64 = 4;
 const SEED: u64 = 20;
 
@@ -378,7 +381,7 @@ fn shape(port: &Port, sizes: Sizes) -> Vec<usize> {
 }
 
 /// The output of a case, and the names and shapes of its weights, from counting it at both sizes.
-fn count<C: Case>(kinds: [Kind; 2]) -> Result<(Port, Vec<(String, Vec<usize>)>)> {
+fn count<C: Case>(kinds: [Kind; 2]) -> Result<(Port, Parameters)> {
     let count = |sizes| -> Result<_> {
         let mut cost = Cost::default();
         let inputs: Vec<_> = ports::<C>(kinds).iter().map(|port| shape(port, sizes)).collect();
