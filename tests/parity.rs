@@ -13,7 +13,7 @@ use eqim::ops::Ops;
 use eqim::ops::eager::Eager;
 use eqim::picture::to_byte;
 use eqim::random::TorchRng;
-use ndarray::{Array3, Ix3, Ix4};
+use ndarray::{Array3, Axis, Ix3, Ix4, concatenate};
 
 fn dims(fixture: &Fixture, key: &str) -> Vec<usize> {
     fixture.tensor(key).dims().to_vec()
@@ -62,10 +62,10 @@ fn cached_steps_equal_the_teacher_forced_transformer() {
         let (mut session, mut found) = engine.start(&labels).unwrap();
         for i in 0..z.dim().1 {
             if i > 0 {
-                let token = tokens.index_axis(ndarray::Axis(1), i - 1);
+                let token = tokens.index_axis(Axis(1), i - 1);
                 found = session.step(token, &vec![i as i64 - 1; labels.len()]).unwrap();
             }
-            let difference = &found - &z.index_axis(ndarray::Axis(1), i);
+            let difference = &found - &z.index_axis(Axis(1), i);
             let largest = difference.iter().fold(0f32, |most, value| most.max(value.abs()));
             assert!(largest <= ACTIVATION, "token {i}: {largest:e}");
         }
@@ -155,6 +155,37 @@ fn sampling_runs_from_the_seed_alone() {
                 let levels = (&bytes - &expected).iter().fold(0f32, |most, value| most.max(value.abs()));
                 assert!(levels <= 1.0, "{run}: {levels} levels");
             }
+        }
+    }
+}
+
+#[test]
+fn conditions_of_sampling_runs() {
+    for fixture in all() {
+        let engine = fixture.engine(WeightSet::Ema);
+        for run in fixture.runs() {
+            let expected: Array3<f32> = fixture.array(&format!("{run}/z"));
+            let tokens: Array3<f32> = fixture.array(&format!("{run}/tokens"));
+            let unconditional = engine.config().generator.unconditional();
+            let request = fixture.request(&run);
+            let label = |label: &Option<usize>| label.unwrap_or(unconditional) as i64;
+            let mut labels: Vec<i64> = request.labels.iter().map(label).collect();
+            let streams = expected.dim().0 / labels.len();
+            labels.resize(expected.dim().0, unconditional as i64);
+            let tokens = concatenate(Axis(0), &vec![tokens.view(); streams]).unwrap();
+
+            let given = request.tokens - expected.dim().1;
+            let mut found = Array3::zeros(expected.dim());
+            let (mut session, mut z) = engine.start(&labels).unwrap();
+            for i in 0..request.tokens {
+                if i > 0 {
+                    z = session.step(tokens.index_axis(Axis(1), i - 1), &vec![i as i64 - 1; labels.len()]).unwrap();
+                }
+                if i >= given {
+                    found.index_axis_mut(Axis(1), i - given).assign(&z);
+                }
+            }
+            close_array(&fixture, &format!("{run}/z"), &found, ACTIVATION);
         }
     }
 }

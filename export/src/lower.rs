@@ -7,8 +7,7 @@
 use std::collections::HashMap;
 
 use eqim::model::{Axis, Kind, Port, Stage};
-use eqim::ops::eager::scoped;
-use eqim::ops::{Binary, Dim, Ops, Turn, Unary};
+use eqim::ops::{Binary, Dim, Ops, Turn, Unary, scoped};
 use eqim::tensors::TensorFile;
 use eqim::{Config, Error, Result};
 use eqim_engines::bundle::{Precision, WEIGHTS_FILE};

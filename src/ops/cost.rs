@@ -2,8 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::eager::{position, scoped};
-use super::{Binary, Dim, Ops, Turn, Unary};
+use super::{Binary, Dim, Ops, Turn, Unary, position, scoped};
 use crate::model::{Axis, BATCH, Stage};
 use crate::{Config, Error, Result};
 

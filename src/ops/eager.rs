@@ -2,7 +2,7 @@
 
 use candle_core::{D, DType, Device, Tensor};
 
-use super::{Binary, Dim, Ops, Turn, Unary};
+use super::{Binary, Dim, Ops, Turn, Unary, position, scoped};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -50,12 +50,6 @@ fn sizes(x: &Tensor, shape: &[Dim<Tensor>]) -> Result<Vec<usize>> {
         sizes[axis] = x.elem_count() / known;
     }
     Ok(sizes)
-}
-
-/// A position along an axis of `length` elements, counted from the end where negative.
-pub(super) fn position(at: i64, length: usize) -> usize {
-    let length = length as i64;
-    if at < 0 { (length + at).max(0) as usize } else { at.min(length) as usize }
 }
 
 impl Ops for Eager<'_> {
@@ -215,13 +209,4 @@ impl Ops for Eager<'_> {
     fn close_loop(&mut self, open: Running) -> Result<Tensor> {
         Ok(open.state)
     }
-}
-
-/// The full name of `name` in nested scopes, as PyTorch joins module names.
-pub fn scoped(scope: &[String], name: &str) -> String {
-    let mut full = scope.join(".");
-    if !full.is_empty() {
-        full.push('.');
-    }
-    full + name
 }

@@ -381,3 +381,18 @@ pub trait Ops: Sized {
         self.matmul(&weights, v)
     }
 }
+
+/// The full name of `name` in nested scopes, as PyTorch joins module names.
+pub fn scoped(scope: &[String], name: &str) -> String {
+    let mut full = scope.join(".");
+    if !full.is_empty() {
+        full.push('.');
+    }
+    full + name
+}
+
+/// A position along an axis of `length` elements, counted from the end where negative.
+fn position(at: i64, length: usize) -> usize {
+    let length = length as i64;
+    if at < 0 { (length + at).max(0) as usize } else { at.min(length) as usize }
+}
