@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{Device, Tensor};
-use common::{ACTIVATION, Fixture, IMAGE, NOISE, SAMPLING, all, close, close_array};
+use common::{ACTIVATION, Fixture, NOISE, SAMPLING, all, close, close_array};
 use eqim::checkpoint::{self, Hints, Shapes, WeightSet};
 use eqim::config::Preset;
 use eqim::engine::Engine;
@@ -109,7 +109,7 @@ fn tokenizer_both_ways() {
             let latent = engine.encode(fixture.array::<Ix4>(&format!("tokenizer/image{n}")).view()).unwrap();
             close_array(&fixture, &format!("tokenizer/latent{n}"), &latent, ACTIVATION);
             let decoded = engine.decode(fixture.array::<Ix3>(&format!("tokenizer/latent{n}")).view()).unwrap();
-            close_array(&fixture, &format!("tokenizer/decoded{n}"), &decoded, IMAGE);
+            close_array(&fixture, &format!("tokenizer/decoded{n}"), &decoded, ACTIVATION);
         }
         let raw = fixture.engine(WeightSet::Raw);
         let latent = raw.encode(fixture.array::<Ix4>("tokenizer/image3").view()).unwrap();
