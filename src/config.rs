@@ -157,6 +157,14 @@ impl TokenizerConfig {
         1 << self.len_down_scale.min(self.encoder.levels.len() - 1)
     }
 
+    /// Most pixels of a feature map that the decoder attends over at once, for an image of `tokens` columns.
+    pub fn attention_cells(&self, tokens: usize) -> usize {
+        let last = self.decoder.levels.len() - 1;
+        let attended = self.decoder.levels.iter().position(|level| level.attention).unwrap_or(last);
+        let width = self.token_width() >> attended.min(self.len_down_scale);
+        (self.rows << (last - attended)) * tokens * width
+    }
+
     /// Factors (height, width) by which the downsampling after `level` shrinks the image.
     pub fn downsampling(&self, level: usize) -> (usize, usize) {
         if level < self.len_down_scale { (2, 2) } else { (2, 1) }

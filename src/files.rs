@@ -1,9 +1,12 @@
 //! Reading and writing files so that a failure leaves nothing half done.
 
 use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 use crate::{Error, Result};
+
+const LARGEST_READ: u64 = 256 << 20;
 
 /// Opens a file of input.
 ///
@@ -18,6 +21,20 @@ pub fn open(path: &Path) -> Result<File> {
     File::open(path).map_err(bad)
 }
 
+/// Reads a small file of input.
+///
+/// # Errors
+/// [`Error::Input`] when it cannot be read or has more than 256 MB.
+pub fn read(path: &Path) -> Result<Vec<u8>> {
+    let bad = |problem: String| Error::input(path.display(), problem);
+    let mut bytes = vec![];
+    let read = open(path)?.take(LARGEST_READ + 1).read_to_end(&mut bytes).map_err(|error| bad(error.to_string()))?;
+    if read as u64 > LARGEST_READ {
+        return Err(bad(format!("has more than {LARGEST_READ} bytes")));
+    }
+    Ok(bytes)
+}
+
 /// The folder that `path` is in.
 pub fn folder(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
@@ -29,9 +46,8 @@ pub fn folder(path: &Path) -> &Path {
 /// [`Error::Run`] when the file cannot be written; those of `write`.
 pub fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let failed = |error: std::io::Error| Error::run(path.display(), format!("cannot be written: {error}"));
-    let file = tempfile::Builder::new().prefix(".eqim-").tempfile_in(folder(path)).map_err(failed)?;
+    let file = temporary(0o666).tempfile_in(folder(path)).map_err(failed)?;
     write(file.path())?;
-    set_default_permissions(file.path()).map_err(failed)?;
     file.persist(path).map_err(|error| failed(error.error))?;
     Ok(())
 }
@@ -44,14 +60,20 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     write_beside(path, |beside| std::fs::write(beside, bytes).map_err(|error| Error::run(path.display(), error)))
 }
 
-/// Temporary files are private; results are not.
+/// A builder of files and folders that become results by renaming: with the permissions, less the process's mask, that
+/// they would have had from the start.
 #[cfg(unix)]
-fn set_default_permissions(path: &Path) -> std::io::Result<()> {
+pub fn temporary(mode: u32) -> tempfile::Builder<'static, 'static> {
     use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o644))
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".eqim-").permissions(std::fs::Permissions::from_mode(mode));
+    builder
 }
 
+/// A builder of files and folders that become results by renaming.
 #[cfg(not(unix))]
-fn set_default_permissions(_path: &Path) -> std::io::Result<()> {
-    Ok(())
+pub fn temporary(_mode: u32) -> tempfile::Builder<'static, 'static> {
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".eqim-");
+    builder
 }

@@ -85,11 +85,30 @@ pub fn is_picture(path: &Path) -> Result<bool> {
     Ok(matches!(open(path)?.format(), Some(ImageFormat::Png | ImageFormat::Jpeg)))
 }
 
-/// Whether the end marker follows the last scan of a JPEG. The decoder fills what is missing without a word.
+/// Whether a JPEG has its end marker. The decoder fills what is missing without a word.
 fn is_whole_jpeg(path: &Path) -> Result<bool> {
-    let bytes = std::fs::read(path).map_err(|error| Error::input(path.display(), error))?;
-    let last = |marker: [u8; 2]| bytes.windows(2).rposition(|pair| pair == marker);
-    Ok(last([0xff, 0xd9]) > last([0xff, 0xda]))
+    let bytes = files::read(path)?;
+    let mut at = 2;
+    while let Some(&[0xff, marker, ..]) = bytes.get(at..) {
+        at += match marker {
+            0xd9 => return Ok(true),
+            // Fill bytes, and markers without a length.
+            0xff => 1,
+            0x01 | 0xd0..=0xd8 => 2,
+            _ => {
+                let Some(&[high, low, ..]) = bytes.get(at + 2..) else { return Ok(false) };
+                2 + usize::from(u16::from_be_bytes([high, low]))
+            }
+        };
+        if marker == 0xda {
+            // Compressed data: until a marker that is neither a stuffed byte nor a restart.
+            let scan = bytes.get(at..).unwrap_or_default().windows(2);
+            let end = |pair: &[u8]| pair[0] == 0xff && !matches!(pair[1], 0 | 0xd0..=0xd7);
+            let Some(length) = scan.into_iter().position(end) else { return Ok(false) };
+            at += length;
+        }
+    }
+    Ok(false)
 }
 
 fn open(path: &Path) -> Result<ImageReader<BufReader<File>>> {

@@ -88,49 +88,57 @@ impl TensorFile {
     }
 }
 
-/// A Candle tensor on its way into a `.safetensors` file.
-struct Stored<'a>(&'a Tensor);
+/// A tensor's values on their way into a file.
+struct Stored<'a> {
+    dtype: Dtype,
+    tensor: &'a Tensor,
+}
 
 impl View for Stored<'_> {
     fn dtype(&self) -> Dtype {
-        match self.0.dtype() {
-            DType::F16 => Dtype::F16,
-            DType::I64 => Dtype::I64,
-            _ => Dtype::F32,
-        }
+        self.dtype
     }
 
     fn shape(&self) -> &[usize] {
-        self.0.dims()
+        self.tensor.dims()
     }
 
     fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        bytes(self.0).unwrap_or_default().into()
+        // Reading back a tensor of a type that was checked, from the CPU, does not fail; were it to, the length would
+        // not fit and the file could not be read.
+        bytes(self.tensor).unwrap_or_default().into()
     }
 
     fn data_len(&self) -> usize {
-        self.0.elem_count() * self.0.dtype().size_in_bytes()
+        self.tensor.elem_count() * self.tensor.dtype().size_in_bytes()
     }
 }
 
-/// Little-endian values of a tensor of `f32`, `f16` or `i64`.
+/// Little-endian values of a tensor of `f32` or `f16`.
 fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let flat = tensor.flatten_all()?;
-    Ok(match flat.dtype() {
-        DType::F16 => flat.to_vec1::<half::f16>()?.iter().flat_map(|value| value.to_le_bytes()).collect(),
-        DType::I64 => flat.to_vec1::<i64>()?.iter().flat_map(|value| value.to_le_bytes()).collect(),
-        _ => flat.to_dtype(DType::F32)?.to_vec1::<f32>()?.iter().flat_map(|value| value.to_le_bytes()).collect(),
-    })
+    let mut bytes = Vec::with_capacity(flat.elem_count() * flat.dtype().size_in_bytes());
+    match flat.dtype() {
+        DType::F16 => flat.to_vec1::<half::f16>()?.iter().for_each(|value| bytes.extend(value.to_le_bytes())),
+        _ => flat.to_vec1::<f32>()?.iter().for_each(|value| bytes.extend(value.to_le_bytes())),
+    }
+    Ok(bytes)
 }
 
-/// Writes tensors of `f32`, `f16` or `i64`, with `text` beside them, replacing `path` when all of it is written.
+/// Writes tensors of `f32` or `f16`, with `text` beside them, replacing `path` when all of it is written.
 ///
 /// # Errors
-/// [`Error::Run`] when it cannot be written.
+/// [`Error::Run`] for a tensor of another type, or when the file cannot be written.
 pub fn write(path: &Path, tensors: &[(&str, Tensor)], text: HashMap<String, String>) -> Result<()> {
-    let views = tensors.iter().map(|(name, tensor)| (*name, Stored(tensor)));
+    let failed = |problem: String| Error::run(path.display(), format!("cannot be written: {problem}"));
+    let stored = |(name, tensor): &'_ (&'_ str, Tensor)| match tensor.dtype() {
+        DType::F32 => Ok(Dtype::F32),
+        DType::F16 => Ok(Dtype::F16),
+        other => Err(failed(format!("tensor {name} is of type {other:?}, expected F32 or F16"))),
+    };
+    let dtypes = tensors.iter().map(stored).collect::<Result<Vec<_>>>()?;
+    let views = tensors.iter().zip(dtypes).map(|((name, tensor), dtype)| (*name, Stored { dtype, tensor }));
     files::write_beside(path, |beside| {
-        safetensors::serialize_to_file(views, Some(text), beside)
-            .map_err(|error| Error::run(path.display(), format!("cannot be written: {error}")))
+        safetensors::serialize_to_file(views, Some(text), beside).map_err(|error| failed(error.to_string()))
     })
 }

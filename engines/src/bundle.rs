@@ -48,6 +48,16 @@ pub enum Precision {
     Fp16,
 }
 
+impl Precision {
+    /// Type of the weights.
+    pub fn dtype(self) -> safetensors::Dtype {
+        match self {
+            Self::Fp32 => safetensors::Dtype::F32,
+            Self::Fp16 => safetensors::Dtype::F16,
+        }
+    }
+}
+
 impl std::fmt::Display for Precision {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
@@ -150,7 +160,7 @@ impl Bundle {
         if !folder.is_dir() {
             return Err(Error::input(folder.display(), "is no bundle (a folder that eqim-export onnx wrote)"));
         }
-        let text = std::fs::read(&path).map_err(|error| bad(format!("{error}; is the folder a bundle?")))?;
+        let text = files::read(&path)?;
         let version: Version =
             serde_json::from_slice(&text).map_err(|error| bad(format!("is no description of a bundle: {error}")))?;
         if version.format != FORMAT {
@@ -198,10 +208,18 @@ impl Bundle {
         if found != expected {
             return bad(format!("has {found} bytes, {CONFIG_FILE} says {expected}: truncated?"));
         }
-        if checkpoint::stored_config(&TensorFile::open(&path)?)? != self.manifest.model {
+        let file = TensorFile::open(&path)?;
+        if checkpoint::stored_config(&file)? != self.manifest.model {
             return bad(format!("was written for another model than {CONFIG_FILE}: export the bundle again"));
         }
-        Ok(())
+        let dtype = self.manifest.precision.dtype();
+        match file.tensors().into_iter().find(|(_, info)| info.dtype != dtype) {
+            Some((name, info)) => bad(format!(
+                "tensor {name} is of type {}, and {CONFIG_FILE} says {}",
+                info.dtype, self.manifest.precision
+            )),
+            None => Ok(()),
+        }
     }
 
     /// What the manifest says of a stage's graph.

@@ -26,19 +26,23 @@ pub enum Backend {
 /// # Errors
 /// [`Error::Input`] for weights that do not fit; [`Error::Run`] when ONNX Runtime was asked for and is not found.
 pub fn open(bundle: &Bundle, backend: Backend, threads: Option<usize>) -> Result<Box<dyn Engine>> {
-    let library = native::find_onnxruntime();
-    match (backend, library) {
-        (Backend::Candle, _) => candle(bundle),
-        (Backend::Auto | Backend::Ort, Ok(library)) => Ok(Box::new(OrtEngine::new(bundle, &library, threads)?)),
-        (Backend::Ort, Err(problem)) => Err(Error::Run(problem)),
+    if backend == Backend::Candle {
+        return candle(bundle, threads);
+    }
+    match (backend, native::find_onnxruntime()) {
+        (_, Ok(library)) => Ok(Box::new(OrtEngine::new(bundle, &library, threads)?)),
         (Backend::Auto, Err(problem)) => {
             tracing::warn!("{problem}; running on Candle, which is slower");
-            candle(bundle)
+            candle(bundle, threads)
         }
+        (_, Err(problem)) => Err(Error::Run(problem)),
     }
 }
 
-fn candle(bundle: &Bundle) -> Result<Box<dyn Engine>> {
+fn candle(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {
+    if threads.is_some() {
+        tracing::warn!("--threads limits ONNX Runtime's threads; those of Candle are set by RAYON_NUM_THREADS");
+    }
     let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;
     Ok(Box::new(CandleEngine::new(config, weights)))
 }

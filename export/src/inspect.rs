@@ -56,7 +56,7 @@ pub fn inspect(bundle: &Bundle, tokens: usize, steps: usize) -> Result<Inspectio
 
 fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<StageReport> {
     let path = bundle.graph_path(stage)?;
-    let bytes = std::fs::read(&path).map_err(|error| Error::input(path.display(), error))?;
+    let bytes = files::read(&path)?;
     let model = onnx::Model::decode(&bytes[..]).map_err(|error| Error::input(path.display(), error))?;
     let mut operators = BTreeMap::new();
     count_operators(&model.graph.unwrap_or_default(), &mut operators);
@@ -75,7 +75,7 @@ fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<
     Ok(StageReport {
         name: stage.name(),
         operators,
-        file_bytes: files::open(&path)?.metadata().map_or(0, |metadata| metadata.len()),
+        file_bytes: bytes.len() as u64,
         cost: total,
         parameter_bytes: total.parameters * size,
         weight_bytes_read: total.weights_read * size,

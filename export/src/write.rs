@@ -1,11 +1,12 @@
 //! Writing a bundle, beside its destination until it is complete.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 use eqim::checkpoint::{CONFIG_KEY, StoredConfig};
-use eqim::files::folder;
+use eqim::files::{self, folder};
 use eqim::model::Stage;
 use eqim::tensors::{self, TensorFile};
 use eqim::weights::Weights;
@@ -45,8 +46,10 @@ pub fn check_destination(destination: &Path) -> Result<()> {
     if destination.file_name().is_none() || !folder(destination).is_dir() {
         return bad("expected the name of a folder to write, inside a folder that exists".into());
     }
-    let Ok(entries) = std::fs::read_dir(destination) else {
-        return if destination.exists() { bad("is a file, expected a folder to write".into()) } else { Ok(()) };
+    let entries = match std::fs::read_dir(destination) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return bad(format!("cannot be written as a folder: {error}")),
     };
     let names: Vec<String> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     match names.iter().find(|name| !is_ours(destination, name)) {
@@ -60,7 +63,7 @@ fn is_ours(folder: &Path, name: &str) -> bool {
     if name != CONFIG_FILE {
         return name == WEIGHTS_FILE || Stage::ALL.iter().any(|stage| graph_file(*stage) == name);
     }
-    let text = std::fs::read(folder.join(CONFIG_FILE)).unwrap_or_default();
+    let text = files::read(&folder.join(CONFIG_FILE)).unwrap_or_default();
     let manifest: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
     manifest["producer"].as_str().is_some_and(|producer| producer.starts_with(PRODUCER))
 }
@@ -78,7 +81,7 @@ pub fn draft(
 ) -> Result<Draft> {
     check_destination(destination)?;
     let failed = |error: std::io::Error| Error::run(destination.display(), format!("cannot be written: {error}"));
-    let draft = tempfile::Builder::new().prefix(".eqim-").tempdir_in(folder(destination)).map_err(failed)?;
+    let draft = files::temporary(0o777).tempdir_in(folder(destination)).map_err(failed)?;
     progress(WEIGHTS_FILE);
     let weights_file = draft.path().join(WEIGHTS_FILE);
     write_weights(&weights_file, config, weights, options.precision)?;
@@ -98,7 +101,7 @@ pub fn draft(
         graphs,
     };
     let text = serde_json::to_vec_pretty(&manifest).map_err(|error| Error::run(CONFIG_FILE, error))?;
-    eqim::files::write(&draft.path().join(CONFIG_FILE), &text)?;
+    files::write(&draft.path().join(CONFIG_FILE), &text)?;
     let bundle = Bundle::open(draft.path())?;
     Ok(Draft { folder: draft, destination: destination.to_path_buf(), bundle })
 }
@@ -107,38 +110,29 @@ impl Draft {
     /// Puts the bundle at its destination, in place of an older one.
     ///
     /// # Errors
-    /// [`Error::Run`] when it cannot be moved there; the older one is then still there.
+    /// [`Error::Input`] when something else stands there by now; [`Error::Run`] when it cannot be moved there. The older
+    /// bundle is then still there, or where the error says.
     pub fn publish(self) -> Result<Bundle> {
         let failed =
             |error: std::io::Error| Error::run(self.destination.display(), format!("cannot be written: {error}"));
-        share(self.folder.path()).map_err(failed)?;
-        let older = tempfile::Builder::new().prefix(".eqim-").tempdir_in(folder(&self.destination)).map_err(failed)?;
+        check_destination(&self.destination)?;
+        let older = files::temporary(0o777).tempdir_in(folder(&self.destination)).map_err(failed)?;
         let set_aside = older.path().join("older");
         let replaces = self.destination.exists();
         if replaces {
             std::fs::rename(&self.destination, &set_aside).map_err(failed)?;
         }
         if let Err(error) = std::fs::rename(self.folder.path(), &self.destination) {
-            if replaces {
-                std::fs::rename(&set_aside, &self.destination).map_err(failed)?;
+            if replaces && std::fs::rename(&set_aside, &self.destination).is_err() {
+                let kept = older.keep();
+                let problem = format!("cannot be written: {error}; the older bundle is in {}", kept.display());
+                return Err(Error::run(self.destination.display(), problem));
             }
             return Err(failed(error));
         }
         let _moved = self.folder.keep();
         Bundle::open(&self.destination)
     }
-}
-
-/// Temporary folders are private; results are not.
-#[cfg(unix)]
-fn share(folder: &Path) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))
-}
-
-#[cfg(not(unix))]
-fn share(_folder: &Path) -> std::io::Result<()> {
-    Ok(())
 }
 
 fn graph_file(stage: Stage) -> String {
@@ -148,7 +142,7 @@ fn graph_file(stage: Stage) -> String {
 fn write_graph(folder: &Path, config: &Config, stage: Stage, places: &Places, options: Options) -> Result<GraphRecord> {
     let model = lower::lower(config, stage, places, options.precision, options.opset)?;
     let file = graph_file(stage);
-    eqim::files::write(&folder.join(&file), &model.encode_to_vec())?;
+    files::write(&folder.join(&file), &model.encode_to_vec())?;
     Ok(GraphRecord {
         file: FileRecord::of(folder, &file)?,
         inputs: stage.inputs(config),

@@ -35,7 +35,7 @@ pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<Gener
     let window = hints.window.or(stored.window).or(preset.map(|_| Preset::WINDOW));
     let vae_norm = hints.vae_norm.or(stored.vae_norm).or(preset.map(|_| Preset::VAE_NORM));
     let steps = hints.steps.or(stored.steps).or(preset.map(|_| Preset::STEPS));
-    Ok(GeneratorConfig {
+    let config = GeneratorConfig {
         class_num: size(shapes, "class_emb.weight", 2, 0)?,
         buffer: size(shapes, "encoder_pos_embed_learned", 3, 1)?,
         embed: size(shapes, "z_proj.weight", 2, 1)?,
@@ -49,7 +49,26 @@ pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<Gener
         time_dim: size(shapes, "diffloss.net.time_embed.mlp.0.weight", 2, 1)?,
         vae_norm: vae_norm.ok_or_else(|| unknown("the scale of its latents", "--vae-norm"))?,
         steps: steps.ok_or_else(|| unknown("the number of sampling steps", "--steps"))?,
-    })
+    };
+    preset.map_or(Ok(()), |preset| fits(&config, preset))?;
+    Ok(config)
+}
+
+/// Checks a preset against the tensors: a size that is not theirs would give a model that is wrong without a sign.
+fn fits(config: &GeneratorConfig, preset: Preset) -> Result<(), String> {
+    let published = preset.config().generator;
+    let sizes = [
+        ("width", config.dim, published.dim),
+        ("number of blocks", config.depth, published.depth),
+        ("flow head's width", config.flow_dim, published.flow_dim),
+    ];
+    match sizes.iter().find(|(_, found, expected)| found != expected) {
+        Some((what, found, expected)) => Err(format!(
+            "its tensors have a {what} of {found}, and the preset ({preset:?}) one of {expected}: give the preset that \
+             it has, or none and --heads"
+        )),
+        None => Ok(()),
+    }
 }
 
 /// The tokenizer's configuration.

@@ -143,7 +143,8 @@ fn load_generator(path: &Path, set: WeightSet, hints: &Hints, weights: &mut Weig
         file.bad(format!("has no `{key}` (its keys: {keys}); is it a generator's? Else try --weights {other}"))
     })?;
     let tensors = file.state_dict(model)?;
-    let shapes: Shapes = tensors.iter().filter_map(|(name, &id)| Some((name.clone(), file.shape(id)?))).collect();
+    let shape = |(name, &id): (&String, &_)| Ok((name.clone(), file.shape(name, id)?));
+    let shapes = tensors.iter().map(shape).collect::<Result<Shapes>>()?;
     let stored = stored_hints(&file);
     let config = infer::generator(&shapes, hints, &stored).map_err(|problem| file.bad(problem))?;
     for (name, id) in tensors {
@@ -177,7 +178,8 @@ fn load_tokenizer(path: &Path, set: WeightSet, weights: &mut Weights) -> Result<
         })?;
         taken.insert(name.clone(), (source, *id));
     }
-    let shapes: Shapes = taken.iter().filter_map(|(name, (_, id))| Some((name.clone(), file.shape(*id)?))).collect();
+    let shape = |(name, (source, id)): (&String, &(String, _))| Ok((name.clone(), file.shape(source, *id)?));
+    let shapes = taken.iter().map(shape).collect::<Result<Shapes>>()?;
     let config = infer::tokenizer(&shapes).map_err(|problem| file.bad(problem))?;
     for (name, (source, id)) in taken {
         weights.insert(name, &file.tensor(&source, id)?)?;

@@ -74,9 +74,21 @@ impl TorchFile {
         Ok(named.collect())
     }
 
-    /// Shape of the tensor at `id`, if it is one that can be read.
-    pub fn shape(&self, id: Id) -> Option<Vec<usize>> {
-        self.layout(id).map(|layout| layout.shape)
+    /// Shape of the tensor `name` at `id`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when it is none that can be read.
+    pub fn shape(&self, name: &str, id: Id) -> Result<Vec<usize>> {
+        Ok(self.named_layout(name, id)?.shape)
+    }
+
+    fn named_layout(&self, name: &str, id: Id) -> Result<Layout> {
+        self.layout(id).ok_or_else(|| {
+            self.bad(format!(
+                "tensor {name} is none that can be read: expected a contiguous tensor of float32, float64, float16 or \
+                 bfloat16"
+            ))
+        })
     }
 
     /// Reads the tensor `name` at `id`.

@@ -12,7 +12,7 @@ use eqim::generate::{MOST_STEPS, Schedule};
 use crate::Backend;
 
 /// Most tokens of a run, over all of its images. A million tokens of 256 values and their noise take 2 GB, and their
-/// image would be 16 million pixels wide: a larger number is a mistake, and allocating for it would abort.
+/// images would be 16 million pixels wide together: a larger number is a mistake.
 pub const MOST_TOKENS: usize = 1_000_000;
 
 const EXAMPLES: &str = "\

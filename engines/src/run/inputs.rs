@@ -15,6 +15,9 @@ use crate::cli;
 /// Length of an image unless told otherwise: square, in the published models.
 const TOKENS: usize = 16;
 
+/// Largest single tensor of a run.
+const MOST_BYTES: u64 = 16 << 30;
+
 /// What a run begins with.
 #[derive(Debug)]
 pub enum Prefix {
@@ -40,6 +43,7 @@ pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Optio
         noise: Noise::Seed(arguments.seed),
     };
     request.check(config)?;
+    check_memory(&request, config)?;
     let prefix = arguments.prefix.as_deref().map(|path| Prefix::read(path, rows, request.tokens, config));
     let prefix = prefix.transpose()?;
     if let Some(path) = &arguments.noise {
@@ -55,6 +59,27 @@ pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Optio
         request.noise = Noise::Given(noise);
     }
     Ok((request, prefix))
+}
+
+/// Refuses what would end in a failed allocation after minutes of work: the decoder attends over a whole image at once,
+/// and the sampler holds the modulations of all steps.
+fn check_memory(request: &Request, config: &Config) -> Result<()> {
+    let refuse = |flag: &str, what: &str, bytes: u64| {
+        let (needed, most) = (bytes >> 30, MOST_BYTES >> 30);
+        Err(Error::input(flag, format!("is too large: {what} would take {needed} GB, expected at most {most} GB")))
+    };
+    let cells = config.tokenizer.attention_cells(request.tokens) as u64;
+    let scores = 4 * cells.saturating_mul(cells);
+    if scores > MOST_BYTES {
+        return refuse("--tokens (or --width)", "the decoder's attention over the whole image", scores);
+    }
+    let g = &config.generator;
+    let streams = request.labels.len() * if request.cfg == 1.0 { 1 } else { 2 };
+    let modulations = 4 * (request.steps * streams * (3 * g.flow_depth + 2) * g.flow_dim) as u64;
+    if modulations > MOST_BYTES {
+        return refuse("--steps", "the flow head's modulations for this many images", modulations);
+    }
+    Ok(())
 }
 
 /// The images' length in tokens.

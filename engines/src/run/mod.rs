@@ -14,7 +14,6 @@ use eqim::generate::{Generated, generate, timed};
 use eqim::{Error, Result, candle, picture, tensors};
 use ndarray::{Axis, s};
 
-use crate::Backend;
 use crate::bundle::Bundle;
 use crate::cli::{self, Progress};
 use inputs::Prefix;
@@ -33,9 +32,6 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let (mut request, prefix) = inputs::request(arguments, config)?;
     let prefix_tokens = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
 
-    if arguments.backend == Backend::Candle && arguments.threads.is_some() {
-        tracing::warn!("--threads limits ONNX Runtime's threads; those of Candle are set by RAYON_NUM_THREADS");
-    }
     let (mut load, mut encoder, mut decoder) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
     let engine = timed(&mut load, || crate::open(&bundle, arguments.backend, arguments.threads))?;
     let encoded = matches!(prefix, Some(Prefix::Picture(_)));

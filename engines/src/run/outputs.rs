@@ -28,6 +28,13 @@ impl Outputs {
         for path in &outputs.images {
             writable("--output", path)?;
         }
+        let bundle = arguments.engine.canonicalize().ok();
+        if let Some(path) = outputs.all().find(|path| bundle.is_some() && place(path).and_then(parent) == bundle) {
+            return Err(Error::input(
+                path.display(),
+                "would be written into the bundle of --engine: name another folder",
+            ));
+        }
         if let Some(path) = &outputs.tokens {
             writable("--save-tokens", path)?;
             if outputs.images.iter().any(|image| place(image) == place(path)) {
@@ -46,6 +53,10 @@ impl Outputs {
 /// Where a path leads, however it is spelled.
 fn place(path: &Path) -> Option<PathBuf> {
     Some(folder(path).canonicalize().ok()?.join(path.file_name()?))
+}
+
+fn parent(path: PathBuf) -> Option<PathBuf> {
+    path.parent().map(Path::to_path_buf)
 }
 
 /// Names of `count` images: `path` itself for one, else with a number before its extension.

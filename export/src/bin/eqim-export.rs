@@ -53,7 +53,7 @@ struct Onnx {
     #[arg(long, value_enum, default_value_t = DtypeArgument::Fp32)]
     dtype: DtypeArgument,
     /// Largest difference from Candle that validation accepts, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 2e-2 for fp16]
-    #[arg(long, value_parser = tolerance)]
+    #[arg(long, value_parser = tolerance, conflicts_with = "no_validate")]
     atol: Option<f32>,
     /// Write the bundle without running it
     #[arg(long)]
