@@ -473,6 +473,10 @@ fn metadata_that_is_not_a_model() {
         bad.write(&place, "bad.safetensors");
         place.refused(BOTH, &["bad.safetensors", mention]);
     };
+    for (flags, mention) in [("--weights raw", "--weights"), ("--preset huge", "preset")] {
+        let line = format!("{} {flags}", BOTH.replace("bad.", "bundle/model."));
+        place.refused(&line, &["bundle/model.safetensors", mention]);
+    }
     refused(None, CONFIG_KEY);
     for text in ["", "null", "{}", "[[[", r#"{"generator": {"depth": 3}}"#, "{\"vae_norm\": NaN}"] {
         refused(Some(text.into()), CONFIG_KEY);

@@ -55,7 +55,7 @@ pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<Gener
 }
 
 /// Checks a preset against the tensors: a size that is not theirs would give a model that is wrong without a sign.
-fn fits(config: &GeneratorConfig, preset: Preset) -> Result<(), String> {
+pub(super) fn fits(config: &GeneratorConfig, preset: Preset) -> Result<(), String> {
     let published = preset.config().generator;
     let sizes = [
         ("width", config.dim, published.dim),

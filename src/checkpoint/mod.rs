@@ -128,8 +128,11 @@ fn is_zip(path: &Path) -> Result<bool> {
 
 fn load_generator(path: &Path, set: WeightSet, hints: &Hints, weights: &mut Weights) -> Result<GeneratorConfig> {
     if !is_zip(path)? {
+        only_set(path, set)?;
         let mut file = TensorFile::open(path)?;
         let config = part(&file, stored(&file)?.generator, "generator")?;
+        let fits = hints.preset.map_or(Ok(()), |preset| infer::fits(&config, preset));
+        fits.map_err(|problem| Error::input(path.display(), problem))?;
         read_part(&mut file, weights, |name| !is_tokenizer_part(name))?;
         return Ok(with_hints(config, hints));
     }
@@ -155,6 +158,7 @@ fn load_generator(path: &Path, set: WeightSet, hints: &Hints, weights: &mut Weig
 
 fn load_tokenizer(path: &Path, set: WeightSet, weights: &mut Weights) -> Result<TokenizerConfig> {
     if !is_zip(path)? {
+        only_set(path, set)?;
         let mut file = TensorFile::open(path)?;
         let config = part(&file, stored(&file)?.tokenizer, "tokenizer")?;
         read_part(&mut file, weights, is_tokenizer_part)?;
@@ -185,6 +189,16 @@ fn load_tokenizer(path: &Path, set: WeightSet, weights: &mut Weights) -> Result<
         weights.insert(name, &file.tensor(&source, id)?)?;
     }
     Ok(config)
+}
+
+/// Our own files hold one set of weights; the other cannot be had from them.
+fn only_set(path: &Path, set: WeightSet) -> Result<()> {
+    match set {
+        WeightSet::Ema => Ok(()),
+        WeightSet::Raw => {
+            Err(Error::input(path.display(), "holds one set of weights: --weights raw is for .pth and .ckpt"))
+        }
+    }
 }
 
 /// Name under which Lightning keeps the average of `name`: `ema_<part>.<the rest without dots>`.
