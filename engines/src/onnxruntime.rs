@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use eqim::engine::{Engine, Session};
-use eqim::model::{Axis, Kind, Port, Stage};
+use eqim::model::{Kind, Port, Stage};
 use eqim::{Config, Error, Result};
 use half::f16;
 use ndarray::{Array, Array2, Array3, Array4, ArrayD, ArrayView, ArrayView2, ArrayView3, ArrayView4, Dimension};
@@ -172,11 +172,7 @@ impl OrtEngine {
 
     /// An empty cache for `rows` rows.
     fn empty(&self, port: &Port, rows: usize) -> Result<DynValue> {
-        let size = |axis: &Axis| match axis {
-            Axis::Is(size) => *size,
-            Axis::Any(_) => rows,
-        };
-        let shape: Vec<usize> = port.shape.iter().map(size).collect();
+        let shape: Vec<usize> = port.shape.iter().map(|axis| axis.size(|_| rows)).collect();
         match self.bundle.manifest.precision {
             Precision::Fp32 => float_input(ArrayD::zeros(shape).view()),
             Precision::Fp16 => half_input(ArrayD::from_elem(shape, f16::ZERO)),

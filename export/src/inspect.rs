@@ -6,7 +6,7 @@ use std::fmt::Write;
 use eqim::model::{Axis, Port, Stage};
 use eqim::ops::cost::{Cost, Row};
 use eqim::{Error, Result, files};
-use eqim_engines::bundle::{Bundle, Manifest, Precision};
+use eqim_engines::bundle::{Bundle, Manifest};
 use prost::Message;
 use serde::Serialize;
 
@@ -68,10 +68,7 @@ fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<
         *scopes.entry(top_level(scope)).or_default() += *row;
     }
     let total = cost.total();
-    let size = match bundle.manifest.precision {
-        Precision::Fp32 => 4,
-        Precision::Fp16 => 2,
-    };
+    let size = bundle.manifest.precision.dtype().bitsize() as u64 / 8;
     Ok(StageReport {
         name: stage.name(),
         operators,

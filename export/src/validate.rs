@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use eqim::candle::{CandleEngine, to_array};
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
-use eqim::model::{Axis, BATCH, Kind, Port, Stage, transformer};
+use eqim::model::{BATCH, Kind, Port, Stage, transformer};
 use eqim::ops::eager::Eager;
 use eqim::random::TorchRng;
 use eqim::{Config, Error, Result};
@@ -152,17 +152,14 @@ fn check_rollout(what: String, found: &Array3<f32>, expected: &Array3<f32>, atol
 /// Random values for a port of a stage.
 fn random_input(config: &Config, stage: Stage, port: &Port, random: &mut TorchRng) -> Result<Tensor> {
     let (width, _) = config.image_size(IMAGE_TOKENS);
-    let size = |axis: &Axis| match axis {
-        Axis::Is(size) => *size,
-        Axis::Any(name) => match name.as_str() {
-            BATCH => ROWS,
-            "rows" => 2 * ROWS,
-            "tokens" => IMAGE_TOKENS,
-            "width" => width,
-            _ => MOST_STEPS + 1,
-        },
+    let symbol = |name: &str| match name {
+        BATCH => ROWS,
+        "rows" => 2 * ROWS,
+        "tokens" => IMAGE_TOKENS,
+        "width" => width,
+        _ => MOST_STEPS + 1,
     };
-    let shape: Vec<usize> = port.shape.iter().map(size).collect();
+    let shape: Vec<usize> = port.shape.iter().map(|axis| axis.size(symbol)).collect();
     let count = shape.iter().product();
     let window = config.generator.window as i64;
     Ok(match (stage, port.name.as_str()) {

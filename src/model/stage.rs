@@ -56,6 +56,16 @@ pub enum Axis {
     Any(String),
 }
 
+impl Axis {
+    /// Its size, where `symbol` knows those of names.
+    pub fn size(&self, symbol: impl FnOnce(&str) -> usize) -> usize {
+        match self {
+            Self::Is(size) => *size,
+            Self::Any(name) => symbol(name),
+        }
+    }
+}
+
 /// The batch's axis.
 pub const BATCH: &str = "batch";
 

@@ -55,10 +55,8 @@ impl Cost {
     pub fn stage(&mut self, config: &Config, stage: Stage, batch: usize, tokens: usize, steps: usize) -> Result<()> {
         let (width, _) = config.image_size(tokens);
         let sizes = [(BATCH, batch), ("rows", batch), ("times", steps + 1), ("tokens", tokens), ("width", width)];
-        let size = |axis: &Axis| match axis {
-            Axis::Is(size) => *size,
-            Axis::Any(name) => sizes.iter().find(|(known, _)| known == name).map_or(1, |(_, size)| *size),
-        };
+        let known = |name: &str| sizes.iter().find(|(known, _)| *known == name).map_or(1, |(_, size)| *size);
+        let size = |axis: &Axis| axis.size(known);
         let inputs: Vec<Shape> =
             stage.inputs(config).iter().map(|port| port.shape.iter().map(size).collect()).collect();
         stage.run(self, config, &inputs).map(drop)

@@ -29,7 +29,7 @@ impl Outputs {
             writable("--output", path)?;
         }
         let bundle = arguments.engine.canonicalize().ok();
-        if let Some(path) = outputs.all().find(|path| bundle.is_some() && place(path).and_then(parent) == bundle) {
+        if let Some(path) = outputs.all().find(|path| bundle.is_some() && folder(path).canonicalize().ok() == bundle) {
             return Err(Error::input(
                 path.display(),
                 "would be written into the bundle of --engine: name another folder",
@@ -53,10 +53,6 @@ impl Outputs {
 /// Where a path leads, however it is spelled.
 fn place(path: &Path) -> Option<PathBuf> {
     Some(folder(path).canonicalize().ok()?.join(path.file_name()?))
-}
-
-fn parent(path: PathBuf) -> Option<PathBuf> {
-    path.parent().map(Path::to_path_buf)
 }
 
 /// Names of `count` images: `path` itself for one, else with a number before its extension.
