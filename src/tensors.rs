@@ -114,18 +114,19 @@ impl View for Stored<'_> {
     }
 }
 
-/// Little-endian values of a tensor of `f32` or `f16`.
+/// Little-endian values of a tensor of `f32`, `f16` or `bf16`.
 fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let flat = tensor.flatten_all()?;
     let mut bytes = Vec::with_capacity(flat.elem_count() * flat.dtype().size_in_bytes());
     match flat.dtype() {
         DType::F16 => flat.to_vec1::<half::f16>()?.iter().for_each(|value| bytes.extend(value.to_le_bytes())),
+        DType::BF16 => flat.to_vec1::<half::bf16>()?.iter().for_each(|value| bytes.extend(value.to_le_bytes())),
         _ => flat.to_vec1::<f32>()?.iter().for_each(|value| bytes.extend(value.to_le_bytes())),
     }
     Ok(bytes)
 }
 
-/// Writes tensors of `f32` or `f16`, with `text` beside them, replacing `path` when all of it is written.
+/// Writes tensors of `f32`, `f16` or `bf16`, with `text` beside them, replacing `path` when all of it is written.
 ///
 /// # Errors
 /// [`Error::Run`] for a tensor of another type, or when the file cannot be written.
@@ -134,7 +135,8 @@ pub fn write(path: &Path, tensors: &[(&str, Tensor)], text: HashMap<String, Stri
     let stored = |(name, tensor): &'_ (&'_ str, Tensor)| match tensor.dtype() {
         DType::F32 => Ok(Dtype::F32),
         DType::F16 => Ok(Dtype::F16),
-        other => Err(failed(format!("tensor {name} is of type {other:?}, expected F32 or F16"))),
+        DType::BF16 => Ok(Dtype::BF16),
+        other => Err(failed(format!("tensor {name} is of type {other:?}, expected F32, F16 or BF16"))),
     };
     let dtypes = tensors.iter().map(stored).collect::<Result<Vec<_>>>()?;
     let views = tensors.iter().zip(dtypes).map(|((name, tensor), dtype)| (*name, Stored { dtype, tensor }));

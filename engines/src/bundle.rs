@@ -46,6 +46,8 @@ pub enum Precision {
     Fp32,
     /// 16-bit floating point; norms, softmax, the residual stream and the ODE's state in 32.
     Fp16,
+    /// 16-bit `bfloat16`, the rest in 32 as for FP16. ONNX Runtime has no CPU kernels for it: TensorRT only.
+    Bf16,
 }
 
 impl Precision {
@@ -54,6 +56,7 @@ impl Precision {
         match self {
             Self::Fp32 => safetensors::Dtype::F32,
             Self::Fp16 => safetensors::Dtype::F16,
+            Self::Bf16 => safetensors::Dtype::BF16,
         }
     }
 }
@@ -63,6 +66,7 @@ impl std::fmt::Display for Precision {
         f.write_str(match self {
             Self::Fp32 => "fp32",
             Self::Fp16 => "fp16",
+            Self::Bf16 => "bf16",
         })
     }
 }

@@ -109,6 +109,35 @@ impl Progress {
     }
 }
 
+/// What long work of unknown length is doing, on a terminal's standard error; elsewhere nothing.
+#[derive(Debug)]
+pub struct Spinner(ProgressBar);
+
+impl Spinner {
+    /// One that shows nothing yet.
+    pub fn new() -> Self {
+        Self(ProgressBar::new_spinner())
+    }
+
+    /// Shows what goes on.
+    pub fn show(&self, text: String) {
+        self.0.set_message(text);
+        self.0.tick();
+    }
+
+    /// Clears the line, for others to write on.
+    pub fn hide(&self) {
+        self.0.set_message("");
+        self.0.reset();
+    }
+}
+
+impl Default for Spinner {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();

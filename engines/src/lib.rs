@@ -6,5 +6,6 @@ pub mod native;
 pub mod onnxruntime;
 mod open;
 pub mod run;
+pub mod trt;
 
 pub use open::{Backend, open};

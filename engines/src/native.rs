@@ -5,7 +5,11 @@ use std::path::{Path, PathBuf};
 /// Names the file of ONNX Runtime's library, as `ort` itself reads it.
 pub const ORT_VARIABLE: &str = "ORT_DYLIB_PATH";
 
+/// Names the folder that holds TensorRT's libraries.
+pub const TENSORRT_VARIABLE: &str = "EQIM_TENSORRT";
+
 const INSTALLED: &str = ".native/onnxruntime";
+const TENSORRT_INSTALLED: &str = ".native/tensorrt";
 
 /// The shared library of ONNX Runtime: the file that `ORT_DYLIB_PATH` names, or what `cargo xtask setup` installed
 /// in the repository that the program or the working directory belongs to.
@@ -23,11 +27,35 @@ pub fn find_onnxruntime() -> Result<PathBuf, String> {
         };
         return if path.is_file() { Ok(path) } else { Err(missing()) };
     }
-    let starts = [std::env::current_exe().ok(), std::env::current_dir().ok()];
-    let folders = starts.iter().flatten().flat_map(|start| start.ancestors());
-    folders.filter_map(|folder| library_in(&folder.join(INSTALLED))).next().ok_or_else(|| {
+    installed(|folder| library_in(&folder.join(INSTALLED))).ok_or_else(|| {
         format!("ONNX Runtime was not found: run `cargo xtask setup`, or set {ORT_VARIABLE} to its shared library")
     })
+}
+
+/// The folder of TensorRT's libraries: the one that `EQIM_TENSORRT` names, or what `cargo xtask setup` installed.
+///
+/// # Errors
+/// A sentence that says what to do.
+pub fn find_tensorrt() -> Result<PathBuf, String> {
+    if let Some(path) = std::env::var_os(TENSORRT_VARIABLE) {
+        let path = PathBuf::from(path);
+        let problem = format!(
+            "{TENSORRT_VARIABLE} names {}, which is no folder: correct it, or unset it and run `cargo xtask setup`",
+            path.display()
+        );
+        return path.is_dir().then_some(path).ok_or(problem);
+    }
+    installed(|folder| Some(folder.join(TENSORRT_INSTALLED)).filter(|folder| folder.is_dir())).ok_or_else(|| {
+        format!(
+            "TensorRT was not found: run `cargo xtask setup`, or set {TENSORRT_VARIABLE} to the folder of its libraries"
+        )
+    })
+}
+
+/// Looks in the repository that the program or the working directory belongs to.
+fn installed(look: impl Fn(&Path) -> Option<PathBuf>) -> Option<PathBuf> {
+    let starts = [std::env::current_exe().ok(), std::env::current_dir().ok()];
+    starts.iter().flatten().flat_map(|start| start.ancestors()).find_map(look)
 }
 
 fn library_in(folder: &Path) -> Option<PathBuf> {

@@ -176,6 +176,7 @@ impl OrtEngine {
         match self.bundle.manifest.precision {
             Precision::Fp32 => float_input(ArrayD::zeros(shape).view()),
             Precision::Fp16 => half_input(ArrayD::from_elem(shape, f16::ZERO)),
+            Precision::Bf16 => Err(Error::run("cache", "ONNX Runtime's CPU has no kernels for BF16")),
         }
     }
 }

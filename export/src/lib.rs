@@ -1,7 +1,9 @@
 //! From checkpoints to bundles: lowering to ONNX, and checking what was written.
 
+pub mod drift;
 pub mod inspect;
 pub mod lower;
 pub mod onnx;
+pub mod trt;
 pub mod validate;
 pub mod write;

@@ -1,6 +1,6 @@
 //! The interpreter that writes the model as ONNX nodes, under the names of its scopes.
 //!
-//! In FP16 it casts as PyTorch's autocast does: matrix products and convolutions run in the precision of the bundle,
+//! In FP16 and BF16 it casts as PyTorch's autocast does: matrix products and convolutions run in the precision of the bundle,
 //! norms and softmax in FP32, and where two precisions meet the result is FP32, so that the transformer's residual
 //! stream and the ODE's state never lose bits.
 
@@ -18,6 +18,8 @@ use crate::onnx::{self, Attribute, DataType, Dimension, Graph, Model, Node, Oper
 pub const OLDEST_OPSET: i64 = 17;
 /// Newest operator set that it writes; the default.
 pub const NEWEST_OPSET: i64 = 20;
+/// The operator set of BF16 graphs: the first in which ONNX defines a convolution of that type.
+pub const BF16_OPSET: i64 = 22;
 
 /// A value of the graph.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -40,14 +42,15 @@ pub type Places = HashMap<String, Place>;
 /// Places of all weights of a `.safetensors`.
 ///
 /// # Errors
-/// [`Error::Input`] for a tensor that is neither `f32` nor `f16`.
+/// [`Error::Input`] for a tensor that is none of `f32`, `f16` and `bf16`.
 pub fn places(file: &TensorFile) -> Result<Places> {
     let place = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
         let data_type = match info.dtype {
             safetensors::Dtype::F32 => DataType::Float,
             safetensors::Dtype::F16 => DataType::Float16,
+            safetensors::Dtype::BF16 => DataType::Bfloat16,
             other => {
-                let problem = format!("tensor {name} is of type {other:?}, expected F32 or F16");
+                let problem = format!("tensor {name} is of type {other:?}, expected F32, F16 or BF16");
                 return Err(Error::input(file.path().display(), problem));
             }
         };
@@ -90,6 +93,7 @@ impl<'a> Lower<'a> {
         let compute = match precision {
             Precision::Fp32 => DataType::Float,
             Precision::Fp16 => DataType::Float16,
+            Precision::Bf16 => DataType::Bfloat16,
         };
         Self {
             weights,
@@ -137,7 +141,11 @@ impl<'a> Lower<'a> {
         graph.name = Some(name.into());
         rename(&mut graph, &renamed);
         Model {
-            ir_version: Some(if self.opset < 19 { 8 } else { 9 }),
+            ir_version: Some(match self.opset {
+                ..19 => 8,
+                19..21 => 9,
+                _ => 10,
+            }),
             producer_name: Some("eqim".into()),
             producer_version: Some(env!("CARGO_PKG_VERSION").into()),
             graph: Some(graph),
@@ -349,6 +357,8 @@ impl Ops for Lower<'_> {
                 let gate = self.node("Sigmoid", &[x], vec![], x.data_type);
                 self.node("Mul", &[x, &gate], vec![], x.data_type)
             }
+            // ONNX defines no Gelu of BF16.
+            Unary::Gelu if self.opset >= 20 && x.data_type == DataType::Bfloat16 => self.precise("Gelu", &[x], vec![]),
             Unary::Gelu if self.opset >= 20 => self.node("Gelu", &[x], vec![], x.data_type),
             Unary::Gelu => {
                 let x = &self.cast(x, DataType::Float);

@@ -194,6 +194,8 @@ pub enum DataType {
     Bool = 9,
     /// 16-bit floating point.
     Float16 = 10,
+    /// `bfloat16`.
+    Bfloat16 = 16,
 }
 
 /// A tensor of known values, to stand in the file.

@@ -23,7 +23,7 @@ use serde::Serialize;
 pub fn default_tolerance(precision: Precision) -> f32 {
     match precision {
         Precision::Fp32 => 1e-4,
-        Precision::Fp16 => 2e-2,
+        Precision::Fp16 | Precision::Bf16 => 2e-2,
     }
 }
 

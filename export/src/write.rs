@@ -12,12 +12,13 @@ use eqim::tensors::{self, TensorFile};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use eqim_engines::bundle::{Bundle, CONFIG_FILE, FORMAT, FileRecord, GraphRecord, Manifest, Precision, WEIGHTS_FILE};
+use eqim_engines::trt;
 use prost::Message;
 use tempfile::TempDir;
 
 use crate::lower::{self, Places};
 
-const PRODUCER: &str = "eqim";
+pub(crate) const PRODUCER: &str = "eqim";
 
 /// How graphs are written.
 #[derive(Clone, Copy, Debug)]
@@ -60,6 +61,9 @@ pub fn check_destination(destination: &Path) -> Result<()> {
 
 /// Whether eqim wrote a file of a folder, in whatever version: other models' folders have a `config.json` too.
 fn is_ours(folder: &Path, name: &str) -> bool {
+    if name == trt::FOLDER {
+        return folder.join(name).join(trt::SIDECAR_FILE).is_file();
+    }
     if name != CONFIG_FILE {
         return name == WEIGHTS_FILE || Stage::ALL.iter().any(|stage| graph_file(*stage) == name);
     }
@@ -113,26 +117,34 @@ impl Draft {
     /// [`Error::Input`] when something else stands there by now; [`Error::Run`] when it cannot be moved there. The older
     /// bundle is then still there, or where the error says.
     pub fn publish(self) -> Result<Bundle> {
-        let failed =
-            |error: std::io::Error| Error::run(self.destination.display(), format!("cannot be written: {error}"));
         check_destination(&self.destination)?;
-        let older = files::temporary(0o777).tempdir_in(folder(&self.destination)).map_err(failed)?;
-        let set_aside = older.path().join("older");
-        let replaces = self.destination.exists();
-        if replaces {
-            std::fs::rename(&self.destination, &set_aside).map_err(failed)?;
-        }
-        if let Err(error) = std::fs::rename(self.folder.path(), &self.destination) {
-            if replaces && std::fs::rename(&set_aside, &self.destination).is_err() {
-                let kept = older.keep();
-                let problem = format!("cannot be written: {error}; the older bundle is in {}", kept.display());
-                return Err(Error::run(self.destination.display(), problem));
-            }
-            return Err(failed(error));
-        }
-        let _moved = self.folder.keep();
+        replace(self.folder, &self.destination)?;
         Bundle::open(&self.destination)
     }
+}
+
+/// Puts a folder at its destination, in place of an older one.
+///
+/// # Errors
+/// [`Error::Run`] when it cannot be moved there. The older folder is then still there, or where the error says.
+pub fn replace(new: TempDir, destination: &Path) -> Result<()> {
+    let failed = |error: std::io::Error| Error::run(destination.display(), format!("cannot be written: {error}"));
+    let older = files::temporary(0o777).tempdir_in(folder(destination)).map_err(failed)?;
+    let set_aside = older.path().join("older");
+    let replaces = destination.exists();
+    if replaces {
+        std::fs::rename(destination, &set_aside).map_err(failed)?;
+    }
+    if let Err(error) = std::fs::rename(new.path(), destination) {
+        if replaces && std::fs::rename(&set_aside, destination).is_err() {
+            let kept = older.keep();
+            let problem = format!("cannot be written: {error}; what was there is in {}", kept.display());
+            return Err(Error::run(destination.display(), problem));
+        }
+        return Err(failed(error));
+    }
+    let _moved = new.keep();
+    Ok(())
 }
 
 fn graph_file(stage: Stage) -> String {
@@ -162,8 +174,10 @@ fn write_weights(path: &Path, config: &Config, weights: &Weights, precision: Pre
 }
 
 fn convert(name: &str, tensor: &Tensor, precision: Precision) -> Result<Tensor> {
-    if precision == Precision::Fp32 {
-        return Ok(tensor.clone());
+    match precision {
+        Precision::Fp32 => return Ok(tensor.clone()),
+        Precision::Bf16 => return Ok(tensor.to_dtype(DType::BF16)?),
+        Precision::Fp16 => {}
     }
     let largest = tensor.abs()?.max_all()?.to_scalar::<f32>()?;
     let limit = half::f16::MAX.to_f32();

@@ -401,6 +401,7 @@ fn randn(random: &mut TorchRng, shape: &[usize], precision: Precision) -> Result
     Ok(match precision {
         Precision::Fp32 => values,
         Precision::Fp16 => values.to_dtype(DType::F16)?.to_dtype(DType::F32)?,
+        Precision::Bf16 => values.to_dtype(DType::BF16)?.to_dtype(DType::F32)?,
     })
 }
 

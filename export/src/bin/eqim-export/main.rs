@@ -1,4 +1,6 @@
-//! `eqim-export`: from checkpoints to bundles of ONNX graphs, and what is in them.
+//! `eqim-export`: from checkpoints to bundles of ONNX graphs and TensorRT engines, and what is in them.
+
+mod trt;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -27,6 +29,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     Onnx(Onnx),
+    Trt(trt::Trt),
     Inspect(Inspect),
 }
 
@@ -157,6 +160,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     cli::main(|| match &arguments.command {
         Command::Onnx(onnx) => export(onnx),
+        Command::Trt(arguments) => trt::run(arguments),
         Command::Inspect(arguments) => show(arguments),
     })
 }

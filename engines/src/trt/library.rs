@@ -1,0 +1,123 @@
+//! NVIDIA's libraries, loaded once in a process, and what they say.
+
+use std::ffi::c_void;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, OnceLock};
+
+use eqim::{Error, Result};
+use trtx::{LogHandler, Logger, Severity};
+
+use super::flavour;
+use crate::native;
+
+/// TensorRT and its ONNX parser.
+pub struct Library {
+    logger: Logger,
+    folder: PathBuf,
+    version: String,
+}
+
+impl Library {
+    /// The libraries that [`native::find_tensorrt`] finds, loaded when first asked for.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when they are not found, cannot be loaded, or are of another version than this program's headers.
+    pub fn load() -> Result<&'static Self> {
+        static LIBRARY: OnceLock<Result<Library, String>> = OnceLock::new();
+        LIBRARY.get_or_init(Self::loaded).as_ref().map_err(|problem| Error::run("TensorRT", problem))
+    }
+
+    fn loaded() -> Result<Self, String> {
+        let folder = native::find_tensorrt()?;
+        let (tensorrt, parser) = (folder.join(flavour::LIBRARY), folder.join(flavour::PARSER));
+        let text = |error: trtx::Error| error.to_string();
+        trtx::dynamically_load_tensorrt(Some(&tensorrt)).map_err(text)?;
+        trtx::dynamically_load_tensorrt_onnxparser(Some(&parser)).map_err(text)?;
+        let version = version_of(&tensorrt)?;
+        // SAFETY: gives a constant of the headers that this program was compiled with.
+        let expected = unsafe { trtx::trtx_sys::get_tensorrt_version() };
+        if version / 100 != expected / 100 {
+            return Err(format!(
+                "{} is version {}, this program was compiled for {}: install that one",
+                tensorrt.display(),
+                numbers(version),
+                numbers(expected)
+            ));
+        }
+        let logger = Logger::new(Log).map_err(text)?;
+        Ok(Self { logger, folder, version: format!("{} {}", flavour::NAME, numbers(version)) })
+    }
+
+    /// Name and version, as `TensorRT-RTX 1.7.1`.
+    pub fn version(&self) -> &str {
+        &self.version
+    }
+
+    /// Where TensorRT's log goes.
+    pub fn logger(&self) -> &Logger {
+        &self.logger
+    }
+
+    /// Path of the ONNX parser's library.
+    pub fn parser(&self) -> PathBuf {
+        self.folder.join(flavour::PARSER)
+    }
+
+    /// Path of TensorRT's library.
+    pub fn tensorrt(&self) -> PathBuf {
+        self.folder.join(flavour::LIBRARY)
+    }
+}
+
+/// Opens a library that is loaded already, or loads it.
+///
+/// # Errors
+/// A sentence.
+pub fn open(path: &Path) -> Result<libloading::Library, String> {
+    // SAFETY: NVIDIA's libraries have initializers that may run in any process, as loading them by name would.
+    unsafe { libloading::Library::new(path) }.map_err(|error| error.to_string())
+}
+
+fn version_of(path: &Path) -> Result<u32, String> {
+    let library = open(path)?;
+    // SAFETY: NvInferRuntime.h declares it so; it takes nothing and gives a number.
+    let version = unsafe {
+        let get: libloading::Symbol<unsafe extern "C" fn() -> i32> =
+            library.get(b"getInferLibVersion").map_err(|error| error.to_string())?;
+        get()
+    };
+    Ok(version.unsigned_abs())
+}
+
+/// 10701 is 1.7.1.
+fn numbers(version: u32) -> String {
+    format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+}
+
+/// What a factory of NVIDIA's takes and gives: interfaces by pointer.
+pub type Pointer = *mut c_void;
+
+static ERRORS: Mutex<Vec<String>> = Mutex::new(vec![]);
+
+/// The errors that TensorRT logged since they were last taken: its calls only tell that they failed.
+pub fn take_errors() -> Vec<String> {
+    ERRORS.lock().map(|mut errors| std::mem::take(&mut *errors)).unwrap_or_default()
+}
+
+struct Log;
+
+impl LogHandler for Log {
+    fn log(&self, severity: Severity, message: &str) {
+        match severity {
+            Severity::InternalError | Severity::Error => {
+                tracing::debug!("TensorRT: {message}");
+                if let Ok(mut errors) = ERRORS.lock() {
+                    errors.push(message.trim().to_string());
+                }
+            }
+            Severity::Warning => tracing::warn!("TensorRT: {message}"),
+            Severity::Info => tracing::debug!("TensorRT: {message}"),
+            Severity::Verbose => tracing::trace!("TensorRT: {message}"),
+        }
+    }
+}

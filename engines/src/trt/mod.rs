@@ -1,0 +1,13 @@
+//! TensorRT: engines that were built ahead of time, and the runtime that drives them.
+
+#[cfg(feature = "tensorrt")]
+#[cfg_attr(feature = "tensorrt-enterprise", path = "enterprise.rs")]
+#[cfg_attr(not(feature = "tensorrt-enterprise"), path = "rtx.rs")]
+pub mod flavour;
+#[cfg(feature = "tensorrt")]
+pub mod library;
+mod sidecar;
+mod target;
+
+pub use sidecar::{EngineRecord, EngineSet, FOLDER, Layers, Profile, SIDECAR_FILE, SIDECAR_FORMAT, file_name};
+pub use target::Target;

@@ -1,0 +1,79 @@
+//! GPUs that engines are built for.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// A compute capability, written `sm86`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Target(u32);
+
+/// Names of generations, and the capabilities that TensorRT for RTX builds for.
+const GENERATIONS: [(&str, &[u32]); 4] =
+    [("turing", &[75]), ("ampere", &[80, 86]), ("ada", &[89]), ("blackwell", &[120, 121])];
+
+/// Capabilities of datacenter GPUs that only ordinary TensorRT builds for.
+const ENTERPRISE: [u32; 2] = [90, 100];
+
+impl Target {
+    /// Targets that a name stands for: of a generation, or one of the form `sm86`.
+    ///
+    /// # Errors
+    /// A sentence that says which names there are.
+    pub fn named(name: &str) -> Result<Vec<Self>, String> {
+        let lower = name.to_lowercase();
+        if let Some((_, capabilities)) = GENERATIONS.iter().find(|(generation, _)| *generation == lower) {
+            return Ok(capabilities.iter().map(|&capability| Self(capability)).collect());
+        }
+        Ok(vec![lower.parse()?])
+    }
+
+    /// The compute capability times ten.
+    pub fn capability(self) -> u32 {
+        self.0
+    }
+
+    /// Whether only ordinary TensorRT builds for it.
+    pub fn is_enterprise(self) -> bool {
+        ENTERPRISE.contains(&self.0)
+    }
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = || GENERATIONS.iter().flat_map(|(_, capabilities)| *capabilities).chain(&ENTERPRISE);
+        let number = text.strip_prefix("sm").and_then(|number| number.parse().ok());
+        match number.filter(|number| known().any(|capability| capability == number)) {
+            Some(capability) => Ok(Self(capability)),
+            None => {
+                let names: Vec<&str> = GENERATIONS.iter().map(|(name, _)| *name).collect();
+                let capabilities: Vec<String> = known().map(|capability| format!("sm{capability}")).collect();
+                Err(format!("{text} is no target: expected {} or {}", names.join(", "), capabilities.join(", ")))
+            }
+        }
+    }
+}
+
+impl TryFrom<String> for Target {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Target> for String {
+    fn from(target: Target) -> Self {
+        target.to_string()
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sm{}", self.0)
+    }
+}

@@ -1,0 +1,222 @@
+//! `eqim-export trt`: TensorRT engines of a bundle.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::{ArgGroup, Args};
+use eqim::candle::CandleEngine;
+use eqim::model::Stage;
+use eqim::weights::Weights;
+use eqim::{Error, Result, checkpoint};
+use eqim_engines::bundle::{Bundle, Precision};
+use eqim_engines::trt::{EngineRecord, EngineSet, FOLDER, Target};
+use eqim_engines::{cli, native};
+use eqim_export::drift::{self, Drift};
+use eqim_export::trt::{self, Limits, Shapes, Support};
+use eqim_export::validate::default_tolerance;
+
+/// Build TensorRT engines of a bundle, for GPUs that need not be here.
+///
+/// The bundle's graphs are lowered in the precision asked for, shown to TensorRT's parser, compared with Candle in FP32
+/// on ONNX Runtime over whole rollouts, built, and put in the bundle's folder `trt` with a description of what they are.
+#[derive(Args)]
+#[command(
+    group = ArgGroup::new("precision").required(true),
+    after_help = "Example:\n  eqim-export trt --engine bundle --fp16 --target ampere,ada --max-batch 4 --max-tokens 256"
+)]
+pub struct Trt {
+    /// The bundle: a folder that eqim-export onnx wrote
+    #[arg(long, value_name = "BUNDLE")]
+    engine: PathBuf,
+    /// Weights, caches and matrix products in FP32
+    #[arg(long, group = "precision")]
+    fp32: bool,
+    /// Weights, caches and matrix products in FP16; norms, softmax, the ODE's state and guidance in FP32
+    #[arg(long, group = "precision")]
+    fp16: bool,
+    /// As --fp16, in BF16: a wider range, fewer digits
+    #[arg(long, group = "precision")]
+    bf16: bool,
+    /// Needs calibrated graphs, which cannot be made yet
+    #[arg(long, group = "precision")]
+    int8: bool,
+    /// GPUs: turing, ampere, ada, blackwell, or compute capabilities as sm86
+    #[arg(long, value_name = "GPU", value_delimiter = ',', value_parser = Target::named, default_value = "ampere,ada,blackwell")]
+    target: Vec<Vec<Target>>,
+    /// Most images of a batch; guidance doubles the rows by itself
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    max_batch: usize,
+    /// Most tokens that decoder and encoder take
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    max_tokens: usize,
+    /// Smallest shapes of inputs, as trtexec takes them: NAME:1x16,…
+    #[arg(long = "minShapes", value_name = "SHAPES", default_value = "", hide_default_value = true, value_parser = shapes)]
+    min: Shapes,
+    /// Shapes of inputs that kernels are chosen for
+    #[arg(long = "optShapes", value_name = "SHAPES", default_value = "", hide_default_value = true, value_parser = shapes)]
+    opt: Shapes,
+    /// Largest shapes of inputs
+    #[arg(long = "maxShapes", value_name = "SHAPES", default_value = "", hide_default_value = true, value_parser = shapes)]
+    max: Shapes,
+    /// Report what TensorRT supports of every graph, on every target, and write nothing
+    #[arg(long)]
+    check_only: bool,
+    /// Largest drift of tokens from Candle in FP32, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 2e-2 for fp16]
+    #[arg(long, value_parser = super::tolerance, conflicts_with_all = ["no_validate", "check_only"])]
+    atol: Option<f32>,
+    /// Build without running the graphs
+    #[arg(long)]
+    no_validate: bool,
+}
+
+fn shapes(text: &str) -> Result<Shapes, String> {
+    if text.is_empty() { Ok(Shapes::default()) } else { text.parse() }
+}
+
+impl Trt {
+    fn precision(&self) -> Result<Precision> {
+        match (self.fp16, self.bf16, self.int8) {
+            (true, ..) => Ok(Precision::Fp16),
+            (_, true, _) => Ok(Precision::Bf16),
+            (.., true) => Err(Error::input(
+                "--int8",
+                "needs graphs with calibrated scales, which eqim-export cannot make yet: build with --fp16",
+            )),
+            _ => Ok(Precision::Fp32),
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            max_batch: self.max_batch,
+            max_tokens: self.max_tokens,
+            min: self.min.clone(),
+            opt: self.opt.clone(),
+            max: self.max.clone(),
+        }
+    }
+
+    fn targets(&self) -> Vec<Target> {
+        let mut targets = self.target.concat();
+        targets.sort_unstable();
+        targets.dedup();
+        targets
+    }
+
+    /// ONNX Runtime's library, where the lowered graphs will be run on it.
+    fn validator(&self, precision: Precision) -> Result<Option<PathBuf>> {
+        if self.check_only || self.no_validate {
+            return Ok(None);
+        }
+        if precision == Precision::Bf16 {
+            super::say(
+                "ONNX Runtime's CPU has no kernels for BF16: how far these engines drift from FP32 is not measured",
+            );
+            return Ok(None);
+        }
+        let problem = |problem| Error::Run(format!("{problem}, or give --no-validate to build the engines unseen"));
+        native::find_onnxruntime().map(Some).map_err(problem)
+    }
+}
+
+/// Does what the command line says.
+pub fn run(arguments: &Trt) -> Result<()> {
+    let precision = arguments.precision()?;
+    let targets = arguments.targets();
+    targets.iter().try_for_each(|&target| trt::check_target(target))?;
+    let bundle = Bundle::open(&arguments.engine)?;
+    let limits = arguments.limits();
+    limits.check(&bundle.manifest.model)?;
+    let version = trt::version()?;
+    let library = arguments.validator(precision)?;
+
+    let names: Vec<String> = targets.iter().map(Target::to_string).collect();
+    super::say(format_args!("{version}, {precision}, for {}", names.join(", ")));
+    let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;
+    let draft = trt::lowered(&bundle, &weights, precision)?;
+    supported(&draft.bundle, &limits, if arguments.check_only { &targets } else { &[] })?;
+    if arguments.check_only {
+        return Ok(());
+    }
+    let drift = match library {
+        Some(library) => Some(drifts(arguments, &draft.bundle, CandleEngine::new(config, weights), &library)?),
+        None => {
+            // Building needs the memory.
+            drop::<(eqim::Config, Weights)>((config, weights));
+            None
+        }
+    };
+    let spinner = Arc::new(cli::Spinner::new());
+    let watch = Arc::clone(&spinner);
+    let progress = move |stage: Stage, phase: &str| watch.show(format!("building {}: {phase}", stage.name()));
+    let done = |stage: Stage, engine: &EngineRecord| {
+        spinner.hide();
+        let (seconds, size) = (engine.seconds, megabytes(engine.file.bytes));
+        super::say(format_args!("{}: Engine built in {seconds:.2} sec., {size:.1} MB", stage.name()));
+    };
+    let built = trt::build(&bundle, &draft.bundle, &limits, &targets, progress, done)?;
+    let table = table(&built.set);
+    trt::publish(built, &bundle, drift.as_ref())?;
+    super::say(table);
+    cli::print(format_args!("The engines were saved at: {}", bundle.folder.join(FOLDER).display()))
+}
+
+/// Shows the support report; fails when anything is not supported.
+fn supported(lowered: &Bundle, limits: &Limits, targets: &[Target]) -> Result<()> {
+    super::say("Support by TensorRT:");
+    let config = &lowered.manifest.model;
+    let check = |stage: Stage| {
+        let profiles = limits.profiles(stage, config)?;
+        let support = trt::check(stage.name(), &lowered.graph_path(stage)?, &profiles, targets)?;
+        super::say(support.text());
+        Ok(support)
+    };
+    let reports = Stage::ALL.into_iter().map(check).collect::<Result<Vec<Support>>>()?;
+    if reports.iter().all(Support::passed) {
+        return Ok(());
+    }
+    Err(Error::run("support", "TensorRT does not take what is marked -[x]; nothing was written"))
+}
+
+/// Measures how far the lowered graphs drift from FP32; fails beyond the tolerance.
+fn drifts(arguments: &Trt, lowered: &Bundle, reference: CandleEngine, library: &Path) -> Result<Drift> {
+    let atol = arguments.atol.unwrap_or(default_tolerance(lowered.manifest.precision));
+    super::say("Rollouts of the lowered graphs on ONNX Runtime against Candle in FP32:");
+    let drift = drift::measure(lowered, &reference, library, &drift::LENGTHS, atol, |line| super::say(line))?;
+    if drift.passed() {
+        return Ok(drift);
+    }
+    Err(Error::run(
+        "--atol",
+        format!(
+            "the {} graphs drift from FP32 further than {atol:.0e}, so no engine was built: --bf16 has a wider range, \
+             --fp32 more digits; --atol accepts larger differences",
+            lowered.manifest.precision
+        ),
+    ))
+}
+
+fn megabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}
+
+/// The engines side by side.
+fn table(set: &EngineSet) -> String {
+    let mut lines = vec![format!(
+        "\n{:<18}{:>10}{:>10}{:>10}{:>14}{:>8}",
+        "stage", "precision", "seconds", "MB", "peak MB", "layers"
+    )];
+    for stage in Stage::ALL {
+        let Some(engine) = set.engines.get(stage.name()) else { continue };
+        let layers: usize = engine.layers.iter().map(|layers| layers.count).sum();
+        lines.push(format!(
+            "{:<18}{:>10}{:>10.2}{:>10.1}{:>14.0}{layers:>8}",
+            stage.name(),
+            engine.precision.to_string(),
+            engine.seconds,
+            megabytes(engine.file.bytes),
+            megabytes(engine.peak_bytes)
+        ));
+    }
+    lines.join("\n")
+}

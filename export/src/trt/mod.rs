@@ -1,0 +1,13 @@
+//! TensorRT engines of a bundle, built ahead of time for the GPUs that will run them.
+
+#[cfg_attr(feature = "tensorrt", path = "enabled.rs")]
+#[cfg_attr(not(feature = "tensorrt"), path = "disabled.rs")]
+mod builder;
+mod set;
+mod shapes;
+mod support;
+
+pub use builder::{check_target, version};
+pub use set::{Built, build, lowered, publish};
+pub use shapes::{Limits, Shapes};
+pub use support::{Support, check};

@@ -1,0 +1,156 @@
+//! TensorRT's ONNX parser, asked about every node: what trtx wraps stops at the first that fails.
+
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::path::Path;
+use std::pin::Pin;
+
+use cxx::UniquePtr;
+use cxx::memory::UniquePtrTarget;
+use eqim::{Error, Result, files};
+use eqim_engines::trt::library::{self, Library};
+use libloading::Symbol;
+use prost::Message;
+use trtx::trtx_sys::nvinfer1::{IBuilder, INetworkDefinition};
+use trtx::trtx_sys::nvonnxparser::IParser;
+use trtx::trtx_sys::{self, RustLoggerBridge};
+
+use crate::onnx;
+use crate::trt::support::Unsupported;
+
+/// The nodes of a graph that the parser does not take, under our names, each with TensorRT's reason.
+///
+/// # Errors
+/// [`Error::Run`] when the library cannot be used, [`Error::Input`] when the graph cannot be read.
+pub fn unsupported(model: &Path) -> Result<Vec<Unsupported>> {
+    let failed = |problem: String| Error::run(model.display(), format!("TensorRT's parser: {problem}"));
+    let bytes = files::read(model)?;
+    let graph = onnx::Model::decode(&bytes[..]).map_err(|error| Error::input(model.display(), error))?;
+    let nodes = graph.graph.unwrap_or_default().node;
+    let path = CString::new(model.as_os_str().as_encoded_bytes()).map_err(|error| failed(error.to_string()))?;
+    let mut parser = Parser::new(Library::load()?).map_err(failed)?;
+    let indices = parser.unsupported(&bytes, &path);
+    let reasons = parser.errors();
+    let reason = |position: usize| reasons.get(position).or(reasons.last()).cloned().unwrap_or_default();
+    let node = |(position, &index): (usize, &usize)| {
+        let node = nodes.get(index).cloned().unwrap_or_default();
+        Unsupported {
+            node: node.name.unwrap_or_default(),
+            operator: node.op_type.unwrap_or_default(),
+            target: None,
+            reason: reason(position),
+        }
+    };
+    Ok(indices.iter().enumerate().map(node).collect())
+}
+
+/// A parser with an empty network. Fields are destroyed in this order: each uses those after it.
+struct Parser {
+    parser: UniquePtr<IParser>,
+    _network: UniquePtr<INetworkDefinition>,
+    _builder: UniquePtr<IBuilder>,
+    _logger: Logger,
+}
+
+impl Parser {
+    fn new(library: &Library) -> Result<Self, String> {
+        let logger = Logger::new()?;
+        // SAFETY: the factories of NvInfer.h and NvOnnxParser.h, with the versions of those headers; what they give is
+        // new, ours, and destroyed before what it was made from.
+        unsafe {
+            let builder: *mut c_void = {
+                let opened = library::open(&library.tensorrt())?;
+                let create: Symbol<unsafe extern "C" fn(*mut c_void, i32) -> *mut c_void> =
+                    opened.get(b"createInferBuilder_INTERNAL").map_err(|error| error.to_string())?;
+                create(logger.interface(), trtx_sys::get_tensorrt_version() as i32)
+            };
+            let mut builder = owned::<IBuilder>(builder.cast(), "builder")?;
+            let network = owned(builder.pin_mut().createNetworkV2(0), "network")?;
+            let parser: *mut c_void = {
+                let opened = library::open(&library.parser())?;
+                let create: Symbol<unsafe extern "C" fn(*mut c_void, *mut c_void, i32) -> *mut c_void> =
+                    opened.get(b"createNvOnnxParser_INTERNAL").map_err(|error| error.to_string())?;
+                create(network.as_mut_ptr().cast(), logger.interface(), trtx_sys::get_nvonnxparser_version() as i32)
+            };
+            let parser = owned::<IParser>(parser.cast(), "parser")?;
+            Ok(Self { parser, _network: network, _builder: builder, _logger: logger })
+        }
+    }
+
+    /// Indices of the nodes that are not supported, in the order of the file.
+    fn unsupported(&mut self, model: &[u8], path: &CStr) -> Vec<usize> {
+        let mut indices = vec![];
+        // SAFETY: model and path live through the call. Subgraphs are asked for after `supportsModelV2`, as the header
+        // demands, and their nodes are copied while the parser owns them.
+        unsafe {
+            if self.parser.pin_mut().supportsModelV2(model.as_ptr().cast(), model.len(), path.as_ptr()) {
+                return indices;
+            }
+            for subgraph in 0..self.parser.pin_mut().getNbSubgraphs() {
+                if self.parser.pin_mut().isSubgraphSupported(subgraph) {
+                    continue;
+                }
+                let mut length = 0;
+                let nodes = self.parser.pin_mut().getSubgraphNodes(subgraph, Pin::new(&mut length));
+                if !nodes.is_null() {
+                    let nodes = std::slice::from_raw_parts(nodes, length.unsigned_abs() as usize);
+                    indices.extend(nodes.iter().map(|&index| index.unsigned_abs() as usize));
+                }
+            }
+        }
+        indices.sort_unstable();
+        indices
+    }
+
+    /// What the parser said.
+    fn errors(&self) -> Vec<String> {
+        let parser: *mut c_void = self.parser.as_mut_ptr().cast();
+        let mut errors = vec![];
+        // SAFETY: the bridge of trtx-sys reads errors that the parser owns; descriptions are copied.
+        unsafe {
+            for index in 0..trtx_sys::parser_get_nb_errors(parser) {
+                let error = trtx_sys::parser_get_error(parser, index);
+                let description = if error.is_null() { std::ptr::null() } else { trtx_sys::parser_error_desc(error) };
+                if !description.is_null() {
+                    errors.push(CStr::from_ptr(description).to_string_lossy().into_owned());
+                }
+            }
+        }
+        errors
+    }
+}
+
+/// Takes what a factory made.
+///
+/// # Safety
+/// The pointer is null, or nobody else destroys it.
+unsafe fn owned<T: UniquePtrTarget>(pointer: *mut T, what: &str) -> Result<UniquePtr<T>, String> {
+    if pointer.is_null() {
+        return Err(format!("no {what} could be made: {}", library::take_errors().join("; ")));
+    }
+    // SAFETY: as this function demands.
+    Ok(unsafe { UniquePtr::from_raw(pointer) })
+}
+
+/// The C++ logger that factories want; it says nothing, since the parser keeps its errors.
+struct Logger(*mut RustLoggerBridge);
+
+impl Logger {
+    fn new() -> Result<Self, String> {
+        unsafe extern "C" fn quiet(_data: *mut c_void, _severity: i32, _message: *const c_char) {}
+        // SAFETY: the callback reads none of its arguments.
+        let bridge = unsafe { trtx_sys::create_rust_logger_bridge(quiet, std::ptr::null_mut()) };
+        if bridge.is_null() { Err("no logger could be made".into()) } else { Ok(Self(bridge)) }
+    }
+
+    fn interface(&self) -> *mut c_void {
+        // SAFETY: the bridge lives as long as this.
+        unsafe { trtx_sys::get_logger_interface(self.0) }
+    }
+}
+
+impl Drop for Logger {
+    fn drop(&mut self) {
+        // SAFETY: made by `create_rust_logger_bridge`; all that log through it are gone.
+        unsafe { trtx_sys::destroy_rust_logger_bridge(self.0) }
+    }
+}

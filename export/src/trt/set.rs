@@ -1,0 +1,127 @@
+//! From a bundle to the engines beside its graphs.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use eqim::model::Stage;
+use eqim::weights::Weights;
+use eqim::{Error, Result, files};
+use eqim_engines::bundle::{Bundle, FileRecord, Precision};
+use eqim_engines::trt::{EngineRecord, EngineSet, FOLDER, SIDECAR_FILE, SIDECAR_FORMAT, Target, file_name};
+use tempfile::TempDir;
+
+use super::builder;
+use super::shapes::Limits;
+use crate::drift::Drift;
+use crate::lower::BF16_OPSET;
+use crate::write::{self, Draft, Options, PRODUCER};
+
+/// Name of the file, beside the engines, that tells how far their graphs lie from FP32.
+const DRIFT_FILE: &str = "drift.json";
+
+/// Lowers a bundle's graphs in another precision, strongly typed, as a draft that is never published.
+///
+/// # Errors
+/// [`Error::Input`] when the bundle's weights are rounded already, or beyond the precision's range.
+pub fn lowered(bundle: &Bundle, weights: &Weights, precision: Precision) -> Result<Draft> {
+    let manifest = &bundle.manifest;
+    if manifest.precision != Precision::Fp32 && manifest.precision != precision {
+        let problem = format!(
+            "holds weights rounded to {}, and --{precision} was asked for: export it with --dtype fp32",
+            manifest.precision
+        );
+        return Err(Error::input(bundle.folder.display(), problem));
+    }
+    let opset = if precision == Precision::Bf16 { BF16_OPSET } else { manifest.opset };
+    write::draft(&bundle.folder, &manifest.model, weights, Options { precision, opset }, |_| {})
+}
+
+/// Engines that stand beside a bundle, not in it yet. Dropped, they vanish.
+#[derive(Debug)]
+pub struct Built {
+    folder: TempDir,
+    /// What their sidecar says.
+    pub set: EngineSet,
+}
+
+/// Builds the engine of every stage from `lowered`, a draft of the bundle's graphs, for all of `targets`.
+///
+/// `progress` is told the stage and the phase the builder is in; `done` what was built.
+///
+/// # Errors
+/// [`Error::Run`] with TensorRT's words when a graph cannot be built, or a file not written.
+pub fn build(
+    bundle: &Bundle,
+    lowered: &Bundle,
+    limits: &Limits,
+    targets: &[Target],
+    progress: impl Fn(Stage, &str) + Clone + Send + Sync + 'static,
+    mut done: impl FnMut(Stage, &EngineRecord),
+) -> Result<Built> {
+    let failed = |error: std::io::Error| Error::run(bundle.folder.display(), format!("cannot be written: {error}"));
+    let folder = files::temporary(0o777).tempdir_in(files::folder(&bundle.folder)).map_err(failed)?;
+    let config = &bundle.manifest.model;
+    let mut engines = BTreeMap::new();
+    for stage in Stage::ALL {
+        let profiles = limits.profiles(stage, config)?;
+        let (start, watch) = (Instant::now(), progress.clone());
+        forget_peak();
+        let plan = builder::compile(&lowered.graph_path(stage)?, &profiles, targets, move |phase| watch(stage, phase))?;
+        let seconds = start.elapsed().as_secs_f64();
+        files::write(&folder.path().join(file_name(stage)), plan.bytes())?;
+        let record = EngineRecord {
+            file: FileRecord::of(folder.path(), &file_name(stage))?,
+            graph: bundle.graph(stage)?.file.sha256.clone(),
+            lowered: lowered.graph(stage)?.file.sha256.clone(),
+            precision: lowered.manifest.precision,
+            profiles,
+            layers: plan.layers().to_vec(),
+            seconds,
+            peak_bytes: peak(),
+        };
+        done(stage, &record);
+        engines.insert(stage.name().to_string(), record);
+    }
+    let set = EngineSet {
+        format: SIDECAR_FORMAT,
+        producer: format!("{PRODUCER} {}", env!("CARGO_PKG_VERSION")),
+        tensorrt: builder::version()?,
+        targets: targets.to_vec(),
+        model: config.clone(),
+        weights: bundle.manifest.weights.sha256.clone(),
+        engines,
+    };
+    write_json(&folder.path().join(SIDECAR_FILE), &set)?;
+    Ok(Built { folder, set })
+}
+
+/// Puts engines in their bundle, in place of older ones, with the report of their graphs' drift where there is one.
+///
+/// # Errors
+/// [`Error::Run`] when they cannot be moved there; [`Error::Input`] when the bundle was replaced meanwhile.
+pub fn publish(built: Built, bundle: &Bundle, drift: Option<&Drift>) -> Result<()> {
+    if let Some(drift) = drift {
+        write_json(&built.folder.path().join(DRIFT_FILE), drift)?;
+    }
+    write::replace(built.folder, &bundle.folder.join(FOLDER))?;
+    EngineSet::open(&Bundle::open(&bundle.folder)?).map(|_| ())
+}
+
+fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let text = serde_json::to_vec_pretty(value).map_err(|error| Error::run(path.display(), error))?;
+    files::write(path, &text)
+}
+
+/// Starts the kernel's record of the largest resident size anew, where there is one.
+fn forget_peak() {
+    // Without it the record is that of the whole process: an upper bound.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// Largest resident size of this process, bytes; 0 where the kernel does not tell.
+fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).map_or(0, |kilobytes| kilobytes << 10)
+}

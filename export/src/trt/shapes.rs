@@ -1,0 +1,193 @@
+//! Optimization profiles: between which shapes an engine runs.
+
+use std::collections::BTreeMap;
+
+use eqim::model::{Axis, BATCH, Port, Stage};
+use eqim::{Config, Error, Result};
+use eqim_engines::trt::Profile;
+
+/// How large a batch and an image the engines take, and shapes that the user gave by input.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Images of a batch; a guided batch has twice as many rows.
+    pub max_batch: usize,
+    /// Tokens of an image.
+    pub max_tokens: usize,
+    /// Smallest shapes, in place of the derived ones.
+    pub min: Shapes,
+    /// Shapes that kernels are chosen for.
+    pub opt: Shapes,
+    /// Largest shapes.
+    pub max: Shapes,
+}
+
+/// Shapes by input, as trtexec writes them: `tokens:1x16x16,z:2x1024`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Shapes(BTreeMap<String, Vec<i64>>);
+
+impl std::str::FromStr for Shapes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let one = |part: &str| {
+            let bad = || format!("{part:?} is no shape: expected NAME:1x16x8");
+            let (name, sizes) = part.rsplit_once(':').ok_or_else(bad)?;
+            let sizes = sizes.split('x').map(str::parse).collect::<Result<Vec<i64>, _>>().map_err(|_| bad())?;
+            if name.is_empty() || sizes.iter().any(|&size| size < 1) {
+                return Err(bad());
+            }
+            Ok((name.to_string(), sizes))
+        };
+        Ok(Self(text.split(',').map(one).collect::<Result<_, String>>()?))
+    }
+}
+
+/// Images have at least two tokens, and an Euler run two times.
+const LEAST: usize = 2;
+
+impl Limits {
+    /// Checks the limits, and that every shape given belongs to an input.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the flag.
+    pub fn check(&self, config: &Config) -> Result<()> {
+        if self.max_batch == 0 {
+            return Err(Error::input("--max-batch", "is 0, expected at least 1"));
+        }
+        if self.max_tokens < LEAST {
+            let problem = format!("is {}, expected at least {LEAST}: the decoder mirrors at edges", self.max_tokens);
+            return Err(Error::input("--max-tokens", problem));
+        }
+        let dynamic = |name: &String| {
+            let mut inputs = Stage::ALL.iter().flat_map(|stage| stage.inputs(config));
+            inputs.any(|port| port.name == *name && is_dynamic(&port))
+        };
+        for (flag, shapes) in [("--minShapes", &self.min), ("--optShapes", &self.opt), ("--maxShapes", &self.max)] {
+            if let Some(name) = shapes.0.keys().find(|name| !dynamic(name)) {
+                let problem = format!("names {name}, which is no input of a stage: see eqim-export inspect");
+                return Err(Error::input(flag, problem));
+            }
+        }
+        Stage::ALL.iter().try_for_each(|stage| self.profiles(*stage, config).map(|_| ()))
+    }
+
+    /// Profiles of a stage's inputs of unknown shape.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the flag whose shape does not fit.
+    pub fn profiles(&self, stage: Stage, config: &Config) -> Result<BTreeMap<String, Profile>> {
+        let inputs = stage.inputs(config).into_iter().filter(is_dynamic);
+        inputs.map(|port| Ok((port.name.clone(), self.profile(stage, config, &port)?))).collect()
+    }
+
+    fn profile(&self, stage: Stage, config: &Config, port: &Port) -> Result<Profile> {
+        let sizes = |which: usize| -> Vec<i64> {
+            let axis = |axis: &Axis| axis.size(|name| self.range(stage, config, name)[which]) as i64;
+            port.shape.iter().map(axis).collect()
+        };
+        let given = |flag: &str, shapes: &Shapes, derived: Vec<i64>| match shapes.0.get(&port.name) {
+            None => Ok(derived),
+            Some(shape) => fits(flag, port, shape).map(|()| shape.clone()),
+        };
+        let min = given("--minShapes", &self.min, sizes(0))?;
+        let opt = given("--optShapes", &self.opt, sizes(1))?;
+        let max = given("--maxShapes", &self.max, sizes(2))?;
+        let grows = |less: &[i64], more: &[i64]| less.iter().zip(more).all(|(less, more)| less <= more);
+        if !grows(&min, &opt) || !grows(&opt, &max) {
+            let problem =
+                format!("of {} do not grow: min {min:?}, opt {opt:?}, max {max:?}; give those that differ", port.name);
+            return Err(Error::input("shapes", problem));
+        }
+        Ok(Profile { min, opt, max })
+    }
+
+    /// Smallest, expected and largest size of an axis.
+    fn range(&self, stage: Stage, config: &Config, axis: &str) -> [usize; 3] {
+        let (batch, tokens) = (self.max_batch, self.max_tokens);
+        let length = [LEAST, 16.min(tokens), tokens];
+        let rows = [1, 2, 2 * batch];
+        let steps = config.generator.steps;
+        match (stage, axis) {
+            (Stage::Prefill | Stage::Step, BATCH) | (_, "rows") => rows,
+            (_, "tokens") => length,
+            (_, "width") => length.map(|tokens| config.image_size(tokens).0),
+            (_, "times") => [LEAST, steps + 1, steps + 1],
+            _ => [1, 1, batch],
+        }
+    }
+}
+
+fn is_dynamic(port: &Port) -> bool {
+    port.shape.iter().any(|axis| matches!(axis, Axis::Any(_)))
+}
+
+/// Checks that a shape has the port's fixed sizes.
+fn fits(flag: &str, port: &Port, shape: &[i64]) -> Result<()> {
+    let same = |(axis, size): (&Axis, &i64)| axis.size(|_| *size as usize) as i64 == *size;
+    if shape.len() == port.shape.len() && port.shape.iter().zip(shape).all(same) {
+        return Ok(());
+    }
+    let words = port.shape.iter().map(|axis| match axis {
+        Axis::Is(size) => size.to_string(),
+        Axis::Any(name) => name.clone(),
+    });
+    let expected: Vec<String> = words.collect();
+    let shape: Vec<String> = shape.iter().map(i64::to_string).collect();
+    Err(Error::input(
+        flag,
+        format!("gives {} the shape {}, expected {}", port.name, shape.join("x"), expected.join("x")),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use eqim::config::Preset;
+
+    use super::*;
+
+    fn limits() -> Limits {
+        Limits { max_batch: 4, max_tokens: 64, min: Shapes::default(), opt: Shapes::default(), max: Shapes::default() }
+    }
+
+    #[test]
+    fn guided_rows_are_twice_the_batch() -> Result<()> {
+        let config = Preset::Small.config();
+        let step = limits().profiles(Stage::Step, &config)?;
+        assert_eq!(step["token"].max[0], 8);
+        assert_eq!(step["past_key_values.0.key"].max[0], 8);
+        let flow = limits().profiles(Stage::Flow, &config)?;
+        assert_eq!((flow["z"].max[0], flow["noise"].max[0]), (8, 4));
+        assert_eq!(flow["timesteps"].max, [config.generator.steps as i64 + 1]);
+        let decoder = limits().profiles(Stage::Decode, &config)?;
+        assert_eq!(decoder["tokens"].min, [1, 2, config.generator.embed as i64]);
+        assert_eq!(decoder["tokens"].max, [4, 64, config.generator.embed as i64]);
+        Ok(())
+    }
+
+    #[test]
+    fn given_shapes_replace_derived_ones() -> Result<()> {
+        let config = Preset::Small.config();
+        let embed = config.generator.embed;
+        let given: Shapes = format!("timesteps:1001,tokens:16x128x{embed}").parse().map_err(Error::Run)?;
+        let limits = Limits { max: given, ..limits() };
+        limits.check(&config)?;
+        assert_eq!(limits.profiles(Stage::Flow, &config)?["timesteps"].max, [1001]);
+        assert_eq!(limits.profiles(Stage::Decode, &config)?["tokens"].max, [16, 128, embed as i64]);
+        Ok(())
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_refused() {
+        let config = Preset::Small.config();
+        let refused = |min: &str, words: &str| {
+            let error = Limits { min: min.parse().unwrap(), ..limits() }.check(&config).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+        };
+        refused("nothing:1x2", "names nothing");
+        refused("tokens:1x2", "batchxtokensx");
+        refused("timesteps:5000", "do not grow");
+        for text in ["tokens", "tokens:", "tokens:0", "tokens:ax2", ":1x2", "tokens:1x2,,"] {
+            assert!(text.parse::<Shapes>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! What TensorRT takes of a graph, before anything is built.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+
+use eqim::{Error, Result, files};
+use eqim_engines::trt::{Profile, Target};
+use prost::Message;
+use serde::Serialize;
+
+use super::builder;
+use crate::onnx;
+
+/// The support report of one graph.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Support {
+    /// The stage.
+    pub stage: String,
+    /// Nodes of the graph, those of loop bodies left out.
+    pub nodes: usize,
+    /// Targets that the graph was compiled for without being written.
+    pub targets: Vec<Target>,
+    /// What is not taken.
+    pub unsupported: Vec<Unsupported>,
+}
+
+/// A node that is not taken.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Unsupported {
+    /// Its name in our graph, which begins with the scope of its weights; empty when TensorRT named none.
+    pub node: String,
+    /// Its operator.
+    pub operator: String,
+    /// The GPU that cannot run it; `None` when no GPU can.
+    pub target: Option<Target>,
+    /// TensorRT's words.
+    pub reason: String,
+}
+
+/// Asks the parser about every node of `model`, and the builder about every one of `targets`.
+///
+/// # Errors
+/// Those of loading the library and the graph; what is not supported stands in the report.
+pub fn check(stage: &str, model: &Path, profiles: &BTreeMap<String, Profile>, targets: &[Target]) -> Result<Support> {
+    let bytes = files::read(model)?;
+    let graph = onnx::Model::decode(&bytes[..]).map_err(|error| Error::input(model.display(), error))?;
+    let graph = graph.graph.unwrap_or_default();
+    let mut unsupported = builder::unsupported(model)?;
+    // The builder takes a graph only once the parser has taken all of it.
+    let targets = if unsupported.is_empty() { targets } else { &[] };
+    for &target in targets {
+        if let Err(error) = builder::compile(model, profiles, &[target], |_| {}) {
+            unsupported.push(refused(&graph, target, error.to_string()));
+        }
+    }
+    Ok(Support { stage: stage.to_string(), nodes: graph.node.len(), targets: targets.to_vec(), unsupported })
+}
+
+/// Finds the node that the builder's words name.
+fn refused(graph: &onnx::Graph, target: Target, reason: String) -> Unsupported {
+    let bodies = graph.node.iter().flat_map(|node| node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()));
+    let nodes = bodies.flat_map(|body| &body.node).chain(&graph.node);
+    let named = nodes.filter(|node| reason.contains(&format!("'{}'", node.name.as_deref().unwrap_or_default())));
+    let node = named.max_by_key(|node| node.name.as_ref().map_or(0, String::len)).cloned().unwrap_or_default();
+    Unsupported {
+        node: node.name.unwrap_or_default(),
+        operator: node.op_type.unwrap_or_default(),
+        target: Some(target),
+        reason,
+    }
+}
+
+impl Support {
+    /// Whether everything is taken.
+    pub fn passed(&self) -> bool {
+        self.unsupported.is_empty()
+    }
+
+    /// The report for people.
+    pub fn text(&self) -> String {
+        let targets: Vec<String> = self.targets.iter().map(Target::to_string).collect();
+        let built = if targets.is_empty() { String::new() } else { format!(", compiles for {}", targets.join(", ")) };
+        if self.passed() {
+            return format!("\t-[✓] {}.onnx: all {} nodes supported{built}", self.stage, self.nodes);
+        }
+        let mut text =
+            format!("\t-[x] {}.onnx: {} of {} nodes not supported", self.stage, self.unsupported.len(), self.nodes);
+        for node in &self.unsupported {
+            let (name, target) = match (&node.node[..], node.target) {
+                ("", Some(target)) => ("the graph".to_string(), format!(" on {target}")),
+                (name, Some(target)) => (format!("{name} ({})", node.operator), format!(" on {target}")),
+                (name, None) => (format!("{name} ({})", node.operator), String::new()),
+            };
+            // Writing to a string cannot fail.
+            let _ = write!(text, "\n\t\t{name}{target}: {}\n\t\t  {}", node.reason, node.advice());
+        }
+        text
+    }
+}
+
+impl Unsupported {
+    /// What to do about it.
+    pub fn advice(&self) -> &'static str {
+        match self.target {
+            Some(_) if self.reason.contains("FP32") => "build with --fp16, or leave that GPU out of --target",
+            Some(_) if self.reason.to_lowercase().contains("bf16") => {
+                "build with --fp16, or leave that GPU out of --target"
+            }
+            Some(_) => "leave that GPU out of --target",
+            None => "export the bundle with another --opset; if that does not help, report the node",
+        }
+    }
+}
