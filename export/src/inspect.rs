@@ -7,6 +7,7 @@ use eqim::model::{Axis, Port, Stage};
 use eqim::ops::cost::{Cost, Row};
 use eqim::{Error, Result, files};
 use eqim_engines::bundle::{Bundle, Manifest};
+use eqim_engines::trt::{EngineSet, FOLDER, Target};
 use prost::Message;
 use serde::Serialize;
 
@@ -23,6 +24,8 @@ pub struct Inspection {
     pub steps: usize,
     /// Graphs in the order of a run.
     pub stages: Vec<StageReport>,
+    /// TensorRT engines, when there are any.
+    pub engines: Option<EngineSet>,
 }
 
 /// One graph.
@@ -51,7 +54,11 @@ pub struct StageReport {
 pub fn inspect(bundle: &Bundle, tokens: usize, steps: usize) -> Result<Inspection> {
     bundle.manifest.weights.verify(&bundle.folder)?;
     let stages = Stage::ALL.iter().map(|&stage| report(bundle, stage, tokens, steps)).collect::<Result<_>>()?;
-    Ok(Inspection { manifest: bundle.manifest.clone(), tokens, steps, stages })
+    let engines = EngineSet::open(bundle)?;
+    for engine in engines.iter().flat_map(|set| set.engines.values()) {
+        engine.file.verify(&bundle.folder.join(FOLDER))?;
+    }
+    Ok(Inspection { manifest: bundle.manifest.clone(), tokens, steps, stages, engines })
 }
 
 fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<StageReport> {
@@ -191,6 +198,58 @@ impl Inspection {
                 line(format!("  {scope:<40} {weights:>10} parameters {products:>10} multiply-adds"));
             }
         }
+        if let Some(engines) = &self.engines {
+            text += &show_engines(engines);
+        }
         text
     }
+}
+
+fn show_engines(set: &EngineSet) -> String {
+    let targets: Vec<String> = set.targets.iter().map(Target::to_string).collect();
+    let mut text = format!(
+        "\nEngines of {} for {}, built by {}; the layers are those before fusion: TensorRT shows what it fused only \
+         where a GPU deserializes the engine\n",
+        set.tensorrt,
+        targets.join(", "),
+        set.producer
+    );
+    for stage in Stage::ALL {
+        let Some(engine) = set.engines.get(stage.name()) else { continue };
+        // Writing to a string cannot fail.
+        let _ = writeln!(
+            text,
+            "\n{}, {}, {}B, built in {:.2} s with {}B",
+            engine.file.file,
+            engine.precision,
+            short(engine.file.bytes),
+            engine.seconds,
+            short(engine.peak_bytes)
+        );
+        let _ = writeln!(text, "  inputs:    {}", show_ports(&stage.inputs(&set.model)));
+        let _ = writeln!(text, "  outputs:   {}", show_ports(&stage.outputs(&set.model)));
+        let mut shown: Vec<String> = vec![];
+        for (input, profile) in &engine.profiles {
+            let [min, opt, max] = [&profile.min, &profile.opt, &profile.max].map(|shape| dimensions(shape));
+            let group = input.split_once('.').map_or(&input[..], |(group, _)| group);
+            let words = format!("{group}: {min} … {opt} … {max}");
+            if !shown.contains(&words) {
+                shown.push(words);
+            }
+        }
+        for profile in shown {
+            let _ = writeln!(text, "  profile:   {profile}");
+        }
+        let layers: Vec<String> = engine
+            .layers
+            .iter()
+            .map(|layers| format!("{} {} {}", layers.kind, layers.precision, layers.count))
+            .collect();
+        let _ = writeln!(text, "  layers:    {}", layers.join(", "));
+    }
+    text
+}
+
+fn dimensions(shape: &[i64]) -> String {
+    shape.iter().map(i64::to_string).collect::<Vec<_>>().join("x")
 }

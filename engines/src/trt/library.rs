@@ -1,6 +1,5 @@
 //! NVIDIA's libraries, loaded once in a process, and what they say.
 
-use std::ffi::c_void;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
@@ -31,6 +30,7 @@ impl Library {
         let folder = native::find_tensorrt()?;
         let (tensorrt, parser) = (folder.join(flavour::LIBRARY), folder.join(flavour::PARSER));
         let text = |error: trtx::Error| error.to_string();
+        (open(&tensorrt)?, open(&parser)?);
         trtx::dynamically_load_tensorrt(Some(&tensorrt)).map_err(text)?;
         trtx::dynamically_load_tensorrt_onnxparser(Some(&parser)).map_err(text)?;
         let version = version_of(&tensorrt)?;
@@ -75,7 +75,11 @@ impl Library {
 /// A sentence.
 pub fn open(path: &Path) -> Result<libloading::Library, String> {
     // SAFETY: NVIDIA's libraries have initializers that may run in any process, as loading them by name would.
-    unsafe { libloading::Library::new(path) }.map_err(|error| error.to_string())
+    unsafe { libloading::Library::new(path) }.map_err(|error| {
+        // The loader's own words are the source of libloading's error.
+        let reason = std::error::Error::source(&error).map_or(error.to_string(), |source| source.to_string());
+        format!("{} cannot be loaded: {reason}; `cargo xtask setup` installs it", path.display())
+    })
 }
 
 fn version_of(path: &Path) -> Result<u32, String> {
@@ -94,9 +98,6 @@ fn numbers(version: u32) -> String {
     format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
 }
 
-/// What a factory of NVIDIA's takes and gives: interfaces by pointer.
-pub type Pointer = *mut c_void;
-
 static ERRORS: Mutex<Vec<String>> = Mutex::new(vec![]);
 
 /// The errors that TensorRT logged since they were last taken: its calls only tell that they failed.
@@ -110,14 +111,14 @@ impl LogHandler for Log {
     fn log(&self, severity: Severity, message: &str) {
         match severity {
             Severity::InternalError | Severity::Error => {
-                tracing::debug!("TensorRT: {message}");
+                tracing::debug!(target: "tensorrt", "{message}");
                 if let Ok(mut errors) = ERRORS.lock() {
                     errors.push(message.trim().to_string());
                 }
             }
-            Severity::Warning => tracing::warn!("TensorRT: {message}"),
-            Severity::Info => tracing::debug!("TensorRT: {message}"),
-            Severity::Verbose => tracing::trace!("TensorRT: {message}"),
+            Severity::Warning => tracing::warn!(target: "tensorrt", "{message}"),
+            Severity::Info => tracing::debug!(target: "tensorrt", "{message}"),
+            Severity::Verbose => tracing::trace!(target: "tensorrt", "{message}"),
         }
     }
 }

@@ -34,11 +34,6 @@ impl Target {
     pub fn capability(self) -> u32 {
         self.0
     }
-
-    /// Whether only ordinary TensorRT builds for it.
-    pub fn is_enterprise(self) -> bool {
-        ENTERPRISE.contains(&self.0)
-    }
 }
 
 impl FromStr for Target {
@@ -51,7 +46,10 @@ impl FromStr for Target {
             Some(capability) => Ok(Self(capability)),
             None => {
                 let names: Vec<&str> = GENERATIONS.iter().map(|(name, _)| *name).collect();
-                let capabilities: Vec<String> = known().map(|capability| format!("sm{capability}")).collect();
+                let mut capabilities: Vec<u32> = known().copied().collect();
+                capabilities.sort_unstable();
+                let capabilities: Vec<String> =
+                    capabilities.iter().map(|capability| format!("sm{capability}")).collect();
                 Err(format!("{text} is no target: expected {} or {}", names.join(", "), capabilities.join(", ")))
             }
         }

@@ -55,7 +55,8 @@ pub fn check_target(target: Target) -> Result<()> {
 fn failed(subject: &Path, error: impl std::fmt::Display) -> Error {
     let said = library::take_errors();
     let problem = if said.is_empty() { error.to_string() } else { said.join("; ") };
-    Error::run(subject.display(), format!("TensorRT: {problem}"))
+    let name = subject.file_name().unwrap_or(subject.as_os_str());
+    Error::run(name.display(), format!("TensorRT: {problem}"))
 }
 
 /// Parses a graph, and builds it for all of `targets`. `watch` is told the phase that the builder is in.
@@ -96,6 +97,8 @@ pub fn compile(
     config.add_optimization_profile(&mut profile).map_err(failed)?;
 
     let layers = layers(network);
+    // Asking for layers without outputs is logged as an error.
+    library::take_errors();
     let memory = builder.build_serialized_network(network, &mut config).map_err(failed)?;
     Ok(Plan { memory, layers })
 }
@@ -119,7 +122,7 @@ struct Monitor(Box<dyn Fn(&str) + Send + Sync>);
 
 impl MonitorProgress for Monitor {
     fn phase_start(&self, phase: &str, _parent: Option<&str>, steps: i32) {
-        tracing::debug!("TensorRT: {phase}, {steps} steps");
+        tracing::debug!(target: "tensorrt", "{phase}, {steps} steps");
         (self.0)(phase);
     }
 

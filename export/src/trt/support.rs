@@ -51,7 +51,9 @@ pub fn check(stage: &str, model: &Path, profiles: &BTreeMap<String, Profile>, ta
     let targets = if unsupported.is_empty() { targets } else { &[] };
     for &target in targets {
         if let Err(error) = builder::compile(model, profiles, &[target], |_| {}) {
-            unsupported.push(refused(&graph, target, error.to_string()));
+            let text = error.to_string();
+            let reason = text.split_once("TensorRT: ").map_or(&text[..], |(_, reason)| reason);
+            unsupported.push(refused(&graph, target, reason.to_string()));
         }
     }
     Ok(Support { stage: stage.to_string(), nodes: graph.node.len(), targets: targets.to_vec(), unsupported })
@@ -103,8 +105,7 @@ impl Unsupported {
     /// What to do about it.
     pub fn advice(&self) -> &'static str {
         match self.target {
-            Some(_) if self.reason.contains("FP32") => "build with --fp16, or leave that GPU out of --target",
-            Some(_) if self.reason.to_lowercase().contains("bf16") => {
+            Some(_) if ["FP32", "datatypes: b16"].iter().any(|words| self.reason.contains(words)) => {
                 "build with --fp16, or leave that GPU out of --target"
             }
             Some(_) => "leave that GPU out of --target",
