@@ -8,6 +8,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::command::run;
+use crate::setup;
 
 const EXPORT: &str = "onnx --generator tests/fixtures/generator.pth \
      --tokenizer tests/fixtures/tokenizer.ckpt --heads 2 -o demo/bundle";
@@ -18,6 +19,7 @@ pub fn demo(root: &Path) -> Result<()> {
     println!("building eqim-export and eqim-run");
     run(Command::new("cargo")
         .args("build --release -p eqim-export -p eqim-engines --bins".split_whitespace())
+        .args(setup::features())
         .current_dir(root))?;
 
     println!("exporting the test fixture to demo/bundle");

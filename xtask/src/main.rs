@@ -21,7 +21,7 @@ struct Cli {
 /// One chore.
 #[derive(Subcommand)]
 enum Chore {
-    /// Install ONNX Runtime and the Python package onnx under .native/.
+    /// Install ONNX Runtime, TensorRT for RTX, libclang and the Python package onnx under .native/.
     Setup,
     /// Export the test fixture to ONNX and draw one picture with it.
     Demo,
@@ -61,5 +61,11 @@ fn perform(chore: Chore) -> Result<()> {
 /// Runs the tests of the whole workspace.
 fn test(root: &Path, args: &[String]) -> Result<()> {
     println!("testing the workspace");
-    command::run(Command::new("cargo").args(["test", "--release", "--workspace"]).args(args).current_dir(root))
+    command::run(
+        Command::new("cargo")
+            .args(["test", "--release", "--workspace"])
+            .args(setup::features())
+            .args(args)
+            .current_dir(root),
+    )
 }

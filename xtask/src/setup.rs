@@ -1,6 +1,6 @@
 //! The pinned native libraries under `.native/`.
 
-use std::env::consts::OS;
+use std::env::consts::{ARCH, OS};
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::Command;
@@ -13,6 +13,10 @@ use crate::command::run;
 const ONNXRUNTIME: &str = "1.32.0";
 /// Pinned version of the Python package onnx, with which the tests check exported graphs.
 const ONNX: &str = "1.23.2";
+/// Pinned version of the libraries of TensorRT for RTX.
+const TENSORRT: &str = "1.7.1.116";
+/// Pinned version of libclang, with which the crate trtx reads TensorRT's headers: newer than 21 cannot.
+const LIBCLANG: &str = "18.1.1";
 /// The file in an installed folder that names the version standing there.
 const STAMP: &str = "VERSION";
 
@@ -33,7 +37,23 @@ pub fn setup(root: &Path) -> Result<()> {
     install("onnxruntime", ONNXRUNTIME, &native.join("onnxruntime"), |partial| unpack_onnxruntime(&library, partial))
         .context(by_hand)?;
     install("onnx", ONNX, &native.join("python"), |partial| pip_install(&format!("onnx=={ONNX}"), partial, &[]))
-        .context("the Python package onnx, needed by the tests only, is not installed")
+        .context("the Python package onnx, needed by the tests only, is not installed")?;
+    if !has_tensorrt() {
+        println!("TensorRT is left out: NVIDIA's libraries are for linux on x86_64, this is {OS} on {ARCH}");
+        return Ok(());
+    }
+    install("tensorrt-rtx", TENSORRT, &native.join("tensorrt"), unpack_tensorrt)?;
+    install("libclang", LIBCLANG, &native.join("libclang"), unpack_libclang)
+}
+
+/// What `cargo` is told to build with, so that everything that was installed is used.
+pub fn features() -> &'static [&'static str] {
+    if has_tensorrt() { &["--features", "eqim-export/tensorrt"] } else { &[] }
+}
+
+/// Whether TensorRT's libraries exist for this system.
+fn has_tensorrt() -> bool {
+    OS == "linux" && ARCH == "x86_64"
 }
 
 /// The file name of the ONNX Runtime library on this system.
@@ -80,6 +100,42 @@ fn unpack_onnxruntime(library: &str, folder: &Path) -> Result<()> {
         rename(&package.join(licence), &folder.join(licence))?;
     }
     remove(&wheel)
+}
+
+/// Puts the libraries of TensorRT for RTX in `folder`.
+fn unpack_tensorrt(folder: &Path) -> Result<()> {
+    let wheel = folder.join("wheel");
+    pip_install(&format!("tensorrt-rtx-cu12-libs=={TENSORRT}"), &wheel, &["--no-deps"])?;
+    for library in ["libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"] {
+        rename(&wheel.join("tensorrt_rtx_libs").join(library), &folder.join(library))?;
+    }
+    remove(&wheel)
+}
+
+/// Puts libclang in `folder`, and beside it the compiler's own headers, which its package lacks:
+/// `.cargo/config.toml` names both.
+fn unpack_libclang(folder: &Path) -> Result<()> {
+    let wheel = folder.join("wheel");
+    pip_install(&format!("libclang=={LIBCLANG}"), &wheel, &["--no-deps"])?;
+    rename(&wheel.join("clang/native/libclang.so"), &folder.join("libclang.so"))?;
+    remove(&wheel)?;
+    let printed = Command::new("gcc").arg("-print-file-name=include").output();
+    let printed = printed.context("gcc could not be started: install the Debian package build-essential")?;
+    let headers = String::from_utf8_lossy(&printed.stdout).trim().to_string();
+    if !Path::new(&headers).join("stddef.h").is_file() {
+        bail!("gcc has no headers in {headers:?}: install the Debian package build-essential");
+    }
+    link(Path::new(&headers), &folder.join("include"))
+}
+
+#[cfg(unix)]
+fn link(from: &Path, to: &Path) -> Result<()> {
+    std::os::unix::fs::symlink(from, to).with_context(|| format!("{} could not be linked", to.display()))
+}
+
+#[cfg(not(unix))]
+fn link(from: &Path, _to: &Path) -> Result<()> {
+    bail!("{} cannot be linked on {OS}", from.display())
 }
 
 /// Installs a Python package in `folder`, away from the system's own.
