@@ -2,6 +2,7 @@
 
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4};
 
+use crate::generate::{self, Rollout, Times};
 use crate::{Config, Result};
 
 /// A model that is ready to run: its weights are loaded. What one image needs beside them is a [`Session`].
@@ -45,6 +46,15 @@ pub trait Engine {
     /// # Errors
     /// When the backend fails.
     fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>>;
+
+    /// Generates all tokens of a batch, `[B, N, E]`, the prefix included. `progress` is told the number of tokens known
+    /// so far. An engine on a device overrides this to keep everything there.
+    ///
+    /// # Errors
+    /// When the backend fails, or a token is not finite.
+    fn rollout(&self, rollout: &Rollout, progress: &mut dyn FnMut(usize)) -> Result<(Array3<f32>, Times)> {
+        generate::token_by_token(self, rollout, progress)
+    }
 }
 
 /// A batch on its way: the keys and values of its last tokens and of its classes.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ndarray::{Array2, Array3, Axis, concatenate, s};
+use ndarray::{Array2, Array3, ArrayView2, Axis, concatenate, s};
 
 use crate::engine::Engine;
 use crate::random::TorchRng;
@@ -66,6 +66,19 @@ pub struct Times {
     pub step: Duration,
     /// The flow head, all tokens.
     pub flow: Duration,
+    /// What a GPU tells beside; the stages' times are then its own.
+    pub device: Option<DeviceTimes>,
+}
+
+/// Time around the work of a GPU, as trtexec names it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DeviceTimes {
+    /// The host's, handing work to the GPU.
+    pub enqueue: Duration,
+    /// The GPU's, copying from the host.
+    pub host_to_device: Duration,
+    /// The GPU's, copying to the host.
+    pub device_to_host: Duration,
 }
 
 /// Most Euler steps that a run may ask for.
@@ -144,62 +157,125 @@ pub fn timesteps(steps: usize) -> Vec<f32> {
     (0..=steps).rev().map(|i| i as f32 / steps as f32).collect()
 }
 
+/// A batch on its way into an engine: checked, and everything random drawn.
+#[derive(Clone, Debug)]
+pub struct Rollout {
+    /// One label a row: those of the B images, and with guidance as many unconditional ones after them.
+    pub labels: Vec<i64>,
+    /// Length in tokens, the prefix included.
+    pub tokens: usize,
+    /// Tokens that are given, `[B, n, E]`, n from 0.
+    pub prefix: Array3<f32>,
+    /// What tokens are sampled from, `[B, N - n, E]`.
+    pub noise: Array3<f32>,
+    /// Guidance of each token, `[N]`.
+    pub guidance: Vec<f32>,
+    /// From 1 down to 0.
+    pub timesteps: Vec<f32>,
+}
+
+impl Rollout {
+    fn new(config: &Config, request: &Request) -> Result<Self> {
+        let (batch, embed) = (request.labels.len(), config.generator.embed);
+        let unconditional = config.generator.unconditional();
+        let mut labels: Vec<i64> = request.labels.iter().map(|label| label.unwrap_or(unconditional) as i64).collect();
+        if request.cfg != 1.0 {
+            labels.extend(vec![unconditional as i64; batch]);
+        }
+        let noise = match &request.noise {
+            Noise::Given(noise) => noise.clone(),
+            Noise::Seed(seed) => {
+                let mut random = TorchRng::new(*seed);
+                let mut noise = Array3::zeros((batch, request.tokens - request.prefix_tokens(), embed));
+                for mut draw in noise.axis_iter_mut(Axis(1)) {
+                    let values = Array2::from_shape_vec((batch, embed), random.randn(batch * embed));
+                    draw.assign(&values.map_err(|error| Error::run("noise", error))?);
+                }
+                noise
+            }
+        };
+        Ok(Self {
+            labels,
+            tokens: request.tokens,
+            prefix: request.prefix.clone().unwrap_or_else(|| Array3::zeros((batch, 0, embed))),
+            noise,
+            guidance: (0..request.tokens).map(|index| request.guidance(index)).collect(),
+            timesteps: timesteps(request.steps),
+        })
+    }
+
+    /// Images of the batch.
+    pub fn batch(&self) -> usize {
+        self.noise.dim().0
+    }
+
+    /// Whether every image has an unconditional row too.
+    pub fn guided(&self) -> bool {
+        self.labels.len() > self.batch()
+    }
+
+    /// Tokens that are given.
+    pub fn given(&self) -> usize {
+        self.prefix.dim().1
+    }
+}
+
 /// Generates a batch of token rows. `progress` is told the number of tokens known so far, prefix included.
 ///
 /// # Errors
 /// [`Error::Input`] for a request that does not fit the model; whatever the engine fails with.
 pub fn generate(engine: &dyn Engine, request: &Request, mut progress: impl FnMut(usize)) -> Result<Generated> {
     request.check(engine.config())?;
-    let (rows, embed) = (request.labels.len(), engine.config().generator.embed);
-    let guided = request.cfg != 1.0;
-    let unconditional = engine.config().generator.unconditional();
-    let mut labels: Vec<i64> = request.labels.iter().map(|label| label.unwrap_or(unconditional) as i64).collect();
-    if guided {
-        labels.extend(vec![unconditional as i64; rows]);
-    }
-    let timesteps = timesteps(request.steps);
-    let given = request.prefix_tokens();
-    let mut random = match &request.noise {
-        Noise::Seed(seed) => Some(TorchRng::new(*seed)),
-        Noise::Given(_) => None,
-    };
-    let mut tokens = Array3::zeros((rows, request.tokens, embed));
-    let mut noise = Array3::zeros((rows, request.tokens - given, embed));
-    if let Some(prefix) = &request.prefix {
-        tokens.slice_mut(s![.., ..given, ..]).assign(prefix);
-    }
-    if let Noise::Given(given) = &request.noise {
-        noise.assign(given);
-    }
+    let rollout = Rollout::new(engine.config(), request)?;
+    let (tokens, times) = engine.rollout(&rollout, &mut progress)?;
+    Ok(Generated { tokens, noise: rollout.noise, times })
+}
 
+/// A rollout by an engine's [`start`](Engine::start), [`step`](crate::engine::Session::step) and
+/// [`sample`](Engine::sample).
+///
+/// # Errors
+/// Whatever the engine fails with; [`Error::Run`] for a token that is not finite.
+pub fn token_by_token<E: Engine + ?Sized>(
+    engine: &E,
+    rollout: &Rollout,
+    progress: &mut dyn FnMut(usize),
+) -> Result<(Array3<f32>, Times)> {
+    let (batch, given) = (rollout.batch(), rollout.given());
+    let mut tokens = Array3::zeros((batch, rollout.tokens, engine.config().generator.embed));
+    tokens.slice_mut(s![.., ..given, ..]).assign(&rollout.prefix);
     let mut times = Times::default();
-    let (mut session, mut z) = timed(&mut times.prefill, || engine.start(&labels))?;
-    for index in 0..request.tokens {
+    let (mut session, mut z) = timed(&mut times.prefill, || engine.start(&rollout.labels))?;
+    for index in 0..rollout.tokens {
         if index > 0 {
             let last = tokens.index_axis(Axis(1), index - 1);
-            let both = if guided { concatenate![Axis(0), last, last] } else { last.to_owned() };
-            let positions = vec![index as i64 - 1; labels.len()];
-            z = timed(&mut times.step, || session.step(both.view(), &positions))?;
+            let rows = if rollout.guided() { concatenate![Axis(0), last, last] } else { last.to_owned() };
+            let positions = vec![index as i64 - 1; rollout.labels.len()];
+            z = timed(&mut times.step, || session.step(rows.view(), &positions))?;
         }
         if index < given {
             continue;
         }
-        let mut draw = noise.index_axis_mut(Axis(1), index - given);
-        if let Some(random) = &mut random {
-            let values = random.randn(rows * embed);
-            draw.assign(&Array2::from_shape_vec((rows, embed), values).map_err(|error| Error::run("noise", error))?);
-        }
-        let guidance = vec![request.guidance(index); rows];
-        let token = timed(&mut times.flow, || engine.sample(z.view(), draw.view(), &guidance, &timesteps))?;
-        if token.iter().any(|value| !value.is_finite()) {
-            let problem =
-                format!("token {index} is not finite: weights or precision do not fit this cfg and step count");
-            return Err(Error::run(engine.name(), problem));
-        }
+        let noise = rollout.noise.index_axis(Axis(1), index - given);
+        let guidance = vec![rollout.guidance[index]; batch];
+        let token = timed(&mut times.flow, || engine.sample(z.view(), noise, &guidance, &rollout.timesteps))?;
+        check_finite(engine.name(), index, token.view())?;
         tokens.index_axis_mut(Axis(1), index).assign(&token);
         progress(index + 1);
     }
-    Ok(Generated { tokens, noise, times })
+    Ok((tokens, times))
+}
+
+/// Checks token `index`, `[B, E]`.
+///
+/// # Errors
+/// [`Error::Run`] when a value is not finite.
+pub fn check_finite(engine: &str, index: usize, token: ArrayView2<f32>) -> Result<()> {
+    if token.iter().all(|value| value.is_finite()) {
+        return Ok(());
+    }
+    let problem = format!("token {index} is not finite: weights or precision do not fit this cfg and step count");
+    Err(Error::run(engine, problem))
 }
 
 /// Runs `work` and adds the time it took.

@@ -1,5 +1,7 @@
 //! TensorRT: engines that were built ahead of time, and the runtime that drives them.
 
+mod device;
+mod engine;
 #[cfg(feature = "tensorrt")]
 #[cfg_attr(feature = "tensorrt-enterprise", path = "enterprise.rs")]
 #[cfg_attr(not(feature = "tensorrt-enterprise"), path = "rtx.rs")]
@@ -9,5 +11,7 @@ pub mod library;
 mod sidecar;
 mod target;
 
+pub use device::{ALIGNMENT, Address, Binding, Device};
+pub use engine::TrtEngine;
 pub use sidecar::{EngineRecord, EngineSet, FOLDER, Layers, Profile, SIDECAR_FILE, SIDECAR_FORMAT, file_name};
 pub use target::Target;

@@ -1,0 +1,471 @@
+//! The generation loop on a device: weights, caches, conditions and the ODE's state never leave it.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::mem::take;
+use std::time::Instant;
+
+use eqim::engine::{Engine, Session};
+use eqim::generate::{Rollout, Times, check_finite};
+use eqim::model::{Axis, BATCH, Port, Stage};
+use eqim::{Config, Error, Result};
+use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, Axis as ArrayAxis, Dimension, s};
+
+use super::device::{ALIGNMENT, Address, Binding, Device};
+use super::{EngineSet, Profile};
+
+/// The engines of a bundle on a device.
+pub struct TrtEngine<D: Device> {
+    // Contexts are dropped before the device that they run on.
+    contexts: [RefCell<Option<D::Context>>; Stage::ALL.len()],
+    spans: RefCell<Vec<Span<D::Event>>>,
+    times: RefCell<Times>,
+    device: D,
+    config: Config,
+    profiles: [BTreeMap<String, Profile>; Stage::ALL.len()],
+    cache_bytes: usize,
+    name: String,
+}
+
+/// Work between two events.
+struct Span<E> {
+    work: Work,
+    from: E,
+    to: E,
+}
+
+#[derive(Clone, Copy)]
+enum Work {
+    Upload,
+    Download,
+    Copy,
+    Run(Stage),
+}
+
+/// Device memory.
+struct Buffer<D: Device> {
+    _memory: D::Memory,
+    address: Address,
+    bytes: usize,
+}
+
+/// Values side by side in one piece of memory, each at an aligned place.
+#[derive(Default)]
+struct Arena(Vec<u8>);
+
+impl Arena {
+    /// Appends values; gives their place.
+    fn push(&mut self, bytes: impl IntoIterator<Item = u8>) -> u64 {
+        self.0.resize(aligned(self.0.len()), 0);
+        let place = self.0.len();
+        self.0.extend(bytes);
+        place as u64
+    }
+}
+
+fn aligned(bytes: usize) -> usize {
+    bytes.next_multiple_of(ALIGNMENT)
+}
+
+fn float_bytes<'a>(values: impl IntoIterator<Item = &'a f32>) -> Vec<u8> {
+    values.into_iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+fn integer_bytes(values: &[i64]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])).collect()
+}
+
+impl<D: Device> TrtEngine<D> {
+    /// Loads the engines of a set; the encoder's when it is first used, since few runs need it.
+    ///
+    /// # Errors
+    /// Those of loading.
+    pub fn new(device: D, set: &EngineSet) -> Result<Self> {
+        let record = |stage: Stage| {
+            let missing = || Error::run(stage.name(), "has no engine");
+            set.engines.get(stage.name()).ok_or_else(missing)
+        };
+        let mut profiles: [BTreeMap<String, Profile>; Stage::ALL.len()] = Default::default();
+        for stage in Stage::ALL {
+            profiles[stage as usize] = record(stage)?.profiles.clone();
+        }
+        let engine = Self {
+            contexts: Default::default(),
+            spans: RefCell::default(),
+            times: RefCell::default(),
+            name: format!("{} on {}", set.tensorrt, device.name()),
+            device,
+            config: set.model.clone(),
+            profiles,
+            cache_bytes: record(Stage::Step)?.precision.dtype().bitsize() / 8,
+        };
+        for stage in [Stage::Prefill, Stage::Step, Stage::Flow, Stage::Decode] {
+            *engine.contexts[stage as usize].borrow_mut() = Some(engine.device.load(stage)?);
+        }
+        Ok(engine)
+    }
+
+    /// Memory for at least one value, zeroed.
+    fn allocate(&self, bytes: usize) -> Result<Buffer<D>> {
+        let (memory, address) = self.device.allocate(aligned(bytes.max(1)))?;
+        Ok(Buffer { _memory: memory, address, bytes })
+    }
+
+    /// Hands work to the device between two events.
+    fn spanned<T>(&self, work: Work, hand_over: impl FnOnce(&D) -> Result<T>) -> Result<T> {
+        let from = self.device.mark()?;
+        let start = Instant::now();
+        let result = hand_over(&self.device)?;
+        if matches!(work, Work::Run(_)) {
+            self.times.borrow_mut().device.get_or_insert_default().enqueue += start.elapsed();
+        }
+        let to = self.device.mark()?;
+        self.spans.borrow_mut().push(Span { work, from, to });
+        Ok(result)
+    }
+
+    fn upload(&self, bytes: &[u8], to: Address) -> Result<()> {
+        self.spanned(Work::Upload, |device| device.upload(bytes, to))
+    }
+
+    fn uploaded(&self, bytes: &[u8]) -> Result<Buffer<D>> {
+        let buffer = self.allocate(bytes.len())?;
+        self.upload(bytes, buffer.address)?;
+        Ok(buffer)
+    }
+
+    fn downloaded(&self, buffer: &Buffer<D>) -> Result<Vec<f32>> {
+        let mut bytes = vec![0; buffer.bytes];
+        self.spanned(Work::Download, |device| device.download(buffer.address, &mut bytes))?;
+        Ok(floats(&bytes))
+    }
+
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
+        self.spanned(Work::Copy, |device| device.copy(from, to, bytes))
+    }
+
+    /// Adds up spans that have passed.
+    fn settle(&self, spans: Vec<Span<D::Event>>) -> Result<()> {
+        let Some(last) = spans.last() else { return Ok(()) };
+        self.device.wait(&last.to)?;
+        for span in &spans {
+            let time = self.device.elapsed(&span.from, &span.to)?;
+            let mut times = self.times.borrow_mut();
+            let device = times.device.get_or_insert_default();
+            match span.work {
+                Work::Upload => device.host_to_device += time,
+                Work::Download => device.device_to_host += time,
+                Work::Run(Stage::Prefill) => times.prefill += time,
+                Work::Run(Stage::Step) => times.step += time,
+                Work::Run(Stage::Flow) => times.flow += time,
+                // The caller times these as a whole.
+                Work::Copy | Work::Run(Stage::Decode | Stage::Encode) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Forgets what a run before left behind, one that failed in the middle included.
+    fn forget(&self) {
+        self.spans.borrow_mut().clear();
+        self.times.take();
+    }
+
+    /// Runs a stage on buffers in the order of its inputs and outputs, for sizes of axes by name.
+    fn run(&self, stage: Stage, sizes: &dyn Fn(&str) -> usize, inputs: &[Address], outputs: &[Address]) -> Result<()> {
+        let ports = stage.inputs(&self.config);
+        let input = |(port, &address): (&Port, &Address)| Binding {
+            name: port.name.clone(),
+            shape: Some(shape(port, sizes)),
+            address,
+        };
+        let mut bindings: Vec<Binding> = ports.iter().zip(inputs).map(input).collect();
+        let output = |(port, &address): (Port, &Address)| Binding { name: port.name, shape: None, address };
+        bindings.extend(stage.outputs(&self.config).into_iter().zip(outputs).map(output));
+        let mut context = self.contexts[stage as usize].borrow_mut();
+        if context.is_none() {
+            *context = Some(self.device.load(stage)?);
+        }
+        let Some(context) = context.as_mut() else { return Err(Error::run(stage.name(), "has no engine")) };
+        self.spanned(Work::Run(stage), |device| device.enqueue(context, &bindings))
+    }
+
+    /// Checks the shapes of a stage's inputs against its profile, before anything runs.
+    fn check(&self, stage: Stage, sizes: &dyn Fn(&str) -> usize) -> Result<()> {
+        for port in stage.inputs(&self.config) {
+            let Some(profile) = self.profiles[stage as usize].get(&port.name) else { continue };
+            let asked = shape(&port, sizes);
+            let within =
+                asked.iter().zip(profile.min.iter().zip(&profile.max)).all(|(n, (min, max))| (min..=max).contains(&n));
+            if !within {
+                let problem = format!(
+                    "of {} takes {} from {:?} to {:?}, and this run needs {asked:?}: build the engines again with \
+                     eqim-export trt and other --max-batch, --max-tokens or --minShapes and --maxShapes",
+                    stage.name(),
+                    port.name,
+                    profile.min,
+                    profile.max
+                );
+                return Err(Error::input("the engine", problem));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_rollout(&self, rows: usize, batch: usize, times: usize) -> Result<()> {
+        self.check(Stage::Prefill, &|_| rows)?;
+        self.check(Stage::Step, &|_| rows)?;
+        self.check(Stage::Flow, &flow_sizes(rows, batch, times))
+    }
+
+    /// A stage of one input and one output, from the host and back.
+    fn through<I: Dimension>(
+        &self,
+        stage: Stage,
+        input: ndarray::ArrayView<f32, I>,
+        sizes: &dyn Fn(&str) -> usize,
+        output: usize,
+    ) -> Result<Vec<f32>> {
+        self.forget();
+        self.check(stage, sizes)?;
+        let input = self.uploaded(&float_bytes(&input))?;
+        let output = self.allocate(4 * output)?;
+        self.run(stage, sizes, &[input.address], &[output.address])?;
+        self.downloaded(&output)
+    }
+
+    /// The device's times of what ran since the last call.
+    fn taken(&self) -> Result<Times> {
+        let spans = take(&mut *self.spans.borrow_mut());
+        self.settle(spans)?;
+        Ok(self.times.take())
+    }
+}
+
+/// Sizes of a port's axes.
+fn shape(port: &Port, sizes: &dyn Fn(&str) -> usize) -> Vec<i64> {
+    port.shape.iter().map(|axis: &Axis| axis.size(sizes) as i64).collect()
+}
+
+fn flow_sizes(rows: usize, batch: usize, times: usize) -> impl Fn(&str) -> usize {
+    move |name| match name {
+        BATCH => batch,
+        "rows" => rows,
+        _ => times,
+    }
+}
+
+/// A batch's keys and values on the device.
+struct Caches<'a, D: Device> {
+    engine: &'a TrtEngine<D>,
+    rows: usize,
+    /// Condition of the next token, `[rows, D]`.
+    z: Buffer<D>,
+    cross: Vec<Buffer<D>>,
+    /// Keys and values of the last tokens, and room for the next ones: they change places at every step.
+    past: Vec<Buffer<D>>,
+    present: Vec<Buffer<D>>,
+    /// What a step reads, always at the same place.
+    token: Buffer<D>,
+    position: Buffer<D>,
+}
+
+impl<'a, D: Device> Caches<'a, D> {
+    /// Runs the prefill on labels `[rows]` that are on the device.
+    fn new(engine: &'a TrtEngine<D>, labels: Address, rows: usize) -> Result<Self> {
+        let generator = &engine.config.generator;
+        let cache = |length: usize| -> Result<Vec<Buffer<D>>> {
+            let bytes = rows * generator.heads * length * generator.head_dim() * engine.cache_bytes;
+            (0..2 * generator.depth).map(|_| engine.allocate(bytes)).collect()
+        };
+        let caches = Self {
+            engine,
+            rows,
+            z: engine.allocate(4 * rows * generator.dim)?,
+            cross: cache(generator.buffer)?,
+            past: cache(generator.window)?,
+            present: cache(generator.window)?,
+            token: engine.allocate(4 * rows * generator.embed)?,
+            position: engine.allocate(8 * rows)?,
+        };
+        let outputs: Vec<Address> = [&caches.z].into_iter().chain(&caches.cross).map(|buffer| buffer.address).collect();
+        engine.run(Stage::Prefill, &|_| rows, &[labels], &outputs)?;
+        Ok(caches)
+    }
+
+    /// One step on what stands in `token` and `position`.
+    fn step(&mut self) -> Result<()> {
+        let inputs = [&self.token, &self.position].into_iter().chain(&self.past).chain(&self.cross);
+        let inputs: Vec<Address> = inputs.map(|buffer| buffer.address).collect();
+        let outputs: Vec<Address> = [&self.z].into_iter().chain(&self.present).map(|buffer| buffer.address).collect();
+        self.engine.run(Stage::Step, &|_| self.rows, &inputs, &outputs)?;
+        std::mem::swap(&mut self.past, &mut self.present);
+        Ok(())
+    }
+
+    fn download_z(&self) -> Result<Array2<f32>> {
+        let values = self.engine.downloaded(&self.z)?;
+        Array2::from_shape_vec((self.rows, self.engine.config.generator.dim), values)
+            .map_err(|error| Error::run("z", error))
+    }
+}
+
+impl<D: Device> Session for Caches<'_, D> {
+    fn step(&mut self, tokens: ArrayView2<f32>, positions: &[i64]) -> Result<Array2<f32>> {
+        self.engine.upload(&float_bytes(&tokens), self.token.address)?;
+        self.engine.upload(&integer_bytes(positions), self.position.address)?;
+        Caches::step(self)?;
+        self.download_z()
+    }
+}
+
+impl<D: Device> Engine for TrtEngine<D> {
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn start(&self, labels: &[i64]) -> Result<(Box<dyn Session + '_>, Array2<f32>)> {
+        self.forget();
+        let rows = labels.len();
+        self.check(Stage::Prefill, &|_| rows)?;
+        self.check(Stage::Step, &|_| rows)?;
+        let labels = self.uploaded(&integer_bytes(labels))?;
+        let caches = Caches::new(self, labels.address, rows)?;
+        let z = caches.download_z()?;
+        Ok((Box::new(caches), z))
+    }
+
+    fn sample(
+        &self,
+        z: ArrayView2<f32>,
+        noise: ArrayView2<f32>,
+        guidance: &[f32],
+        timesteps: &[f32],
+    ) -> Result<Array2<f32>> {
+        self.forget();
+        let sizes = flow_sizes(z.dim().0, noise.dim().0, timesteps.len());
+        self.check(Stage::Flow, &sizes)?;
+        let mut arena = Arena::default();
+        let places = [float_bytes(&z), float_bytes(&noise), float_bytes(guidance), float_bytes(timesteps)]
+            .map(|bytes| arena.push(bytes));
+        let inputs = self.uploaded(&arena.0)?;
+        let token = self.allocate(4 * noise.len())?;
+        self.run(Stage::Flow, &sizes, &places.map(|place| inputs.address + place), &[token.address])?;
+        Array2::from_shape_vec(noise.dim(), self.downloaded(&token)?).map_err(|error| Error::run("token", error))
+    }
+
+    fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>> {
+        let (batch, tokens, _) = latents.dim();
+        let (width, height) = self.config.image_size(tokens);
+        let sizes = |name: &str| if name == BATCH { batch } else { tokens };
+        let values = self.through(Stage::Decode, latents, &sizes, batch * 3 * height * width)?;
+        Array4::from_shape_vec((batch, 3, height, width), values).map_err(|error| Error::run("image", error))
+    }
+
+    fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>> {
+        let (batch, _, _, width) = images.dim();
+        let (tokens, embed) = (width / self.config.tokenizer.token_width(), self.config.generator.embed);
+        let sizes = |name: &str| if name == BATCH { batch } else { width };
+        let values = self.through(Stage::Encode, images, &sizes, batch * tokens * embed)?;
+        Array3::from_shape_vec((batch, tokens, embed), values).map_err(|error| Error::run("latent", error))
+    }
+
+    /// One upload, one download, and between them nothing but work handed over: a token is waited for only when the
+    /// next one is on its way.
+    fn rollout(&self, rollout: &Rollout, progress: &mut dyn FnMut(usize)) -> Result<(Array3<f32>, Times)> {
+        self.forget();
+        let (rows, batch, times) = (rollout.labels.len(), rollout.batch(), rollout.timesteps.len());
+        self.check_rollout(rows, batch, times)?;
+        let placed = Placed::new(rollout);
+        let inputs = self.uploaded(&placed.arena.0)?;
+        let at = |place: u64| inputs.address + place;
+        let bytes = 4 * batch * self.config.generator.embed;
+        let slot = aligned(bytes);
+        let tokens = self.allocate(rollout.tokens * slot)?;
+        let sizes = flow_sizes(rows, batch, times);
+
+        let mut caches = Caches::new(self, at(placed.labels), rows)?;
+        let mut before = vec![];
+        for index in 0..rollout.tokens {
+            let here = tokens.address + (index * slot) as u64;
+            if index > 0 {
+                for stream in 0..rows / batch {
+                    self.copy(here - slot as u64, caches.token.address + (stream * bytes) as u64, bytes)?;
+                }
+                self.copy(at(placed.positions[index - 1]), caches.position.address, 8 * rows)?;
+                caches.step()?;
+            }
+            if index < rollout.given() {
+                self.copy(at(placed.prefix[index]), here, bytes)?;
+                continue;
+            }
+            let inputs = [
+                caches.z.address,
+                at(placed.noise[index - rollout.given()]),
+                at(placed.guidance[index]),
+                at(placed.timesteps),
+            ];
+            self.run(Stage::Flow, &sizes, &inputs, &[here])?;
+            if !before.is_empty() {
+                self.settle(take(&mut before))?;
+                progress(index);
+            }
+            before = take(&mut *self.spans.borrow_mut());
+        }
+        self.settle(before)?;
+        progress(rollout.tokens);
+        let values = self.downloaded(&tokens)?;
+        let times = self.taken()?;
+        Ok((self.gathered(rollout, &values, slot / 4)?, times))
+    }
+}
+
+impl<D: Device> TrtEngine<D> {
+    /// Tokens `[B, N, E]` from slots of `slot` values, `[B, E]` each.
+    fn gathered(&self, rollout: &Rollout, values: &[f32], slot: usize) -> Result<Array3<f32>> {
+        let (batch, embed) = (rollout.batch(), self.config.generator.embed);
+        let mut tokens = Array3::zeros((batch, rollout.tokens, embed));
+        for (index, slot) in values.chunks_exact(slot).enumerate() {
+            let token = ArrayView2::from_shape((batch, embed), &slot[..batch * embed]);
+            let token = token.map_err(|error| Error::run("token", error))?;
+            check_finite(&self.name, index, token)?;
+            tokens.index_axis_mut(ArrayAxis(1), index).assign(&token);
+        }
+        Ok(tokens)
+    }
+}
+
+/// Everything that a rollout reads, and where it is.
+struct Placed {
+    arena: Arena,
+    labels: u64,
+    timesteps: u64,
+    positions: Vec<u64>,
+    guidance: Vec<u64>,
+    noise: Vec<u64>,
+    prefix: Vec<u64>,
+}
+
+impl Placed {
+    fn new(rollout: &Rollout) -> Self {
+        let (rows, batch) = (rollout.labels.len(), rollout.batch());
+        let mut arena = Arena::default();
+        let labels = arena.push(integer_bytes(&rollout.labels));
+        let timesteps = arena.push(float_bytes(&rollout.timesteps));
+        let positions = (0..rollout.tokens).map(|index| arena.push(integer_bytes(&vec![index as i64; rows]))).collect();
+        let guidance = rollout.guidance.iter().map(|&value| arena.push(float_bytes(&vec![value; batch]))).collect();
+        let mut slices = |array: &Array3<f32>| -> Vec<u64> {
+            (0..array.dim().1).map(|index| arena.push(float_bytes(&array.slice(s![.., index, ..])))).collect()
+        };
+        let (noise, prefix) = (slices(&rollout.noise), slices(&rollout.prefix));
+        Self { arena, labels, timesteps, positions, guidance, noise, prefix }
+    }
+}
