@@ -139,8 +139,8 @@ impl FileRecord {
             return Err(Error::input(
                 folder.join(&self.file).display(),
                 format!(
-                    "is not the file that was exported ({} bytes, sha256 {}…; {CONFIG_FILE} says {} bytes, {}…): \
-                     export the bundle again",
+                    "is not the file that was exported ({} bytes, sha256 {}…; its description says {} bytes, {}…): \
+                     run eqim-export again",
                     found.bytes,
                     &found.sha256[..12],
                     self.bytes,

@@ -8,4 +8,4 @@ mod open;
 pub mod run;
 pub mod trt;
 
-pub use open::{Backend, open};
+pub use open::{Backend, Options, open};

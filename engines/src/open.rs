@@ -8,34 +8,76 @@ use eqim::{Error, Result, checkpoint};
 use crate::bundle::Bundle;
 use crate::native;
 use crate::onnxruntime::OrtEngine;
+use crate::trt::{self, EngineSet};
 
 /// What runs a bundle.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Backend {
-    /// ONNX Runtime where its library is found, else Candle, and says which.
+    /// TensorRT where the bundle has engines and a GPU is here, else ONNX Runtime where its library is found, else
+    /// Candle; says which.
     #[default]
     Auto,
+    /// TensorRT, on the engines that eqim-export trt built.
+    Trt,
     /// ONNX Runtime.
     Ort,
     /// Candle, without any native library.
     Candle,
 }
 
-/// Prepares an engine for a bundle. `threads` limits ONNX Runtime's; by default it takes every core.
+/// How a bundle is run.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// What runs it.
+    pub backend: Backend,
+    /// Most threads of ONNX Runtime; by default it takes every core.
+    pub threads: Option<usize>,
+    /// Whether TensorRT captures the step as a CUDA graph.
+    pub cuda_graph: bool,
+}
+
+/// Prepares an engine for a bundle.
 ///
 /// # Errors
-/// [`Error::Input`] for weights that do not fit; [`Error::Run`] when ONNX Runtime was asked for and is not found.
-pub fn open(bundle: &Bundle, backend: Backend, threads: Option<usize>) -> Result<Box<dyn Engine>> {
-    if backend == Backend::Candle {
-        return candle(bundle, threads);
-    }
-    match (backend, native::find_onnxruntime()) {
-        (_, Ok(library)) => Ok(Box::new(OrtEngine::new(bundle, &library, threads)?)),
-        (Backend::Auto, Err(problem)) => {
+/// [`Error::Input`] for weights that do not fit, or TensorRT engines that are missing or stale; [`Error::Run`] when
+/// what was asked for is not found.
+pub fn open(bundle: &Bundle, options: Options) -> Result<Box<dyn Engine>> {
+    match options.backend {
+        Backend::Trt => tensorrt(bundle, options.cuda_graph),
+        Backend::Ort => onnxruntime(bundle, options.threads)?.map_err(Error::Run),
+        Backend::Candle => candle(bundle, options.threads),
+        Backend::Auto if fit_for_tensorrt(bundle) => tensorrt(bundle, options.cuda_graph),
+        Backend::Auto => onnxruntime(bundle, options.threads)?.or_else(|problem| {
             tracing::warn!("{problem}; running on Candle, which is slower");
-            candle(bundle, threads)
-        }
-        (_, Err(problem)) => Err(Error::Run(problem)),
+            candle(bundle, options.threads)
+        }),
+    }
+}
+
+/// Whether TensorRT can run a bundle; says why not where engines were built for nothing.
+fn fit_for_tensorrt(bundle: &Bundle) -> bool {
+    let problem = match EngineSet::open(bundle) {
+        Ok(None) => return false,
+        Ok(Some(_)) => trt::ready().err(),
+        Err(error) => Some(error.to_string()),
+    };
+    if let Some(problem) = &problem {
+        tracing::warn!("the bundle's TensorRT engines are not used: {problem}");
+    }
+    problem.is_none()
+}
+
+fn tensorrt(bundle: &Bundle, cuda_graph: bool) -> Result<Box<dyn Engine>> {
+    let missing = || Error::input(bundle.folder.display(), "has no TensorRT engines: build them with eqim-export trt");
+    let set = EngineSet::open(bundle)?.ok_or_else(missing)?;
+    trt::open(bundle, &set, cuda_graph)
+}
+
+/// ONNX Runtime, or why it is not found.
+fn onnxruntime(bundle: &Bundle, threads: Option<usize>) -> Result<Result<Box<dyn Engine>, String>> {
+    match native::find_onnxruntime() {
+        Ok(library) => Ok(Ok(Box::new(OrtEngine::new(bundle, &library, threads)?))),
+        Err(problem) => Ok(Err(problem)),
     }
 }
 

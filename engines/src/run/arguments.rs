@@ -85,6 +85,9 @@ pub struct Arguments {
     /// Threads of ONNX Runtime [default: every core]
     #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
+    /// Capture the transformer's step as a CUDA graph
+    #[arg(long)]
+    pub cuda_graph: bool,
 
     /// Report as JSON on standard output, and nothing else there
     #[arg(long)]

@@ -16,6 +16,7 @@ use ndarray::{Axis, s};
 
 use crate::bundle::Bundle;
 use crate::cli::{self, Progress};
+use crate::{Backend, Options};
 use inputs::Prefix;
 use outputs::Outputs;
 use report::{Report, Seconds};
@@ -33,7 +34,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let prefix_tokens = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
 
     let (mut load, mut encoder, mut decoder) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
-    let engine = timed(&mut load, || crate::open(&bundle, arguments.backend, arguments.threads))?;
+    let engine = timed(&mut load, || crate::open(&bundle, options(arguments)?))?;
     let encoded = matches!(prefix, Some(Prefix::Picture(_)));
     if let Some(prefix) = prefix {
         request.prefix = Some(timed(&mut encoder, || prefix.encode(engine.as_ref(), request.labels.len()))?);
@@ -52,6 +53,14 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let seconds = Seconds::new(load, encoded.then_some(encoder), times, decoder);
     let report = Report::new(arguments, engine.as_ref(), &request, prefix_tokens, &outputs, seconds);
     cli::print(if arguments.json { report.json()? } else { report.table() })
+}
+
+fn options(arguments: &Arguments) -> Result<Options> {
+    let &Arguments { backend, threads, cuda_graph, .. } = arguments;
+    if cuda_graph && backend != Backend::Trt {
+        return Err(Error::input("--cuda-graph", "needs --backend trt: only a GPU captures graphs"));
+    }
+    Ok(Options { backend, threads, cuda_graph })
 }
 
 /// Decodes and writes image by image, so that the memory of one is enough.

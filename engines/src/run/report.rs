@@ -51,6 +51,18 @@ pub struct Seconds {
     decoder: f64,
     /// All but `load`.
     total: f64,
+    /// Where a GPU ran: the three stages above are then its own time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device: Option<Device>,
+}
+
+/// Seconds around the work of a GPU, generation only.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Device {
+    /// The host's, handing over work.
+    enqueue: f64,
+    host_to_device: f64,
+    device_to_host: f64,
 }
 
 impl Seconds {
@@ -65,6 +77,11 @@ impl Seconds {
             flow_sampler: times.flow.as_secs_f64(),
             decoder: decoder.as_secs_f64(),
             total: total.as_secs_f64(),
+            device: times.device.map(|device| Device {
+                enqueue: device.enqueue.as_secs_f64(),
+                host_to_device: device.host_to_device.as_secs_f64(),
+                device_to_host: device.device_to_host.as_secs_f64(),
+            }),
         }
     }
 }
@@ -125,6 +142,10 @@ impl Report {
             let _ = writeln!(text, "{name:<16} {calls:>7} {time:>11.3} {mean:>10.3} {share:>6.1}%");
         }
         let _ = writeln!(text, "{:<16} {:>7} {:>11.3}\n", "total", "", seconds.total);
+        if let Some(Device { enqueue, host_to_device, device_to_host }) = seconds.device {
+            let [enqueue, h2d, d2h] = [enqueue, host_to_device, device_to_host].map(|seconds| 1e3 * seconds);
+            let _ = writeln!(text, "GPU: enqueue {enqueue:.3} ms, H2D {h2d:.3} ms, D2H {d2h:.3} ms\n");
+        }
         let size = format!("{} × {} pixels", self.width, self.height);
         let _ = writeln!(text, "{images} × {size}: {:.3} images/s", self.images_per_second);
         let generated = images * (tokens - prefix_tokens);

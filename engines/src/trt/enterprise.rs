@@ -1,7 +1,9 @@
 //! Ordinary TensorRT, which builds for the GPU of the machine that it runs on.
 
+use std::path::Path;
+
 use eqim::{Error, Result};
-use trtx::BuilderConfig;
+use trtx::{BuilderConfig, CudaEngine, ExecutionContext};
 
 use super::Target;
 
@@ -29,4 +31,31 @@ pub fn set_targets(_config: &mut BuilderConfig, targets: &[Target]) -> Result<()
         [_] => Ok(()),
         _ => Err(Error::input("--target", "names several GPUs: ordinary TensorRT builds for the one of this machine")),
     }
+}
+
+/// Ordinary TensorRT compiles everything when it builds: there is nothing to keep.
+pub enum Cache {}
+
+/// A context that runs an engine.
+///
+/// # Errors
+/// TensorRT's; for CUDA graphs, which TensorRT for RTX alone captures by itself.
+pub fn execution(
+    engine: &mut CudaEngine<'static>,
+    _cache_file: &Path,
+    cuda_graph: bool,
+) -> trtx::Result<(ExecutionContext<'static>, Option<Cache>)> {
+    if cuda_graph {
+        let problem = "--cuda-graph is for TensorRT for RTX: ordinary TensorRT does not capture graphs by itself";
+        return Err(trtx::Error::InvalidArgument(problem.into()));
+    }
+    Ok((engine.create_execution_context()?, None))
+}
+
+/// Never called.
+///
+/// # Errors
+/// None.
+pub fn serialized(cache: &Cache) -> Result<Vec<u8>, String> {
+    match *cache {}
 }

@@ -1,5 +1,8 @@
 //! TensorRT: engines that were built ahead of time, and the runtime that drives them.
 
+#[cfg_attr(feature = "tensorrt", path = "enabled.rs")]
+#[cfg_attr(not(feature = "tensorrt"), path = "disabled.rs")]
+mod backend;
 mod device;
 mod engine;
 #[cfg(feature = "tensorrt")]
@@ -11,6 +14,7 @@ pub mod library;
 mod sidecar;
 mod target;
 
+pub use backend::{open, ready};
 pub use device::{ALIGNMENT, Address, Binding, Device};
 pub use engine::TrtEngine;
 pub use sidecar::{EngineRecord, EngineSet, FOLDER, Layers, Profile, SIDECAR_FILE, SIDECAR_FORMAT, file_name};

@@ -1,8 +1,12 @@
 //! What TensorRT for RTX has that ordinary TensorRT has not.
 
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+
 use eqim::{Error, Result};
-use trtx::BuilderConfig;
 use trtx::builder::ComputeCapability;
+use trtx::{BuilderConfig, CudaEngine, CudaGraphStrategy, ExecutionContext, RuntimeCache};
 
 use super::Target;
 
@@ -50,4 +54,40 @@ pub fn set_targets(config: &mut BuilderConfig, targets: &[Target]) -> Result<()>
         config.set_compute_capability(capability(*target)?, index as i32).map_err(failed)?;
     }
     Ok(())
+}
+
+/// What TensorRT compiles for the GPU when it first runs.
+pub type Cache = Arc<RuntimeCache>;
+
+/// A context that runs an engine, with what was compiled for it before, where that is still of use.
+///
+/// # Errors
+/// TensorRT's.
+pub fn execution(
+    engine: &mut CudaEngine<'static>,
+    cache_file: &Path,
+    cuda_graph: bool,
+) -> trtx::Result<(ExecutionContext<'static>, Option<Cache>)> {
+    let mut config = engine.create_runtime_config()?;
+    let cache = config.create_runtime_cache()?;
+    if let Ok(bytes) = std::fs::read(cache_file)
+        && cache.deserialize(&bytes).is_err()
+    {
+        tracing::warn!("{} is of another GPU or version: it will be written anew", cache_file.display());
+    }
+    let cache = Arc::new(cache);
+    config.set_runtime_cache(Arc::clone(&cache))?;
+    if cuda_graph {
+        config.set_cuda_graph_strategy(CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE)?;
+    }
+    let context = engine.create_execution_context_with_config(Rc::new(config))?;
+    Ok((context, Some(cache)))
+}
+
+/// The cache as it stands in a file.
+///
+/// # Errors
+/// A sentence.
+pub fn serialized(cache: &Cache) -> Result<Vec<u8>, String> {
+    cache.serialize().map(|bytes| bytes.to_vec()).map_err(|error| error.to_string())
 }

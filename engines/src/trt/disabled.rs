@@ -1,0 +1,26 @@
+//! This program was built without TensorRT.
+
+use eqim::engine::Engine;
+use eqim::{Error, Result};
+
+use super::EngineSet;
+use crate::bundle::Bundle;
+
+const MISSING: &str = "this program was built without TensorRT: build it with `cargo build --release --features \
+                       eqim-engines/tensorrt`, or run on --backend ort";
+
+/// Never ready.
+///
+/// # Errors
+/// Always, with a sentence.
+pub fn ready() -> Result<(), String> {
+    Err(MISSING.into())
+}
+
+/// Always an error.
+///
+/// # Errors
+/// Always.
+pub fn open(_bundle: &Bundle, _set: &EngineSet, _cuda_graph: bool) -> Result<Box<dyn Engine>> {
+    Err(Error::run("TensorRT", MISSING))
+}

@@ -1,0 +1,203 @@
+//! Engines on a GPU, through NVIDIA's driver and TensorRT's runtime.
+
+use std::cell::RefCell;
+use std::ffi::c_void;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys};
+use eqim::engine::Engine;
+use eqim::model::Stage;
+use eqim::{Error, Result, files};
+use trtx::trtx_sys::Dims64;
+use trtx::{CudaEngine, ExecutionContext, Runtime};
+
+use super::device::{Address, Binding, Device};
+use super::flavour::{self, Cache};
+use super::library::{self, Library};
+use super::{EngineSet, FOLDER, TrtEngine};
+use crate::bundle::Bundle;
+
+/// Whether a driver and a GPU are here.
+///
+/// # Errors
+/// A sentence.
+pub fn ready() -> Result<(), String> {
+    let advice = "TensorRT runs on NVIDIA GPUs only: install the driver, or run on --backend ort";
+    // SAFETY: loads the driver's library and unloads it, as any program that uses CUDA does.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(format!("no NVIDIA driver is here (libcuda cannot be loaded). {advice}"));
+    }
+    match CudaContext::device_count() {
+        Ok(1..) => Ok(()),
+        Ok(_) => Err(format!("the NVIDIA driver sees no GPU. {advice}")),
+        Err(error) => Err(format!("the NVIDIA driver does not start: {error}. {advice}")),
+    }
+}
+
+/// Loads a bundle's engines on the first GPU. `cuda_graph` captures runs of the step as CUDA graphs.
+///
+/// # Errors
+/// [`Error::Run`] without a library of the version that built the engines, a driver, or a GPU that they were built for;
+/// [`Error::Input`] for an engine that is not the one that was built.
+pub fn open(bundle: &Bundle, set: &EngineSet, cuda_graph: bool) -> Result<Box<dyn Engine>> {
+    let library = Library::load()?;
+    if library.version() != set.tensorrt {
+        let problem = format!(
+            "the engines were built by {}, and the library here is {}: install that version, or build the engines \
+             again with eqim-export trt",
+            set.tensorrt,
+            library.version()
+        );
+        return Err(Error::run("TensorRT", problem));
+    }
+    for engine in set.engines.values() {
+        engine.file.verify(&bundle.folder.join(FOLDER))?;
+    }
+    ready().map_err(|problem| Error::run("TensorRT", problem))?;
+    let gpu = Gpu::new(library, bundle, set, cuda_graph)?;
+    Ok(Box::new(TrtEngine::new(gpu, set)?))
+}
+
+fn failed(error: DriverError) -> Error {
+    Error::run("CUDA", error)
+}
+
+/// The first GPU, and one stream of it.
+struct Gpu {
+    name: String,
+    stream: Arc<CudaStream>,
+    context: Arc<CudaContext>,
+    library: &'static Library,
+    folder: PathBuf,
+    cuda_graph: bool,
+}
+
+/// An engine and what it needs, dropped in this order: each uses those after it.
+struct Loaded {
+    stage: Stage,
+    execution: ExecutionContext<'static>,
+    cache: Option<Cache>,
+    cache_file: PathBuf,
+    _engine: CudaEngine<'static>,
+    _runtime: RefCell<Runtime<'static>>,
+}
+
+impl Gpu {
+    fn new(library: &'static Library, bundle: &Bundle, set: &EngineSet, cuda_graph: bool) -> Result<Self> {
+        let context = CudaContext::new(0).map_err(failed)?;
+        let name = context.name().map_err(failed)?;
+        let (major, minor) = context.compute_capability().map_err(failed)?;
+        let capability = format!("sm{major}{minor}");
+        let targets: Vec<String> = set.targets.iter().map(ToString::to_string).collect();
+        if !targets.contains(&capability) {
+            let problem = format!(
+                "the engines were built for {}, and {name} is {capability}: build them again with eqim-export trt \
+                 --target {capability}",
+                targets.join(", ")
+            );
+            return Err(Error::run("TensorRT", problem));
+        }
+        let stream = context.new_stream().map_err(failed)?;
+        Ok(Self { name, stream, context, library, folder: bundle.folder.join(FOLDER), cuda_graph })
+    }
+}
+
+impl Device for Gpu {
+    type Memory = CudaSlice<u8>;
+    type Context = Loaded;
+    type Event = CudaEvent;
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<(CudaSlice<u8>, Address)> {
+        let memory = self.stream.alloc_zeros(bytes).map_err(failed)?;
+        let address = memory.device_ptr(&self.stream).0;
+        Ok((memory, address))
+    }
+
+    fn upload(&self, from: &[u8], to: Address) -> Result<()> {
+        self.context.bind_to_thread().map_err(failed)?;
+        // SAFETY: the caller's buffer at `to` is at least as long. The driver has read pageable memory, which `from`
+        // is, when it returns.
+        unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) }.map_err(failed)
+    }
+
+    fn download(&self, from: Address, to: &mut [u8]) -> Result<()> {
+        self.context.bind_to_thread().map_err(failed)?;
+        // SAFETY: the caller's buffer at `from` is at least as long, and `to` lives until the stream has passed.
+        unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.map_err(failed)?;
+        self.stream.synchronize().map_err(failed)
+    }
+
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
+        self.context.bind_to_thread().map_err(failed)?;
+        // SAFETY: both of the caller's buffers are at least as long, and freed in the stream's order.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }.map_err(failed)
+    }
+
+    fn load(&self, stage: Stage) -> Result<Loaded> {
+        let path = self.folder.join(super::file_name(stage));
+        let bytes = files::read(&path)?;
+        library::take_errors();
+        let failed = |error: trtx::Error| {
+            let said = library::take_errors();
+            let problem = if said.is_empty() { error.to_string() } else { said.join("; ") };
+            Error::run(path.display(), format!("TensorRT cannot load it: {problem}"))
+        };
+        let mut runtime = Runtime::new(self.library.logger()).map_err(failed)?;
+        let mut engine = runtime.deserialize_cuda_engine(&bytes).map_err(failed)?;
+        let cache_file = path.with_extension("cache");
+        let cuda_graph = self.cuda_graph && stage == Stage::Step;
+        let (execution, cache) = flavour::execution(&mut engine, &cache_file, cuda_graph).map_err(failed)?;
+        Ok(Loaded { stage, execution, cache, cache_file, _engine: engine, _runtime: RefCell::new(runtime) })
+    }
+
+    fn enqueue(&self, loaded: &mut Loaded, bindings: &[Binding]) -> Result<()> {
+        self.context.bind_to_thread().map_err(failed)?;
+        let stage = loaded.stage.name();
+        library::take_errors();
+        let failed = |error: trtx::Error| {
+            let said = library::take_errors();
+            Error::run(stage, if said.is_empty() { error.to_string() } else { said.join("; ") })
+        };
+        let execution = &mut loaded.execution;
+        for Binding { name, shape, address } in bindings {
+            if let Some(shape) = shape {
+                execution.set_input_shape(name, &Dims64::from_slice(shape)).map_err(failed)?;
+            }
+            // SAFETY: the caller's buffer has the size of the tensor, and is freed in the stream's order only.
+            unsafe { execution.set_tensor_address(name, *address as *mut c_void) }.map_err(failed)?;
+        }
+        // SAFETY: the stream lives as long as this device, and every tensor was just bound.
+        unsafe { execution.enqueue_v3(self.stream.cu_stream().cast()) }.map_err(failed)
+    }
+
+    fn mark(&self) -> Result<CudaEvent> {
+        self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT)).map_err(failed)
+    }
+
+    fn wait(&self, event: &CudaEvent) -> Result<()> {
+        event.synchronize().map_err(failed)
+    }
+
+    fn elapsed(&self, from: &CudaEvent, to: &CudaEvent) -> Result<Duration> {
+        let milliseconds = from.elapsed_ms(to).map_err(failed)?;
+        Ok(Duration::from_secs_f64(f64::from(milliseconds).max(0.0) / 1e3))
+    }
+}
+
+impl Drop for Loaded {
+    /// Keeps what TensorRT compiled for this GPU, so that the next start is faster.
+    fn drop(&mut self) {
+        let Some(cache) = &self.cache else { return };
+        let kept = flavour::serialized(cache)
+            .and_then(|bytes| files::write(&self.cache_file, &bytes).map_err(|error| error.to_string()));
+        if let Err(problem) = kept {
+            tracing::warn!("what TensorRT compiled for {} is not kept: {problem}", self.stage.name());
+        }
+    }
+}
