@@ -554,7 +554,7 @@ fn bundles_that_are_not_whole() {
             let mut edited = contents.clone();
             edited[contents.len() / 2] ^= 1;
             std::fs::write(&path, edited).unwrap();
-            refused("bundle", &[&file, "export the bundle again"]);
+            refused("bundle", &[&file, "run eqim-export again"]);
         }
         std::fs::rename(&aside, &path).unwrap();
     }

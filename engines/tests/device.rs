@@ -134,7 +134,10 @@ impl Device for Mock {
         if self.counts.failing.get() == Some(self.counts.runs.borrow().len()) {
             return Err(Error::run(stage.name(), "the mock fails here"));
         }
-        assert!(bindings.iter().all(|binding| binding.address as usize % ALIGNMENT == 0), "{stage:?} is not aligned");
+        assert!(
+            bindings.iter().all(|binding| (binding.address as usize).is_multiple_of(ALIGNMENT)),
+            "{stage:?} is not aligned"
+        );
         let (inputs, outputs) = (stage.inputs(&self.config), stage.outputs(&self.config));
         let names: Vec<&String> = inputs.iter().chain(&outputs).map(|port| &port.name).collect();
         assert_eq!(bindings.iter().map(|binding| &binding.name).collect::<Vec<_>>(), names, "{stage:?}");

@@ -1,16 +1,25 @@
 //! How far graphs of another precision drift from FP32 along whole rollouts: tokens, and bytes of the images.
+//!
+//! ONNX Runtime's CPU computes most FP16 nodes in FP32 and drops the casts between them, so that a value beyond FP16's
+//! range overflows only where it is stored, as keys and values are. A GPU would overflow at once: therefore the range of
+//! the activations is watched on Candle too.
 
 use std::path::Path;
 
+use candle_core::{Device, Tensor};
 use eqim::Result;
-use eqim::candle::CandleEngine;
+use eqim::candle::{CandleEngine, to_tensor};
 use eqim::engine::Engine;
-use eqim::generate::{Noise, Request, Schedule, generate, timesteps};
+use eqim::generate::{Generated, Noise, Request, Schedule, generate, timesteps};
+use eqim::model::{flow, tokenizer, transformer};
 use eqim::picture::to_byte;
+use eqim_calibration::Ranges;
 use eqim_engines::bundle::{Bundle, Precision};
 use eqim_engines::onnxruntime::OrtEngine;
 use ndarray::{Array3, Array4, ArrayView3, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
+
+use crate::validate::MOST_FP16;
 
 /// How far the graphs of one precision drift from FP32.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -28,6 +37,8 @@ pub struct Drift {
     pub seed: u64,
     /// One of each length.
     pub rollouts: Vec<Rollout>,
+    /// The scope of the longest rollout's largest activation in FP32, and that, where the precision limits it.
+    pub largest_activation: Option<(String, f32)>,
 }
 
 /// One length.
@@ -109,7 +120,12 @@ pub fn measure(
         progress(&rollout.line(atol));
         rollouts.push(rollout);
     }
-    Ok(Drift { precision: bundle.manifest.precision, atol, cfg: CFG, steps, seed: SEED, rollouts })
+    let precision = bundle.manifest.precision;
+    let largest_activation =
+        if precision == Precision::Fp16 { largest_activation(reference, &expected, steps)? } else { None };
+    let drift = Drift { precision, atol, cfg: CFG, steps, seed: SEED, rollouts, largest_activation };
+    drift.range_line().iter().for_each(|line| progress(line));
+    Ok(drift)
 }
 
 /// Tokens `[1, n, E]` of a guided rollout from `noise [1, N, E]`, up to the first that is not finite, which ends it:
@@ -129,6 +145,27 @@ fn finite_tokens(engine: &dyn Engine, noise: &Array3<f32>, timesteps: &[f32]) ->
         tokens.index_axis_mut(Axis(1), index).assign(&token);
     }
     Ok(tokens)
+}
+
+/// The largest activation of a rollout in FP32: its tokens known, all of them pass every stage at once.
+fn largest_activation(reference: &CandleEngine, rollout: &Generated, steps: usize) -> Result<Option<(String, f32)>> {
+    let config = reference.config();
+    let (generator, timesteps) = (&config.generator, timesteps(steps));
+    let n = rollout.tokens.dim().1;
+    let latents = to_tensor((&rollout.tokens / generator.vae_norm as f32).view())?;
+    let [tokens, noise] = [&rollout.tokens, &rollout.noise].map(|array| to_tensor(array.index_axis(Axis(0), 0)));
+    let (tokens, noise) = (tokens?, noise?);
+    let both = Tensor::cat(&[&tokens, &tokens], 0)?;
+    let labels = Tensor::new(&[0, generator.unconditional() as i64], &Device::Cpu)?;
+    let guidance = Tensor::full(CFG, n, &Device::Cpu)?;
+    let timesteps = Tensor::from_slice(&timesteps, timesteps.len(), &Device::Cpu)?;
+    let mut ranges = Ranges::default();
+    ranges.observe(reference.weights(), |o| {
+        let z = transformer::teacher_forced(o, generator, &labels, &both, n, 0)?;
+        flow::sample(o, generator, &z, &noise, &guidance, &timesteps)?;
+        tokenizer::decode(o, &config.tokenizer, &latents)
+    })?;
+    Ok(ranges.largest().map(|(scope, largest)| (scope.to_string(), largest)))
 }
 
 /// Compares the beginning of `found`, its finite tokens, with `expected [1, N, E]`.
@@ -176,15 +213,25 @@ fn image_drift(found: &Array4<f32>, expected: &Array4<f32>) -> Option<ImageDrift
 }
 
 impl Drift {
-    /// Whether every length passed.
+    /// Whether every length passed, and activations keep a distance from the end of the precision's range.
     pub fn passed(&self) -> bool {
-        self.rollouts.iter().all(|rollout| rollout.passed)
+        self.rollouts.iter().all(|rollout| rollout.passed) && self.within_range()
+    }
+
+    fn within_range(&self) -> bool {
+        self.largest_activation.as_ref().is_none_or(|(_, largest)| *largest <= MOST_FP16)
+    }
+
+    fn range_line(&self) -> Option<String> {
+        let (scope, largest) = self.largest_activation.as_ref()?;
+        let mark = if self.within_range() { '✓' } else { 'x' };
+        Some(format!("\t-[{mark}] largest activation {largest:.1} in {scope}, FP16 ends at {}", half::f16::MAX))
     }
 }
 
 impl Rollout {
     /// The line that says it, as optimum does.
-    pub fn line(&self, atol: f32) -> String {
+    fn line(&self, atol: f32) -> String {
         let mark = if self.passed { '✓' } else { 'x' };
         let what = format!("\t-[{mark}] rollout of {} tokens", self.tokens);
         if let Some(token) = self.first_not_finite {

@@ -93,7 +93,7 @@ const SEED: u64 = 20;
 
 /// Largest activation that FP16 graphs may meet on random inputs: a quarter of the type's range, since a checkpoint's
 /// own inputs can be wider.
-const MOST_FP16: f32 = 16384.0;
+pub(crate) const MOST_FP16: f32 = 16384.0;
 
 /// Compares a bundle on ONNX Runtime with `reference`, and shows every line to `progress` as it is known.
 ///

@@ -34,6 +34,9 @@ fn build() -> BTreeMap<String, PathBuf> {
     if !cfg!(debug_assertions) {
         cargo.arg("--release");
     }
+    if eqim_engines::trt::ENABLED {
+        cargo.args(["--features", "eqim-export/tensorrt"]);
+    }
     let output = cargo.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let messages = output.stdout.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());

@@ -316,7 +316,7 @@ impl<'a, D: Device> Caches<'a, D> {
 
 impl<D: Device> Session for Caches<'_, D> {
     fn step(&mut self, tokens: ArrayView2<f32>, positions: &[i64]) -> Result<Array2<f32>> {
-        self.engine.upload(&float_bytes(&tokens), self.token.address)?;
+        self.engine.upload(&float_bytes(tokens), self.token.address)?;
         self.engine.upload(&integer_bytes(positions), self.position.address)?;
         Caches::step(self)?;
         self.download_z()
@@ -354,7 +354,7 @@ impl<D: Device> Engine for TrtEngine<D> {
         let sizes = flow_sizes(z.dim().0, noise.dim().0, timesteps.len());
         self.check(Stage::Flow, &sizes)?;
         let mut arena = Arena::default();
-        let places = [float_bytes(&z), float_bytes(&noise), float_bytes(guidance), float_bytes(timesteps)]
+        let places = [float_bytes(z), float_bytes(noise), float_bytes(guidance), float_bytes(timesteps)]
             .map(|bytes| arena.push(bytes));
         let inputs = self.uploaded(&arena.0)?;
         let token = self.allocate(4 * noise.len())?;
@@ -463,7 +463,7 @@ impl Placed {
         let positions = (0..rollout.tokens).map(|index| arena.push(integer_bytes(&vec![index as i64; rows]))).collect();
         let guidance = rollout.guidance.iter().map(|&value| arena.push(float_bytes(&vec![value; batch]))).collect();
         let mut slices = |array: &Array3<f32>| -> Vec<u64> {
-            (0..array.dim().1).map(|index| arena.push(float_bytes(&array.slice(s![.., index, ..])))).collect()
+            (0..array.dim().1).map(|index| arena.push(float_bytes(array.slice(s![.., index, ..])))).collect()
         };
         let (noise, prefix) = (slices(&rollout.noise), slices(&rollout.prefix));
         Self { arena, labels, timesteps, positions, guidance, noise, prefix }

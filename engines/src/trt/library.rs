@@ -30,7 +30,9 @@ impl Library {
         let folder = native::find_tensorrt()?;
         let (tensorrt, parser) = (folder.join(flavour::LIBRARY), folder.join(flavour::PARSER));
         let text = |error: trtx::Error| error.to_string();
-        (open(&tensorrt)?, open(&parser)?);
+        for path in [&tensorrt, &parser] {
+            open(path)?;
+        }
         trtx::dynamically_load_tensorrt(Some(&tensorrt)).map_err(text)?;
         trtx::dynamically_load_tensorrt_onnxparser(Some(&parser)).map_err(text)?;
         let version = version_of(&tensorrt)?;

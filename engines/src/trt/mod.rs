@@ -14,6 +14,9 @@ pub mod library;
 mod sidecar;
 mod target;
 
+/// Whether this program was built with TensorRT.
+pub const ENABLED: bool = cfg!(feature = "tensorrt");
+
 pub use backend::{open, ready};
 pub use device::{ALIGNMENT, Address, Binding, Device};
 pub use engine::TrtEngine;

@@ -1,5 +1,6 @@
 //! TensorRT's ONNX parser, asked about every node: what trtx wraps stops at the first that fails.
 
+use std::collections::BTreeSet;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::path::Path;
 use std::pin::Pin;
@@ -28,7 +29,7 @@ pub fn unsupported(model: &Path) -> Result<Vec<Unsupported>> {
     let nodes = graph.graph.unwrap_or_default().node;
     let path = CString::new(model.as_os_str().as_encoded_bytes()).map_err(|error| failed(error.to_string()))?;
     let mut parser = Parser::new(Library::load()?).map_err(failed)?;
-    let indices = parser.unsupported(&bytes, &path);
+    let indices = parser.unsupported(&bytes, &path, nodes.len());
     let reasons = parser.errors();
     let reason = |position: usize| reasons.get(position).or(reasons.last()).cloned().unwrap_or_default();
     let node = |(position, &index): (usize, &usize)| {
@@ -76,29 +77,25 @@ impl Parser {
         }
     }
 
-    /// Indices of the nodes that are not supported, in the order of the file.
-    fn unsupported(&mut self, model: &[u8], path: &CStr) -> Vec<usize> {
-        let mut indices = vec![];
+    /// Indices of the first `count` nodes that are in no subgraph that TensorRT takes.
+    fn unsupported(&mut self, model: &[u8], path: &CStr, count: usize) -> Vec<usize> {
+        let mut taken = BTreeSet::new();
         // SAFETY: model and path live through the call. Subgraphs are asked for after `supportsModelV2`, as the header
         // demands, and their nodes are copied while the parser owns them.
         unsafe {
             if self.parser.pin_mut().supportsModelV2(model.as_ptr().cast(), model.len(), path.as_ptr()) {
-                return indices;
+                return vec![];
             }
             for subgraph in 0..self.parser.pin_mut().getNbSubgraphs() {
-                if self.parser.pin_mut().isSubgraphSupported(subgraph) {
-                    continue;
-                }
                 let mut length = 0;
                 let nodes = self.parser.pin_mut().getSubgraphNodes(subgraph, Pin::new(&mut length));
                 if !nodes.is_null() {
                     let nodes = std::slice::from_raw_parts(nodes, length.unsigned_abs() as usize);
-                    indices.extend(nodes.iter().map(|&index| index.unsigned_abs() as usize));
+                    taken.extend(nodes.iter().map(|&index| index.unsigned_abs() as usize));
                 }
             }
         }
-        indices.sort_unstable();
-        indices
+        (0..count).filter(|index| !taken.contains(index)).collect()
     }
 
     /// What the parser said.
