@@ -38,7 +38,6 @@ struct Span<E> {
 enum Work {
     Upload,
     Download,
-    Copy,
     Run(Stage),
 }
 
@@ -144,10 +143,6 @@ impl<D: Device> TrtEngine<D> {
         Ok(floats(&bytes))
     }
 
-    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
-        self.spanned(Work::Copy, |device| device.copy(from, to, bytes))
-    }
-
     /// Adds up spans that have passed.
     fn settle(&self, spans: Vec<Span<D::Event>>) -> Result<()> {
         let Some(last) = spans.last() else { return Ok(()) };
@@ -163,7 +158,7 @@ impl<D: Device> TrtEngine<D> {
                 Work::Run(Stage::Step) => times.step += time,
                 Work::Run(Stage::Flow) => times.flow += time,
                 // The caller times these as a whole.
-                Work::Copy | Work::Run(Stage::Decode | Stage::Encode) => {}
+                Work::Run(Stage::Decode | Stage::Encode) => {}
             }
         }
         Ok(())
@@ -398,13 +393,13 @@ impl<D: Device> Engine for TrtEngine<D> {
             let here = tokens.address + (index * slot) as u64;
             if index > 0 {
                 for stream in 0..rows / batch {
-                    self.copy(here - slot as u64, caches.token.address + (stream * bytes) as u64, bytes)?;
+                    self.device.copy(here - slot as u64, caches.token.address + (stream * bytes) as u64, bytes)?;
                 }
-                self.copy(at(placed.positions[index - 1]), caches.position.address, 8 * rows)?;
+                self.device.copy(at(placed.positions[index - 1]), caches.position.address, 8 * rows)?;
                 caches.step()?;
             }
             if index < rollout.given() {
-                self.copy(at(placed.prefix[index]), here, bytes)?;
+                self.device.copy(at(placed.prefix[index]), here, bytes)?;
                 continue;
             }
             let inputs = [
