@@ -46,25 +46,29 @@ pub fn open(bundle: &Bundle, options: Options) -> Result<Box<dyn Engine>> {
         Backend::Trt => tensorrt(bundle, options.cuda_graph),
         Backend::Ort => onnxruntime(bundle, options.threads)?.map_err(Error::Run),
         Backend::Candle => candle(bundle, options.threads),
-        Backend::Auto if fit_for_tensorrt(bundle) => tensorrt(bundle, options.cuda_graph),
-        Backend::Auto => onnxruntime(bundle, options.threads)?.or_else(|problem| {
-            tracing::warn!("{problem}; running on Candle, which is slower");
-            candle(bundle, options.threads)
-        }),
+        Backend::Auto => match fitting_tensorrt(bundle) {
+            Ok(Some(engine)) => Ok(engine),
+            Ok(None) => on_cpu(bundle, options.threads),
+            Err(error) => {
+                tracing::warn!("the bundle's TensorRT engines are not used: {error}");
+                on_cpu(bundle, options.threads)
+            }
+        },
     }
 }
 
-/// Whether TensorRT can run a bundle; says why not where engines were built for nothing.
-fn fit_for_tensorrt(bundle: &Bundle) -> bool {
-    let problem = match EngineSet::open(bundle) {
-        Ok(None) => return false,
-        Ok(Some(_)) => trt::ready().err(),
-        Err(error) => Some(error.to_string()),
-    };
-    if let Some(problem) = &problem {
-        tracing::warn!("the bundle's TensorRT engines are not used: {problem}");
-    }
-    problem.is_none()
+/// TensorRT where a bundle has engines and a driver is here; why not where they were built for nothing.
+fn fitting_tensorrt(bundle: &Bundle) -> Result<Option<Box<dyn Engine>>> {
+    let Some(set) = EngineSet::open(bundle)? else { return Ok(None) };
+    trt::ready().map_err(Error::Run)?;
+    trt::open(bundle, &set, false).map(Some)
+}
+
+fn on_cpu(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {
+    onnxruntime(bundle, threads)?.or_else(|problem| {
+        tracing::warn!("{problem}; running on Candle, which is slower");
+        candle(bundle, threads)
+    })
 }
 
 fn tensorrt(bundle: &Bundle, cuda_graph: bool) -> Result<Box<dyn Engine>> {

@@ -2,7 +2,8 @@
 
 use std::env::consts::{ARCH, OS};
 use std::fs::{self, File};
-use std::path::Path;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -20,7 +21,7 @@ const LIBCLANG: &str = "18.1.1";
 /// The file in an installed folder that names the version standing there.
 const STAMP: &str = "VERSION";
 
-/// Installs ONNX Runtime and the Python package onnx, each unless it stands there already.
+/// Installs ONNX Runtime, the Python package onnx and what TensorRT needs, each unless it stands there already.
 pub fn setup(root: &Path) -> Result<()> {
     let library = library_name()?;
     let native = root.join(".native");
@@ -43,7 +44,9 @@ pub fn setup(root: &Path) -> Result<()> {
         return Ok(());
     }
     install("tensorrt-rtx", TENSORRT, &native.join("tensorrt"), unpack_tensorrt)?;
-    install("libclang", LIBCLANG, &native.join("libclang"), unpack_libclang)
+    let libclang = native.join("libclang");
+    install("libclang", LIBCLANG, &libclang, unpack_libclang)?;
+    link_headers(&libclang.join("include"))
 }
 
 /// What `cargo` is told to build with, so that everything that was installed is used.
@@ -102,40 +105,46 @@ fn unpack_onnxruntime(library: &str, folder: &Path) -> Result<()> {
     remove(&wheel)
 }
 
-/// Puts the libraries of TensorRT for RTX in `folder`.
+/// Puts the libraries of TensorRT for RTX and their licence in `folder`.
 fn unpack_tensorrt(folder: &Path) -> Result<()> {
     let wheel = folder.join("wheel");
     pip_install(&format!("tensorrt-rtx-cu12-libs=={TENSORRT}"), &wheel, &["--no-deps"])?;
     for library in ["libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"] {
         rename(&wheel.join("tensorrt_rtx_libs").join(library), &folder.join(library))?;
     }
+    let licences = wheel.join(format!("tensorrt_rtx_cu12_libs-{TENSORRT}.dist-info/licenses"));
+    rename(&licences.join("LICENSE.txt"), &folder.join("LICENSE.txt"))?;
     remove(&wheel)
 }
 
-/// Puts libclang in `folder`, and beside it the compiler's own headers, which its package lacks:
-/// `.cargo/config.toml` names both.
+/// Puts libclang and its licence in `folder`.
 fn unpack_libclang(folder: &Path) -> Result<()> {
     let wheel = folder.join("wheel");
     pip_install(&format!("libclang=={LIBCLANG}"), &wheel, &["--no-deps"])?;
     rename(&wheel.join("clang/native/libclang.so"), &folder.join("libclang.so"))?;
-    remove(&wheel)?;
-    let printed = Command::new("gcc").arg("-print-file-name=include").output();
-    let printed = printed.context("gcc could not be started: install the Debian package build-essential")?;
-    let headers = String::from_utf8_lossy(&printed.stdout).trim().to_string();
-    if !Path::new(&headers).join("stddef.h").is_file() {
-        bail!("gcc has no headers in {headers:?}: install the Debian package build-essential");
+    let licence = wheel.join(format!("libclang-{LIBCLANG}.dist-info/LICENSE.TXT"));
+    rename(&licence, &folder.join("LICENSE.TXT"))?;
+    remove(&wheel)
+}
+
+/// Makes `link` the folder of gcc's own headers, which libclang's package lacks; `.cargo/config.toml` names it.
+fn link_headers(link: &Path) -> Result<()> {
+    // An upgrade of gcc moves them: the link is then made anew.
+    if link.join("stddef.h").is_file() {
+        return Ok(());
     }
-    link(Path::new(&headers), &folder.join("include"))
-}
-
-#[cfg(unix)]
-fn link(from: &Path, to: &Path) -> Result<()> {
-    std::os::unix::fs::symlink(from, to).with_context(|| format!("{} could not be linked", to.display()))
-}
-
-#[cfg(not(unix))]
-fn link(from: &Path, _to: &Path) -> Result<()> {
-    bail!("{} cannot be linked on {OS}", from.display())
+    let probe = Command::new("gcc")
+        .arg("-print-file-name=include")
+        .output()
+        .context("gcc could not be started: install the Debian package build-essential")?;
+    let headers = PathBuf::from(String::from_utf8_lossy(&probe.stdout).trim());
+    if !headers.join("stddef.h").is_file() {
+        bail!("gcc has no stddef.h in {:?}: install the Debian package build-essential", headers);
+    }
+    if link.is_symlink() {
+        fs::remove_file(link).with_context(|| format!("{} could not be removed", link.display()))?;
+    }
+    symlink(&headers, link).with_context(|| format!("{} could not be linked to {}", link.display(), headers.display()))
 }
 
 /// Installs a Python package in `folder`, away from the system's own.

@@ -140,6 +140,7 @@ impl Device for Gpu {
     }
 
     fn load(&self, stage: Stage) -> Result<Loaded> {
+        self.context.bind_to_thread().map_err(failed)?;
         let path = self.folder.join(super::file_name(stage));
         let bytes = files::read(&path)?;
         library::take_errors();

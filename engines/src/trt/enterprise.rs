@@ -14,23 +14,23 @@ pub const LIBRARY: &str = "libnvinfer.so.11";
 /// File name of its ONNX parser.
 pub const PARSER: &str = "libnvonnxparser.so.11";
 
-/// Every target is taken: it has to be the GPU of this machine, which the runtime checks.
-///
-/// # Errors
-/// None.
-pub fn check_target(_target: Target) -> Result<()> {
-    Ok(())
-}
-
-/// Checks that one target is asked for.
+/// Checks that one target is asked for: it has to be the GPU of this machine, which the runtime checks.
 ///
 /// # Errors
 /// [`Error::Input`] for several.
-pub fn set_targets(_config: &mut BuilderConfig, targets: &[Target]) -> Result<()> {
+pub fn check_targets(targets: &[Target]) -> Result<()> {
     match targets {
         [_] => Ok(()),
         _ => Err(Error::input("--target", "names several GPUs: ordinary TensorRT builds for the one of this machine")),
     }
+}
+
+/// Nothing to ask for: the builder knows its GPU.
+///
+/// # Errors
+/// None.
+pub fn set_targets(_config: &mut BuilderConfig, _targets: &[Target]) -> Result<()> {
+    Ok(())
 }
 
 /// Ordinary TensorRT compiles everything when it builds: there is nothing to keep.

@@ -17,12 +17,12 @@ pub const LIBRARY: &str = "libtensorrt_rtx.so.1";
 /// File name of its ONNX parser.
 pub const PARSER: &str = "libtensorrt_onnxparser_rtx.so.1";
 
-/// Checks that this library builds for a target.
+/// Checks that this library builds for targets.
 ///
 /// # Errors
 /// [`Error::Input`] with the reason.
-pub fn check_target(target: Target) -> Result<()> {
-    capability(target).map(|_| ())
+pub fn check_targets(targets: &[Target]) -> Result<()> {
+    targets.iter().try_for_each(|&target| capability(target).map(|_| ()))
 }
 
 fn capability(target: Target) -> Result<ComputeCapability> {

@@ -43,7 +43,7 @@ pub fn version() -> Result<String> {
 ///
 /// # Errors
 /// Always.
-pub fn check_target(_target: Target) -> Result<()> {
+pub fn check_targets(_targets: &[Target]) -> Result<()> {
     missing()
 }
 

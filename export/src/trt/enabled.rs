@@ -43,12 +43,12 @@ pub fn version() -> Result<String> {
     Library::load().map(|library| library.version().to_string())
 }
 
-/// Checks that the library builds for a target.
+/// Checks that the library builds for targets.
 ///
 /// # Errors
 /// [`Error::Input`] with the reason.
-pub fn check_target(target: Target) -> Result<()> {
-    flavour::check_target(target)
+pub fn check_targets(targets: &[Target]) -> Result<()> {
+    flavour::check_targets(targets)
 }
 
 /// What TensorRT said, or else the binding's own words.

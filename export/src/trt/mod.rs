@@ -7,7 +7,7 @@ mod set;
 mod shapes;
 mod support;
 
-pub use builder::{check_target, version};
+pub use builder::{check_targets, version};
 pub use set::{Built, build, lowered, publish};
 pub use shapes::{Limits, Shapes};
 pub use support::{Support, check};

@@ -123,7 +123,7 @@ impl Trt {
 pub fn run(arguments: &Trt) -> Result<()> {
     let precision = arguments.precision()?;
     let targets = arguments.targets();
-    targets.iter().try_for_each(|&target| trt::check_target(target))?;
+    trt::check_targets(&targets)?;
     let bundle = Bundle::open(&arguments.engine)?;
     let limits = arguments.limits();
     limits.check(&bundle.manifest.model)?;
