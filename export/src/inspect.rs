@@ -7,9 +7,10 @@ use eqim::model::{Axis, Port, Stage};
 use eqim::ops::cost::{Cost, Row};
 use eqim::{Error, Result, files};
 use eqim_engines::bundle::{Bundle, Manifest};
-use eqim_engines::trt::{EngineSet, FOLDER, Target};
+use eqim_engines::trt::{self, EngineSet, FOLDER, Target};
 use prost::Message;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::onnx;
 
@@ -26,6 +27,8 @@ pub struct Inspection {
     pub stages: Vec<StageReport>,
     /// TensorRT engines, when there are any.
     pub engines: Option<EngineSet>,
+    /// What TensorRT's engine inspector tells of them, by stage; empty where no GPU can load them.
+    pub fused: BTreeMap<&'static str, Value>,
 }
 
 /// One graph.
@@ -58,7 +61,22 @@ pub fn inspect(bundle: &Bundle, tokens: usize, steps: usize) -> Result<Inspectio
     for engine in engines.iter().flat_map(|set| set.engines.values()) {
         engine.file.verify(&bundle.folder.join(FOLDER))?;
     }
-    Ok(Inspection { manifest: bundle.manifest.clone(), tokens, steps, stages, engines })
+    let fused = match &engines {
+        Some(set) if trt::ready().is_ok() => fused(bundle, set).unwrap_or_else(|error| {
+            tracing::warn!("TensorRT's engine inspector is left out: {error}");
+            BTreeMap::new()
+        }),
+        _ => BTreeMap::new(),
+    };
+    Ok(Inspection { manifest: bundle.manifest.clone(), tokens, steps, stages, engines, fused })
+}
+
+fn fused(bundle: &Bundle, set: &EngineSet) -> Result<BTreeMap<&'static str, Value>> {
+    let layers = |stage: Stage| {
+        let text = trt::inspected(bundle, set, stage)?;
+        Ok((stage.name(), serde_json::from_str(&text).unwrap_or(Value::String(text))))
+    };
+    Stage::ALL.into_iter().map(layers).collect()
 }
 
 fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<StageReport> {
@@ -199,21 +217,19 @@ impl Inspection {
             }
         }
         if let Some(engines) = &self.engines {
-            text += &show_engines(engines);
+            text += &show_engines(engines, &self.fused);
         }
         text
     }
 }
 
-fn show_engines(set: &EngineSet) -> String {
+fn show_engines(set: &EngineSet, fused: &BTreeMap<&str, Value>) -> String {
     let targets: Vec<String> = set.targets.iter().map(Target::to_string).collect();
-    let mut text = format!(
-        "\nEngines of {} for {}, built by {}; the layers are those before fusion: TensorRT shows what it fused only \
-         where a GPU deserializes the engine\n",
-        set.tensorrt,
-        targets.join(", "),
-        set.producer
-    );
+    let mut text = format!("\nEngines of {} for {}, built by {}\n", set.tensorrt, targets.join(", "), set.producer);
+    if fused.is_empty() {
+        text +=
+            "Layers are those before fusion: TensorRT tells what it fused only where a GPU of these can load them.\n";
+    }
     for stage in Stage::ALL {
         let Some(engine) = set.engines.get(stage.name()) else { continue };
         // Writing to a string cannot fail.
@@ -246,6 +262,9 @@ fn show_engines(set: &EngineSet) -> String {
             .map(|layers| format!("{} {} {}", layers.kind, layers.precision, layers.count))
             .collect();
         let _ = writeln!(text, "  layers:    {}", layers.join(", "));
+        if let Some(fused) = fused.get(stage.name()) {
+            let _ = writeln!(text, "  fused:     {fused}");
+        }
     }
     text
 }

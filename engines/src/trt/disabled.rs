@@ -1,6 +1,7 @@
 //! This program was built without TensorRT.
 
 use eqim::engine::Engine;
+use eqim::model::Stage;
 use eqim::{Error, Result};
 
 use super::EngineSet;
@@ -22,5 +23,13 @@ pub fn ready() -> Result<(), String> {
 /// # Errors
 /// Always.
 pub fn open(_bundle: &Bundle, _set: &EngineSet, _cuda_graph: bool) -> Result<Box<dyn Engine>> {
+    Err(Error::run("TensorRT", MISSING))
+}
+
+/// Always an error.
+///
+/// # Errors
+/// Always.
+pub fn inspected(_bundle: &Bundle, _set: &EngineSet, _stage: Stage) -> Result<String> {
     Err(Error::run("TensorRT", MISSING))
 }

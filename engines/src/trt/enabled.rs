@@ -11,7 +11,7 @@ use eqim::engine::Engine;
 use eqim::model::Stage;
 use eqim::{Error, Result, files};
 use trtx::trtx_sys::Dims64;
-use trtx::{CudaEngine, ExecutionContext, Runtime};
+use trtx::{CudaEngine, ExecutionContext, LayerInformationFormat, Runtime};
 
 use super::device::{Address, Binding, Device};
 use super::flavour::{self, Cache};
@@ -60,6 +60,19 @@ pub fn open(bundle: &Bundle, set: &EngineSet, cuda_graph: bool) -> Result<Box<dy
     Ok(Box::new(TrtEngine::new(gpu, set)?))
 }
 
+/// What TensorRT's engine inspector tells of an engine: its layers after fusion, as JSON.
+///
+/// # Errors
+/// Those of [`open`].
+pub fn inspected(bundle: &Bundle, set: &EngineSet, stage: Stage) -> Result<String> {
+    ready().map_err(|problem| Error::run("TensorRT", problem))?;
+    let gpu = Gpu::new(Library::load()?, bundle, set, false)?;
+    let loaded = gpu.load(stage)?;
+    let inspector = loaded.engine.create_engine_inspector();
+    let told = inspector.and_then(|inspector| inspector.engine_information(LayerInformationFormat::kJSON));
+    told.map_err(|error| Error::run(stage.name(), error))
+}
+
 fn failed(error: DriverError) -> Error {
     Error::run("CUDA", error)
 }
@@ -80,7 +93,7 @@ struct Loaded {
     execution: ExecutionContext<'static>,
     cache: Option<Cache>,
     cache_file: PathBuf,
-    _engine: CudaEngine<'static>,
+    engine: CudaEngine<'static>,
     _runtime: RefCell<Runtime<'static>>,
 }
 
@@ -154,7 +167,7 @@ impl Device for Gpu {
         let cache_file = path.with_extension("cache");
         let cuda_graph = self.cuda_graph && stage == Stage::Step;
         let (execution, cache) = flavour::execution(&mut engine, &cache_file, cuda_graph).map_err(failed)?;
-        Ok(Loaded { stage, execution, cache, cache_file, _engine: engine, _runtime: RefCell::new(runtime) })
+        Ok(Loaded { stage, execution, cache, cache_file, engine, _runtime: RefCell::new(runtime) })
     }
 
     fn enqueue(&self, loaded: &mut Loaded, bindings: &[Binding]) -> Result<()> {

@@ -17,7 +17,7 @@ mod target;
 /// Whether this program was built with TensorRT.
 pub const ENABLED: bool = cfg!(feature = "tensorrt");
 
-pub use backend::{open, ready};
+pub use backend::{inspected, open, ready};
 pub use device::{ALIGNMENT, Address, Binding, Device};
 pub use engine::TrtEngine;
 pub use sidecar::{EngineRecord, EngineSet, FOLDER, Layers, Profile, SIDECAR_FILE, SIDECAR_FORMAT, file_name};
