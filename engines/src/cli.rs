@@ -125,10 +125,14 @@ impl Spinner {
         self.0.tick();
     }
 
-    /// Clears the line, for others to write on.
-    pub fn hide(&self) {
-        self.0.set_message("");
-        self.0.reset();
+    /// Clears the line.
+    pub fn finish(&self) {
+        self.0.finish_and_clear();
+    }
+
+    /// Lets others write where the line stands.
+    pub fn aside<T>(&self, write: impl FnOnce() -> T) -> T {
+        self.0.suspend(write)
     }
 }
 

@@ -150,11 +150,12 @@ pub fn run(arguments: &Trt) -> Result<()> {
     let watch = Arc::clone(&spinner);
     let progress = move |stage: Stage, phase: &str| watch.show(format!("building {}: {phase}", stage.name()));
     let done = |stage: Stage, engine: &EngineRecord| {
-        spinner.hide();
         let (seconds, size) = (engine.seconds, megabytes(engine.file.bytes));
-        super::say(format_args!("{}: Engine built in {seconds:.2} sec., {size:.1} MB", stage.name()));
+        let line = format!("{}: Engine built in {seconds:.2} sec., {size:.1} MB", stage.name());
+        spinner.aside(|| super::say(line));
     };
     let built = trt::build(&bundle, &draft.bundle, &limits, &targets, progress, done)?;
+    spinner.finish();
     let table = table(&built.set);
     trt::publish(built, &bundle, drift.as_ref())?;
     super::say(table);
