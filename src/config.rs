@@ -58,6 +58,9 @@ pub struct TokenizerConfig {
     pub embed: usize,
     /// Downsamplings, from the image on, that halve the width too; those after them halve only the height.
     pub len_down_scale: usize,
+    /// Groups of every group normalization. Where a group is one channel, its mean over the image is lost.
+    #[serde(default = "published_groups")]
+    pub groups: usize,
     /// From the image to the latent grid.
     pub encoder: Tower,
     /// From the latent grid to the image. Its levels too are listed from the image's side.
@@ -172,6 +175,9 @@ impl TokenizerConfig {
 
     fn check(&self) -> Result<()> {
         let bad = |problem: String| Err(Error::input("tokenizer configuration", problem));
+        if self.groups == 0 {
+            return bad("groups is 0, expected at least 1".into());
+        }
         for (name, tower) in [("encoder", &self.encoder), ("decoder", &self.decoder)] {
             if tower.levels.is_empty() || tower.levels.len() > 16 {
                 return bad(format!("the {name} has {} levels, expected 1 to 16", tower.levels.len()));
@@ -180,9 +186,10 @@ impl TokenizerConfig {
                 return bad(format!("the {name} has an empty level or latent grid"));
             }
             let mut channels = tower.levels.iter().map(|level| level.channels).chain([tower.conv_in]);
-            let fits = |channels: &usize| channels.is_multiple_of(GROUPS) && (1..=WIDEST).contains(channels);
+            let fits = |channels: &usize| channels.is_multiple_of(self.groups) && (1..=WIDEST).contains(channels);
             if let Some(channels) = channels.find(|channels| !fits(channels)) {
-                return bad(format!("the {name} has a level of {channels} channels, expected a multiple of {GROUPS}"));
+                let groups = self.groups;
+                return bad(format!("the {name} has a level of {channels} channels, expected a multiple of {groups}"));
             }
         }
         if self.encoder.levels.len() != self.decoder.levels.len() {
@@ -210,8 +217,12 @@ const WIDEST: usize = 1 << 20;
 const LONGEST: usize = 1 << 16;
 const DEEPEST: usize = 1 << 10;
 
-/// Groups of every group normalization of the tokenizer.
+/// Groups of every group normalization of the published tokenizer.
 pub const GROUPS: usize = 32;
+
+fn published_groups() -> usize {
+    GROUPS
+}
 
 impl Config {
     /// Checks what the sizes must have in common, so that no interpreter has to.
@@ -320,6 +331,7 @@ impl Preset {
             rows: 16,
             embed: 256,
             len_down_scale: 4,
+            groups: GROUPS,
             encoder: Tower { z_channels: 256, conv_in: 128, res_blocks: 2, levels: levels.clone() },
             decoder: Tower { z_channels: 256, conv_in: 512, res_blocks: 3, levels },
         }

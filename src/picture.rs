@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
-use image::imageops::FilterType;
+use image::imageops::{self, FilterType};
 use image::{ImageDecoder, ImageError, ImageFormat, ImageReader, RgbImage};
 use ndarray::{Array3, ArrayView3};
 
@@ -42,12 +42,11 @@ pub struct Picture {
     pub scaled: usize,
 }
 
-/// Reads a PNG or JPEG, scaled to `height` with its proportions kept. Its width is cut on the left to a multiple of
-/// `multiple`, so that its right edge stays.
+/// Reads a PNG or JPEG, turned upright.
 ///
 /// # Errors
-/// [`Error::Input`] when it is none, or after scaling narrower than `2 · multiple` or wider than [`WIDEST`].
-pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Picture> {
+/// [`Error::Input`] when it is none, or was cut off.
+pub fn load(path: &Path) -> Result<RgbImage> {
     let bad = |problem: String| Error::input(path.display(), problem);
     let unreadable = |error: ImageError| bad(format!("is not a PNG or JPEG that can be read: {error}"));
     let reader = open(path)?;
@@ -58,6 +57,17 @@ pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Picture> {
     // Cameras store pictures as the sensor lay, and beside them how to turn them.
     let orientation = open(path)?.into_decoder().and_then(|mut decoder| decoder.orientation());
     image.apply_orientation(orientation.map_err(unreadable)?);
+    Ok(image.to_rgb8())
+}
+
+/// Reads a PNG or JPEG, scaled to `height` with its proportions kept. Its width is cut on the left to a multiple of
+/// `multiple`, so that its right edge stays.
+///
+/// # Errors
+/// [`Error::Input`] when it is none, or after scaling narrower than `2 · multiple` or wider than [`WIDEST`].
+pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Picture> {
+    let bad = |problem: String| Error::input(path.display(), problem);
+    let image = load(path)?;
     let original = (image.width(), image.height());
     let scaled = (original.0 as f64 * height as f64 / original.1 as f64).round() as usize;
     let width = scaled / multiple * multiple;
@@ -68,8 +78,8 @@ pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Picture> {
         )));
     }
     let same = original.1 as usize == height;
-    let image = if same { image } else { image.resize_exact(scaled as u32, height as u32, FilterType::Lanczos3) };
-    let pixels = image.to_rgb8();
+    let resized = || imageops::resize(&image, scaled as u32, height as u32, FilterType::Lanczos3);
+    let pixels = if same { image } else { resized() };
     let pixels = Array3::from_shape_fn((3, height, width), |(channel, y, x)| {
         let pixel = pixels.get_pixel((x + scaled - width) as u32, y as u32);
         f32::from(pixel[channel]) / 127.5 - 1.0

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use candle_core::{DType, Device, Tensor};
 use rand_mt::Mt;
 
-use crate::model::parameters;
+use crate::model::{Stage, parameters, parameters_of};
 use crate::{Config, Error, Result};
 
 /// Tensors of `f32` by checkpoint name.
@@ -47,8 +47,16 @@ impl Weights {
     /// # Errors
     /// [`Error::Input`] naming the tensor that is missing, extra, misshapen or not finite.
     pub fn check(&self, config: &Config, source: &str) -> Result<()> {
+        self.check_stages(config, &Stage::ALL, source)
+    }
+
+    /// Checks as [`Weights::check`] that these are the weights of some stages.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the tensor that is missing, extra, misshapen or not finite.
+    pub fn check_stages(&self, config: &Config, stages: &[Stage], source: &str) -> Result<()> {
         let mut extra: BTreeSet<&str> = self.tensors.keys().map(String::as_str).collect();
-        for (name, shape) in parameters(config)? {
+        for (name, shape) in parameters_of(config, stages)? {
             let Some(tensor) = self.tensors.get(&name) else {
                 return Err(Error::input(source, format!("tensor {name} {shape:?} is missing")));
             };

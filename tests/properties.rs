@@ -56,6 +56,7 @@ fn engines() -> impl Strategy<Value = CandleEngine> {
                 rows: 1,
                 embed,
                 len_down_scale: 0,
+                groups: GROUPS,
                 encoder: tower.clone(),
                 decoder: tower,
             },

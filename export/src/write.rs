@@ -1,14 +1,14 @@
 //! Writing a bundle, beside its destination until it is complete.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
-use eqim::checkpoint::{CONFIG_KEY, StoredConfig};
+use eqim::checkpoint::{self, StoredConfig};
 use eqim::files::{self, folder};
 use eqim::model::Stage;
-use eqim::tensors::{self, TensorFile};
+use eqim::tensors::TensorFile;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use eqim_engines::bundle::{Bundle, CONFIG_FILE, FORMAT, FileRecord, GraphRecord, Manifest, Precision, WEIGHTS_FILE};
@@ -164,13 +164,11 @@ fn write_graph(folder: &Path, config: &Config, stage: Stage, places: &Places, op
 
 fn write_weights(path: &Path, config: &Config, weights: &Weights, precision: Precision) -> Result<()> {
     let config = StoredConfig { generator: Some(config.generator.clone()), tokenizer: Some(config.tokenizer.clone()) };
-    let config = serde_json::to_string(&config).map_err(|error| Error::run(WEIGHTS_FILE, error))?;
-    let text = HashMap::from([(CONFIG_KEY.to_string(), config)]);
     let stored = weights
         .iter()
         .map(|(name, tensor)| Ok((name, convert(name, tensor, precision)?)))
         .collect::<Result<Vec<(&str, Tensor)>>>()?;
-    tensors::write(path, &stored, text)
+    checkpoint::write(path, &config, &stored)
 }
 
 fn convert(name: &str, tensor: &Tensor, precision: Precision) -> Result<Tensor> {

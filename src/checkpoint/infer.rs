@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::Hints;
-use crate::config::{GeneratorConfig, Level, Preset, TokenizerConfig, Tower};
+use crate::config::{GROUPS, GeneratorConfig, Level, Preset, TokenizerConfig, Tower};
 
 /// Shapes of tensors by name.
 pub type Shapes = BTreeMap<String, Vec<usize>>;
@@ -102,6 +102,7 @@ pub fn tokenizer(shapes: &Shapes) -> Result<TokenizerConfig, String> {
         rows: columns / z_channels,
         embed: size(shapes, "quant_layer.weight", 3, 0)?,
         len_down_scale,
+        groups: GROUPS,
         encoder: tower(shapes, "encoder", "down", z_channels)?,
         decoder: tower(shapes, "decoder", "up", size(shapes, "decoder.conv_in.weight", 4, 1)?)?,
     })

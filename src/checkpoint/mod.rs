@@ -4,7 +4,7 @@ mod infer;
 mod pickle;
 mod torch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::path::Path;
 
@@ -15,7 +15,8 @@ pub use infer::{Shapes, generator as infer_generator, tokenizer as infer_tokeniz
 use torch::TorchFile;
 
 use crate::config::{GeneratorConfig, Preset, TokenizerConfig};
-use crate::tensors::TensorFile;
+use crate::model::Stage;
+use crate::tensors::{self, TensorFile};
 use crate::weights::Weights;
 use crate::{Config, Error, Result, files};
 
@@ -60,6 +61,15 @@ pub struct StoredConfig {
     pub tokenizer: Option<TokenizerConfig>,
 }
 
+/// Writes tensors with the configuration of the model they are of, replacing `path` when all of it is written.
+///
+/// # Errors
+/// [`Error::Run`] when it cannot be written.
+pub fn write(path: &Path, config: &StoredConfig, stored: &[(&str, Tensor)]) -> Result<()> {
+    let config = serde_json::to_string(config).map_err(|error| Error::run(path.display(), error))?;
+    tensors::write(path, stored, HashMap::from([(CONFIG_KEY.to_string(), config)]))
+}
+
 /// First components of the tokenizer's tensor names; everything else is the generator's.
 const TOKENIZER_PARTS: [&str; 4] = ["encoder", "decoder", "quant_layer", "post_quant_layer"];
 /// Tensors of a tokenizer checkpoint that only training uses.
@@ -81,6 +91,21 @@ pub fn load(generator: &Path, tokenizer: &Path, set: WeightSet, hints: &Hints) -
     })?;
     weights.check(&config, &format!("{} with {}", generator.display(), tokenizer.display()))?;
     Ok((config, weights))
+}
+
+/// Loads a tokenizer without a generator, from a checkpoint in any format, and checks it.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_tokenizer_alone(path: &Path, set: WeightSet) -> Result<(TokenizerConfig, Weights)> {
+    let mut weights = Weights::default();
+    let tokenizer = load_tokenizer(path, set, &mut weights)?;
+    // A generator that fits, for what is checked in both.
+    let generator = GeneratorConfig { embed: tokenizer.embed, ..Preset::Small.config().generator };
+    let config = Config { generator, tokenizer };
+    config.check()?;
+    weights.check_stages(&config, &[Stage::Encode, Stage::Decode], &path.display().to_string())?;
+    Ok((config.tokenizer, weights))
 }
 
 /// Loads a complete model from one `.safetensors` that holds both configurations.

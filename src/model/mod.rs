@@ -15,8 +15,16 @@ use crate::{Config, Result};
 /// # Errors
 /// When the configuration is not consistent.
 pub fn parameters(config: &Config) -> Result<Vec<(String, Vec<usize>)>> {
+    parameters_of(config, &Stage::ALL)
+}
+
+/// Names and shapes of the weights of some stages, in the order of first use.
+///
+/// # Errors
+/// When the configuration is not consistent.
+pub fn parameters_of(config: &Config, stages: &[Stage]) -> Result<Vec<(String, Vec<usize>)>> {
     let mut cost = Cost::default();
-    for stage in Stage::ALL {
+    for &stage in stages {
         cost.stage(config, stage, 1, 2, 1)?;
     }
     Ok(cost.into_parameters())

@@ -2,7 +2,7 @@
 //! (reference: `tokenizer/models/tokenizer.py`, `tokenizer/modules/diffusionmodules/model.py`).
 
 use crate::Result;
-use crate::config::{GROUPS, TokenizerConfig, Tower};
+use crate::config::{TokenizerConfig, Tower};
 use crate::ops::{Dim, Ops, Unary};
 
 const EPS: f32 = 1e-6;
@@ -12,30 +12,43 @@ const CONV1D: (usize, usize) = (1, 3);
 const CONV2D: (usize, usize) = (2, 3);
 const POINTWISE: (usize, usize) = (2, 1);
 
-fn group_norm<O: Ops>(o: &mut O, name: &str, x: &O::Tensor, channels: usize) -> Result<O::Tensor> {
+fn group_norm<O: Ops>(
+    o: &mut O,
+    config: &TokenizerConfig,
+    name: &str,
+    x: &O::Tensor,
+    channels: usize,
+) -> Result<O::Tensor> {
     o.scope(name, |o| {
         let weight = o.param("weight", &[channels])?;
         let bias = o.param("bias", &[channels])?;
-        o.group_norm(x, (&weight, &bias), GROUPS, EPS)
+        o.group_norm(x, (&weight, &bias), config.groups, EPS)
     })
 }
 
 /// Norm, swish, convolution: the pattern of every convolution but the first.
 fn norm_conv<O: Ops>(
     o: &mut O,
+    config: &TokenizerConfig,
     (norm, conv): (&str, &str),
     x: &O::Tensor,
     (input, output): (usize, usize),
 ) -> Result<O::Tensor> {
-    let h = group_norm(o, norm, x, input)?;
+    let h = group_norm(o, config, norm, x, input)?;
     let h = o.unary(Unary::Silu, &h)?;
     o.convolution(conv, &h, (input, output), CONV2D)
 }
 
-fn res_block<O: Ops>(o: &mut O, name: &str, x: &O::Tensor, (input, output): (usize, usize)) -> Result<O::Tensor> {
+fn res_block<O: Ops>(
+    o: &mut O,
+    config: &TokenizerConfig,
+    name: &str,
+    x: &O::Tensor,
+    (input, output): (usize, usize),
+) -> Result<O::Tensor> {
     o.scope(name, |o| {
-        let h = norm_conv(o, ("norm1", "conv1"), x, (input, output))?;
-        let h = norm_conv(o, ("norm2", "conv2"), &h, (output, output))?;
+        let h = norm_conv(o, config, ("norm1", "conv1"), x, (input, output))?;
+        let h = norm_conv(o, config, ("norm2", "conv2"), &h, (output, output))?;
         if input == output {
             return o.add(x, &h);
         }
@@ -45,9 +58,16 @@ fn res_block<O: Ops>(o: &mut O, name: &str, x: &O::Tensor, (input, output): (usi
 }
 
 /// Attention of all pixels of `x [B, C, rows, width]` to one another.
-fn attention_block<O: Ops>(o: &mut O, name: &str, x: &O::Tensor, channels: usize, rows: usize) -> Result<O::Tensor> {
+fn attention_block<O: Ops>(
+    o: &mut O,
+    config: &TokenizerConfig,
+    name: &str,
+    x: &O::Tensor,
+    channels: usize,
+    rows: usize,
+) -> Result<O::Tensor> {
     o.scope(name, |o| {
-        let h = group_norm(o, "norm", x, channels)?;
+        let h = group_norm(o, config, "norm", x, channels)?;
         let mut qkv = vec![];
         for part in ["q", "k", "v"] {
             let part = o.convolution(part, &h, (channels, channels), POINTWISE)?;
@@ -110,6 +130,7 @@ fn upsample<O: Ops>(
 /// The residual and attention blocks of one level.
 fn level<O: Ops>(
     o: &mut O,
+    config: &TokenizerConfig,
     tower: &Tower,
     level: usize,
     mut h: O::Tensor,
@@ -118,20 +139,26 @@ fn level<O: Ops>(
 ) -> Result<O::Tensor> {
     let output = tower.levels[level].channels;
     for block in 0..tower.res_blocks {
-        h = res_block(o, &format!("block.{block}"), &h, (channels, output))?;
+        h = res_block(o, config, &format!("block.{block}"), &h, (channels, output))?;
         channels = output;
         if tower.levels[level].attention {
-            h = attention_block(o, &format!("attn.{block}"), &h, channels, rows)?;
+            h = attention_block(o, config, &format!("attn.{block}"), &h, channels, rows)?;
         }
     }
     Ok(h)
 }
 
-fn middle<O: Ops>(o: &mut O, h: &O::Tensor, channels: usize, rows: usize) -> Result<O::Tensor> {
+fn middle<O: Ops>(
+    o: &mut O,
+    config: &TokenizerConfig,
+    h: &O::Tensor,
+    channels: usize,
+    rows: usize,
+) -> Result<O::Tensor> {
     o.scope("mid", |o| {
-        let h = res_block(o, "block_1", h, (channels, channels))?;
-        let h = attention_block(o, "attn_1", &h, channels, rows)?;
-        res_block(o, "block_2", &h, (channels, channels))
+        let h = res_block(o, config, "block_1", h, (channels, channels))?;
+        let h = attention_block(o, config, "attn_1", &h, channels, rows)?;
+        res_block(o, config, "block_2", &h, (channels, channels))
     })
 }
 
@@ -160,7 +187,7 @@ fn encoder<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Re
     let mut channels = tower.conv_in;
     let mut h = o.convolution("conv_in", image, (config.image_channels, channels), CONV2D)?;
     for i in 0..tower.levels.len() {
-        h = o.scope(&format!("down.{i}"), |o| level(o, tower, i, h, channels, rows))?;
+        h = o.scope(&format!("down.{i}"), |o| level(o, config, tower, i, h, channels, rows))?;
         channels = tower.levels[i].channels;
         if i + 1 < tower.levels.len() {
             let factors = config.downsampling(i);
@@ -168,8 +195,8 @@ fn encoder<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Re
             rows /= factors.0;
         }
     }
-    let h = middle(o, &h, channels, rows)?;
-    let h = norm_conv(o, ("norm_out", "conv_out"), &h, (channels, tower.z_channels))?;
+    let h = middle(o, config, &h, channels, rows)?;
+    let h = norm_conv(o, config, ("norm_out", "conv_out"), &h, (channels, tower.z_channels))?;
     let width = tower.z_channels * rows;
     let columns = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(width), Dim::Rest])?;
     o.convolution("encoder1d", &columns, (width, width), CONV1D)
@@ -195,9 +222,9 @@ fn decoder<O: Ops>(o: &mut O, config: &TokenizerConfig, columns: &O::Tensor) -> 
     let h = o.convolution("decoder1d", columns, (width, width), CONV1D)?;
     let h = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(tower.z_channels), Dim::Is(rows), Dim::Rest])?;
     let h = o.convolution("conv_in", &h, (tower.z_channels, channels), CONV2D)?;
-    let mut h = middle(o, &h, channels, rows)?;
+    let mut h = middle(o, config, &h, channels, rows)?;
     for i in (0..tower.levels.len()).rev() {
-        h = o.scope(&format!("up.{i}"), |o| level(o, tower, i, h, channels, rows))?;
+        h = o.scope(&format!("up.{i}"), |o| level(o, config, tower, i, h, channels, rows))?;
         channels = tower.levels[i].channels;
         if i > 0 {
             let factors = config.downsampling(i - 1);
@@ -205,5 +232,5 @@ fn decoder<O: Ops>(o: &mut O, config: &TokenizerConfig, columns: &O::Tensor) -> 
             rows *= factors.0;
         }
     }
-    norm_conv(o, ("norm_out", "conv_out"), &h, (channels, config.image_channels))
+    norm_conv(o, config, ("norm_out", "conv_out"), &h, (channels, config.image_channels))
 }

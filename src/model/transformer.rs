@@ -5,7 +5,7 @@
 //! cross-attention keys and values; image tokens `x` then pass one at a time through [`step`].
 
 use crate::config::GeneratorConfig;
-use crate::ops::{Dim, Ops, Unary};
+use crate::ops::{Dim, Dropped, Ops, Unary};
 use crate::{Error, Result};
 
 const BLOCK_EPS: f32 = 1e-6;
@@ -118,7 +118,9 @@ fn mlp<O: Ops>(o: &mut O, config: &GeneratorConfig, x: &O::Tensor) -> Result<O::
     let h = o.scope("mlp", |o| {
         let h = o.linear("fc1", &h, config.dim, config.mlp_dim)?;
         let h = o.unary(Unary::Gelu, &h)?;
-        o.linear("fc2", &h, config.mlp_dim, config.dim)
+        let h = o.dropout(h, Dropped::Projection)?;
+        let h = o.linear("fc2", &h, config.mlp_dim, config.dim)?;
+        o.dropout(h, Dropped::Projection)
     })?;
     o.add(x, &h)
 }
@@ -171,7 +173,8 @@ fn self_attention<O: Ops>(
     }
     let h = o.attention(&q, &key, &value, Some(bias), config.head_dim())?;
     let h = merge_heads(o, config, &h)?;
-    Ok((o.linear("proj", &h, dim, dim)?, KeyValue { key, value }))
+    let h = o.linear("proj", &h, dim, dim)?;
+    Ok((o.dropout(h, Dropped::Projection)?, KeyValue { key, value }))
 }
 
 /// A block's work on `n` image tokens `x [B·n, D]`; returns them with all keys and values of self-attention, `past`
@@ -203,7 +206,8 @@ pub fn token_block<O: Ops>(
         let q = o.permute(&q, &[0, 2, 1, 3])?;
         let h = o.attention(&q, &cross.key, &cross.value, None, config.head_dim())?;
         let h = merge_heads(o, config, &h)?;
-        o.linear("proj", &h, dim, dim)
+        let h = o.linear("proj", &h, dim, dim)?;
+        o.dropout(h, Dropped::Projection)
     })?;
     let x = o.add(&x, &h)?;
     Ok((mlp(o, config, &x)?, present))

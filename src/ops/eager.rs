@@ -1,8 +1,10 @@
 //! The interpreter that runs the model on Candle, differentiably: the yardstick of every other one.
 
 use candle_core::{D, DType, Device, Tensor};
+use rand_mt::Mt;
 
-use super::{Binary, Dim, Ops, Turn, Unary, position, scoped};
+use super::kernels::{Conv3x3, GroupNorm, PadReflect, Silu};
+use super::{Binary, Dim, Dropped, Ops, Turn, Unary, position, scoped};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -11,12 +13,29 @@ use crate::{Error, Result};
 pub struct Eager<'a> {
     weights: &'a Weights,
     scope: Vec<String>,
+    dropout: Option<Dropout>,
+}
+
+/// What a model that is being trained forgets.
+#[derive(Clone, Debug)]
+pub struct Dropout {
+    /// Probability that a weight of attention is dropped.
+    pub attention: f64,
+    /// Probability that an element of a projection is dropped.
+    pub projection: f64,
+    /// Draws which.
+    pub random: Mt,
 }
 
 impl<'a> Eager<'a> {
     /// An interpreter outside any scope.
     pub fn new(weights: &'a Weights) -> Self {
-        Self { weights, scope: vec![] }
+        Self { weights, scope: vec![], dropout: None }
+    }
+
+    /// An interpreter for training, with dropout.
+    pub fn training(weights: &'a Weights, dropout: Dropout) -> Self {
+        Self { weights, scope: vec![], dropout: Some(dropout) }
     }
 }
 
@@ -102,7 +121,7 @@ impl Ops for Eager<'_> {
         Ok(match op {
             Unary::Cos => x.cos(),
             Unary::Sin => x.sin(),
-            Unary::Silu => x.silu(),
+            Unary::Silu => x.contiguous()?.apply_op1(Silu),
             Unary::Gelu => x.gelu_erf(),
             Unary::ToFloat => x.to_dtype(DType::F32),
         }?)
@@ -158,32 +177,53 @@ impl Ops for Eager<'_> {
         groups: usize,
         eps: f32,
     ) -> Result<Tensor> {
-        let (batch, channels, _, _) = x.dims4()?;
-        let grouped = x.reshape((batch, groups, ()))?;
-        let width = grouped.dim(2)?;
-        let normed = self.layer_norm(&grouped, None, width, eps)?.reshape(x.shape())?;
-        let affine = (1, channels, 1, 1);
-        Ok(normed.broadcast_mul(&weight.reshape(affine)?)?.broadcast_add(&bias.reshape(affine)?)?)
+        Ok(x.contiguous()?.apply_op3(weight, bias, GroupNorm { groups, eps })?)
     }
 
     fn conv(&mut self, x: &Tensor, weight: &Tensor, bias: &Tensor, spatial: usize) -> Result<Tensor> {
-        let x = x.contiguous()?;
-        let mut channels = vec![1; 2 + spatial];
-        channels[1] = bias.elem_count();
-        let y = if spatial == 1 { x.conv1d(weight, 0, 1, 1, 1)? } else { x.conv2d(weight, 0, 1, 1, 1)? };
-        Ok(y.broadcast_add(&bias.reshape(channels)?)?)
+        if spatial == 2 && weight.dim(3)? == 3 {
+            return Ok(x.contiguous()?.apply_op3(weight, bias, Conv3x3)?);
+        }
+        // As a matrix product over the pixels; of a row's neighbours too.
+        let (batch, input) = (x.dim(0)?, x.dim(1)?);
+        let (output, taps) = (weight.dim(0)?, weight.dim(D::Minus1)?);
+        let length = x.dim(D::Minus1)? + 1 - taps;
+        let shifted = (0..taps).map(|tap| x.narrow(D::Minus1, tap, length)).collect::<Result<Vec<_>, _>>()?;
+        let shifted = Tensor::cat(&shifted, 1)?.reshape((batch, taps * input, ()))?;
+        let weight = weight.reshape((output, input, taps))?.transpose(1, 2)?.reshape((1, output, taps * input))?;
+        let y = weight.broadcast_matmul(&shifted)?.broadcast_add(&bias.reshape((output, 1))?)?;
+        let mut shape = x.dims().to_vec();
+        (shape[1], shape[1 + spatial]) = (output, length);
+        Ok(y.reshape(shape)?)
     }
 
     fn pad_reflect(&mut self, x: &Tensor, spatial: usize) -> Result<Tensor> {
-        let mut x = x.clone();
         for axis in 2..2 + spatial {
             let length = x.dim(axis)?;
             if length < 2 {
                 return Err(Error::run("reflect padding", format!("axis {axis} has {length} elements, needs 2")));
             }
-            x = Tensor::cat(&[&x.narrow(axis, 1, 1)?, &x, &x.narrow(axis, length - 2, 1)?], axis)?;
         }
-        Ok(x)
+        if spatial == 2 {
+            return Ok(x.contiguous()?.apply_op1(PadReflect)?);
+        }
+        Ok(Tensor::cat(&[&x.narrow(2, 1, 1)?, x, &x.narrow(2, x.dim(2)? - 2, 1)?], 2)?)
+    }
+
+    fn dropout(&mut self, x: Tensor, what: Dropped) -> Result<Tensor> {
+        let Some(Dropout { attention, projection, random }) = &mut self.dropout else { return Ok(x) };
+        let probability = match what {
+            Dropped::Attention => *attention,
+            Dropped::Projection => *projection,
+        };
+        if probability == 0.0 {
+            return Ok(x);
+        }
+        let threshold = (probability * f64::from(u32::MAX)) as u32;
+        let kept = (1.0 / (1.0 - probability)) as f32;
+        let mut draw = || if random.next_u32() < threshold { 0.0 } else { kept };
+        let mask: Vec<f32> = (0..x.elem_count()).map(|_| draw()).collect();
+        Ok((&x * Tensor::from_vec(mask, x.shape(), x.device())?)?)
     }
 
     fn open_loop(&mut self, sequences: &[&Tensor], state: &Tensor) -> Result<Running> {

@@ -5,6 +5,7 @@
 
 pub mod cost;
 pub mod eager;
+mod kernels;
 
 use crate::Result;
 
@@ -51,6 +52,15 @@ pub enum Binary {
     Sub,
     /// a · b
     Mul,
+}
+
+/// What dropout works on while the model is trained; each kind has its own probability.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dropped {
+    /// Weights of attention, after the softmax (`attn_dropout`).
+    Attention,
+    /// Results of attention and of the MLP's two layers (`proj_dropout`).
+    Projection,
 }
 
 /// What a turn of a loop works on: the sequences' elements, and the state.
@@ -266,6 +276,14 @@ pub trait Ops: Sized {
         self.close_loop(open)
     }
 
+    /// `x` with elements forgotten at random, where the model is being trained; else `x` itself.
+    ///
+    /// # Errors
+    /// When the interpreter refuses.
+    fn dropout(&mut self, x: Self::Tensor, _what: Dropped) -> Result<Self::Tensor> {
+        Ok(x)
+    }
+
     /// a + b
     ///
     /// # Errors
@@ -378,6 +396,7 @@ pub trait Ops: Sized {
             scores = self.add(&scores, bias)?;
         }
         let weights = self.softmax(&scores)?;
+        let weights = self.dropout(weights, Dropped::Attention)?;
         self.matmul(&weights, v)
     }
 }

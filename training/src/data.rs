@@ -1,0 +1,363 @@
+//! Photographs to train on: found in folders, decoded ahead, cut into crops.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::read_dir;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::JoinHandle;
+
+use eqim::{Error, Result, picture};
+use image::RgbImage;
+use image::imageops::{self, FilterType};
+use ndarray::{Array3, Array4, Axis};
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use sha2::{Digest, Sha256};
+
+/// What random numbers are for: each purpose has its own, so that none depends on how many another took.
+#[derive(Clone, Copy, Debug)]
+pub enum Purpose {
+    /// Weights to start from.
+    Initial,
+    /// Photographs for validation.
+    Split,
+    /// The order of photographs in an epoch.
+    Order,
+    /// Crops.
+    Crop,
+    /// Samples of the tokenizer's posterior.
+    Posterior,
+    /// Labels that are dropped, and positions.
+    Labels,
+    /// Noise and times of the flow.
+    Flow,
+    /// Dropout.
+    Dropout,
+}
+
+/// The random numbers of a step: a function of these three alone, so that a run that is resumed needs no state of them.
+pub fn randomness(seed: u64, purpose: Purpose, step: usize) -> ChaCha8Rng {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    random.set_stream(((purpose as u64) << 48) | step as u64);
+    random
+}
+
+/// A photograph that can be trained on.
+#[derive(Clone, Debug)]
+pub struct Photo {
+    /// Its file.
+    pub path: PathBuf,
+    /// Its place among the [classes](Photos::classes).
+    pub class: usize,
+}
+
+/// The photographs of a folder.
+#[derive(Clone, Debug)]
+pub struct Photos {
+    /// Names of the sub-folders, sorted; a single empty name where photographs lie in the folder itself.
+    pub classes: Vec<String>,
+    /// The photographs, sorted by class and path.
+    pub photos: Vec<Photo>,
+    /// Pictures that cannot be used, and why.
+    pub skipped: Vec<(PathBuf, String)>,
+}
+
+const EXTENSIONS: [&str; 3] = ["jpg", "jpeg", "png"];
+
+impl Photos {
+    /// Looks through `folder`, whose sub-folders are the classes, for PNGs and JPEGs at least `height` pixels high, and
+    /// `width` wide when scaled to that height. Others of them are skipped with a reason; other files and hidden ones
+    /// are passed over.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the folder cannot be read or has no such picture.
+    pub fn open(folder: &Path, height: usize, width: usize) -> Result<Self> {
+        let mut photos = Self { classes: vec![], photos: vec![], skipped: vec![] };
+        let (folders, files) = entries(folder)?;
+        for class in folders {
+            let mut files = vec![];
+            gather(&class, &mut files)?;
+            if files.is_empty() {
+                continue;
+            }
+            photos.classes.push(class.file_name().unwrap_or_default().to_string_lossy().into_owned());
+            photos.take(files, (height, width));
+        }
+        if photos.classes.is_empty() {
+            photos.classes.push(String::new());
+            photos.take(files, (height, width));
+        } else if let Some(file) = files.first() {
+            let problem = "lies beside the folders of classes: put it into one of them, or remove the folders";
+            return Err(Error::input(file.display(), problem));
+        }
+        if photos.photos.is_empty() {
+            let reason = match photos.skipped.first() {
+                Some((path, reason)) => {
+                    format!("; {} were skipped, {} for one: {reason}", photos.skipped.len(), path.display())
+                }
+                None => String::new(),
+            };
+            return Err(Error::input(folder.display(), format!("has no PNG or JPEG to train on{reason}")));
+        }
+        Ok(photos)
+    }
+
+    fn take(&mut self, files: Vec<PathBuf>, least: (usize, usize)) {
+        let class = self.classes.len() - 1;
+        for path in files {
+            match check(&path, least) {
+                Ok(()) => self.photos.push(Photo { path, class }),
+                Err(error) => self.skipped.push((path, error.to_string())),
+            }
+        }
+    }
+
+    /// Holds out `count` photographs, drawn by `seed`: those to train on, and those held out.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when none would be left to train on.
+    pub fn split(self, count: usize, seed: u64) -> Result<(Self, Self)> {
+        if count >= self.photos.len() {
+            let problem = format!("holds out {count} of {} photographs: none is left to train on", self.photos.len());
+            return Err(Error::input("validation", problem));
+        }
+        let mut drawn: Vec<usize> = (0..self.photos.len()).collect();
+        drawn.shuffle(&mut randomness(seed, Purpose::Split, 0));
+        let part = |held_out: bool| {
+            let chosen = |(index, _): &(usize, &Photo)| drawn[..count].contains(index) == held_out;
+            self.photos.iter().enumerate().filter(chosen).map(|(_, photo)| photo.clone()).collect()
+        };
+        let with = |photos| Self { classes: self.classes.clone(), photos, skipped: vec![] };
+        Ok((with(part(false)), with(part(true))))
+    }
+
+    /// A hash of the photographs' names and classes, in order.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for Photo { path, class } in &self.photos {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            hash.update(format!("{}/{name}\n", self.classes[*class]));
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+}
+
+/// The folders in `folder` and the pictures directly in it, both sorted.
+fn entries(folder: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let bad = |error: std::io::Error| Error::input(folder.display(), format!("cannot be read as a folder: {error}"));
+    let (mut folders, mut files) = (vec![], vec![]);
+    for entry in read_dir(folder).map_err(bad)? {
+        let path = entry.map_err(bad)?.path();
+        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+        let extension = path.extension().unwrap_or(OsStr::new("")).to_string_lossy().to_lowercase();
+        if hidden {
+            continue;
+        }
+        if path.is_dir() {
+            folders.push(path);
+        } else if EXTENSIONS.contains(&extension.as_str()) {
+            files.push(path);
+        }
+    }
+    folders.sort();
+    files.sort();
+    Ok((folders, files))
+}
+
+/// All pictures in `folder` and the folders in it.
+fn gather(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    let (folders, mut here) = entries(folder)?;
+    files.append(&mut here);
+    folders.iter().try_for_each(|folder| gather(folder, files))
+}
+
+/// Whether a picture can be decoded and is large enough.
+fn check(path: &Path, (height, width): (usize, usize)) -> Result<()> {
+    let (found_width, found_height) = picture::load(path)?.dimensions();
+    let scaled = (f64::from(found_width) * height as f64 / f64::from(found_height)).round() as usize;
+    if (found_height as usize) < height || scaled < width {
+        let problem = format!(
+            "is {found_width}×{found_height} pixels, expected a height of at least {height} and, scaled to that, a \
+             width of at least {width}"
+        );
+        return Err(Error::input(path.display(), problem));
+    }
+    Ok(())
+}
+
+/// How crops are drawn.
+#[derive(Clone, Copy, Debug)]
+pub struct Crops {
+    /// Height in pixels.
+    pub height: usize,
+    /// Width in pixels.
+    pub width: usize,
+    /// Pictures are scaled to between 1 and this many times `height` before, as far as their own pixels reach.
+    pub largest_scale: f64,
+    /// Whether half of the crops are mirrored.
+    pub flip: bool,
+}
+
+impl Crops {
+    /// Draws a crop of a picture, `[3, height, width]` in -1..1.
+    pub fn draw(&self, picture: &RgbImage, random: &mut impl Rng) -> Array3<f32> {
+        let height = self.window_height(picture, random);
+        let width = self.width as f64 * height / self.height as f64;
+        let width = (width.round() as u32).clamp(1, picture.width());
+        let left = random.random_range(0..=picture.width() - width);
+        self.cut(picture, (left, width), height as u32, self.width, random)
+    }
+
+    /// Draws a view of a picture as wide as the picture, `[3, height, any width]` in -1..1: a whole number of times
+    /// `multiple` wide, beginning somewhere in its first `multiple` pixels.
+    pub fn draw_wide(&self, picture: &RgbImage, multiple: usize, random: &mut impl Rng) -> Array3<f32> {
+        let height = self.window_height(picture, random);
+        let scale = height / self.height as f64;
+        let most = (f64::from(picture.width()) / scale / multiple as f64).floor() as usize * multiple;
+        let spare = f64::from(picture.width()) - most as f64 * scale;
+        let width = if spare < multiple as f64 * scale / 2.0 { most - multiple } else { most }.max(self.width);
+        let taken = ((width as f64 * scale).round() as u32).min(picture.width());
+        let left = random.random_range(0..=(picture.width() - taken).min((multiple as f64 * scale) as u32));
+        self.cut(picture, (left, taken), height as u32, width, random)
+    }
+
+    /// Height of a window, in the picture's own pixels.
+    fn window_height(&self, picture: &RgbImage, random: &mut impl Rng) -> f64 {
+        let whole = f64::from(picture.height());
+        let largest = self.largest_scale.min(whole / self.height as f64).max(1.0);
+        (whole / largest.powf(random.random_range(0.0..=1.0))).round()
+    }
+
+    fn cut(
+        &self,
+        picture: &RgbImage,
+        (left, taken): (u32, u32),
+        height: u32,
+        width: usize,
+        random: &mut impl Rng,
+    ) -> Array3<f32> {
+        let top = random.random_range(0..=picture.height() - height);
+        let mirrored = self.flip && random.random_bool(0.5);
+        let window = imageops::crop_imm(picture, left, top, taken, height).to_image();
+        let crop = imageops::resize(&window, width as u32, self.height as u32, FilterType::Lanczos3);
+        Array3::from_shape_fn((3, self.height, width), |(channel, y, x)| {
+            let x = if mirrored { width - 1 - x } else { x };
+            f32::from(crop.get_pixel(x as u32, y as u32)[channel]) / 127.5 - 1.0
+        })
+    }
+}
+
+/// Crops of some photographs.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// `[batch, 3, height, width]` in -1..1.
+    pub images: Array4<f32>,
+    /// The photographs' classes, `[batch]`.
+    pub labels: Vec<usize>,
+}
+
+/// Which of `count` photographs make up the batch of `step`: batches go through epochs in turn, each a permutation.
+pub fn order(seed: u64, count: usize, batch: usize, step: usize) -> Vec<usize> {
+    let mut epoch = (usize::MAX, vec![]);
+    let mut at = |place: usize| {
+        if epoch.0 != place / count {
+            let mut permutation: Vec<usize> = (0..count).collect();
+            permutation.shuffle(&mut randomness(seed, Purpose::Order, place / count));
+            epoch = (place / count, permutation);
+        }
+        epoch.1[place % count]
+    };
+    (step * batch..(step + 1) * batch).map(&mut at).collect()
+}
+
+// Decoded pictures that are kept, in bytes.
+const KEPT: usize = 512 << 20;
+// Batches that wait to be trained on.
+const AHEAD: usize = 2;
+
+/// Makes batches on a thread of its own, a few steps ahead.
+#[derive(Debug)]
+pub struct Ahead {
+    batches: Option<Receiver<Result<Batch>>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Ahead {
+    /// Makes the batches of `steps`, `batch` crops each.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when no thread can be had.
+    pub fn start(photos: Photos, crops: Crops, batch: usize, seed: u64, steps: Range<usize>) -> Result<Self> {
+        let (sender, receiver) = sync_channel(AHEAD);
+        let work = move || {
+            let mut decoded = Decoded::default();
+            for step in steps {
+                let made = make(&photos, &mut decoded, crops, batch, seed, step);
+                let failed = made.is_err();
+                if sender.send(made).is_err() || failed {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("decode-ahead".into()).spawn(work);
+        let thread = thread.map_err(|error| Error::run("decoding", error))?;
+        Ok(Self { batches: Some(receiver), thread: Some(thread) })
+    }
+
+    /// The next step's batch.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a photograph that cannot be read any more; [`Error::Run`] when all steps are done.
+    pub fn next(&mut self) -> Result<Batch> {
+        let batch = self.batches.as_ref().and_then(|batches| batches.recv().ok());
+        batch.unwrap_or_else(|| Err(Error::run("decoding", "has no more batches")))
+    }
+}
+
+impl Drop for Ahead {
+    fn drop(&mut self) {
+        // The thread ends when it finds that nobody receives.
+        self.batches = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn make(photos: &Photos, decoded: &mut Decoded, crops: Crops, batch: usize, seed: u64, step: usize) -> Result<Batch> {
+    let mut random = randomness(seed, Purpose::Crop, step);
+    let mut images = Array4::zeros((batch, 3, crops.height, crops.width));
+    let mut labels = vec![];
+    for (row, index) in order(seed, photos.photos.len(), batch, step).into_iter().enumerate() {
+        let photo = &photos.photos[index];
+        let crop = decoded.with(&photo.path, |picture| crops.draw(picture, &mut random))?;
+        images.index_axis_mut(Axis(0), row).assign(&crop);
+        labels.push(photo.class);
+    }
+    Ok(Batch { images, labels })
+}
+
+/// Decoded pictures, as many as fit.
+#[derive(Debug, Default)]
+struct Decoded {
+    pictures: HashMap<PathBuf, RgbImage>,
+    bytes: usize,
+}
+
+impl Decoded {
+    fn with<R>(&mut self, path: &Path, work: impl FnOnce(&RgbImage) -> R) -> Result<R> {
+        if let Some(picture) = self.pictures.get(path) {
+            return Ok(work(picture));
+        }
+        let picture = picture::load(path)?;
+        let result = work(&picture);
+        if self.bytes + picture.len() <= KEPT {
+            self.bytes += picture.len();
+            self.pictures.insert(path.to_path_buf(), picture);
+        }
+        Ok(result)
+    }
+}

@@ -1,0 +1,124 @@
+//! An optional discriminator of patches (PatchGAN, Isola et al., CVPR 2017; reference:
+//! `tokenizer/modules/discriminator/model.py`), with group normalization where that has batch normalization: batches are
+//! small, and their statistics would have to be kept.
+
+use candle_core::{Device, Tensor};
+use eqim::Result;
+use eqim::weights::Weights;
+use rand::Rng;
+
+use crate::initial::normal;
+
+const KERNEL: usize = 4;
+const GROUPS: usize = 32;
+const EPS: f64 = 1e-5;
+// Slope of the leaky rectifier below 0.
+const SLOPE: f64 = 0.2;
+// Deviation of the first weights.
+const DEVIATION: f32 = 0.02;
+
+/// Output channels and stride of each convolution.
+const LAYERS: [(usize, usize); 5] = [(64, 2), (128, 2), (256, 2), (512, 1), (1, 1)];
+
+/// Weights to start from, by name.
+///
+/// # Errors
+/// When Candle refuses.
+pub fn initial(random: &mut impl Rng) -> Result<Vec<(String, Tensor)>> {
+    let (mut weights, mut input) = (vec![], 3);
+    for (layer, (output, _)) in LAYERS.into_iter().enumerate() {
+        let shape = (output, input, KERNEL, KERNEL);
+        let values = normal(random, output * input * KERNEL * KERNEL).into_iter().map(|value| value * DEVIATION);
+        let weight = Tensor::from_iter(values, &Device::Cpu)?.reshape(shape)?;
+        weights.push((format!("{layer}.conv.weight"), weight));
+        weights.push((format!("{layer}.conv.bias"), Tensor::zeros(output, candle_core::DType::F32, &Device::Cpu)?));
+        if normalized(layer) {
+            weights
+                .push((format!("{layer}.norm.weight"), Tensor::ones(output, candle_core::DType::F32, &Device::Cpu)?));
+            weights.push((format!("{layer}.norm.bias"), Tensor::zeros(output, candle_core::DType::F32, &Device::Cpu)?));
+        }
+        input = output;
+    }
+    Ok(weights)
+}
+
+/// Neither the first nor the last layer is.
+fn normalized(layer: usize) -> bool {
+    (1..LAYERS.len() - 1).contains(&layer)
+}
+
+/// Logits `[batch, 1, rows, columns]` of overlapping patches of images `[batch, 3, height, width]`: large for real ones.
+///
+/// # Errors
+/// When an image is smaller than a patch.
+pub fn logits(weights: &Weights, image: &Tensor) -> Result<Tensor> {
+    let (mut x, mut input) = (image.clone(), 3);
+    for (layer, (output, stride)) in LAYERS.into_iter().enumerate() {
+        let weight = weights.get(&format!("{layer}.conv.weight"), &[output, input, KERNEL, KERNEL])?;
+        let bias = weights.get(&format!("{layer}.conv.bias"), &[output])?.reshape((1, output, 1, 1))?;
+        x = x.conv2d(&weight, 1, stride, 1, 1)?.broadcast_add(&bias)?;
+        if normalized(layer) {
+            let weight = weights.get(&format!("{layer}.norm.weight"), &[output])?.reshape((1, output, 1, 1))?;
+            let bias = weights.get(&format!("{layer}.norm.bias"), &[output])?.reshape((1, output, 1, 1))?;
+            x = group_norm(&x)?.broadcast_mul(&weight)?.broadcast_add(&bias)?;
+        }
+        if layer + 1 < LAYERS.len() {
+            x = ((x.relu()? * (1.0 - SLOPE))? + (x * SLOPE)?)?;
+        }
+        input = output;
+    }
+    Ok(x)
+}
+
+fn group_norm(x: &Tensor) -> Result<Tensor> {
+    let grouped = x.reshape((x.dim(0)?, GROUPS, ()))?;
+    let centered = grouped.broadcast_sub(&grouped.mean_keepdim(2)?)?;
+    let deviation = (centered.sqr()?.mean_keepdim(2)? + EPS)?.sqrt()?;
+    Ok(centered.broadcast_div(&deviation)?.reshape(x.shape())?)
+}
+
+/// The discriminator's hinge loss (Lim & Ye 2017; reference: `hinge_d_loss`) of logits of real and of made images.
+///
+/// # Errors
+/// When Candle refuses.
+pub fn hinge(real: &Tensor, made: &Tensor) -> Result<Tensor> {
+    let real = real.affine(-1.0, 1.0)?.relu()?.mean_all()?;
+    let made = made.affine(1.0, 1.0)?.relu()?.mean_all()?;
+    Ok(((real + made)? * 0.5)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{Purpose, randomness};
+    use crate::learner::{Learner, Losses, Update};
+
+    #[test]
+    fn it_learns_to_tell_images_apart() {
+        let random = &mut randomness(1, Purpose::Initial, 0);
+        let mut learner = Learner::new("discriminator", initial(random).unwrap()).unwrap();
+        let real = Tensor::from_vec(normal(random, 3 * 32 * 32), (1, 3, 32, 32), &Device::Cpu).unwrap();
+        let made = Tensor::full(0.3f32, (1, 3, 32, 32), &Device::Cpu).unwrap();
+        let mut found = vec![];
+        for _ in 0..6 {
+            let weights = learner.weights().unwrap();
+            let loss = |_: &()| {
+                let total = hinge(&logits(&weights, &real)?, &logits(&weights, &made)?)?;
+                Ok(Losses { total: total.clone(), parts: vec![("loss", total)] })
+            };
+            let (gradients, measures) = learner.differentiate(&[(1.0, ())], loss).unwrap();
+            let update = Update {
+                learning_rate: 1e-3,
+                betas: [0.5, 0.9],
+                weight_decay: 0.0,
+                decays: &|_, _| false,
+                clip: None,
+                average: 0.0,
+            };
+            learner.update(&gradients, &update).unwrap();
+            found.push(measures["loss"]);
+        }
+        assert!((found[0] - 1.0).abs() < 0.2 && found[5] < 0.5 * found[0], "{found:?}");
+        assert_eq!(logits(&learner.weights().unwrap(), &real).unwrap().dims(), [1, 1, 2, 2]);
+    }
+}

@@ -1,0 +1,293 @@
+//! Training of the generator (reference: `generator/equ_modeling.py`, `engine_generator.py`, `diffusion/flows.py`).
+
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use eqim::candle::CandleEngine;
+use eqim::checkpoint::{self, StoredConfig};
+use eqim::config::GeneratorConfig;
+use eqim::engine::Engine;
+use eqim::generate::{Noise, Request, Schedule, generate};
+use eqim::model::{Stage, flow, parameters_of, transformer};
+use eqim::ops::eager::{Dropout, Eager};
+use eqim::tensors::TensorFile;
+use eqim::weights::Weights;
+use eqim::{Config, Error, Result};
+use ndarray::{Array3, Axis, concatenate};
+use rand::{Rng, RngCore};
+use rand_mt::Mt;
+
+use crate::data::{Crops, Photos, Purpose, order, randomness};
+use crate::initial::{self, normal};
+use crate::latents::{Encoder, Latents};
+use crate::learner::{Learner, Losses, Measures, Update};
+use crate::recipe::{GeneratorRecipe, Plan};
+use crate::run::Task;
+
+/// The generator being trained.
+pub struct GeneratorTask {
+    recipe: GeneratorRecipe,
+    learner: Learner,
+    encoder: Encoder,
+    posterior_std: f64,
+    classes: Vec<String>,
+    fingerprint: String,
+    training: Latents,
+    held_out: Latents,
+}
+
+/// Everything that a step's loss depends on beside the weights.
+pub struct Draws {
+    /// Data, `[batch, tokens, E]`.
+    pub tokens: Tensor,
+    /// Labels, `[batch]`; dropped ones are `class_num`.
+    pub labels: Tensor,
+    /// The first token's position.
+    pub shift: usize,
+    /// `[copies, batch, tokens, E]`, every copy of a token with its own.
+    pub noise: Tensor,
+    /// Times in 0..1, `[copies, batch, tokens]`.
+    pub times: Tensor,
+    /// Dropout, where there is some.
+    pub dropout: Option<Dropout>,
+}
+
+// Rows of a batch that one core works on at a time: fixed, so that sums do not depend on the number of cores.
+const SHARD: usize = 8;
+// Euler steps and guidance of the pictures made on the way.
+const PREVIEW_STEPS: usize = 25;
+const PREVIEW_CFG: f32 = 2.0;
+// Batches that the validation loss is the mean of.
+const VALIDATION_BATCHES: usize = 4;
+
+/// Flow matching's mean squared error of the velocity, a scalar: `z_t = t·noise + (1-t)·token`, whose velocity is
+/// `noise - token` (reference: `diffusion/flows.py`, `RectifiedFlow.get_train_tuple`).
+///
+/// # Errors
+/// When the shapes do not fit.
+pub fn loss(config: &GeneratorConfig, weights: &Weights, draws: &Draws) -> Result<Tensor> {
+    let (batch, n, embed) = draws.tokens.dims3()?;
+    let copies = draws.noise.dim(0)?;
+    let rows = copies * batch * n;
+    let mut o = match &draws.dropout {
+        Some(dropout) => Eager::training(weights, dropout.clone()),
+        None => Eager::new(weights),
+    };
+    let tokens = draws.tokens.reshape((batch * n, embed))?;
+    let z = transformer::teacher_forced(&mut o, config, &draws.labels, &tokens, n, draws.shift)?;
+    let z = z.repeat((copies, 1))?;
+    let token = tokens.repeat((copies, 1))?;
+    let noise = draws.noise.reshape((rows, embed))?;
+    let t = draws.times.reshape((rows, 1))?;
+    let velocity = (&noise - &token)?;
+    let at = (&token + velocity.broadcast_mul(&t)?)?;
+    let found = flow::velocity(&mut o, config, &at, &t.flatten_all()?, &z)?;
+    Ok((found - velocity)?.sqr()?.mean_all()?)
+}
+
+/// Whether AdamW's weight decay applies (reference: `util/misc.py`, `add_weight_decay`): to no bias, no other vector and
+/// nothing of the flow head.
+pub fn decays(name: &str, axes: usize) -> bool {
+    axes > 1 && !name.starts_with("diffloss.")
+}
+
+impl GeneratorTask {
+    /// A generator with random weights, over latents that are computed into `cache` first.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the photographs or the recipe do not fit the tokenizer.
+    pub fn new(
+        mut recipe: GeneratorRecipe,
+        posterior_std: f64,
+        photos: Photos,
+        encoder: Encoder,
+        cache: &Path,
+    ) -> Result<Self> {
+        let plan = &recipe.plan;
+        let classes = photos.classes.clone();
+        let (training, held_out) = photos.split(plan.validation, plan.seed)?;
+        let fingerprint = training.fingerprint();
+        let crops = Crops {
+            height: encoder.config.image_height(),
+            width: plan.tokens * encoder.config.token_width(),
+            largest_scale: plan.largest_scale,
+            flip: plan.flip,
+        };
+        let open = |photos: &Photos| Latents::open(cache, &encoder, photos, crops, recipe.views, plan.seed);
+        let (training, held_out) = (open(&training)?, open(&held_out)?);
+        recipe.model.class_num = classes.len();
+        recipe.model.embed = encoder.config.embed;
+        recipe.model.vae_norm = 1.0 / training.deviation(posterior_std)?;
+
+        let config = Config { generator: recipe.model.clone(), tokenizer: encoder.config.clone() };
+        config.check()?;
+        let parameters = parameters_of(&config, &[Stage::Prefill, Stage::Step, Stage::Flow])?;
+        let learner = Learner::new("generator", initial::generator_weights(&parameters, plan.seed)?)?;
+        Ok(Self { recipe, learner, encoder, posterior_std, classes, fingerprint, training, held_out })
+    }
+
+    /// The number and names of classes.
+    pub fn classes(&self) -> &[String] {
+        &self.classes
+    }
+
+    /// Draws a batch of `latents`.
+    fn draw(&self, latents: &Latents, step: usize, training: bool) -> Result<Draws> {
+        let GeneratorRecipe { model, plan, .. } = &self.recipe;
+        let (batch, n, embed) = (plan.batch_size, plan.tokens, model.embed);
+        let copies = self.recipe.diffusion_batch_mul;
+        let [mut crop, mut posterior, mut labels, mut flow, mut dropout] =
+            [Purpose::Crop, Purpose::Posterior, Purpose::Labels, Purpose::Flow, Purpose::Dropout]
+                .map(|purpose| randomness(plan.seed, purpose, step));
+        let (mut tokens, mut classes) = (vec![], vec![]);
+        for photo in order(plan.seed, latents.len(), batch, step) {
+            tokens.push(latents.draw(photo, n, &mut crop)?);
+            let dropped = training && labels.random_bool(self.recipe.label_drop_prob);
+            classes.push(if dropped { model.unconditional() } else { latents.class(photo) } as i64);
+        }
+        let spread = Tensor::from_vec(normal(&mut posterior, batch * n * embed), (batch, n, embed), &Device::Cpu)?;
+        let tokens = ((Tensor::stack(&tokens, 0)? + (spread * self.posterior_std)?)? * model.vae_norm)?;
+        let shift = if training { labels.random_range(0..self.recipe.shift_num) } else { 0 };
+        let noise = normal(&mut flow, copies * batch * n * embed);
+        let times: Vec<f32> = (0..copies * batch * n).map(|_| time(flow.random_range(0.0..1.0))).collect();
+        let dropout = training.then(|| Dropout {
+            attention: self.recipe.attn_dropout,
+            projection: self.recipe.proj_dropout,
+            random: Mt::new(dropout.next_u32()),
+        });
+        Ok(Draws {
+            tokens,
+            labels: Tensor::from_vec(classes, batch, &Device::Cpu)?,
+            shift,
+            noise: Tensor::from_vec(noise, (copies, batch, n, embed), &Device::Cpu)?,
+            times: Tensor::from_vec(times, (copies, batch, n), &Device::Cpu)?,
+            dropout,
+        })
+    }
+
+    /// A model of the averaged weights and the tokenizer.
+    fn engine(&self) -> Result<CandleEngine> {
+        let mut weights = self.encoder.weights.clone();
+        for (name, tensor) in self.learner.average()?.iter() {
+            weights.insert(name.to_string(), tensor)?;
+        }
+        let config = Config { generator: self.recipe.model.clone(), tokenizer: self.encoder.config.clone() };
+        Ok(CandleEngine::new(config, weights))
+    }
+}
+
+/// A time in (0, 1] of a uniform draw (reference: `RectifiedFlow.get_train_tuple`).
+pub fn time(uniform: f32) -> f32 {
+    const LEAST: f32 = 1e-5;
+    uniform * (1.0 - LEAST) + LEAST
+}
+
+impl Draws {
+    /// The batch in parts, each with its share of the batch.
+    ///
+    /// # Errors
+    /// When Candle refuses.
+    fn shards(mut self) -> Result<Vec<(f64, Self)>> {
+        let batch = self.tokens.dim(0)?;
+        let mut shards = vec![];
+        for start in (0..batch).step_by(SHARD) {
+            let rows = SHARD.min(batch - start);
+            let dropout = self.dropout.as_mut().map(|dropout| {
+                let seed = dropout.random.next_u32();
+                Dropout { random: Mt::new(seed), ..dropout.clone() }
+            });
+            let shard = Self {
+                tokens: self.tokens.narrow(0, start, rows)?,
+                labels: self.labels.narrow(0, start, rows)?,
+                shift: self.shift,
+                noise: self.noise.narrow(1, start, rows)?,
+                times: self.times.narrow(1, start, rows)?,
+                dropout,
+            };
+            shards.push((rows as f64 / batch as f64, shard));
+        }
+        Ok(shards)
+    }
+}
+
+impl Task for GeneratorTask {
+    fn kind(&self) -> &'static str {
+        "generator"
+    }
+
+    fn plan(&self) -> &Plan {
+        &self.recipe.plan
+    }
+
+    fn identity(&self) -> Result<String> {
+        let recipe = toml::to_string(&self.recipe).map_err(|error| Error::run("recipe", error))?;
+        Ok(format!("{recipe}tokenizer = {}\nphotographs = {}\n", self.encoder.hash, self.fingerprint))
+    }
+
+    fn step(&mut self, step: usize) -> Result<Measures> {
+        let shards = self.draw(&self.training, step, true)?.shards()?;
+        let weights = self.learner.weights()?;
+        let model = &self.recipe.model;
+        let (gradients, mut measures) = self.learner.differentiate(&shards, |draws| {
+            let total = loss(model, &weights, draws)?;
+            Ok(Losses { total: total.clone(), parts: vec![("loss", total)] })
+        })?;
+        let plan = &self.recipe.plan;
+        let update = Update {
+            learning_rate: plan.learning_rate(step),
+            betas: plan.betas,
+            weight_decay: self.recipe.weight_decay,
+            decays: &decays,
+            clip: (plan.clip > 0.0).then_some(plan.clip),
+            average: plan.ema,
+        };
+        let norm = self.learner.update(&gradients, &update)?;
+        measures.insert("gradient_norm".into(), norm);
+        Ok(measures)
+    }
+
+    fn validate(&self) -> Result<Measures> {
+        if self.held_out.is_empty() {
+            return Ok(Measures::new());
+        }
+        let weights = self.learner.average()?;
+        let mut sum = 0.0;
+        for batch in 0..VALIDATION_BATCHES {
+            let draws = self.draw(&self.held_out, batch, false)?;
+            sum += f64::from(loss(&self.recipe.model, &weights, &draws)?.to_dtype(DType::F32)?.to_scalar::<f32>()?);
+        }
+        Ok(Measures::from([("loss".into(), sum / VALIDATION_BATCHES as f64)]))
+    }
+
+    fn picture(&self) -> Result<Array3<f32>> {
+        let engine = self.engine()?;
+        let request = Request {
+            labels: (0..self.classes.len().min(5)).map(Some).collect(),
+            tokens: 2 * self.recipe.plan.tokens,
+            cfg: PREVIEW_CFG,
+            schedule: Schedule::Constant,
+            steps: PREVIEW_STEPS,
+            prefix: None,
+            noise: Noise::Seed(self.recipe.plan.seed),
+        };
+        let tokens = generate(&engine, &request, |_| {})?.tokens;
+        let images = engine.decode((tokens / self.recipe.model.vae_norm as f32).view())?;
+        let rows: Vec<_> = images.axis_iter(Axis(0)).collect();
+        concatenate(Axis(1), &rows).map_err(|error| Error::run("samples", error))
+    }
+
+    fn state(&self) -> Vec<(String, Tensor)> {
+        self.learner.state()
+    }
+
+    fn restore(&mut self, file: &mut TensorFile, steps: usize) -> Result<()> {
+        self.learner.restore(file, steps)
+    }
+
+    fn write_model(&self, path: &Path) -> Result<()> {
+        let config = StoredConfig { generator: Some(self.recipe.model.clone()), tokenizer: None };
+        let weights = self.learner.average()?;
+        let stored: Vec<(&str, Tensor)> = weights.iter().map(|(name, tensor)| (name, tensor.clone())).collect();
+        checkpoint::write(path, &config, &stored)
+    }
+}

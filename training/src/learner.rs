@@ -1,0 +1,225 @@
+//! Parameters that are trained, and what their optimizer keeps of them.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Tensor, Var};
+use eqim::tensors::TensorFile;
+use eqim::weights::Weights;
+use eqim::{Error, Result};
+use rayon::prelude::*;
+
+/// Gradients by the name of their parameter.
+pub type Gradients = BTreeMap<String, Tensor>;
+
+/// Numbers that a step reports, by name.
+pub type Measures = BTreeMap<String, f64>;
+
+/// Parameters with the optimizer's moments and their exponential moving average.
+#[derive(Debug)]
+pub struct Learner {
+    name: &'static str,
+    parameters: BTreeMap<String, Parameter>,
+    updates: usize,
+}
+
+#[derive(Debug)]
+struct Parameter {
+    value: Var,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    average: Tensor,
+}
+
+/// How a step of AdamW (Loshchilov & Hutter 2019; PyTorch's `torch.optim.AdamW`) changes the parameters.
+pub struct Update<'a> {
+    /// The step's learning rate.
+    pub learning_rate: f64,
+    /// Decay rates of the moments.
+    pub betas: [f64; 2],
+    /// Weight decay of the parameters that `decays` names.
+    pub weight_decay: f64,
+    /// Whether a parameter decays, by name and number of axes.
+    pub decays: &'a (dyn Fn(&str, usize) -> bool + Sync),
+    /// Largest norm of all gradients together; larger ones are scaled down to it.
+    pub clip: Option<f64>,
+    /// How much of the moving average stays.
+    pub average: f64,
+}
+
+const EPS: f64 = 1e-8;
+// As `torch.nn.utils.clip_grad_norm_` has it.
+const CLIP_EPS: f64 = 1e-6;
+
+impl Learner {
+    /// A learner of these parameters that has not learned yet. Its `name` tells its tensors from others' in a file.
+    ///
+    /// # Errors
+    /// When Candle refuses.
+    pub fn new(name: &'static str, values: impl IntoIterator<Item = (String, Tensor)>) -> Result<Self> {
+        let parameter = |(parameter, value): (String, Tensor)| {
+            let zeros = value.zeros_like()?;
+            let value = Var::from_tensor(&value)?;
+            let average = value.as_tensor().copy()?;
+            Ok((parameter, Parameter { value, first_moment: zeros.clone(), second_moment: zeros, average }))
+        };
+        Ok(Self { name, parameters: values.into_iter().map(parameter).collect::<Result<_>>()?, updates: 0 })
+    }
+
+    /// The parameters, for the model to be run and differentiated with.
+    ///
+    /// # Errors
+    /// When Candle refuses.
+    pub fn weights(&self) -> Result<Weights> {
+        let mut weights = Weights::default();
+        for (name, parameter) in &self.parameters {
+            weights.insert(name.clone(), parameter.value.as_tensor())?;
+        }
+        Ok(weights)
+    }
+
+    /// The parameters' moving averages.
+    ///
+    /// # Errors
+    /// When Candle refuses.
+    pub fn average(&self) -> Result<Weights> {
+        let mut weights = Weights::default();
+        for (name, parameter) in &self.parameters {
+            weights.insert(name.clone(), &parameter.average)?;
+        }
+        Ok(weights)
+    }
+
+    /// Differentiates a loss that is the weighted mean over `shards`, on as many cores as there are. Gives the gradients
+    /// and the means of what the shards measured. The result does not depend on the number of cores.
+    ///
+    /// # Errors
+    /// Those of `loss`; when Candle cannot differentiate it.
+    pub fn differentiate<T: Sync>(
+        &self,
+        shards: &[(f64, T)],
+        loss: impl Fn(&T) -> Result<Losses> + Sync,
+    ) -> Result<(Gradients, Measures)> {
+        let shard = |(weight, shard): &(f64, T)| {
+            let losses = loss(shard)?;
+            let mut gradients = (losses.total * *weight)?.backward()?;
+            let mut taken = Gradients::new();
+            for (name, parameter) in &self.parameters {
+                if let Some(gradient) = gradients.remove(parameter.value.as_tensor()) {
+                    taken.insert(name.clone(), gradient);
+                }
+            }
+            let measure = |(name, value): (&'static str, Tensor)| {
+                Ok((name.to_string(), weight * f64::from(value.to_scalar::<f32>()?)))
+            };
+            Ok((taken, losses.parts.into_iter().map(measure).collect::<Result<Measures>>()?))
+        };
+        let results: Vec<Result<(Gradients, Measures)>> = shards.par_iter().map(shard).collect();
+        let (mut gradients, mut measures) = (Gradients::new(), Measures::new());
+        for result in results {
+            let (more, measured) = result?;
+            for (name, gradient) in more {
+                let sum = match gradients.remove(&name) {
+                    Some(sum) => (sum + gradient)?,
+                    None => gradient,
+                };
+                gradients.insert(name, sum);
+            }
+            measured.into_iter().for_each(|(name, value)| *measures.entry(name).or_default() += value);
+        }
+        Ok((gradients, measures))
+    }
+
+    /// Takes a step along `gradients`; parameters without one stay. Gives the gradients' norm before clipping.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when the norm is not finite, with nothing changed.
+    pub fn update(&mut self, gradients: &Gradients, update: &Update) -> Result<f64> {
+        let mut squares = 0.0;
+        for gradient in gradients.values() {
+            squares += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        }
+        let norm = squares.sqrt();
+        if !norm.is_finite() {
+            return Err(Error::run("gradients", format!("their norm is {norm}")));
+        }
+        let factor = update.clip.map_or(1.0, |clip| (clip / (norm + CLIP_EPS)).min(1.0));
+        self.updates += 1;
+        let [beta1, beta2] = update.betas;
+        let bias1 = 1.0 - beta1.powi(self.updates as i32);
+        let bias2 = 1.0 - beta2.powi(self.updates as i32);
+        let change = |(name, parameter): (&String, &mut Parameter)| -> Result<()> {
+            let value = parameter.value.as_tensor();
+            if let Some(gradient) = gradients.get(name) {
+                let gradient = (gradient * factor)?;
+                let first = ((&parameter.first_moment * beta1)? + (&gradient * (1.0 - beta1))?)?;
+                let second = ((&parameter.second_moment * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
+                let spread = ((&second / bias2)?.sqrt()? + EPS)?;
+                let change = ((&first * (update.learning_rate / bias1))? / spread)?;
+                let decays = (update.decays)(name, value.rank());
+                let decay = if decays { update.learning_rate * update.weight_decay } else { 0.0 };
+                let new = ((value * (1.0 - decay))? - change)?;
+                parameter.value.set(&new.detach())?;
+                (parameter.first_moment, parameter.second_moment) = (first.detach(), second.detach());
+            }
+            let value = parameter.value.as_tensor();
+            let average = ((&parameter.average * update.average)? + (value * (1.0 - update.average))?)?;
+            parameter.average = average.detach();
+            Ok(())
+        };
+        self.parameters.par_iter_mut().try_for_each(change)?;
+        Ok(norm)
+    }
+
+    /// Everything that has to be kept, by names that start with the learner's own.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let mut tensors = vec![];
+        for (name, parameter) in &self.parameters {
+            let Parameter { value, first_moment, second_moment, average } = parameter;
+            let kept = [
+                ("value", value.as_tensor()),
+                ("first_moment", first_moment),
+                ("second_moment", second_moment),
+                ("average", average),
+            ];
+            tensors.extend(kept.map(|(part, tensor)| (self.key(part, name), tensor.clone())));
+        }
+        tensors
+    }
+
+    /// Goes on from a [state](Learner::state) after `updates` updates.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the tensor that is missing or has another shape.
+    pub fn restore(&mut self, file: &mut TensorFile, updates: usize) -> Result<()> {
+        let keys: Vec<String> = self.parameters.keys().cloned().collect();
+        for name in keys {
+            let [value, first_moment, second_moment, average] =
+                ["value", "first_moment", "second_moment", "average"].map(|part| file.read(&self.key(part, &name)));
+            let (value, first_moment, second_moment, average) = (value?, first_moment?, second_moment?, average?);
+            let Some(parameter) = self.parameters.get_mut(&name) else { continue };
+            let expected = parameter.value.dims();
+            if let Some(other) = [&value, &first_moment, &second_moment, &average].iter().find(|x| x.dims() != expected)
+            {
+                let problem = format!("tensor {name} has shape {:?}, expected {expected:?}", other.dims());
+                return Err(Error::input(file.path().display(), problem));
+            }
+            parameter.value.set(&value)?;
+            (parameter.first_moment, parameter.second_moment, parameter.average) =
+                (first_moment, second_moment, average);
+        }
+        self.updates = updates;
+        Ok(())
+    }
+
+    fn key(&self, part: &str, parameter: &str) -> String {
+        format!("{}.{part}.{parameter}", self.name)
+    }
+}
+
+/// What one shard of a batch loses.
+pub struct Losses {
+    /// What is differentiated: a scalar.
+    pub total: Tensor,
+    /// Its parts, or other scalars to be reported.
+    pub parts: Vec<(&'static str, Tensor)>,
+}

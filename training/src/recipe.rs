@@ -1,0 +1,393 @@
+//! Everything that a training run can be told: presets, and TOML files that change them.
+
+use std::path::Path;
+
+use clap::ValueEnum;
+use eqim::config::{GeneratorConfig, Level, Preset, TokenizerConfig, Tower};
+use eqim::{Config, Error, Result, files};
+use serde::{Deserialize, Serialize};
+use toml::Table;
+
+/// Where a recipe starts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Base {
+    /// Small enough for an hour on two CPU cores.
+    #[default]
+    Demo,
+    /// The published model of 127 M parameters.
+    Small,
+    /// 296 M parameters.
+    Base,
+    /// 644 M parameters.
+    Large,
+    /// 1203 M parameters.
+    Huge,
+}
+
+/// How both halves are trained.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// The tokenizer's part.
+    pub tokenizer: TokenizerRecipe,
+    /// The generator's part.
+    pub generator: GeneratorRecipe,
+}
+
+/// How the learning rate goes on after its linear warm-up (reference: `util/lr_sched.py`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Schedule {
+    /// It stays.
+    Constant,
+    /// It falls to zero along half a cosine, at the last step.
+    Cosine,
+}
+
+/// What both halves' training has in common.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Crops, or rows of tokens, of a step (`batch_size`).
+    pub batch_size: usize,
+    /// Width of a crop in tokens (`token_num`).
+    pub tokens: usize,
+    /// Pictures are scaled up to this many times the model's height before a crop is cut out of them.
+    pub largest_scale: f64,
+    /// Whether half of the crops are mirrored.
+    pub flip: bool,
+    /// Learning rate after warm-up, for a batch of 256 (`blr`); that of the batch is in proportion.
+    pub base_learning_rate: f64,
+    /// Steps until the learning rate is reached.
+    pub warmup_steps: usize,
+    /// How it goes on.
+    pub schedule: Schedule,
+    /// Decay rates of the optimizer's moments.
+    pub betas: [f64; 2],
+    /// Largest norm of the gradients (`grad_clip`); 0 clips nothing.
+    pub clip: f64,
+    /// How much of the weights' moving average stays at each step (`ema_rate`).
+    pub ema: f64,
+    /// Photographs held out for validation.
+    pub validation: usize,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Steps between two lines of metrics.
+    pub log_every: usize,
+    /// Steps between two checkpoints.
+    pub checkpoint_every: usize,
+    /// Steps between two pictures and validations.
+    pub sample_every: usize,
+}
+
+/// How the tokenizer is trained (reference: `configs/first_stage/tokenizer_config.yaml`).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerRecipe {
+    /// Sizes.
+    pub model: TokenizerConfig,
+    /// Steps, batches, rates.
+    pub plan: Plan,
+    /// Standard deviation of the posterior (`std`).
+    pub posterior_std: f64,
+    /// Weight of the posterior's divergence from the normal distribution (`kl_weight`).
+    pub kl_weight: f64,
+    /// Weight of the mean absolute difference of pixels (`pixelloss_weight`).
+    pub pixel_weight: f64,
+    /// Weight of the multi-scale structural difference, which needs no pretrained network.
+    pub structure_weight: f64,
+    /// Weight of LPIPS, where its weights are given (`perceptual_weight`).
+    pub perceptual_weight: f64,
+    /// Weight of the patch discriminator (`disc_weight`); 0 trains none.
+    pub discriminator_weight: f64,
+    /// First step that the discriminator takes part in (`disc_start`).
+    pub discriminator_start: usize,
+    /// Only the decoder learns, from a tokenizer that is given (`stage2`).
+    pub decoder_only: bool,
+}
+
+/// How the generator is trained (reference: `scripts/train_generator.py`).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GeneratorRecipe {
+    /// Sizes. The number of classes and the latents' width and scale are taken from the photographs and the tokenizer.
+    pub model: GeneratorConfig,
+    /// Steps, batches, rates.
+    pub plan: Plan,
+    /// Crops of every photograph that latents are cached of.
+    pub views: usize,
+    /// Weight decay of all matrices outside the flow head.
+    pub weight_decay: f64,
+    /// Probability that a class is forgotten, so that guidance has something to lean on.
+    pub label_drop_prob: f64,
+    /// Dropout of attention's weights.
+    pub attn_dropout: f64,
+    /// Dropout of projections.
+    pub proj_dropout: f64,
+    /// Positions start anywhere in 0 to this, excluded.
+    pub shift_num: usize,
+    /// Draws of noise and time for every token.
+    pub diffusion_batch_mul: usize,
+}
+
+impl Plan {
+    /// The learning rate of `step`, counted from 0.
+    pub fn learning_rate(&self, step: usize) -> f64 {
+        let peak = self.base_learning_rate * self.batch_size as f64 / 256.0;
+        if step < self.warmup_steps {
+            return peak * (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        match self.schedule {
+            Schedule::Constant => peak,
+            Schedule::Cosine => {
+                let left = self.steps.saturating_sub(self.warmup_steps).max(1);
+                let done = (step - self.warmup_steps) as f64 / left as f64;
+                peak * 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos())
+            }
+        }
+    }
+
+    fn check(&self, part: &str) -> Result<()> {
+        let bad = |name: &str, problem: String| Err(Error::input(format!("{part}.plan.{name}"), problem));
+        let counts = [
+            ("steps", self.steps),
+            ("batch_size", self.batch_size),
+            ("log_every", self.log_every),
+            ("checkpoint_every", self.checkpoint_every),
+            ("sample_every", self.sample_every),
+        ];
+        if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
+            return bad(name, "is 0, expected at least 1".into());
+        }
+        if self.tokens < 2 {
+            return bad(
+                "tokens",
+                format!("is {}, expected at least 2: crops are mirrored at their edges", self.tokens),
+            );
+        }
+        if !(1.0..=16.0).contains(&self.largest_scale) {
+            return bad("largest_scale", format!("is {}, expected 1 to 16", self.largest_scale));
+        }
+        let rates = [("ema", self.ema), ("betas", self.betas[0]), ("betas", self.betas[1])];
+        if let Some((name, rate)) = rates.iter().find(|(_, rate)| !(0.0..1.0).contains(rate)) {
+            return bad(name, format!("is {rate}, expected a number from 0 to below 1"));
+        }
+        positive(&format!("{part}.plan.base_learning_rate"), self.base_learning_rate)?;
+        not_negative(&format!("{part}.plan.clip"), self.clip)
+    }
+}
+
+fn positive(name: &str, value: f64) -> Result<()> {
+    let fits = value.is_finite() && value > 0.0;
+    if fits { Ok(()) } else { Err(Error::input(name, format!("is {value}, expected a positive number"))) }
+}
+
+fn not_negative(name: &str, value: f64) -> Result<()> {
+    let fits = value.is_finite() && value >= 0.0;
+    if fits { Ok(()) } else { Err(Error::input(name, format!("is {value}, expected a number of at least 0"))) }
+}
+
+fn probability(name: &str, value: f64) -> Result<()> {
+    let fits = (0.0..1.0).contains(&value);
+    if fits { Ok(()) } else { Err(Error::input(name, format!("is {value}, expected a number from 0 to below 1"))) }
+}
+
+impl Recipe {
+    /// The recipe of a preset; those of the published sizes are the reference's.
+    pub fn new(base: Base) -> Self {
+        let preset = match base {
+            Base::Demo => return demo(),
+            Base::Small => Preset::Small,
+            Base::Base => Preset::Base,
+            Base::Large => Preset::Large,
+            Base::Huge => Preset::Huge,
+        };
+        let Config { generator, tokenizer } = preset.config();
+        let plan = Plan {
+            steps: 2_000_000,
+            batch_size: 256,
+            tokens: 16,
+            largest_scale: 1.0,
+            flip: true,
+            base_learning_rate: 1e-4,
+            warmup_steps: 500_000,
+            schedule: Schedule::Constant,
+            betas: [0.9, 0.95],
+            clip: 3.0,
+            ema: 0.9999,
+            validation: 0,
+            seed: 1,
+            log_every: 100,
+            checkpoint_every: 5000,
+            sample_every: 5000,
+        };
+        let tokenizer_plan = Plan {
+            steps: 1_000_000,
+            batch_size: 12,
+            base_learning_rate: 1.92e-4 * 256.0,
+            warmup_steps: 3000,
+            betas: [0.5, 0.9],
+            clip: 0.0,
+            ema: 0.99,
+            ..plan.clone()
+        };
+        Self {
+            tokenizer: TokenizerRecipe {
+                model: tokenizer,
+                plan: tokenizer_plan,
+                posterior_std: 2.5,
+                kl_weight: 0.01,
+                pixel_weight: 1.0,
+                structure_weight: 1.0,
+                perceptual_weight: 1.0,
+                discriminator_weight: 0.5,
+                discriminator_start: 5001,
+                decoder_only: false,
+            },
+            generator: GeneratorRecipe {
+                model: generator,
+                plan,
+                views: 8,
+                weight_decay: 0.02,
+                label_drop_prob: 0.1,
+                attn_dropout: 0.1,
+                proj_dropout: 0.1,
+                shift_num: 16,
+                diffusion_batch_mul: 4,
+            },
+        }
+    }
+
+    /// A preset changed by a TOML file, whose tables and keys are those of [`Recipe`].
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the file and the key that is unknown or cannot be used.
+    pub fn read(base: Base, path: &Path) -> Result<Self> {
+        let bad = |problem: &dyn std::fmt::Display| Error::input(path.display(), problem);
+        let bytes = files::read(path)?;
+        let text = std::str::from_utf8(&bytes).map_err(|error| bad(&error))?;
+        let changes: Table = text.parse().map_err(|error| bad(&error))?;
+        let mut table = Table::try_from(Self::new(base)).map_err(|error| bad(&error))?;
+        merge(&mut table, changes);
+        let recipe: Self = table.try_into().map_err(|error| bad(&error))?;
+        recipe.check().map_err(|error| bad(&error))?;
+        Ok(recipe)
+    }
+
+    /// Checks what no type says.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the key that does not fit.
+    pub fn check(&self) -> Result<()> {
+        let (t, g) = (&self.tokenizer, &self.generator);
+        t.plan.check("tokenizer")?;
+        g.plan.check("generator")?;
+        positive("tokenizer.posterior_std", t.posterior_std)?;
+        for (name, weight) in [
+            ("kl_weight", t.kl_weight),
+            ("pixel_weight", t.pixel_weight),
+            ("structure_weight", t.structure_weight),
+            ("perceptual_weight", t.perceptual_weight),
+            ("discriminator_weight", t.discriminator_weight),
+        ] {
+            not_negative(&format!("tokenizer.{name}"), weight)?;
+        }
+        not_negative("generator.weight_decay", g.weight_decay)?;
+        probability("generator.label_drop_prob", g.label_drop_prob)?;
+        probability("generator.attn_dropout", g.attn_dropout)?;
+        probability("generator.proj_dropout", g.proj_dropout)?;
+        let counts = [("views", g.views), ("shift_num", g.shift_num), ("diffusion_batch_mul", g.diffusion_batch_mul)];
+        if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
+            return Err(Error::input(format!("generator.{name}"), "is 0, expected at least 1"));
+        }
+        let generator = GeneratorConfig { embed: t.model.embed, ..g.model.clone() };
+        Config { generator, tokenizer: t.model.clone() }.check()
+    }
+
+    /// The recipe as TOML, to be changed and [read](Recipe::read).
+    ///
+    /// # Errors
+    /// When a number is none that TOML has.
+    pub fn text(&self) -> Result<String> {
+        toml::to_string(self).map_err(|error| Error::run("recipe", error))
+    }
+}
+
+/// Puts `changes` over `table`, table by table.
+fn merge(table: &mut Table, changes: Table) {
+    for (key, change) in changes {
+        match (table.get_mut(&key), change) {
+            (Some(toml::Value::Table(inner)), toml::Value::Table(change)) => merge(inner, change),
+            (_, change) => drop(table.insert(key, change)),
+        }
+    }
+}
+
+/// Channels from the image to the latent grid, with attention at the grid alone.
+fn levels(channels: &[usize]) -> Vec<Level> {
+    let last = channels.len() - 1;
+    channels.iter().enumerate().map(|(level, &channels)| Level { channels, attention: level == last }).collect()
+}
+
+fn demo() -> Recipe {
+    let published = Recipe::new(Base::Small);
+    let tokenizer = TokenizerConfig {
+        image_channels: 3,
+        rows: 16,
+        embed: 128,
+        len_down_scale: 4,
+        groups: 4,
+        encoder: Tower { z_channels: 16, conv_in: 16, res_blocks: 1, levels: levels(&[16, 32, 48, 64, 96]) },
+        decoder: Tower { z_channels: 16, conv_in: 128, res_blocks: 1, levels: levels(&[16, 32, 64, 96, 128]) },
+    };
+    let generator = GeneratorConfig {
+        class_num: 5,
+        buffer: 8,
+        embed: tokenizer.embed,
+        dim: 192,
+        depth: 4,
+        heads: 6,
+        mlp_dim: 768,
+        flow_dim: 256,
+        flow_depth: 3,
+        ..published.generator.model.clone()
+    };
+    let plan = Plan {
+        steps: 2800,
+        batch_size: 4,
+        tokens: 8,
+        largest_scale: 1.25,
+        flip: true,
+        base_learning_rate: 0.03,
+        warmup_steps: 50,
+        schedule: Schedule::Cosine,
+        betas: [0.9, 0.95],
+        clip: 1.0,
+        ema: 0.99,
+        validation: 2,
+        seed: 1,
+        log_every: 10,
+        checkpoint_every: 100,
+        sample_every: 300,
+    };
+    Recipe {
+        tokenizer: TokenizerRecipe {
+            model: tokenizer,
+            plan: plan.clone(),
+            posterior_std: 0.25,
+            structure_weight: 0.2,
+            discriminator_weight: 0.0,
+            ..published.tokenizer
+        },
+        generator: GeneratorRecipe {
+            model: generator,
+            plan: Plan { steps: 6000, batch_size: 16, tokens: 16, base_learning_rate: 0.008, ema: 0.999, ..plan },
+            views: 64,
+            shift_num: 256,
+            ..published.generator
+        },
+    }
+}

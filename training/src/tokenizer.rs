@@ -1,0 +1,343 @@
+//! Training of the tokenizer (reference: `tokenizer/models/tokenizer.py`, `tokenizer/modules/losses/contperceptual.py`).
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor, Var};
+use eqim::checkpoint::{self, StoredConfig};
+use eqim::config::{GeneratorConfig, Preset, TokenizerConfig};
+use eqim::model::{Stage, parameters_of, tokenizer};
+use eqim::ops::eager::Eager;
+use eqim::tensors::TensorFile;
+use eqim::weights::Weights;
+use eqim::{Config, Error, Result, candle};
+use ndarray::{Array3, Array4, ArrayView3, Axis, concatenate, s};
+
+use crate::data::{Ahead, Crops, Photos, Purpose, randomness};
+use crate::discriminator;
+use crate::initial;
+use crate::learner::{Learner, Losses, Measures, Update};
+use crate::perceptual::Lpips;
+use crate::recipe::{Plan, TokenizerRecipe};
+use crate::run::Task;
+use crate::structure::structure;
+
+/// The tokenizer being trained.
+pub struct TokenizerTask {
+    recipe: TokenizerRecipe,
+    learner: Learner,
+    discriminator: Option<Learner>,
+    lpips: Option<Lpips>,
+    /// Weights that stay as they are.
+    frozen: Weights,
+    training: Photos,
+    held_out: Photos,
+    batches: Option<Ahead>,
+}
+
+// Parts that stay as they are when only the decoder learns.
+const ENCODER: [&str; 2] = ["encoder.", "quant_layer."];
+
+impl TokenizerTask {
+    /// A tokenizer that starts from random weights, or from `initial` ones.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the recipe asks for what was not given.
+    pub fn new(
+        recipe: TokenizerRecipe,
+        photos: Photos,
+        initial: Option<Weights>,
+        lpips: Option<Lpips>,
+    ) -> Result<Self> {
+        let (training, held_out) = photos.split(recipe.plan.validation, recipe.plan.seed)?;
+        let parameters = parameters_of(&whole(&recipe.model), &[Stage::Encode, Stage::Decode])?;
+        let values = match &initial {
+            None if recipe.decoder_only => {
+                return Err(Error::input("decoder_only", "needs a tokenizer to start from: give --from"));
+            }
+            None => initial::tokenizer_weights(&parameters, recipe.plan.seed)?,
+            Some(weights) => {
+                let value = |(name, shape): &(String, Vec<usize>)| Ok((name.clone(), weights.get(name, shape)?));
+                parameters.iter().map(value).collect::<Result<_>>()?
+            }
+        };
+        let stays = |name: &str| recipe.decoder_only && ENCODER.iter().any(|part| name.starts_with(part));
+        let (kept, learned): (Vec<_>, Vec<_>) = values.into_iter().partition(|(name, _)| stays(name));
+        let mut frozen = Weights::default();
+        for (name, tensor) in kept {
+            frozen.insert(name, &tensor)?;
+        }
+        let learner = Learner::new("tokenizer", learned)?;
+        let discriminator = match recipe.discriminator_weight > 0.0 {
+            true => {
+                let random = &mut randomness(recipe.plan.seed, Purpose::Initial, 2);
+                Some(Learner::new("discriminator", discriminator::initial(random)?)?)
+            }
+            false => None,
+        };
+        Ok(Self { recipe, learner, discriminator, lpips, frozen, training, held_out, batches: None })
+    }
+
+    fn crops(&self) -> Crops {
+        let (plan, model) = (&self.recipe.plan, &self.recipe.model);
+        Crops {
+            height: model.image_height(),
+            width: plan.tokens * model.token_width(),
+            largest_scale: plan.largest_scale,
+            flip: plan.flip,
+        }
+    }
+
+    /// The averaged weights, and those that stay as they are.
+    fn averaged(&self) -> Result<Weights> {
+        let mut weights = self.learner.average()?;
+        add(&mut weights, &self.frozen)?;
+        Ok(weights)
+    }
+
+    /// Encodes and decodes a picture `[3, height, width]` with the averaged weights.
+    fn reconstruct(&self, weights: &Weights, picture: ArrayView3<f32>) -> Result<Array3<f32>> {
+        let o = &mut Eager::new(weights);
+        let image = candle::to_tensor(picture.insert_axis(Axis(0)))?;
+        let latent = tokenizer::encode(o, &self.recipe.model, &image)?;
+        let image: Array4<f32> = candle::to_array(&tokenizer::decode(o, &self.recipe.model, &latent)?)?;
+        Ok(image.index_axis_move(Axis(0), 0))
+    }
+
+    /// A photograph at the model's height, `[3, height, width]`.
+    fn whole_picture(&self, path: &Path) -> Result<Array3<f32>> {
+        let model = &self.recipe.model;
+        Ok(eqim::picture::read(path, model.image_height(), model.token_width())?.pixels)
+    }
+
+    /// Peak signal-to-noise ratio in dB of each photograph's reconstruction by the averaged weights, over all its pixels
+    /// at the model's height.
+    ///
+    /// # Errors
+    /// When a photograph cannot be read any more.
+    pub fn psnr(&self, photos: &Photos) -> Result<Vec<(String, f64)>> {
+        let weights = self.averaged()?;
+        let of = |photo: &crate::data::Photo| {
+            let picture = self.whole_picture(&photo.path)?;
+            let reconstruction = self.reconstruct(&weights, picture.view())?.mapv(|value| value.clamp(-1.0, 1.0));
+            let error = (&reconstruction - &picture).mapv(|value| f64::from(value).powi(2)).mean().unwrap_or(0.0);
+            Ok((photo.path.display().to_string(), 10.0 * (4.0 / error).log10()))
+        };
+        photos.photos.iter().map(of).collect()
+    }
+
+    /// The photographs that are trained on, and those held out.
+    pub fn photos(&self) -> (&Photos, &Photos) {
+        (&self.training, &self.held_out)
+    }
+}
+
+/// What one shard of a batch is reconstructed from.
+struct Shard {
+    /// `[1, 3, height, width]`.
+    image: Tensor,
+    /// Of the posterior, `[1, tokens, E]`.
+    noise: Tensor,
+}
+
+/// What a reconstruction loses.
+struct Objective<'a> {
+    recipe: &'a TokenizerRecipe,
+    lpips: Option<&'a Lpips>,
+    /// The discriminator's weights, from its first step on.
+    discriminator: Option<Weights>,
+}
+
+// As the reference has them in `calculate_adaptive_weight`.
+const ADAPTIVE_EPS: f64 = 1e-4;
+const ADAPTIVE_MOST: f64 = 1e4;
+
+impl Objective<'_> {
+    /// The posterior's mean `[1, tokens, E]` and the reconstruction of a sample.
+    fn reconstruct(&self, weights: &Weights, shard: &Shard) -> Result<(Tensor, Tensor)> {
+        let o = &mut Eager::new(weights);
+        let mean = tokenizer::encode(o, &self.recipe.model, &shard.image)?;
+        let latent = (&mean + (&shard.noise * self.recipe.posterior_std)?)?;
+        let reconstruction = tokenizer::decode(o, &self.recipe.model, &latent)?;
+        Ok((mean, reconstruction))
+    }
+
+    fn loss(&self, weights: &Weights, shard: &Shard) -> Result<Losses> {
+        let recipe = self.recipe;
+        let (mean, reconstruction) = self.reconstruct(weights, shard)?;
+        let Losses { mut total, mut parts } = self.difference(&reconstruction, &shard.image)?;
+        if let Some(discriminator) = &self.discriminator {
+            let adversarial = discriminator::logits(discriminator, &reconstruction)?.mean_all()?.neg()?;
+            let weight = self.adaptive_weight(discriminator, &reconstruction, &shard.image)?;
+            total = (total + (&adversarial * (weight * recipe.discriminator_weight))?)?;
+            parts.push(("adversarial", adversarial));
+        }
+        // Divergence from the normal distribution, weighed against sums over an image's values as the reference does.
+        let variance = recipe.posterior_std.powi(2);
+        let kl = ((mean.sqr()?.sum_all()? + mean.elem_count() as f64 * (variance - 1.0 - variance.ln()))? * 0.5)?;
+        let kl = (kl / shard.image.elem_count() as f64)?;
+        total = (total + (&kl * recipe.kl_weight)?)?;
+        parts.push(("kl", kl));
+        parts.push(("loss", total.clone()));
+        Ok(Losses { total, parts })
+    }
+
+    /// How far a reconstruction is from its image, without the discriminator.
+    fn difference(&self, reconstruction: &Tensor, image: &Tensor) -> Result<Losses> {
+        let pixel = (reconstruction - image)?.abs()?.mean_all()?;
+        let mut total = (&pixel * self.recipe.pixel_weight)?;
+        let mut parts = vec![("pixel", pixel)];
+        if self.recipe.structure_weight > 0.0 {
+            let structure = structure(reconstruction, image)?;
+            total = (total + (&structure * self.recipe.structure_weight)?)?;
+            parts.push(("structure", structure));
+        }
+        if let Some(lpips) = self.lpips {
+            let distance = lpips.distance(reconstruction, image)?;
+            total = (total + (&distance * self.recipe.perceptual_weight)?)?;
+            parts.push(("lpips", distance));
+        }
+        Ok(Losses { total, parts })
+    }
+
+    /// How much stronger the difference pulls at the reconstruction than the discriminator does (reference:
+    /// `calculate_adaptive_weight`, there at the last layer's weight; at the layer's result it costs no pass through the
+    /// decoder).
+    fn adaptive_weight(&self, discriminator: &Weights, reconstruction: &Tensor, image: &Tensor) -> Result<f64> {
+        let leaf = Var::from_tensor(&reconstruction.detach())?;
+        let pull = |loss: Tensor| -> Result<f64> {
+            let gradients = loss.backward()?;
+            let gradient = gradients.get(&leaf).ok_or_else(|| Error::run("discriminator", "has no gradient"))?;
+            Ok(f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt())
+        };
+        let difference = pull(self.difference(&leaf, image)?.total)?;
+        let adversarial = pull(discriminator::logits(discriminator, &leaf)?.mean_all()?)?;
+        Ok((difference / (adversarial + ADAPTIVE_EPS)).min(ADAPTIVE_MOST))
+    }
+}
+
+/// A configuration around a tokenizer's; only the tokenizer's half is used.
+fn whole(model: &TokenizerConfig) -> Config {
+    let generator = GeneratorConfig { embed: model.embed, ..Preset::Small.config().generator };
+    Config { generator, tokenizer: model.clone() }
+}
+
+fn add(weights: &mut Weights, others: &Weights) -> Result<()> {
+    others.iter().try_for_each(|(name, tensor)| weights.insert(name.to_string(), tensor))
+}
+
+/// The arithmetic mean.
+pub fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = values.len().max(1);
+    values.sum::<f64>() / count as f64
+}
+
+impl Task for TokenizerTask {
+    fn kind(&self) -> &'static str {
+        "tokenizer"
+    }
+
+    fn plan(&self) -> &Plan {
+        &self.recipe.plan
+    }
+
+    fn identity(&self) -> Result<String> {
+        let recipe = toml::to_string(&self.recipe).map_err(|error| Error::run("recipe", error))?;
+        Ok(format!("{recipe}photographs = {}\n", self.training.fingerprint()))
+    }
+
+    fn step(&mut self, step: usize) -> Result<Measures> {
+        let plan = self.recipe.plan.clone();
+        let mut batches = match self.batches.take() {
+            Some(batches) => batches,
+            None => Ahead::start(self.training.clone(), self.crops(), plan.batch_size, plan.seed, step..plan.steps)?,
+        };
+        let batch = batches.next()?;
+        self.batches = Some(batches);
+        let mut random = randomness(plan.seed, Purpose::Posterior, step);
+        let embed = self.recipe.model.embed;
+        let shard = |image: ArrayView3<f32>| {
+            let image = candle::to_tensor(image.insert_axis(Axis(0)))?;
+            let noise = initial::normal(&mut random, plan.tokens * embed);
+            let noise = Tensor::from_vec(noise, (1, plan.tokens, embed), &Device::Cpu)?;
+            Ok((1.0 / plan.batch_size as f64, Shard { image, noise }))
+        };
+        let shards = batch.images.axis_iter(Axis(0)).map(shard).collect::<Result<Vec<_>>>()?;
+        let update = Update {
+            learning_rate: plan.learning_rate(step),
+            betas: plan.betas,
+            weight_decay: 0.0,
+            decays: &|_, _| false,
+            clip: (plan.clip > 0.0).then_some(plan.clip),
+            average: plan.ema,
+        };
+        let adversary = self.discriminator.as_mut().filter(|_| step >= self.recipe.discriminator_start);
+        let discriminator = adversary.as_ref().map(|discriminator| discriminator.weights()).transpose()?;
+        let objective = Objective { recipe: &self.recipe, lpips: self.lpips.as_ref(), discriminator };
+        let mut weights = self.learner.weights()?;
+        add(&mut weights, &self.frozen)?;
+        let (gradients, mut measures) = self.learner.differentiate(&shards, |shard| objective.loss(&weights, shard))?;
+        measures.insert("gradient_norm".into(), self.learner.update(&gradients, &update)?);
+        if let Some(adversary) = adversary {
+            let weights = adversary.weights()?;
+            let loss = |shard: &Shard| {
+                let (_, made) = objective.reconstruct(&self.learner.weights()?, shard)?;
+                let real = discriminator::logits(&weights, &shard.image)?;
+                let total = discriminator::hinge(&real, &discriminator::logits(&weights, &made.detach())?)?;
+                Ok(Losses { total: total.clone(), parts: vec![("discriminator", total)] })
+            };
+            let (gradients, measured) = adversary.differentiate(&shards, loss)?;
+            adversary.update(&gradients, &update)?;
+            measures.extend(measured);
+        }
+        Ok(measures)
+    }
+
+    fn validate(&self) -> Result<Measures> {
+        let psnr = self.psnr(&self.held_out)?;
+        if psnr.is_empty() {
+            return Ok(Measures::new());
+        }
+        Ok(Measures::from([("psnr".into(), mean(psnr.into_iter().map(|(_, psnr)| psnr)))]))
+    }
+
+    fn picture(&self) -> Result<Array3<f32>> {
+        let weights = self.averaged()?;
+        let shown = self.held_out.photos.iter().chain(&self.training.photos).take(4);
+        let mut rows = vec![];
+        for photo in shown {
+            let picture = self.whole_picture(&photo.path)?;
+            let width = (2 * self.recipe.model.image_height()).min(picture.dim().2);
+            let reconstruction = self.reconstruct(&weights, picture.view())?;
+            let (left, right) = (picture.slice(s![.., .., ..width]), reconstruction.slice(s![.., .., ..width]));
+            let mut row = Array3::from_elem((3, picture.dim().1, 4 * self.recipe.model.image_height()), -1.0);
+            row.slice_mut(s![.., .., ..width]).assign(&left);
+            row.slice_mut(s![.., .., width..2 * width]).assign(&right);
+            rows.push(row);
+        }
+        let rows: Vec<ArrayView3<f32>> = rows.iter().map(|row| row.view()).collect();
+        concatenate(Axis(1), &rows).map_err(|error| Error::run("samples", error))
+    }
+
+    fn state(&self) -> Vec<(String, Tensor)> {
+        let learners = [Some(&self.learner), self.discriminator.as_ref()];
+        learners.into_iter().flatten().flat_map(Learner::state).collect()
+    }
+
+    fn restore(&mut self, file: &mut TensorFile, steps: usize) -> Result<()> {
+        self.learner.restore(file, steps)?;
+        match &mut self.discriminator {
+            Some(discriminator) => discriminator.restore(file, steps.saturating_sub(self.recipe.discriminator_start)),
+            None => Ok(()),
+        }
+    }
+
+    fn write_model(&self, path: &Path) -> Result<()> {
+        let weights = self.averaged()?;
+        let config = StoredConfig { generator: None, tokenizer: Some(self.recipe.model.clone()) };
+        checkpoint::write(
+            path,
+            &config,
+            &weights.iter().map(|(name, tensor)| (name, tensor.clone())).collect::<Vec<_>>(),
+        )
+    }
+}
