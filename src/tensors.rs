@@ -141,6 +141,9 @@ pub fn write(path: &Path, tensors: &[(&str, Tensor)], text: HashMap<String, Stri
     let dtypes = tensors.iter().map(stored).collect::<Result<Vec<_>>>()?;
     let views = tensors.iter().zip(dtypes).map(|((name, tensor), dtype)| (*name, Stored { dtype, tensor }));
     files::write_beside(path, |beside| {
-        safetensors::serialize_to_file(views, Some(text), beside).map_err(|error| failed(error.to_string()))
+        // The library puts a file in its place that nobody but the owner may read.
+        let permissions = std::fs::metadata(beside).map_err(|error| failed(error.to_string()))?.permissions();
+        safetensors::serialize_to_file(views, Some(text), beside).map_err(|error| failed(error.to_string()))?;
+        std::fs::set_permissions(beside, permissions).map_err(|error| failed(error.to_string()))
     })
 }

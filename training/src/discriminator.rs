@@ -118,7 +118,7 @@ mod tests {
             learner.update(&gradients, &update).unwrap();
             found.push(measures["loss"]);
         }
-        assert!((found[0] - 1.0).abs() < 0.2 && found[5] < 0.5 * found[0], "{found:?}");
+        assert!(found[0] > 0.3 && found[5] < 0.1, "{found:?}");
         assert_eq!(logits(&learner.weights().unwrap(), &real).unwrap().dims(), [1, 1, 2, 2]);
     }
 }

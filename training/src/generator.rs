@@ -187,7 +187,7 @@ impl Draws {
     ///
     /// # Errors
     /// When Candle refuses.
-    fn shards(mut self) -> Result<Vec<(f64, Self)>> {
+    pub fn shards(mut self) -> Result<Vec<(f64, Self)>> {
         let batch = self.tokens.dim(0)?;
         let mut shards = vec![];
         for start in (0..batch).step_by(SHARD) {
@@ -220,7 +220,9 @@ impl Task for GeneratorTask {
     }
 
     fn identity(&self) -> Result<String> {
-        let recipe = toml::to_string(&self.recipe).map_err(|error| Error::run("recipe", error))?;
+        let (recipe, plan) = (self.recipe.clone(), self.recipe.plan.identity());
+        let recipe = GeneratorRecipe { plan, ..recipe };
+        let recipe = toml::to_string(&recipe).map_err(|error| Error::run("recipe", error))?;
         Ok(format!("{recipe}tokenizer = {}\nphotographs = {}\n", self.encoder.hash, self.fingerprint))
     }
 

@@ -140,7 +140,7 @@ impl Learner {
         }
         let norm = squares.sqrt();
         if !norm.is_finite() {
-            return Err(Error::run("gradients", format!("their norm is {norm}")));
+            return Err(Error::run("gradients", format!("their norm is {norm}, not finite: lower base_learning_rate, or set clip")));
         }
         let factor = update.clip.map_or(1.0, |clip| (clip / (norm + CLIP_EPS)).min(1.0));
         self.updates += 1;

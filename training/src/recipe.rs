@@ -150,6 +150,13 @@ impl Plan {
         }
     }
 
+    /// What two runs must have in common for one to go on where the other stopped: not how often they tell of it, nor how
+    /// long they take where the learning rate does not depend on that.
+    pub fn identity(&self) -> Self {
+        let steps = if self.schedule == Schedule::Constant { 0 } else { self.steps };
+        Self { steps, log_every: 0, checkpoint_every: 0, sample_every: 0, ..self.clone() }
+    }
+
     fn check(&self, part: &str) -> Result<()> {
         let bad = |name: &str, problem: String| Err(Error::input(format!("{part}.plan.{name}"), problem));
         let counts = [
@@ -347,12 +354,13 @@ fn demo() -> Recipe {
         class_num: 5,
         buffer: 8,
         embed: tokenizer.embed,
-        dim: 192,
+        dim: 144,
         depth: 4,
         heads: 6,
-        mlp_dim: 768,
-        flow_dim: 256,
+        mlp_dim: 576,
+        flow_dim: 192,
         flow_depth: 3,
+        time_dim: 128,
         ..published.generator.model.clone()
     };
     let plan = Plan {

@@ -241,7 +241,9 @@ impl Task for TokenizerTask {
     }
 
     fn identity(&self) -> Result<String> {
-        let recipe = toml::to_string(&self.recipe).map_err(|error| Error::run("recipe", error))?;
+        let (recipe, plan) = (self.recipe.clone(), self.recipe.plan.identity());
+        let recipe = TokenizerRecipe { plan, ..recipe };
+        let recipe = toml::to_string(&recipe).map_err(|error| Error::run("recipe", error))?;
         Ok(format!("{recipe}photographs = {}\n", self.training.fingerprint()))
     }
 

@@ -1,0 +1,116 @@
+//! One training step of the generator against the PyTorch reference's, from its recorded random draws.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Tensor};
+use eqim::checkpoint::{self, Hints, WeightSet};
+use eqim_training::generator::{Draws, decays, loss, time};
+use eqim_training::learner::{Learner, Losses, Update};
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
+}
+
+/// Single precision, summed in another order than PyTorch's.
+const RELATIVE: f32 = 1e-5;
+
+fn largest(x: &Tensor) -> f32 {
+    x.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+}
+
+/// Gradients below this are rounding: that of a key's bias, which attention does not see, is one.
+const NOTHING: f32 = 1e-3;
+
+/// Whether values are as close as single precision lets them, beside the largest of the tensor.
+fn close(name: &str, found: &Tensor, expected: &Tensor) {
+    assert_eq!(found.dims(), expected.dims(), "{name}");
+    let difference = largest(&(found - expected).unwrap());
+    let scale = largest(expected).max(NOTHING);
+    assert!(difference <= RELATIVE * scale, "{name}: {difference:e} beside {scale:e}");
+}
+
+const LEARNING_RATE: f64 = 1e-3;
+
+#[test]
+fn one_step_is_the_references() {
+    let folder = fixtures();
+    let expected: HashMap<String, Tensor> =
+        candle_core::safetensors::load(folder.join("expected.safetensors"), &candle_core::Device::Cpu).unwrap();
+    let get = |name: &str| expected[&format!("train/{name}")].clone();
+    let scalar = |name: &str| get(name).flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
+    let hints = Hints { heads: Some(2), ..Hints::default() };
+    let (config, weights) =
+        checkpoint::load(&folder.join("generator.pth"), &folder.join("tokenizer.ckpt"), WeightSet::Raw, &hints)
+            .unwrap();
+    let config = config.generator;
+
+    let tokens = get("latents");
+    let (batch, n, embed) = tokens.dims3().unwrap();
+    let copies = get("noise").dim(0).unwrap() / (batch * n);
+    let labels = get("labels").to_vec1::<i64>().unwrap().into_iter();
+    let dropped = get("drop_uniform").to_vec1::<f32>().unwrap();
+    // meta.json: label_drop_prob.
+    let labels = labels.zip(dropped).map(|(label, u)| if u < 0.4 { config.class_num as i64 } else { label });
+    let times = get("t_uniform").flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(time);
+    let cpu = candle_core::Device::Cpu;
+    let draws = Draws {
+        tokens,
+        labels: Tensor::from_iter(labels, &cpu).unwrap(),
+        shift: get("rope_shift").to_vec1::<i64>().unwrap()[0] as usize,
+        noise: get("noise").reshape((copies, batch, n, embed)).unwrap(),
+        times: Tensor::from_iter(times, &cpu).unwrap().reshape((copies, batch, n)).unwrap(),
+        dropout: None,
+    };
+
+    let tokenizer = ["encoder.", "decoder.", "quant_layer.", "post_quant_layer."];
+    let own = weights.iter().filter(|(name, _)| !tokenizer.iter().any(|part| name.starts_with(part)));
+    let mut learner = Learner::new("generator", own.map(|(name, tensor)| (name.to_string(), tensor.clone()))).unwrap();
+    let parameters = learner.weights().unwrap();
+    let objective = |draws: &Draws| {
+        let total = loss(&config, &parameters, draws)?;
+        Ok(Losses { total: total.clone(), parts: vec![("loss", total)] })
+    };
+    let shards = draws.shards().unwrap();
+    let (gradients, measures) = learner.differentiate(&shards, objective).unwrap();
+    assert!((measures["loss"] as f32 / scalar("loss") - 1.0).abs() <= 1e-6, "{}", measures["loss"]);
+
+    let mut compared = 0;
+    for (name, expected) in
+        expected.iter().filter_map(|(name, tensor)| Some((name.strip_prefix("train/grad/")?, tensor)))
+    {
+        let found = gradients.get(name).unwrap_or_else(|| panic!("{name} has no gradient"));
+        close(name, &found.reshape(expected.shape()).unwrap(), expected);
+        compared += 1;
+    }
+    assert_eq!(compared, 79);
+
+    let update = Update {
+        learning_rate: LEARNING_RATE,
+        betas: [0.9, 0.95],
+        weight_decay: 0.02,
+        decays: &decays,
+        clip: Some(3.0),
+        average: 0.9999,
+    };
+    let before = learner
+        .weights()
+        .unwrap()
+        .iter()
+        .map(|(name, x)| (name.to_string(), x.copy().unwrap()))
+        .collect::<HashMap<_, _>>();
+    let norm = learner.update(&gradients, &update).unwrap();
+    assert!((norm as f32 / scalar("grad_norm") - 1.0).abs() <= RELATIVE, "{norm}");
+
+    let after = learner.weights().unwrap();
+    let average = learner.average().unwrap();
+    for name in expected.keys().filter_map(|name| name.strip_prefix("train/after_step/")) {
+        let expected = get(&format!("after_step/{name}"));
+        let found = after.get(name, expected.dims()).unwrap();
+        let difference = largest(&(&found - &expected).unwrap());
+        println!("{name}: {difference:e}");
+        assert!(difference <= 1e-3 * LEARNING_RATE as f32, "{name}: {difference:e}");
+        let averaged = ((&before[name] * 0.9999).unwrap() + (&found * 0.0001).unwrap()).unwrap();
+        close(name, &average.get(name, expected.dims()).unwrap().to_dtype(DType::F32).unwrap(), &averaged);
+    }
+}

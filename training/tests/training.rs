@@ -1,0 +1,336 @@
+//! `eqim-train` as people run it, on models and pictures small enough for a test.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use image::{Rgb, RgbImage};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A model of 32-pixel-high images in tokens of 4 pixels.
+const MICRO: &str = r#"
+[tokenizer.model]
+rows = 8
+embed = 16
+groups = 2
+[tokenizer.model.encoder]
+z_channels = 4
+conv_in = 8
+levels = [{ channels = 8, attention = false }, { channels = 8, attention = false }, { channels = 16, attention = true }]
+[tokenizer.model.decoder]
+z_channels = 4
+conv_in = 16
+levels = [{ channels = 8, attention = false }, { channels = 8, attention = false }, { channels = 16, attention = true }]
+[tokenizer.plan]
+steps = 6
+batch_size = 3
+tokens = 4
+validation = 1
+schedule = "constant"
+base_learning_rate = 0.1
+log_every = 2
+checkpoint_every = 3
+sample_every = 6
+[generator]
+views = 3
+[generator.model]
+buffer = 2
+dim = 16
+depth = 2
+heads = 2
+mlp_dim = 32
+flow_dim = 32
+flow_depth = 2
+time_dim = 32
+[generator.plan]
+steps = 6
+batch_size = 9
+tokens = 4
+validation = 1
+schedule = "constant"
+base_learning_rate = 0.1
+log_every = 2
+checkpoint_every = 3
+sample_every = 6
+"#;
+
+/// A folder with photographs of two classes, a recipe and whatever runs write.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let place = Self(tempfile::tempdir().unwrap());
+        fs::write(place.path("micro.toml"), MICRO).unwrap();
+        for (class, colour) in [("dusk", [200, 90, 40]), ("noon", [60, 120, 220])] {
+            fs::create_dir_all(place.path("photos").join(class)).unwrap();
+            for index in 0..3 {
+                picture(48 + 8 * index, 40, colour, index)
+                    .save(place.path(&format!("photos/{class}/{index}.png")))
+                    .unwrap();
+            }
+        }
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn command(&self, line: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_eqim-train"));
+        command.args(line.split_whitespace()).current_dir(self.0.path()).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, line: &str) -> Output {
+        self.command(line).output().unwrap()
+    }
+
+    /// Runs a line that has to succeed; gives what it said.
+    fn trains(&self, line: &str) -> String {
+        let output = self.run(line);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{line}: {said}");
+        said + &String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a line that has to fail with this code; gives the error.
+    fn fails(&self, line: &str, code: i32) -> String {
+        let output = self.run(line);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{line}: {said}");
+        assert!(!said.contains("panicked"), "{said}");
+        said
+    }
+
+    fn tokenizer(&self, more: &str) -> String {
+        format!("tokenizer --images photos --recipe micro.toml {more}")
+    }
+
+    fn generator(&self, more: &str) -> String {
+        format!("generator --images photos --tokenizer t/tokenizer.safetensors --recipe micro.toml {more}")
+    }
+
+    fn metrics(&self, run: &str) -> Vec<Value> {
+        let text = fs::read_to_string(self.path(run).join("metrics.jsonl")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    fn recipe(&self, name: &str, from: &str, to: &str) {
+        assert!(MICRO.contains(from), "{from}");
+        fs::write(self.path(name), MICRO.replace(from, to)).unwrap();
+    }
+}
+
+/// A sky over a ground, with a hill.
+fn picture(width: u32, height: u32, sky: [u8; 3], seed: u32) -> RgbImage {
+    RgbImage::from_fn(width, height, |x, y| {
+        let hill = f64::from(height) * (0.6 + 0.2 * (f64::from(x + 7 * seed) / 9.0).sin());
+        let shade = (y * 255 / height) as u8;
+        if f64::from(y) < hill {
+            Rgb(sky.map(|value| value.saturating_sub(shade / 3)))
+        } else {
+            Rgb([shade / 3, shade / 2, 30])
+        }
+    })
+}
+
+fn same(a: &Path, b: &Path) {
+    assert!(fs::read(a).unwrap() == fs::read(b).unwrap(), "{} and {} differ", a.display(), b.display());
+}
+
+#[test]
+fn both_halves_learn() {
+    let place = Place::new();
+    let said = place.trains(&place.tokenizer("-o t --steps 300"));
+    assert!(said.contains("6 photographs (0 skipped), classes: dusk, noon"), "{said}");
+    assert!(said.contains("PSNR"), "{said}");
+    place.trains(&place.generator("-o g --steps 300"));
+    for run in ["t", "g"] {
+        let losses: Vec<f64> = place.metrics(run).iter().map(|line| line["loss"].as_f64().unwrap()).collect();
+        let (first, last) = (losses[0], losses[losses.len() - 10..].iter().sum::<f64>() / 10.0);
+        assert!(last < 0.5 * first, "{run}: from {first} to {last}");
+        for file in ["loss.png", "samples/step-0000300.png"] {
+            let image = image::open(place.path(run).join(file)).unwrap().to_rgb8();
+            assert!(image.pixels().any(|pixel| pixel != image.get_pixel(0, 0)), "{run}/{file}");
+        }
+    }
+    let model = place.path("g/generator.safetensors");
+    let tokenizer = place.path("t/tokenizer.safetensors");
+    let (config, _) = eqim::checkpoint::load(&model, &tokenizer, Default::default(), &Default::default()).unwrap();
+    assert_eq!((config.generator.class_num, config.generator.embed), (2, 16));
+}
+
+#[test]
+fn a_resumed_run_goes_on_bit_for_bit() {
+    let place = Place::new();
+    let gan = MICRO.replace(
+        "[tokenizer.model]\n",
+        "[tokenizer]\ndiscriminator_weight = 0.5\ndiscriminator_start = 2\n[tokenizer.model]\n",
+    );
+    fs::write(place.path("gan.toml"), gan.replace("tokens = 4", "tokens = 8")).unwrap();
+    place.trains(&place.tokenizer("-o t"));
+    let lines = [place.tokenizer(""), place.generator(""), "tokenizer --images photos --recipe gan.toml".to_string()];
+    for (index, line) in lines.iter().enumerate() {
+        let (whole, parts) = (format!("whole{index}"), format!("parts{index}"));
+        place.trains(&format!("{line} -o {whole}"));
+        // As if it had been killed after its first checkpoint: later files are there, and a line that is not whole.
+        place.trains(&format!("{line} -o {parts} --steps 3"));
+        let state = place.path(&parts).join("metrics.jsonl");
+        let text = fs::read_to_string(&state).unwrap();
+        fs::write(&state, text + "{\"step\":5,\"loss\":1}\n{\"st").unwrap();
+        place.trains(&format!("{line} -o {parts} --resume"));
+        for file in ["state.safetensors", "samples/step-0000006.png"] {
+            same(&place.path(&whole).join(file), &place.path(&parts).join(file));
+        }
+        let steps: Vec<u64> = place.metrics(&parts).iter().map(|line| line["step"].as_u64().unwrap()).collect();
+        assert_eq!(steps, [2, 3, 4, 6]);
+    }
+}
+
+#[test]
+fn a_kill_loses_no_more_than_the_last_interval() {
+    let place = Place::new();
+    let mut child = place.command(&place.tokenizer("-o t --steps 100000")).stderr(Stdio::null()).spawn().unwrap();
+    let (state, start) = (place.path("t/state.safetensors"), Instant::now());
+    while !state.exists() && start.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(place.fails(&place.tokenizer("-o t --steps 100000"), 2).contains("--resume"));
+    let mut child =
+        place.command(&place.tokenizer("-o t --steps 100000 --resume")).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    child.kill().unwrap();
+    let said = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
+    let after = said.split("goes on after step ").nth(1).unwrap().split_whitespace().next().unwrap();
+    assert!(after.parse::<usize>().unwrap() >= 3, "{said}");
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint() {
+    let place = Place::new();
+    place.trains(&place.tokenizer("-o t --steps 3"));
+    let before = fs::read(place.path("t/state.safetensors")).unwrap();
+    place.recipe("wild.toml", "base_learning_rate = 0.1", "base_learning_rate = 1e30");
+    place.fails(&place.tokenizer("-o t --resume").replace("micro.toml", "wild.toml"), 2);
+    let said = place.fails(&place.tokenizer("-o w").replace("micro.toml", "wild.toml"), 1);
+    assert!(said.contains("step ") && said.contains("not finite") && said.contains("no checkpoint"), "{said}");
+    assert!(!place.path("w/state.safetensors").exists());
+    assert!(before == fs::read(place.path("t/state.safetensors")).unwrap());
+}
+
+#[test]
+fn pictures_that_cannot_be_used_are_named_skipped_and_counted() {
+    let place = Place::new();
+    let mut jpeg = vec![];
+    picture(64, 40, [9, 9, 9], 0).write_to(&mut std::io::Cursor::new(&mut jpeg), image::ImageFormat::Jpeg).unwrap();
+    fs::write(place.path("photos/noon/good.jpg"), &jpeg).unwrap();
+    fs::write(place.path("photos/noon/half.jpg"), &jpeg[..jpeg.len() / 2]).unwrap();
+    fs::write(place.path("photos/noon/text.jpeg"), "no picture").unwrap();
+    fs::write(place.path("photos/noon/README.md"), "no picture, and none is expected").unwrap();
+    picture(8, 8, [0; 3], 0).save(place.path("photos/dusk/small.png")).unwrap();
+    let said = place.trains(&place.tokenizer("-o t --steps 1"));
+    assert!(said.contains("7 photographs (3 skipped)"), "{said}");
+    for name in ["half.jpg", "text.jpeg", "small.png: is 8×8 pixels, expected a height of at least 32"] {
+        assert!(said.contains(name), "{said}");
+    }
+    assert!(!said.contains("README"), "{said}");
+}
+
+#[test]
+fn input_that_cannot_be_used_is_refused_before_anything_is_written() {
+    let place = Place::new();
+    fs::create_dir_all(place.path("empty/class")).unwrap();
+    fs::write(place.path("broken.toml"), "[tokenizer\n").unwrap();
+    fs::write(place.path("unknown.toml"), "[tokenizer.plan]\nlearning_rate = 1\n").unwrap();
+    fs::write(place.path("zero.toml"), "[tokenizer.plan]\nbatch_size = 0\n").unwrap();
+    place.recipe("all.toml", "validation = 1", "validation = 6");
+    let cases = [
+        ("tokenizer --images empty -o x", "empty: has no PNG or JPEG"),
+        ("tokenizer --images none -o x", "none: cannot be read as a folder"),
+        ("tokenizer --images photos -o x", "6 were skipped"),
+        ("tokenizer --images photos --recipe broken.toml -o x", "broken.toml"),
+        ("tokenizer --images photos --recipe unknown.toml -o x", "learning_rate"),
+        ("tokenizer --images photos --recipe zero.toml -o x", "tokenizer.plan.batch_size: is 0"),
+        ("tokenizer --images photos --recipe all.toml -o x", "none is left to train on"),
+        ("generator --images photos --tokenizer micro.toml --recipe micro.toml -o x", "micro.toml"),
+    ];
+    for (line, expected) in cases {
+        let said = place.fails(line, 2);
+        assert!(said.contains(expected), "{line}: {said}");
+        assert!(!place.path("x").join("state.safetensors").exists(), "{line}");
+    }
+}
+
+#[test]
+fn a_state_of_another_training_is_refused() {
+    let place = Place::new();
+    place.trains(&place.tokenizer("-o t"));
+    let before = fs::read(place.path("t/state.safetensors")).unwrap();
+    place.recipe("wide.toml", "embed = 16", "embed = 24");
+    let said = place.fails("tokenizer --images photos --recipe wide.toml -o t --resume", 2);
+    assert!(said.contains("embed = 16") && said.contains("embed = 24"), "{said}");
+    fs::create_dir_all(place.path("g")).unwrap();
+    fs::copy(place.path("t/state.safetensors"), place.path("g/state.safetensors")).unwrap();
+    let said = place.fails(&place.generator("-o g --resume"), 2);
+    assert!(said.contains("is the training of a tokenizer"), "{said}");
+    assert!(before == fs::read(place.path("t/state.safetensors")).unwrap());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_an_error_that_loses_nothing() {
+    let place = Place::new();
+    place.trains(&place.tokenizer("-o t --steps 3"));
+    let before = fs::read(place.path("t/state.safetensors")).unwrap();
+    // No file may grow beyond 40 kB, as on a disk that is full.
+    let line = format!(
+        "ulimit -f 40; trap '' XFSZ; exec {} {}",
+        env!("CARGO_BIN_EXE_eqim-train"),
+        place.tokenizer("-o t --resume")
+    );
+    let output = Command::new("bash").args(["-c", &line]).current_dir(place.0.path()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("cannot be written"), "{said}");
+    assert!(before == fs::read(place.path("t/state.safetensors")).unwrap());
+    place.trains(&place.tokenizer("-o t --resume"));
+}
+
+#[test]
+fn only_the_decoder_learns_in_stage_two() {
+    let place = Place::new();
+    place.trains(&place.tokenizer("-o t"));
+    let stage2 = MICRO.replace("[tokenizer.model]\n", "[tokenizer]\ndecoder_only = true\n[tokenizer.model]\n");
+    fs::write(place.path("stage2.toml"), stage2).unwrap();
+    let line = "tokenizer --images photos --recipe stage2.toml -o s";
+    assert!(place.fails(line, 2).contains("--from"));
+    place.trains(&format!("{line} --from t/tokenizer.safetensors"));
+    let load = |run: &str| {
+        let path = place.path(run).join("tokenizer.safetensors");
+        eqim::checkpoint::load_tokenizer_alone(&path, Default::default()).unwrap().1
+    };
+    let (before, after) = (load("t"), load("s"));
+    for ((name, before), (_, after)) in before.iter().zip(after.iter()) {
+        let equal = (before - after).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap() == 0.0;
+        let stays = name.starts_with("encoder.") || name.starts_with("quant_layer.");
+        // A bias that attention does not see has no gradient.
+        assert!(equal == stays || name.ends_with(".k.bias"), "{name}");
+    }
+}
+
+#[test]
+fn a_printed_recipe_is_one_that_can_be_given() {
+    let place = Place::new();
+    for preset in ["demo", "small", "base", "large", "huge"] {
+        let output = place.run(&format!("recipe --preset {preset}"));
+        fs::write(place.path("recipe.toml"), &output.stdout).unwrap();
+        let base = clap::ValueEnum::from_str(preset, false).unwrap();
+        let read = eqim_training::recipe::Recipe::read(base, &place.path("recipe.toml")).unwrap();
+        assert_eq!(read, eqim_training::recipe::Recipe::new(base));
+    }
+}
