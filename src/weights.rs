@@ -27,6 +27,20 @@ impl Weights {
         Ok(tensor.clone())
     }
 
+    /// The device that the tensors are on.
+    pub fn device(&self) -> Device {
+        self.tensors.first_key_value().map_or(Device::Cpu, |(_, tensor)| tensor.device().clone())
+    }
+
+    /// The tensors on a device.
+    ///
+    /// # Errors
+    /// When they do not fit there.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let moved = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_device(device)?));
+        Ok(Self { tensors: self.tensors.iter().map(moved).collect::<Result<_>>()? })
+    }
+
     /// Adds a tensor, as `f32`.
     ///
     /// # Errors

@@ -3,8 +3,7 @@
 use candle_core::{D, DType, Device, Tensor};
 use rand_mt::Mt;
 
-use super::kernels::{Conv3x3, GroupNorm, PadReflect, Silu};
-use super::{Binary, Dim, Dropped, Ops, Turn, Unary, position, scoped};
+use super::{Binary, Dim, Dropped, Ops, Turn, Unary, kernels, position, scoped};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -12,8 +11,18 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub struct Eager<'a> {
     weights: &'a Weights,
+    device: Device,
     scope: Vec<String>,
-    dropout: Option<Dropout>,
+    training: Option<Training>,
+}
+
+/// How a model that is being trained runs otherwise.
+#[derive(Clone, Debug)]
+pub struct Training {
+    /// What it forgets.
+    pub dropout: Option<Dropout>,
+    /// Type that products and convolutions with weights are computed in; everything else is `f32`.
+    pub products: DType,
 }
 
 /// What a model that is being trained forgets.
@@ -28,14 +37,19 @@ pub struct Dropout {
 }
 
 impl<'a> Eager<'a> {
-    /// An interpreter outside any scope.
+    /// An interpreter outside any scope, on the device of the weights.
     pub fn new(weights: &'a Weights) -> Self {
-        Self { weights, scope: vec![], dropout: None }
+        Self { weights, device: weights.device(), scope: vec![], training: None }
     }
 
-    /// An interpreter for training, with dropout.
-    pub fn training(weights: &'a Weights, dropout: Dropout) -> Self {
-        Self { weights, scope: vec![], dropout: Some(dropout) }
+    /// An interpreter for training.
+    pub fn training(weights: &'a Weights, training: Training) -> Self {
+        Self { training: Some(training), ..Self::new(weights) }
+    }
+
+    /// What products with weights are computed in.
+    fn products(&self) -> DType {
+        self.training.as_ref().map_or(DType::F32, |training| training.products)
     }
 }
 
@@ -88,7 +102,7 @@ impl Ops for Eager<'_> {
     }
 
     fn constant(&mut self, shape: &[usize], data: &[f32]) -> Result<Tensor> {
-        Ok(Tensor::from_slice(data, shape, &Device::Cpu)?)
+        Ok(Tensor::from_slice(data, shape, &self.device)?)
     }
 
     fn reshape(&mut self, x: &Tensor, shape: &[Dim<Tensor>]) -> Result<Tensor> {
@@ -121,7 +135,7 @@ impl Ops for Eager<'_> {
         Ok(match op {
             Unary::Cos => x.cos(),
             Unary::Sin => x.sin(),
-            Unary::Silu => x.contiguous()?.apply_op1(Silu),
+            Unary::Silu => kernels::silu(x),
             Unary::Gelu => x.gelu_erf(),
             Unary::ToFloat => x.to_dtype(DType::F32),
         }?)
@@ -153,7 +167,9 @@ impl Ops for Eager<'_> {
     }
 
     fn gemm(&mut self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-        Ok(x.matmul(&weight.t()?)?.broadcast_add(bias)?)
+        let products = self.products();
+        let y = x.to_dtype(products)?.matmul(&weight.to_dtype(products)?.t()?)?.to_dtype(DType::F32)?;
+        Ok(y.broadcast_add(bias)?)
     }
 
     fn layer_norm(
@@ -177,12 +193,14 @@ impl Ops for Eager<'_> {
         groups: usize,
         eps: f32,
     ) -> Result<Tensor> {
-        Ok(x.contiguous()?.apply_op3(weight, bias, GroupNorm { groups, eps })?)
+        Ok(kernels::group_norm(x, weight, bias, groups, eps)?)
     }
 
     fn conv(&mut self, x: &Tensor, weight: &Tensor, bias: &Tensor, spatial: usize) -> Result<Tensor> {
+        let products = self.products();
+        let (x, weight) = (&x.to_dtype(products)?, &weight.to_dtype(products)?);
         if spatial == 2 && weight.dim(3)? == 3 {
-            return Ok(x.contiguous()?.apply_op3(weight, bias, Conv3x3)?);
+            return Ok(kernels::conv3x3(x, weight, &bias.to_dtype(products)?)?.to_dtype(DType::F32)?);
         }
         // As a matrix product over the pixels; of a row's neighbours too.
         let (batch, input) = (x.dim(0)?, x.dim(1)?);
@@ -191,7 +209,7 @@ impl Ops for Eager<'_> {
         let shifted = (0..taps).map(|tap| x.narrow(D::Minus1, tap, length)).collect::<Result<Vec<_>, _>>()?;
         let shifted = Tensor::cat(&shifted, 1)?.reshape((batch, taps * input, ()))?;
         let weight = weight.reshape((output, input, taps))?.transpose(1, 2)?.reshape((1, output, taps * input))?;
-        let y = weight.broadcast_matmul(&shifted)?.broadcast_add(&bias.reshape((output, 1))?)?;
+        let y = weight.broadcast_matmul(&shifted)?.to_dtype(DType::F32)?.broadcast_add(&bias.reshape((output, 1))?)?;
         let mut shape = x.dims().to_vec();
         (shape[1], shape[1 + spatial]) = (output, length);
         Ok(y.reshape(shape)?)
@@ -205,13 +223,14 @@ impl Ops for Eager<'_> {
             }
         }
         if spatial == 2 {
-            return Ok(x.contiguous()?.apply_op1(PadReflect)?);
+            return Ok(kernels::pad_reflect(x)?);
         }
         Ok(Tensor::cat(&[&x.narrow(2, 1, 1)?, x, &x.narrow(2, x.dim(2)? - 2, 1)?], 2)?)
     }
 
     fn dropout(&mut self, x: Tensor, what: Dropped) -> Result<Tensor> {
-        let Some(Dropout { attention, projection, random }) = &mut self.dropout else { return Ok(x) };
+        let dropout = self.training.as_mut().and_then(|training| training.dropout.as_mut());
+        let Some(Dropout { attention, projection, random }) = dropout else { return Ok(x) };
         let probability = match what {
             Dropped::Attention => *attention,
             Dropped::Projection => *projection,

@@ -3,12 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use eqim::checkpoint::{self, WeightSet};
 use eqim::{Error, Result, files};
+use eqim_engines::bundle::FileRecord;
 use eqim_engines::cli;
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
 use crate::data::Photos;
 use crate::generator::GeneratorTask;
@@ -71,6 +72,9 @@ struct Shared {
     /// TOML file of what differs from the preset.
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
+    /// Where to train: cpu, or cuda:N in a program built with the feature cuda.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: String,
     /// Go on from the last checkpoint in the output folder.
     #[arg(long)]
     resume: bool,
@@ -98,6 +102,16 @@ impl Shared {
         }
         recipe.check()?;
         Ok(recipe)
+    }
+
+    fn device(&self) -> Result<Device> {
+        let bad = |problem: String| Error::input("--device", format!("is {}, {problem}", self.device));
+        if self.device == "cpu" {
+            return Ok(Device::Cpu);
+        }
+        let number = self.device.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+        let number = number.ok_or_else(|| bad("expected cpu or cuda:N".into()))?;
+        Device::new_cuda(number).map_err(|error| bad(format!("which cannot be used: {error}")))
     }
 
     fn photos(&self, plan: &Plan, height: usize, token_width: usize) -> Result<Photos> {
@@ -148,14 +162,15 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 
 fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>) -> Result<()> {
     let mut recipe = shared.recipe()?.tokenizer;
+    let device = shared.device()?;
     let initial = from.map(|path| checkpoint::load_tokenizer_alone(path, WeightSet::Ema)).transpose()?;
     if let Some((model, _)) = &initial {
         recipe.model = model.clone();
     }
     let photos = shared.photos(&recipe.plan, recipe.model.image_height(), recipe.model.token_width())?;
     let output = Output::open(&shared.output, shared.resume)?;
-    let lpips = lpips.map(Lpips::open).transpose()?;
-    let mut task = TokenizerTask::new(recipe, photos, initial.map(|(_, weights)| weights), lpips)?;
+    let lpips = lpips.map(|path| Lpips::open(path, &device)).transpose()?;
+    let mut task = TokenizerTask::new(recipe, photos, initial.map(|(_, weights)| weights), lpips, device)?;
     train(&mut task, &output, shared.resume)?;
     let report = Report::new(&task)?;
     let text = serde_json::to_string_pretty(&report).map_err(|error| Error::run("report", error))?;
@@ -165,14 +180,16 @@ fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>) -> Resu
 
 fn generator(shared: &Shared, tokenizer: &Path) -> Result<()> {
     let recipe = shared.recipe()?;
+    let device = shared.device()?;
     let (config, weights) = checkpoint::load_tokenizer_alone(tokenizer, WeightSet::Ema)?;
-    let hash = files::read(tokenizer).map(Sha256::digest)?.iter().map(|byte| format!("{byte:02x}")).collect();
+    let name = tokenizer.file_name().unwrap_or_default().to_string_lossy();
+    let hash = FileRecord::of(files::folder(tokenizer), &name)?.sha256;
     let photos = shared.photos(&recipe.generator.plan, config.image_height(), config.token_width())?;
     let output = Output::open(&shared.output, shared.resume)?;
     let encoder = Encoder { config, weights, hash };
     let posterior_std = recipe.tokenizer.posterior_std;
     let cache = output.file("latents");
-    let mut task = GeneratorTask::new(recipe.generator, posterior_std, photos, encoder, &cache)?;
+    let mut task = GeneratorTask::new(recipe.generator, posterior_std, photos, encoder, &cache, device)?;
     train(&mut task, &output, shared.resume)?;
     cli::print(format_args!("classes: {}", task.classes().join(", ")))
 }

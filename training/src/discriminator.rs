@@ -2,7 +2,7 @@
 //! `tokenizer/modules/discriminator/model.py`), with group normalization where that has batch normalization: batches are
 //! small, and their statistics would have to be kept.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use eqim::Result;
 use eqim::weights::Weights;
 use rand::Rng;
@@ -31,11 +31,10 @@ pub fn initial(random: &mut impl Rng) -> Result<Vec<(String, Tensor)>> {
         let values = normal(random, output * input * KERNEL * KERNEL).into_iter().map(|value| value * DEVIATION);
         let weight = Tensor::from_iter(values, &Device::Cpu)?.reshape(shape)?;
         weights.push((format!("{layer}.conv.weight"), weight));
-        weights.push((format!("{layer}.conv.bias"), Tensor::zeros(output, candle_core::DType::F32, &Device::Cpu)?));
+        weights.push((format!("{layer}.conv.bias"), Tensor::zeros(output, DType::F32, &Device::Cpu)?));
         if normalized(layer) {
-            weights
-                .push((format!("{layer}.norm.weight"), Tensor::ones(output, candle_core::DType::F32, &Device::Cpu)?));
-            weights.push((format!("{layer}.norm.bias"), Tensor::zeros(output, candle_core::DType::F32, &Device::Cpu)?));
+            weights.push((format!("{layer}.norm.weight"), Tensor::ones(output, DType::F32, &Device::Cpu)?));
+            weights.push((format!("{layer}.norm.bias"), Tensor::zeros(output, DType::F32, &Device::Cpu)?));
         }
         input = output;
     }
@@ -96,7 +95,7 @@ mod tests {
     #[test]
     fn it_learns_to_tell_images_apart() {
         let random = &mut randomness(1, Purpose::Initial, 0);
-        let mut learner = Learner::new("discriminator", initial(random).unwrap()).unwrap();
+        let mut learner = Learner::new("discriminator", initial(random).unwrap(), &Device::Cpu).unwrap();
         let real = Tensor::from_vec(normal(random, 3 * 32 * 32), (1, 3, 32, 32), &Device::Cpu).unwrap();
         let made = Tensor::full(0.3f32, (1, 3, 32, 32), &Device::Cpu).unwrap();
         let mut found = vec![];

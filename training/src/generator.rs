@@ -9,7 +9,7 @@ use eqim::config::GeneratorConfig;
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
 use eqim::model::{Stage, flow, parameters_of, transformer};
-use eqim::ops::eager::{Dropout, Eager};
+use eqim::ops::eager::{Dropout, Eager, Training};
 use eqim::tensors::TensorFile;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
@@ -30,6 +30,7 @@ pub struct GeneratorTask {
     learner: Learner,
     encoder: Encoder,
     posterior_std: f64,
+    device: Device,
     classes: Vec<String>,
     fingerprint: String,
     training: Latents,
@@ -48,8 +49,8 @@ pub struct Draws {
     pub noise: Tensor,
     /// Times in 0..1, `[copies, batch, tokens]`.
     pub times: Tensor,
-    /// Dropout, where there is some.
-    pub dropout: Option<Dropout>,
+    /// How the model runs otherwise while it is trained.
+    pub training: Option<Training>,
 }
 
 // Rows of a batch that one core works on at a time: fixed, so that sums do not depend on the number of cores.
@@ -69,8 +70,8 @@ pub fn loss(config: &GeneratorConfig, weights: &Weights, draws: &Draws) -> Resul
     let (batch, n, embed) = draws.tokens.dims3()?;
     let copies = draws.noise.dim(0)?;
     let rows = copies * batch * n;
-    let mut o = match &draws.dropout {
-        Some(dropout) => Eager::training(weights, dropout.clone()),
+    let mut o = match &draws.training {
+        Some(training) => Eager::training(weights, training.clone()),
         None => Eager::new(weights),
     };
     let tokens = draws.tokens.reshape((batch * n, embed))?;
@@ -102,6 +103,7 @@ impl GeneratorTask {
         photos: Photos,
         encoder: Encoder,
         cache: &Path,
+        device: Device,
     ) -> Result<Self> {
         let plan = &recipe.plan;
         let classes = photos.classes.clone();
@@ -122,8 +124,8 @@ impl GeneratorTask {
         let config = Config { generator: recipe.model.clone(), tokenizer: encoder.config.clone() };
         config.check()?;
         let parameters = parameters_of(&config, &[Stage::Prefill, Stage::Step, Stage::Flow])?;
-        let learner = Learner::new("generator", initial::generator_weights(&parameters, plan.seed)?)?;
-        Ok(Self { recipe, learner, encoder, posterior_std, classes, fingerprint, training, held_out })
+        let learner = Learner::new("generator", initial::generator_weights(&parameters, plan.seed)?, &device)?;
+        Ok(Self { recipe, learner, encoder, posterior_std, device, classes, fingerprint, training, held_out })
     }
 
     /// The number and names of classes.
@@ -150,25 +152,27 @@ impl GeneratorTask {
         let shift = if training { labels.random_range(0..self.recipe.shift_num) } else { 0 };
         let noise = normal(&mut flow, copies * batch * n * embed);
         let times: Vec<f32> = (0..copies * batch * n).map(|_| time(flow.random_range(0.0..1.0))).collect();
-        let dropout = training.then(|| Dropout {
+        let forgotten = Dropout {
             attention: self.recipe.attn_dropout,
             projection: self.recipe.proj_dropout,
             random: Mt::new(dropout.next_u32()),
-        });
+        };
+        let training = training.then(|| Training { dropout: Some(forgotten), products: plan.products() });
+        let device = &self.device;
         Ok(Draws {
-            tokens,
-            labels: Tensor::from_vec(classes, batch, &Device::Cpu)?,
+            tokens: tokens.to_device(device)?,
+            labels: Tensor::from_vec(classes, batch, device)?,
             shift,
-            noise: Tensor::from_vec(noise, (copies, batch, n, embed), &Device::Cpu)?,
-            times: Tensor::from_vec(times, (copies, batch, n), &Device::Cpu)?,
-            dropout,
+            noise: Tensor::from_vec(noise, (copies, batch, n, embed), device)?,
+            times: Tensor::from_vec(times, (copies, batch, n), device)?,
+            training,
         })
     }
 
     /// A model of the averaged weights and the tokenizer.
     fn engine(&self) -> Result<CandleEngine> {
         let mut weights = self.encoder.weights.clone();
-        for (name, tensor) in self.learner.average()?.iter() {
+        for (name, tensor) in self.learner.average()?.to_device(&Device::Cpu)?.iter() {
             weights.insert(name.to_string(), tensor)?;
         }
         let config = Config { generator: self.recipe.model.clone(), tokenizer: self.encoder.config.clone() };
@@ -192,17 +196,18 @@ impl Draws {
         let mut shards = vec![];
         for start in (0..batch).step_by(SHARD) {
             let rows = SHARD.min(batch - start);
-            let dropout = self.dropout.as_mut().map(|dropout| {
-                let seed = dropout.random.next_u32();
-                Dropout { random: Mt::new(seed), ..dropout.clone() }
-            });
+            let mut training = self.training.clone();
+            let own = training.as_mut().and_then(|training| training.dropout.as_mut());
+            if let (Some(own), Some(drawn)) = (own, self.training.as_mut().and_then(|all| all.dropout.as_mut())) {
+                own.random = Mt::new(drawn.random.next_u32());
+            }
             let shard = Self {
                 tokens: self.tokens.narrow(0, start, rows)?,
                 labels: self.labels.narrow(0, start, rows)?,
                 shift: self.shift,
                 noise: self.noise.narrow(1, start, rows)?,
                 times: self.times.narrow(1, start, rows)?,
-                dropout,
+                training,
             };
             shards.push((rows as f64 / batch as f64, shard));
         }
@@ -288,7 +293,7 @@ impl Task for GeneratorTask {
 
     fn write_model(&self, path: &Path) -> Result<()> {
         let config = StoredConfig { generator: Some(self.recipe.model.clone()), tokenizer: None };
-        let weights = self.learner.average()?;
+        let weights = self.learner.average()?.to_device(&Device::Cpu)?;
         let stored: Vec<(&str, Tensor)> = weights.iter().map(|(name, tensor)| (name, tensor.clone())).collect();
         checkpoint::write(path, &config, &stored)
     }

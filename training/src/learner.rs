@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use eqim::tensors::TensorFile;
 use eqim::weights::Weights;
 use eqim::{Error, Result};
@@ -51,12 +51,18 @@ const EPS: f64 = 1e-8;
 const CLIP_EPS: f64 = 1e-6;
 
 impl Learner {
-    /// A learner of these parameters that has not learned yet. Its `name` tells its tensors from others' in a file.
+    /// A learner of these parameters, on `device`, that has not learned yet. Its `name` tells its tensors from others' in
+    /// a file.
     ///
     /// # Errors
     /// When Candle refuses.
-    pub fn new(name: &'static str, values: impl IntoIterator<Item = (String, Tensor)>) -> Result<Self> {
+    pub fn new(
+        name: &'static str,
+        values: impl IntoIterator<Item = (String, Tensor)>,
+        device: &Device,
+    ) -> Result<Self> {
         let parameter = |(parameter, value): (String, Tensor)| {
+            let value = value.to_device(device)?;
             let zeros = value.zeros_like()?;
             let value = Var::from_tensor(&value)?;
             let average = value.as_tensor().copy()?;
@@ -113,7 +119,10 @@ impl Learner {
             };
             Ok((taken, losses.parts.into_iter().map(measure).collect::<Result<Measures>>()?))
         };
-        let results: Vec<Result<(Gradients, Measures)>> = shards.par_iter().map(shard).collect();
+        let on_cpu = self.parameters.values().all(|parameter| parameter.value.device().is_cpu());
+        // A GPU is one worker, whose work is queued by one thread.
+        let results: Vec<Result<(Gradients, Measures)>> =
+            if on_cpu { shards.par_iter().map(shard).collect() } else { shards.iter().map(shard).collect() };
         let (mut gradients, mut measures) = (Gradients::new(), Measures::new());
         for result in results {
             let (more, measured) = result?;
@@ -140,7 +149,10 @@ impl Learner {
         }
         let norm = squares.sqrt();
         if !norm.is_finite() {
-            return Err(Error::run("gradients", format!("their norm is {norm}, not finite: lower base_learning_rate, or set clip")));
+            return Err(Error::run(
+                "gradients",
+                format!("their norm is {norm}, not finite: lower base_learning_rate, or set clip"),
+            ));
         }
         let factor = update.clip.map_or(1.0, |clip| (clip / (norm + CLIP_EPS)).min(1.0));
         self.updates += 1;
@@ -203,9 +215,11 @@ impl Learner {
                 let problem = format!("tensor {name} has shape {:?}, expected {expected:?}", other.dims());
                 return Err(Error::input(file.path().display(), problem));
             }
-            parameter.value.set(&value)?;
-            (parameter.first_moment, parameter.second_moment, parameter.average) =
-                (first_moment, second_moment, average);
+            let device = parameter.value.device().clone();
+            parameter.value.set(&value.to_device(&device)?)?;
+            parameter.first_moment = first_moment.to_device(&device)?;
+            parameter.second_moment = second_moment.to_device(&device)?;
+            parameter.average = average.to_device(&device)?;
         }
         self.updates = updates;
         Ok(())

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use eqim::tensors::TensorFile;
 use eqim::{Error, Result};
 
@@ -31,14 +31,14 @@ const SCALE: [f32; 3] = [0.458, 0.448, 0.450];
 const EPS: f64 = 1e-10;
 
 impl Lpips {
-    /// Reads the weights: torchvision's `features.{i}.weight` and `.bias` of VGG16 and LPIPS' `lin{k}.model.1.weight`.
+    /// Reads the weights, to `device`: torchvision's `features.{i}.weight` and `.bias` of VGG16 and LPIPS' `lin{k}.model.1.weight`.
     ///
     /// # Errors
     /// [`Error::Input`] naming the tensor that is missing or misshapen.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
         let mut file = TensorFile::open(path)?;
         let mut read = |name: String, shape: &[usize]| {
-            let tensor = file.read(&name)?.to_dtype(candle_core::DType::F32)?;
+            let tensor = file.read(&name)?.to_dtype(DType::F32)?.to_device(device)?;
             if tensor.dims() != shape {
                 let problem = format!("tensor {name} has shape {:?}, expected {shape:?}", tensor.dims());
                 return Err(Error::input(path.display(), problem));
@@ -66,11 +66,11 @@ impl Lpips {
     /// # Errors
     /// When the shapes do not fit.
     pub fn distance(&self, reconstruction: &Tensor, image: &Tensor) -> Result<Tensor> {
-        let channels = |values: [f32; 3]| Tensor::from_slice(&values, (1, 3, 1, 1), &Device::Cpu);
+        let channels = |values: [f32; 3]| Tensor::from_slice(&values, (1, 3, 1, 1), image.device());
         let (shift, scale) = (channels(SHIFT)?, channels(SCALE)?);
         let prepared = |x: &Tensor| x.broadcast_sub(&shift)?.broadcast_div(&scale);
         let (mut a, mut b) = (prepared(reconstruction)?, prepared(image)?);
-        let mut total = Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?;
+        let mut total = Tensor::zeros((), DType::F32, image.device())?;
         for (index, block) in self.blocks.iter().enumerate() {
             (a, b) = (block.features(&a, index > 0)?, block.features(&b, index > 0)?);
             let difference = (unit(&a)? - unit(&b)?)?.sqr()?.broadcast_mul(&block.weights)?;
@@ -108,12 +108,12 @@ mod tests {
         for (block, (channels, places)) in BLOCKS.into_iter().enumerate() {
             for place in places {
                 let weight = Tensor::randn(0f32, 0.05, (channels, input, 3, 3), &Device::Cpu).unwrap();
-                let bias = Tensor::zeros(channels, candle_core::DType::F32, &Device::Cpu).unwrap();
+                let bias = Tensor::zeros(channels, DType::F32, &Device::Cpu).unwrap();
                 stored.push((format!("features.{place}.weight"), weight));
                 stored.push((format!("features.{place}.bias"), bias));
                 input = channels;
             }
-            let weights = Tensor::ones((1, channels, 1, 1), candle_core::DType::F32, &Device::Cpu).unwrap();
+            let weights = Tensor::ones((1, channels, 1, 1), DType::F32, &Device::Cpu).unwrap();
             stored.push((format!("lin{block}.model.1.weight"), weights));
         }
         stored.retain(|(name, _)| name != leave_out);
@@ -126,7 +126,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("lpips.safetensors");
         write(&path, "");
-        let lpips = Lpips::open(&path).unwrap();
+        let lpips = Lpips::open(&path, &Device::Cpu).unwrap();
         let image = Tensor::rand(-1f32, 1f32, (1, 3, 32, 32), &Device::Cpu).unwrap();
         let noise = Tensor::rand(-1f32, 1f32, (1, 3, 32, 32), &Device::Cpu).unwrap();
         let distance = |share: f64| {
@@ -146,7 +146,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("lpips.safetensors");
         write(&path, "features.21.bias");
-        let error = Lpips::open(&path).unwrap_err();
+        let error = Lpips::open(&path, &Device::Cpu).unwrap_err();
         assert!(matches!(&error, Error::Input(text) if text.contains("features.21.bias")), "{error}");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use candle_core::DType;
 use clap::ValueEnum;
 use eqim::config::{GeneratorConfig, Level, Preset, TokenizerConfig, Tower};
 use eqim::{Config, Error, Result, files};
@@ -71,6 +72,8 @@ pub struct Plan {
     pub clip: f64,
     /// How much of the weights' moving average stays at each step (`ema_rate`).
     pub ema: f64,
+    /// Whether products with weights are computed in BF16, from weights and moments in FP32: for GPUs.
+    pub bf16: bool,
     /// Photographs held out for validation.
     pub validation: usize,
     /// Seed of everything random.
@@ -134,6 +137,11 @@ pub struct GeneratorRecipe {
 }
 
 impl Plan {
+    /// The type of products with weights.
+    pub fn products(&self) -> DType {
+        if self.bf16 { DType::BF16 } else { DType::F32 }
+    }
+
     /// The learning rate of `step`, counted from 0.
     pub fn learning_rate(&self, step: usize) -> f64 {
         let peak = self.base_learning_rate * self.batch_size as f64 / 256.0;
@@ -225,6 +233,7 @@ impl Recipe {
             betas: [0.9, 0.95],
             clip: 3.0,
             ema: 0.9999,
+            bf16: false,
             validation: 0,
             seed: 1,
             log_every: 100,
@@ -375,6 +384,7 @@ fn demo() -> Recipe {
         betas: [0.9, 0.95],
         clip: 1.0,
         ema: 0.99,
+        bf16: false,
         validation: 2,
         seed: 1,
         log_every: 10,
@@ -392,8 +402,10 @@ fn demo() -> Recipe {
         },
         generator: GeneratorRecipe {
             model: generator,
-            plan: Plan { steps: 6000, batch_size: 16, tokens: 16, base_learning_rate: 0.008, ema: 0.999, ..plan },
-            views: 64,
+            plan: Plan { steps: 8000, batch_size: 16, tokens: 16, base_learning_rate: 0.008, ema: 0.999, ..plan },
+            views: 24,
+            attn_dropout: 0.0,
+            proj_dropout: 0.0,
             shift_num: 256,
             ..published.generator
         },

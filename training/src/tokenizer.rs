@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor, Var};
 use eqim::checkpoint::{self, StoredConfig};
 use eqim::config::{GeneratorConfig, Preset, TokenizerConfig};
 use eqim::model::{Stage, parameters_of, tokenizer};
-use eqim::ops::eager::Eager;
+use eqim::ops::eager::{Eager, Training};
 use eqim::tensors::TensorFile;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, candle};
@@ -27,6 +27,7 @@ pub struct TokenizerTask {
     learner: Learner,
     discriminator: Option<Learner>,
     lpips: Option<Lpips>,
+    device: Device,
     /// Weights that stay as they are.
     frozen: Weights,
     training: Photos,
@@ -47,6 +48,7 @@ impl TokenizerTask {
         photos: Photos,
         initial: Option<Weights>,
         lpips: Option<Lpips>,
+        device: Device,
     ) -> Result<Self> {
         let (training, held_out) = photos.split(recipe.plan.validation, recipe.plan.seed)?;
         let parameters = parameters_of(&whole(&recipe.model), &[Stage::Encode, Stage::Decode])?;
@@ -64,17 +66,17 @@ impl TokenizerTask {
         let (kept, learned): (Vec<_>, Vec<_>) = values.into_iter().partition(|(name, _)| stays(name));
         let mut frozen = Weights::default();
         for (name, tensor) in kept {
-            frozen.insert(name, &tensor)?;
+            frozen.insert(name, &tensor.to_device(&device)?)?;
         }
-        let learner = Learner::new("tokenizer", learned)?;
+        let learner = Learner::new("tokenizer", learned, &device)?;
         let discriminator = match recipe.discriminator_weight > 0.0 {
             true => {
                 let random = &mut randomness(recipe.plan.seed, Purpose::Initial, 2);
-                Some(Learner::new("discriminator", discriminator::initial(random)?)?)
+                Some(Learner::new("discriminator", discriminator::initial(random)?, &device)?)
             }
             false => None,
         };
-        Ok(Self { recipe, learner, discriminator, lpips, frozen, training, held_out, batches: None })
+        Ok(Self { recipe, learner, discriminator, lpips, device, frozen, training, held_out, batches: None })
     }
 
     fn crops(&self) -> Crops {
@@ -97,7 +99,7 @@ impl TokenizerTask {
     /// Encodes and decodes a picture `[3, height, width]` with the averaged weights.
     fn reconstruct(&self, weights: &Weights, picture: ArrayView3<f32>) -> Result<Array3<f32>> {
         let o = &mut Eager::new(weights);
-        let image = candle::to_tensor(picture.insert_axis(Axis(0)))?;
+        let image = candle::to_tensor(picture.insert_axis(Axis(0)))?.to_device(&self.device)?;
         let latent = tokenizer::encode(o, &self.recipe.model, &image)?;
         let image: Array4<f32> = candle::to_array(&tokenizer::decode(o, &self.recipe.model, &latent)?)?;
         Ok(image.index_axis_move(Axis(0), 0))
@@ -154,7 +156,8 @@ const ADAPTIVE_MOST: f64 = 1e4;
 impl Objective<'_> {
     /// The posterior's mean `[1, tokens, E]` and the reconstruction of a sample.
     fn reconstruct(&self, weights: &Weights, shard: &Shard) -> Result<(Tensor, Tensor)> {
-        let o = &mut Eager::new(weights);
+        let training = Training { dropout: None, products: self.recipe.plan.products() };
+        let o = &mut Eager::training(weights, training);
         let mean = tokenizer::encode(o, &self.recipe.model, &shard.image)?;
         let latent = (&mean + (&shard.noise * self.recipe.posterior_std)?)?;
         let reconstruction = tokenizer::decode(o, &self.recipe.model, &latent)?;
@@ -258,9 +261,9 @@ impl Task for TokenizerTask {
         let mut random = randomness(plan.seed, Purpose::Posterior, step);
         let embed = self.recipe.model.embed;
         let shard = |image: ArrayView3<f32>| {
-            let image = candle::to_tensor(image.insert_axis(Axis(0)))?;
+            let image = candle::to_tensor(image.insert_axis(Axis(0)))?.to_device(&self.device)?;
             let noise = initial::normal(&mut random, plan.tokens * embed);
-            let noise = Tensor::from_vec(noise, (1, plan.tokens, embed), &Device::Cpu)?;
+            let noise = Tensor::from_vec(noise, (1, plan.tokens, embed), &self.device)?;
             Ok((1.0 / plan.batch_size as f64, Shard { image, noise }))
         };
         let shards = batch.images.axis_iter(Axis(0)).map(shard).collect::<Result<Vec<_>>>()?;
@@ -334,7 +337,7 @@ impl Task for TokenizerTask {
     }
 
     fn write_model(&self, path: &Path) -> Result<()> {
-        let weights = self.averaged()?;
+        let weights = self.averaged()?.to_device(&Device::Cpu)?;
         let config = StoredConfig { generator: None, tokenizer: Some(self.recipe.model.clone()) };
         checkpoint::write(
             path,

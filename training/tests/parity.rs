@@ -60,12 +60,13 @@ fn one_step_is_the_references() {
         shift: get("rope_shift").to_vec1::<i64>().unwrap()[0] as usize,
         noise: get("noise").reshape((copies, batch, n, embed)).unwrap(),
         times: Tensor::from_iter(times, &cpu).unwrap().reshape((copies, batch, n)).unwrap(),
-        dropout: None,
+        training: None,
     };
 
     let tokenizer = ["encoder.", "decoder.", "quant_layer.", "post_quant_layer."];
     let own = weights.iter().filter(|(name, _)| !tokenizer.iter().any(|part| name.starts_with(part)));
-    let mut learner = Learner::new("generator", own.map(|(name, tensor)| (name.to_string(), tensor.clone()))).unwrap();
+    let mut learner =
+        Learner::new("generator", own.map(|(name, tensor)| (name.to_string(), tensor.clone())), &cpu).unwrap();
     let parameters = learner.weights().unwrap();
     let objective = |draws: &Draws| {
         let total = loss(&config, &parameters, draws)?;

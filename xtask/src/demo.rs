@@ -1,4 +1,4 @@
-//! From checkpoint to picture: the export and one run, on the test fixture.
+//! The demo model, from its weights to pictures.
 
 use std::env::{self, consts::EXE_SUFFIX};
 use std::fs;
@@ -10,11 +10,21 @@ use anyhow::{Context, Result};
 use crate::command::run;
 use crate::setup;
 
-const EXPORT: &str = "onnx --generator tests/fixtures/generator.pth \
-     --tokenizer tests/fixtures/tokenizer.ckpt --heads 2 -o demo/bundle";
-const RUN: &str = "--engine demo/bundle --class 3 --seed 1 --tokens 64 --cfg 3 -o demo/demo.png";
+const EXPORT: &str =
+    "onnx --generator assets/demo/model.safetensors --tokenizer assets/demo/model.safetensors -o demo/bundle";
 
-/// Builds the programs, exports the fixture's checkpoints and draws one picture.
+/// What is drawn, and how.
+const PICTURES: [(&str, &str, &str); 3] = [
+    ("a 256×256 image", "image.png", "--class 2 --seed 1 --tokens 16 --cfg 2"),
+    ("a 256×2048 image", "long.png", "--class 2 --seed 2 --tokens 128 --cfg 2"),
+    (
+        "an outpainted photograph",
+        "outpainted.png",
+        "--class 2 --seed 1 --tokens 64 --cfg 2 --prefix assets/photos/mountain/picosdeeuropa_by_aitzol_berasategi.jpg",
+    ),
+];
+
+/// Builds the programs, exports the demo model and draws pictures with it.
 pub fn demo(root: &Path) -> Result<()> {
     println!("building eqim-export and eqim-run");
     run(Command::new("cargo")
@@ -22,18 +32,17 @@ pub fn demo(root: &Path) -> Result<()> {
         .args(setup::features())
         .current_dir(root))?;
 
-    println!("exporting the test fixture to demo/bundle");
+    println!("exporting assets/demo/model.safetensors to demo/bundle");
     fs::create_dir_all(root.join("demo")).context("the folder demo cannot be made")?;
     run_built("eqim-export", EXPORT, root)?;
 
-    println!("drawing a picture with demo/bundle");
-    run_built("eqim-run", RUN, root)?;
-
-    println!("the picture is {}", root.join("demo/demo.png").display());
-    println!(
-        "its weights are the random test weights of the golden fixture: \
-         the picture is only a texture, not a photograph, until trained weights ship"
-    );
+    for (what, file, how) in PICTURES {
+        println!("drawing {what}");
+        run_built("eqim-run", &format!("--engine demo/bundle {how} -o demo/{file}"), root)?;
+    }
+    for (what, file, _) in PICTURES {
+        println!("{what}: {}", root.join("demo").join(file).display());
+    }
     Ok(())
 }
 

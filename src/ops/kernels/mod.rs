@@ -1,18 +1,48 @@
-//! Candle operators of our own for the CPU, where training spends its time: fused, on all cores, with their gradients.
+//! Where training spends its time: on the CPU operators of our own, fused, on all cores, with their gradients; elsewhere
+//! Candle's.
 //!
-//! Every result is independent of the number of threads, so that a resumed training goes on bit for bit.
+//! Every result on the CPU is independent of the number of threads, so that a resumed training goes on bit for bit.
 
 mod conv;
 mod norm;
 mod pad;
+mod portable;
 mod silu;
 
-pub use conv::Conv3x3;
-pub use norm::GroupNorm;
-pub use pad::PadReflect;
-pub use silu::Silu;
+use conv::Conv3x3;
+use norm::GroupNorm;
+use pad::PadReflect;
+use silu::Silu;
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
+
+/// Whether our operators can take a tensor.
+fn ours(x: &Tensor) -> bool {
+    x.device().is_cpu() && x.dtype() == DType::F32
+}
+
+/// x · sigmoid(x).
+pub fn silu(x: &Tensor) -> Result<Tensor> {
+    if ours(x) { x.contiguous()?.apply_op1(Silu) } else { x.silu() }
+}
+
+/// Normalization of `x [batch, channels, …]` over groups of channels, with `weight` and `bias` `[channels]`.
+pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f32) -> Result<Tensor> {
+    if ours(x) {
+        return x.contiguous()?.apply_op3(weight, bias, GroupNorm { groups, eps });
+    }
+    portable::group_norm(x, weight, bias, groups, eps)
+}
+
+/// Convolution of `x [batch, input, height+2, width+2]` with `weight [output, input, 3, 3]` and `bias [output]`.
+pub fn conv3x3(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    if ours(x) { x.contiguous()?.apply_op3(weight, bias, Conv3x3) } else { portable::conv3x3(x, weight, bias) }
+}
+
+/// `x [batch, channels, height, width]` with a mirrored row and column more on every side.
+pub fn pad_reflect(x: &Tensor) -> Result<Tensor> {
+    if ours(x) { x.contiguous()?.apply_op1(PadReflect) } else { portable::pad_reflect(x) }
+}
 
 /// The values of a contiguous tensor of `f32`.
 fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
@@ -50,7 +80,7 @@ fn sum(x: &[f32], term: impl Fn(f32) -> f32) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{D, Device, Tensor, Var};
+    use candle_core::{Device, Tensor, Var};
 
     use super::*;
 
@@ -87,15 +117,12 @@ mod tests {
     #[test]
     fn convolution_is_candles_own() {
         // Widths on both sides of a vector's, strips that do not divide, and channels that fill no block.
-        for (batch, input, output, height, width) in
-            [(2, 3, 5, 19, 33), (1, 4, 8, 8, 16), (2, 1, 1, 1, 1), (1, 7, 3, 17, 7)]
-        {
+        let sizes = [(2, 3, 5, 19, 33), (1, 4, 8, 8, 16), (2, 1, 1, 1, 1), (1, 7, 3, 17, 7)];
+        for (batch, input, output, height, width) in sizes {
             let x = random(&[batch, input, height + 2, width + 2]);
-            let weight = random(&[output, input, 3, 3]);
-            let bias = random(&[output]);
-            let theirs =
-                |t: &[&Tensor]| t[0].conv2d(t[1], 0, 1, 1, 1)?.broadcast_add(&t[2].reshape((1, output, 1, 1))?);
-            same(&[&x, &weight, &bias], 1e-5, |t| t[0].apply_op3(t[1], t[2], Conv3x3), theirs);
+            let (weight, bias) = (random(&[output, input, 3, 3]), random(&[output]));
+            let theirs = |t: &[&Tensor]| portable::conv3x3(t[0], t[1], t[2]);
+            same(&[&x, &weight, &bias], 1e-5, |t| conv3x3(t[0], t[1], t[2]), theirs);
         }
     }
 
@@ -103,14 +130,8 @@ mod tests {
     fn group_norm_is_its_formula() {
         let (groups, eps) = (2, 1e-3);
         let x = Var::from_tensor(&(random(&[3, 6, 5, 7]).as_tensor() + 2.0).unwrap()).unwrap();
-        let theirs = |t: &[&Tensor]| {
-            let x = t[0].reshape((3, groups, ()))?;
-            let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-            let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
-            let x = x.broadcast_div(&(variance + f64::from(eps))?.sqrt()?)?.reshape(t[0].shape())?;
-            x.broadcast_mul(&t[1].reshape((1, 6, 1, 1))?)?.broadcast_add(&t[2].reshape((1, 6, 1, 1))?)
-        };
-        let ours = |t: &[&Tensor]| t[0].apply_op3(t[1], t[2], GroupNorm { groups, eps });
+        let theirs = |t: &[&Tensor]| portable::group_norm(t[0], t[1], t[2], groups, eps);
+        let ours = |t: &[&Tensor]| group_norm(t[0], t[1], t[2], groups, eps);
         same(&[&x, &random(&[6]), &random(&[6])], 1e-5, ours, theirs);
     }
 
@@ -118,21 +139,14 @@ mod tests {
     fn silu_is_its_formula() {
         let x = Tensor::arange(-100f32, 100f32, &Device::Cpu).unwrap();
         let x = Var::from_tensor(&x).unwrap();
-        same(&[&x], 1e-6, |t| t[0].apply_op1(Silu), |t| t[0].silu());
+        same(&[&x], 1e-6, |t| silu(t[0]), |t| t[0].silu());
     }
 
     #[test]
     fn padding_mirrors() {
-        let theirs = |t: &[&Tensor]| {
-            let mut x = t[0].clone();
-            for axis in 2..4 {
-                let last = x.dim(axis)?;
-                x = Tensor::cat(&[&x.narrow(axis, 1, 1)?, &x, &x.narrow(axis, last - 2, 1)?], axis)?;
-            }
-            Ok(x)
-        };
         for (height, width) in [(2, 2), (3, 2), (5, 9)] {
-            same(&[&random(&[2, 3, height, width])], 1e-6, |t| t[0].apply_op1(PadReflect), theirs);
+            let x = random(&[2, 3, height, width]);
+            same(&[&x], 1e-6, |t| pad_reflect(t[0]), |t| portable::pad_reflect(t[0]));
         }
     }
 }
