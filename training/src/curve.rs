@@ -129,7 +129,7 @@ impl<'a> Series<'a> {
 
     /// The moving average: exponential with a window that grows with the series, at first the mean of what there is.
     fn smoothed(&self) -> impl Iterator<Item = (f64, f64)> {
-        let window = (self.points.len() as f64 / 40.0).max(4.0);
+        let window = (self.points.len() as f64 / 100.0).max(4.0);
         let mut mean = 0.0;
         self.points.iter().enumerate().map(move |(index, &(step, place))| {
             let weight = 1.0 / window.min(index as f64 + 1.0);

@@ -15,12 +15,12 @@ const EXPORT: &str =
 
 /// What is drawn, and how.
 const PICTURES: [(&str, &str, &str); 3] = [
-    ("a 256×256 image", "image.png", "--class 2 --seed 1 --tokens 16 --cfg 2"),
-    ("a 256×2048 image", "long.png", "--class 2 --seed 2 --tokens 128 --cfg 2"),
+    ("a 256×256 image", "image.png", "--class 3 --seed 23 --tokens 16"),
+    ("a 256×2048 image", "long.png", "--class 2 --seed 22 --tokens 128"),
     (
         "an outpainted photograph",
         "outpainted.png",
-        "--class 2 --seed 1 --tokens 64 --cfg 2 --prefix assets/photos/mountain/picosdeeuropa_by_aitzol_berasategi.jpg",
+        "--class 2 --seed 1 --tokens 80 --prefix assets/photos/mountain/aitzgorri_by_aitzol_berasategi.jpg",
     ),
 ];
 
