@@ -311,7 +311,7 @@ impl Ahead {
     ///
     /// # Errors
     /// [`Error::Input`] for a photograph that cannot be read any more; [`Error::Run`] when all steps are done.
-    pub fn next(&mut self) -> Result<Batch> {
+    pub fn next_batch(&mut self) -> Result<Batch> {
         let batch = self.batches.as_ref().and_then(|batches| batches.recv().ok());
         batch.unwrap_or_else(|| Err(Error::run("decoding", "has no more batches")))
     }
@@ -359,5 +359,97 @@ impl Decoded {
             self.pictures.insert(path.to_path_buf(), picture);
         }
         Ok(result)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use image::Rgb;
+
+    use super::*;
+
+    /// A folder with a class of pictures whose brightness tells them apart.
+    fn photos(count: u8) -> (tempfile::TempDir, Photos) {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("class")).unwrap();
+        for index in 0..count {
+            let picture = RgbImage::from_fn(90, 50, |x, y| Rgb([20 * index, (2 * x) as u8, (5 * y) as u8]));
+            picture.save(folder.path().join(format!("class/{index}.png"))).unwrap();
+        }
+        let photos = Photos::open(folder.path(), 32, 32).unwrap();
+        (folder, photos)
+    }
+
+    const CROPS: Crops = Crops { height: 32, width: 32, largest_scale: 1.5, flip: true };
+
+    #[test]
+    fn an_epoch_has_every_photograph_once() {
+        for seed in 0..20 {
+            let mut seen: Vec<usize> = (0..5).flat_map(|step| order(seed, 10, 4, step)).collect();
+            let mut first = seen.split_off(10);
+            std::mem::swap(&mut first, &mut seen);
+            for epoch in [&mut first, &mut seen] {
+                epoch.sort_unstable();
+                assert_eq!(*epoch, (0..10).collect::<Vec<_>>());
+            }
+        }
+        assert_ne!(order(1, 10, 10, 0), order(2, 10, 10, 0));
+        assert_ne!(order(1, 10, 10, 0), order(1, 10, 10, 1));
+    }
+
+    #[test]
+    fn a_batch_depends_on_its_step_alone() {
+        let (_folder, photos) = photos(5);
+        let start = |first| Ahead::start(photos.clone(), CROPS, 3, 7, first..6).unwrap();
+        let mut whole = start(0);
+        let batches: Vec<Batch> = (0..6).map(|_| whole.next_batch().unwrap()).collect();
+        assert!(whole.next_batch().is_err());
+        let mut later = start(4);
+        assert_eq!(later.next_batch().unwrap().images, batches[4].images);
+        assert_ne!(batches[4].images, batches[5].images);
+        // Dropped before its end, which does not hang.
+        drop(start(0));
+    }
+
+    #[test]
+    fn a_photograph_that_is_gone_is_named() {
+        let (folder, photos) = photos(1);
+        std::fs::remove_file(folder.path().join("class/0.png")).unwrap();
+        let error = Ahead::start(photos, CROPS, 1, 1, 0..1).unwrap().next_batch().unwrap_err();
+        assert!(matches!(&error, Error::Input(text) if text.contains("0.png")), "{error}");
+    }
+
+    #[test]
+    fn crops_have_their_size_and_range() {
+        let picture = RgbImage::from_fn(75, 64, |x, y| if (x + y) % 2 == 0 { Rgb([0; 3]) } else { Rgb([255; 3]) });
+        for step in 0..50 {
+            let random = &mut randomness(1, Purpose::Crop, step);
+            let crop = CROPS.draw(&picture, random);
+            assert_eq!(crop.dim(), (3, 32, 32));
+            let view = CROPS.draw_wide(&picture, 4, random);
+            assert!(view.dim().2.is_multiple_of(4) && (32..=60).contains(&view.dim().2), "{:?}", view.dim());
+            assert!(crop.iter().chain(&view).all(|value| (-1.0..=1.0).contains(value)));
+        }
+    }
+
+    #[test]
+    fn validation_takes_what_training_leaves() {
+        let (_folder, photos) = photos(6);
+        let names = |photos: &Photos| photos.photos.iter().map(|photo| photo.path.clone()).collect::<Vec<_>>();
+        let (training, held_out) = photos.clone().split(2, 3).unwrap();
+        let mut all = [names(&training), names(&held_out)].concat();
+        all.sort();
+        assert_eq!((all, held_out.photos.len()), (names(&photos), 2));
+        assert!(photos.split(6, 3).is_err());
+    }
+
+    #[test]
+    fn photographs_beside_folders_are_an_error_and_alone_a_class() {
+        let (folder, _) = photos(2);
+        let class = folder.path().join("class");
+        assert_eq!(Photos::open(&class, 32, 32).unwrap().classes, [""]);
+        std::fs::copy(class.join("0.png"), folder.path().join("lost.png")).unwrap();
+        let error = Photos::open(folder.path(), 32, 32).unwrap_err();
+        assert!(matches!(&error, Error::Input(text) if text.contains("lost.png")), "{error}");
     }
 }

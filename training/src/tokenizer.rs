@@ -256,7 +256,7 @@ impl Task for TokenizerTask {
             Some(batches) => batches,
             None => Ahead::start(self.training.clone(), self.crops(), plan.batch_size, plan.seed, step..plan.steps)?,
         };
-        let batch = batches.next()?;
+        let batch = batches.next_batch()?;
         self.batches = Some(batches);
         let mut random = randomness(plan.seed, Purpose::Posterior, step);
         let embed = self.recipe.model.embed;

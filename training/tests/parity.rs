@@ -27,6 +27,7 @@ fn close(name: &str, found: &Tensor, expected: &Tensor) {
     assert_eq!(found.dims(), expected.dims(), "{name}");
     let difference = largest(&(found - expected).unwrap());
     let scale = largest(expected).max(NOTHING);
+    println!("{name}: {:e}", difference / scale);
     assert!(difference <= RELATIVE * scale, "{name}: {difference:e} beside {scale:e}");
 }
 
@@ -74,6 +75,7 @@ fn one_step_is_the_references() {
     };
     let shards = draws.shards().unwrap();
     let (gradients, measures) = learner.differentiate(&shards, objective).unwrap();
+    println!("loss: {:e}", measures["loss"] as f32 / scalar("loss") - 1.0);
     assert!((measures["loss"] as f32 / scalar("loss") - 1.0).abs() <= 1e-6, "{}", measures["loss"]);
 
     let mut compared = 0;
@@ -101,6 +103,7 @@ fn one_step_is_the_references() {
         .map(|(name, x)| (name.to_string(), x.copy().unwrap()))
         .collect::<HashMap<_, _>>();
     let norm = learner.update(&gradients, &update).unwrap();
+    println!("norm: {:e}", norm as f32 / scalar("grad_norm") - 1.0);
     assert!((norm as f32 / scalar("grad_norm") - 1.0).abs() <= RELATIVE, "{norm}");
 
     let after = learner.weights().unwrap();
