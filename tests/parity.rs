@@ -8,6 +8,7 @@ use eqim::checkpoint::{self, Hints, Shapes, WeightSet};
 use eqim::config::Preset;
 use eqim::engine::Engine;
 use eqim::generate::{Noise, generate};
+use eqim::model::tokenizer::{self, Semantics};
 use eqim::model::{flow, parameters, transformer};
 use eqim::ops::Ops;
 use eqim::ops::eager::Eager;
@@ -118,13 +119,41 @@ fn tokenizer_both_ways() {
 }
 
 #[test]
+fn semantic_decoder() {
+    for fixture in all() {
+        let engine = fixture.engine(WeightSet::Ema);
+        let tokenizer = &engine.config().tokenizer;
+        let stored = candle_core::pickle::read_all_with_key(fixture.folder.join("tokenizer.ckpt"), Some("state_dict"));
+        let stored: std::collections::HashMap<String, Tensor> = stored.unwrap().into_iter().collect();
+        let mut weights = engine.weights().clone();
+        let names = stored.keys().filter_map(|name| name.strip_prefix("semantic_decoder."));
+        for name in names {
+            let average = &stored[&format!("ema_semantic_decoder.{}", name.replace('.', ""))];
+            weights.insert(format!("semantic_decoder.{name}"), average).unwrap();
+        }
+        let shape = stored["semantic_decoder.conv_out.weight"].dims();
+        let first = |level: &usize| stored.contains_key(&format!("semantic_decoder.down.{level}.block.0.conv1.weight"));
+        let levels = (0..).take_while(first).count();
+        let semantics = Semantics { levels, channels: shape[1], res_blocks: 1, features: shape[0] };
+        for n in [3, 16] {
+            let o = &mut Eager::new(&weights);
+            let latent = fixture.tensor(&format!("tokenizer/latent{n}"));
+            let (image, features) = tokenizer::decode_with_features(o, tokenizer, latent).unwrap();
+            close(&fixture, &format!("tokenizer/decoded{n}"), &image, ACTIVATION);
+            let found = tokenizer::semantics(o, tokenizer, semantics, &features).unwrap();
+            close(&fixture, &format!("tokenizer/semantic{n}"), &found, ACTIVATION);
+        }
+    }
+}
+
+#[test]
 fn encoder_before_its_last_projection() {
     for fixture in all() {
         let engine = fixture.engine(WeightSet::Ema);
         for n in [3, 16] {
             let o = &mut Eager::new(engine.weights());
             let image = fixture.tensor(&format!("tokenizer/image{n}"));
-            let columns = eqim::model::tokenizer::encode_columns(o, &engine.config().tokenizer, image).unwrap();
+            let columns = tokenizer::encode_columns(o, &engine.config().tokenizer, image).unwrap();
             let columns = columns.permute((0, 2, 1)).unwrap();
             close(&fixture, &format!("tokenizer/encoder_out{n}"), &columns, ACTIVATION);
         }

@@ -208,13 +208,26 @@ fn encoder<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Re
 /// # Errors
 /// Those of the interpreter.
 pub fn decode<O: Ops>(o: &mut O, config: &TokenizerConfig, latents: &O::Tensor) -> Result<O::Tensor> {
+    Ok(decode_with_features(o, config, latents)?.0)
+}
+
+/// Decodes as [`decode`] does, and gives beside the image the features of the top level before it is upsampled,
+/// `[B, C, rows, tokens]`, which the semantic decoder of the training starts from.
+///
+/// # Errors
+/// Those of the interpreter.
+pub fn decode_with_features<O: Ops>(
+    o: &mut O,
+    config: &TokenizerConfig,
+    latents: &O::Tensor,
+) -> Result<(O::Tensor, O::Tensor)> {
     let width = config.decoder.z_channels * config.rows;
     let columns = o.permute(latents, &[0, 2, 1])?;
     let columns = o.convolution("post_quant_layer", &columns, (config.embed, width), CONV1D)?;
     o.scope("decoder", |o| decoder(o, config, &columns))
 }
 
-fn decoder<O: Ops>(o: &mut O, config: &TokenizerConfig, columns: &O::Tensor) -> Result<O::Tensor> {
+fn decoder<O: Ops>(o: &mut O, config: &TokenizerConfig, columns: &O::Tensor) -> Result<(O::Tensor, O::Tensor)> {
     let tower = &config.decoder;
     let mut rows = config.rows;
     let width = tower.z_channels * rows;
@@ -223,14 +236,56 @@ fn decoder<O: Ops>(o: &mut O, config: &TokenizerConfig, columns: &O::Tensor) -> 
     let h = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(tower.z_channels), Dim::Is(rows), Dim::Rest])?;
     let h = o.convolution("conv_in", &h, (tower.z_channels, channels), CONV2D)?;
     let mut h = middle(o, config, &h, channels, rows)?;
+    let mut features = h.clone();
     for i in (0..tower.levels.len()).rev() {
         h = o.scope(&format!("up.{i}"), |o| level(o, config, tower, i, h, channels, rows))?;
         channels = tower.levels[i].channels;
+        if i + 1 == tower.levels.len() {
+            features = h.clone();
+        }
         if i > 0 {
             let factors = config.downsampling(i - 1);
             h = o.scope(&format!("up.{i}"), |o| upsample(o, &h, channels, rows, factors))?;
             rows *= factors.0;
         }
     }
-    norm_conv(o, config, ("norm_out", "conv_out"), &h, (channels, config.image_channels))
+    let image = norm_conv(o, config, ("norm_out", "conv_out"), &h, (channels, config.image_channels))?;
+    Ok((image, features))
+}
+
+/// Sizes of the semantic decoder, which exists for training alone (reference: `EquivariantTokenizerSemanticDecoder1D`).
+#[derive(Clone, Copy, Debug)]
+pub struct Semantics {
+    /// Levels.
+    pub levels: usize,
+    /// Channels of every level.
+    pub channels: usize,
+    /// Residual blocks of a level.
+    pub res_blocks: usize,
+    /// Width of the features that it predicts.
+    pub features: usize,
+}
+
+/// Predicts semantic features `[B, F, rows, tokens]` of the image from [decoding's](decode_with_features) features.
+///
+/// # Errors
+/// Those of the interpreter.
+pub fn semantics<O: Ops>(
+    o: &mut O,
+    config: &TokenizerConfig,
+    semantics: Semantics,
+    features: &O::Tensor,
+) -> Result<O::Tensor> {
+    let Semantics { levels, channels, res_blocks, features: predicted } = semantics;
+    let mut input = config.decoder.levels.last().map_or(config.decoder.conv_in, |level| level.channels);
+    o.scope("semantic_decoder", |o| {
+        let mut h = features.clone();
+        for level in 0..levels {
+            for block in 0..res_blocks {
+                h = res_block(o, config, &format!("down.{level}.block.{block}"), &h, (input, channels))?;
+                input = channels;
+            }
+        }
+        norm_conv(o, config, ("norm_out", "conv_out"), &h, (channels, predicted))
+    })
 }

@@ -12,12 +12,13 @@ use eqim_engines::cli;
 use serde::Serialize;
 
 use crate::data::Photos;
+use crate::dino::Dino;
 use crate::generator::GeneratorTask;
 use crate::latents::Encoder;
 use crate::perceptual::Lpips;
 use crate::recipe::{Base, Plan, Recipe};
 use crate::run::{Output, Task, run as run_task};
-use crate::tokenizer::{TokenizerTask, mean};
+use crate::tokenizer::{Teachers, TokenizerTask, mean};
 
 /// Trains the tokenizer and the generator on folders of photographs.
 #[derive(Parser)]
@@ -40,6 +41,9 @@ enum Part {
         /// Weights of VGG16 and LPIPS (.safetensors), for the perceptual loss.
         #[arg(long, value_name = "FILE")]
         lpips: Option<PathBuf>,
+        /// Weights of a DINOv2 vision transformer (.safetensors), for the semantic loss.
+        #[arg(long, value_name = "FILE")]
+        dino: Option<PathBuf>,
     },
     /// Train the generator on the latents of a trained tokenizer.
     Generator {
@@ -155,22 +159,33 @@ pub fn one_thread_a_tensor() -> Result<()> {
 pub fn run(arguments: &Arguments) -> Result<()> {
     match &arguments.part {
         Part::Recipe { preset } => cli::print(Recipe::new(*preset).text()?),
-        Part::Tokenizer { shared, from, lpips } => tokenizer(shared, from.as_deref(), lpips.as_deref()),
+        Part::Tokenizer { shared, from, lpips, dino } => {
+            tokenizer(shared, from.as_deref(), lpips.as_deref(), dino.as_deref())
+        }
         Part::Generator { shared, tokenizer } => generator(shared, tokenizer),
     }
 }
 
-fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>) -> Result<()> {
+fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>, dino: Option<&Path>) -> Result<()> {
     let mut recipe = shared.recipe()?.tokenizer;
     let device = shared.device()?;
+    if recipe.plan.bf16 && device.is_cpu() {
+        return Err(Error::input(
+            "tokenizer.plan.bf16",
+            "needs a GPU, as Candle has no such convolutions on a CPU: give --device",
+        ));
+    }
     let initial = from.map(|path| checkpoint::load_tokenizer_alone(path, WeightSet::Ema)).transpose()?;
     if let Some((model, _)) = &initial {
         recipe.model = model.clone();
     }
     let photos = shared.photos(&recipe.plan, recipe.model.image_height(), recipe.model.token_width())?;
     let output = Output::open(&shared.output, shared.resume)?;
-    let lpips = lpips.map(|path| Lpips::open(path, &device)).transpose()?;
-    let mut task = TokenizerTask::new(recipe, photos, initial.map(|(_, weights)| weights), lpips, device)?;
+    let teachers = Teachers {
+        lpips: lpips.map(|path| Lpips::open(path, &device)).transpose()?,
+        dino: dino.map(|path| Dino::open(path, &device)).transpose()?,
+    };
+    let mut task = TokenizerTask::new(recipe, photos, initial.map(|(_, weights)| weights), teachers, device)?;
     train(&mut task, &output, shared.resume)?;
     let report = Report::new(&task)?;
     let text = serde_json::to_string_pretty(&report).map_err(|error| Error::run("report", error))?;

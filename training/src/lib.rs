@@ -3,6 +3,7 @@
 pub mod command;
 pub mod curve;
 pub mod data;
+pub mod dino;
 pub mod discriminator;
 pub mod generator;
 pub mod initial;

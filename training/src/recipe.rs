@@ -108,6 +108,11 @@ pub struct TokenizerRecipe {
     pub discriminator_weight: f64,
     /// First step that the discriminator takes part in (`disc_start`).
     pub discriminator_start: usize,
+    /// Weight of the squared difference between predicted and DINOv2's features, where its weights are given
+    /// (`semantic_loss_w`).
+    pub semantic_weight: f64,
+    /// First step that they take part in (`semantic_iter_start`).
+    pub semantic_start: usize,
     /// Only the decoder learns, from a tokenizer that is given (`stage2`).
     pub decoder_only: bool,
 }
@@ -261,6 +266,8 @@ impl Recipe {
                 perceptual_weight: 1.0,
                 discriminator_weight: 0.5,
                 discriminator_start: 5001,
+                semantic_weight: 5.0,
+                semantic_start: 20001,
                 decoder_only: false,
             },
             generator: GeneratorRecipe {
@@ -308,6 +315,7 @@ impl Recipe {
             ("structure_weight", t.structure_weight),
             ("perceptual_weight", t.perceptual_weight),
             ("discriminator_weight", t.discriminator_weight),
+            ("semantic_weight", t.semantic_weight),
         ] {
             not_negative(&format!("tokenizer.{name}"), weight)?;
         }
@@ -398,6 +406,7 @@ fn demo() -> Recipe {
             posterior_std: 0.25,
             structure_weight: 0.2,
             discriminator_weight: 0.0,
+            semantic_start: 0,
             ..published.tokenizer
         },
         generator: GeneratorRecipe {

@@ -5,7 +5,9 @@ use std::path::Path;
 use candle_core::{Device, Tensor, Var};
 use eqim::checkpoint::{self, StoredConfig};
 use eqim::config::{GeneratorConfig, Preset, TokenizerConfig};
-use eqim::model::{Stage, parameters_of, tokenizer};
+use eqim::model::tokenizer::{self, Semantics};
+use eqim::model::{Stage, parameters_of};
+use eqim::ops::cost::Cost;
 use eqim::ops::eager::{Eager, Training};
 use eqim::tensors::TensorFile;
 use eqim::weights::Weights;
@@ -13,6 +15,7 @@ use eqim::{Config, Error, Result, candle};
 use ndarray::{Array3, Array4, ArrayView3, Axis, concatenate, s};
 
 use crate::data::{Ahead, Crops, Photos, Purpose, randomness};
+use crate::dino::Dino;
 use crate::discriminator;
 use crate::initial;
 use crate::learner::{Learner, Losses, Measures, Update};
@@ -26,13 +29,44 @@ pub struct TokenizerTask {
     recipe: TokenizerRecipe,
     learner: Learner,
     discriminator: Option<Learner>,
-    lpips: Option<Lpips>,
+    teachers: Teachers,
     device: Device,
     /// Weights that stay as they are.
     frozen: Weights,
     training: Photos,
     held_out: Photos,
     batches: Option<Ahead>,
+}
+
+/// Networks that are given, and judge reconstructions.
+#[derive(Debug, Default)]
+pub struct Teachers {
+    /// For the perceptual distance.
+    pub lpips: Option<Lpips>,
+    /// For semantic features.
+    pub dino: Option<Dino>,
+}
+
+// As in the published configuration.
+const SEMANTIC_LEVELS: usize = 2;
+const SEMANTIC_BLOCKS: usize = 2;
+const SEMANTIC: &str = "semantic_decoder.";
+
+/// The decoder that learns to predict features of this width.
+fn semantics(width: usize) -> Semantics {
+    Semantics { levels: SEMANTIC_LEVELS, channels: width, res_blocks: SEMANTIC_BLOCKS, features: width }
+}
+
+/// Names and shapes of the weights of the decoder of semantic features of this width.
+fn semantic_parameters(model: &TokenizerConfig, width: usize) -> Result<Vec<(String, Vec<usize>)>> {
+    if !width.is_multiple_of(model.groups) {
+        let problem = format!("has features {width} wide, expected a multiple of the {} groups", model.groups);
+        return Err(Error::input("--dino", problem));
+    }
+    let mut cost = Cost::default();
+    let channels = model.decoder.levels.last().map_or(model.decoder.conv_in, |level| level.channels);
+    tokenizer::semantics(&mut cost, model, semantics(width), &vec![1, channels, model.rows, 2])?;
+    Ok(cost.into_parameters())
 }
 
 // Parts that stay as they are when only the decoder learns.
@@ -47,12 +81,12 @@ impl TokenizerTask {
         recipe: TokenizerRecipe,
         photos: Photos,
         initial: Option<Weights>,
-        lpips: Option<Lpips>,
+        teachers: Teachers,
         device: Device,
     ) -> Result<Self> {
         let (training, held_out) = photos.split(recipe.plan.validation, recipe.plan.seed)?;
         let parameters = parameters_of(&whole(&recipe.model), &[Stage::Encode, Stage::Decode])?;
-        let values = match &initial {
+        let mut values = match &initial {
             None if recipe.decoder_only => {
                 return Err(Error::input("decoder_only", "needs a tokenizer to start from: give --from"));
             }
@@ -62,6 +96,10 @@ impl TokenizerTask {
                 parameters.iter().map(value).collect::<Result<_>>()?
             }
         };
+        if let Some(dino) = &teachers.dino {
+            let parameters = semantic_parameters(&recipe.model, dino.width())?;
+            values.extend(initial::tokenizer_weights(&parameters, recipe.plan.seed)?);
+        }
         let stays = |name: &str| recipe.decoder_only && ENCODER.iter().any(|part| name.starts_with(part));
         let (kept, learned): (Vec<_>, Vec<_>) = values.into_iter().partition(|(name, _)| stays(name));
         let mut frozen = Weights::default();
@@ -76,7 +114,7 @@ impl TokenizerTask {
             }
             false => None,
         };
-        Ok(Self { recipe, learner, discriminator, lpips, device, frozen, training, held_out, batches: None })
+        Ok(Self { recipe, learner, discriminator, teachers, device, frozen, training, held_out, batches: None })
     }
 
     fn crops(&self) -> Crops {
@@ -145,6 +183,8 @@ struct Shard {
 struct Objective<'a> {
     recipe: &'a TokenizerRecipe,
     lpips: Option<&'a Lpips>,
+    /// From its first step on.
+    dino: Option<&'a Dino>,
     /// The discriminator's weights, from its first step on.
     discriminator: Option<Weights>,
 }
@@ -154,25 +194,41 @@ const ADAPTIVE_EPS: f64 = 1e-4;
 const ADAPTIVE_MOST: f64 = 1e4;
 
 impl Objective<'_> {
-    /// The posterior's mean `[1, tokens, E]` and the reconstruction of a sample.
-    fn reconstruct(&self, weights: &Weights, shard: &Shard) -> Result<(Tensor, Tensor)> {
-        let training = Training { dropout: None, products: self.recipe.plan.products() };
-        let o = &mut Eager::training(weights, training);
+    /// The posterior's mean `[1, tokens, E]`, the reconstruction of a sample, and the decoder's features on the way.
+    fn reconstruct(&self, weights: &Weights, shard: &Shard) -> Result<(Tensor, Tensor, Tensor)> {
+        let o = &mut self.interpreter(weights);
         let mean = tokenizer::encode(o, &self.recipe.model, &shard.image)?;
         let latent = (&mean + (&shard.noise * self.recipe.posterior_std)?)?;
-        let reconstruction = tokenizer::decode(o, &self.recipe.model, &latent)?;
-        Ok((mean, reconstruction))
+        let (reconstruction, features) = tokenizer::decode_with_features(o, &self.recipe.model, &latent)?;
+        Ok((mean, reconstruction, features))
+    }
+
+    fn interpreter<'w>(&self, weights: &'w Weights) -> Eager<'w> {
+        Eager::training(weights, Training { dropout: None, products: self.recipe.plan.products() })
+    }
+
+    /// Squared difference of the predicted semantic features from the image's, against the number of its values.
+    fn semantic(&self, dino: &Dino, weights: &Weights, features: &Tensor, image: &Tensor) -> Result<Tensor> {
+        let model = &self.recipe.model;
+        let predicted = tokenizer::semantics(&mut self.interpreter(weights), model, semantics(dino.width()), features)?;
+        let expected = dino.features(image, model.rows, predicted.dim(3)?)?;
+        Ok(((predicted - expected)?.sqr()?.sum_all()? / image.elem_count() as f64)?)
     }
 
     fn loss(&self, weights: &Weights, shard: &Shard) -> Result<Losses> {
         let recipe = self.recipe;
-        let (mean, reconstruction) = self.reconstruct(weights, shard)?;
+        let (mean, reconstruction, features) = self.reconstruct(weights, shard)?;
         let Losses { mut total, mut parts } = self.difference(&reconstruction, &shard.image)?;
         if let Some(discriminator) = &self.discriminator {
             let adversarial = discriminator::logits(discriminator, &reconstruction)?.mean_all()?.neg()?;
             let weight = self.adaptive_weight(discriminator, &reconstruction, &shard.image)?;
             total = (total + (&adversarial * (weight * recipe.discriminator_weight))?)?;
             parts.push(("adversarial", adversarial));
+        }
+        if let Some(dino) = self.dino {
+            let semantic = self.semantic(dino, weights, &features, &shard.image)?;
+            total = (total + (&semantic * recipe.semantic_weight)?)?;
+            parts.push(("semantic", semantic));
         }
         // Divergence from the normal distribution, weighed against sums over an image's values as the reference does.
         let variance = recipe.posterior_std.powi(2);
@@ -277,7 +333,9 @@ impl Task for TokenizerTask {
         };
         let adversary = self.discriminator.as_mut().filter(|_| step >= self.recipe.discriminator_start);
         let discriminator = adversary.as_ref().map(|discriminator| discriminator.weights()).transpose()?;
-        let objective = Objective { recipe: &self.recipe, lpips: self.lpips.as_ref(), discriminator };
+        let Teachers { lpips, dino } = &self.teachers;
+        let dino = dino.as_ref().filter(|_| step >= self.recipe.semantic_start);
+        let objective = Objective { recipe: &self.recipe, lpips: lpips.as_ref(), dino, discriminator };
         let mut weights = self.learner.weights()?;
         add(&mut weights, &self.frozen)?;
         let (gradients, mut measures) = self.learner.differentiate(&shards, |shard| objective.loss(&weights, shard))?;
@@ -285,7 +343,7 @@ impl Task for TokenizerTask {
         if let Some(adversary) = adversary {
             let weights = adversary.weights()?;
             let loss = |shard: &Shard| {
-                let (_, made) = objective.reconstruct(&self.learner.weights()?, shard)?;
+                let (_, made, _) = objective.reconstruct(&self.learner.weights()?, shard)?;
                 let real = discriminator::logits(&weights, &shard.image)?;
                 let total = discriminator::hinge(&real, &discriminator::logits(&weights, &made.detach())?)?;
                 Ok(Losses { total: total.clone(), parts: vec![("discriminator", total)] })
@@ -339,10 +397,8 @@ impl Task for TokenizerTask {
     fn write_model(&self, path: &Path) -> Result<()> {
         let weights = self.averaged()?.to_device(&Device::Cpu)?;
         let config = StoredConfig { generator: None, tokenizer: Some(self.recipe.model.clone()) };
-        checkpoint::write(
-            path,
-            &config,
-            &weights.iter().map(|(name, tensor)| (name, tensor.clone())).collect::<Vec<_>>(),
-        )
+        let kept = weights.iter().filter(|(name, _)| !name.starts_with(SEMANTIC));
+        let stored: Vec<(&str, Tensor)> = kept.map(|(name, tensor)| (name, tensor.clone())).collect();
+        checkpoint::write(path, &config, &stored)
     }
 }

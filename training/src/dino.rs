@@ -1,0 +1,235 @@
+//! Semantic features of images by DINOv2 (Oquab et al. 2023), for who has its weights: the reference's semantic decoder
+//! learns to predict them (`tokenizer/modules/losses/contperceptual.py`).
+
+use std::path::Path;
+
+use candle_core::{D, DType, Device, Tensor};
+use eqim::tensors::TensorFile;
+use eqim::{Error, Result};
+
+/// DINOv2's vision transformer without registers.
+#[derive(Debug)]
+pub struct Dino {
+    class: Tensor,
+    /// `[1, width, side, side]`.
+    positions: Tensor,
+    class_position: Tensor,
+    patch: (Tensor, Tensor),
+    blocks: Vec<Block>,
+    norm: (Tensor, Tensor),
+}
+
+#[derive(Debug)]
+struct Block {
+    norms: [(Tensor, Tensor); 2],
+    qkv: (Tensor, Tensor),
+    projection: (Tensor, Tensor),
+    hidden: [(Tensor, Tensor); 2],
+    scales: [Tensor; 2],
+}
+
+// Mean and deviation of ImageNet's channels, in 0..1.
+const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
+const DEVIATION: [f32; 3] = [0.229, 0.224, 0.225];
+const HEAD: usize = 64;
+const EPS: f64 = 1e-6;
+
+impl Dino {
+    /// Reads the weights, to `device`, under the names of the `state_dict` of `facebookresearch/dinov2`.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the tensor that is missing or misshapen.
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
+        let mut file = Reader { file: TensorFile::open(path)?, device };
+        let class = file.tensor("cls_token", 3)?;
+        let width = class.dim(2)?;
+        let stored = file.tensor("pos_embed", 3)?;
+        let side = stored.dim(1)?.saturating_sub(1).isqrt();
+        if side == 0 || stored.dims() != [1, side * side + 1, width] || !width.is_multiple_of(HEAD) {
+            let problem = format!(
+                "tensor pos_embed has shape {:?}, expected [1, n·n + 1, {width}] and a multiple of {HEAD} at last",
+                stored.dims()
+            );
+            return Err(Error::input(path.display(), problem));
+        }
+        let positions = stored.narrow(1, 1, side * side)?.transpose(1, 2)?.reshape((1, width, side, side))?;
+        let depth = file.file.tensors().keys().filter(|name| name.ends_with(".attn.qkv.weight")).count();
+        let blocks = (0..depth).map(|block| file.block(block)).collect::<Result<_>>()?;
+        Ok(Self {
+            class,
+            positions,
+            class_position: stored.narrow(1, 0, 1)?,
+            patch: file.pair("patch_embed.proj", 4)?,
+            blocks,
+            norm: file.pair("norm", 1)?,
+        })
+    }
+
+    /// Width of the features.
+    pub fn width(&self) -> usize {
+        self.class.dims()[2]
+    }
+
+    /// Features `[batch, width, rows, columns]` of images `[batch, 3, height, width]` in -1..1, scaled so that each of
+    /// `rows` × `columns` cells becomes a patch.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn features(&self, image: &Tensor, rows: usize, columns: usize) -> Result<Tensor> {
+        let patch = self.patch.0.dim(2)?;
+        let channels = |values: [f32; 3]| Tensor::from_slice(&values, (1, 3, 1, 1), image.device());
+        let x = ((image + 1.0)? * 0.5)?.broadcast_sub(&channels(MEAN)?)?.broadcast_div(&channels(DEVIATION)?)?;
+        let x = resize(&x, rows * patch, columns * patch, Kernel::PYTORCH)?;
+        let x = x.conv2d(&self.patch.0, 0, patch, 1, 1)?.flatten_from(2)?.transpose(1, 2)?;
+        let x = x.broadcast_add(&self.patch.1)?;
+        let positions = resize(&self.positions, rows, columns, Kernel::ANTIALIASED)?;
+        let x = x.broadcast_add(&positions.flatten_from(2)?.transpose(1, 2)?)?;
+        let class = (&self.class + &self.class_position)?.broadcast_as((x.dim(0)?, 1, self.width()))?;
+        let mut x = Tensor::cat(&[&class.contiguous()?, &x.contiguous()?], 1)?;
+        for block in &self.blocks {
+            x = block.run(&x)?;
+        }
+        let x = layer_norm(&x, &self.norm)?.narrow(1, 1, rows * columns)?;
+        Ok(x.transpose(1, 2)?.reshape((image.dim(0)?, self.width(), rows, columns))?)
+    }
+}
+
+/// A file of weights.
+struct Reader<'a> {
+    file: TensorFile,
+    device: &'a Device,
+}
+
+impl Reader<'_> {
+    fn tensor(&mut self, name: &str, rank: usize) -> Result<Tensor> {
+        let tensor = self.file.read(name)?.to_dtype(DType::F32)?.to_device(self.device)?;
+        if tensor.rank() != rank {
+            let problem = format!("tensor {name} has shape {:?}, expected {rank} axes", tensor.dims());
+            return Err(Error::input(self.file.path().display(), problem));
+        }
+        Ok(tensor)
+    }
+
+    /// A weight and its bias.
+    fn pair(&mut self, name: &str, rank: usize) -> Result<(Tensor, Tensor)> {
+        Ok((self.tensor(&format!("{name}.weight"), rank)?, self.tensor(&format!("{name}.bias"), 1)?))
+    }
+
+    fn block(&mut self, block: usize) -> Result<Block> {
+        let name = |part: &str| format!("blocks.{block}.{part}");
+        Ok(Block {
+            norms: [self.pair(&name("norm1"), 1)?, self.pair(&name("norm2"), 1)?],
+            qkv: self.pair(&name("attn.qkv"), 2)?,
+            projection: self.pair(&name("attn.proj"), 2)?,
+            hidden: [self.pair(&name("mlp.fc1"), 2)?, self.pair(&name("mlp.fc2"), 2)?],
+            scales: [self.tensor(&name("ls1.gamma"), 1)?, self.tensor(&name("ls2.gamma"), 1)?],
+        })
+    }
+}
+
+impl Block {
+    fn run(&self, x: &Tensor) -> Result<Tensor> {
+        let h = self.attention(&layer_norm(x, &self.norms[0])?)?;
+        let x = (x + h.broadcast_mul(&self.scales[0])?)?;
+        let h = linear(&layer_norm(&x, &self.norms[1])?, &self.hidden[0])?.gelu_erf()?;
+        let h = linear(&h, &self.hidden[1])?.broadcast_mul(&self.scales[1])?;
+        Ok((x + h)?)
+    }
+
+    fn attention(&self, x: &Tensor) -> Result<Tensor> {
+        let (batch, n, width) = x.dims3()?;
+        let qkv = linear(x, &self.qkv)?.reshape((batch, n, 3, width / HEAD, HEAD))?.permute((2, 0, 3, 1, 4))?;
+        let [q, k, v] = [0, 1, 2].map(|part| qkv.get(part).and_then(|part| part.contiguous()));
+        let scores = (q?.matmul(&k?.t()?.contiguous()?)? * (HEAD as f64).powf(-0.5))?;
+        let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+        let h = weights.matmul(&v?)?.transpose(1, 2)?.reshape((batch, n, width))?;
+        linear(&h, &self.projection)
+    }
+}
+
+fn linear(x: &Tensor, (weight, bias): &(Tensor, Tensor)) -> Result<Tensor> {
+    Ok(x.broadcast_matmul(&weight.t()?)?.broadcast_add(bias)?)
+}
+
+fn layer_norm(x: &Tensor, (weight, bias): &(Tensor, Tensor)) -> Result<Tensor> {
+    let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let deviation = (x.sqr()?.mean_keepdim(D::Minus1)? + EPS)?.sqrt()?;
+    Ok(x.broadcast_div(&deviation)?.broadcast_mul(weight)?.broadcast_add(bias)?)
+}
+
+/// Bicubic interpolation, in PyTorch's two kinds.
+#[derive(Clone, Copy)]
+struct Kernel {
+    /// The cubic's free parameter.
+    a: f64,
+    /// Whether shrinking widens the kernel.
+    antialias: bool,
+}
+
+impl Kernel {
+    const PYTORCH: Self = Self { a: -0.75, antialias: false };
+    const ANTIALIASED: Self = Self { a: -0.5, antialias: true };
+
+    /// The matrix `[output, input]` that resizes an axis, `align_corners` off; borders are repeated, or left out where
+    /// antialiased.
+    fn matrix(self, input: usize, output: usize) -> Vec<f32> {
+        let scale = input as f64 / output as f64;
+        let widened = if self.antialias { scale.max(1.0) } else { 1.0 };
+        let mut matrix = vec![0.0; output * input];
+        for (row, weights) in matrix.chunks_mut(input).enumerate() {
+            let center = (row as f64 + 0.5) * scale - 0.5;
+            let (first, last) = ((center - 2.0 * widened).floor() as i64, (center + 2.0 * widened).ceil() as i64);
+            for place in first..=last {
+                let inside = place.clamp(0, input as i64 - 1);
+                if !self.antialias || inside == place {
+                    weights[inside as usize] += self.weight((place as f64 - center) / widened) as f32;
+                }
+            }
+            let sum: f32 = weights.iter().sum();
+            weights.iter_mut().for_each(|weight| *weight /= sum);
+        }
+        matrix
+    }
+
+    /// Keys' cubic convolution kernel (1981).
+    fn weight(self, x: f64) -> f64 {
+        let (a, x) = (self.a, x.abs());
+        match x {
+            _ if x <= 1.0 => ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0,
+            _ if x < 2.0 => ((a * x - 5.0 * a) * x + 8.0 * a) * x - 4.0 * a,
+            _ => 0.0,
+        }
+    }
+}
+
+fn resize(x: &Tensor, height: usize, width: usize, kernel: Kernel) -> Result<Tensor> {
+    let matrix = |input, output| Tensor::from_vec(kernel.matrix(input, output), (1, 1, output, input), x.device());
+    let rows = matrix(x.dim(2)?, height)?.broadcast_matmul(&x.contiguous()?)?;
+    Ok(rows.broadcast_matmul(&matrix(x.dim(3)?, width)?.t()?)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What timm's `vit` computes with the same weights: `tests/fixtures/make_dino.py` made it.
+    #[test]
+    fn features_are_those_of_pytorch() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+        let dino = Dino::open(&folder.join("dino.safetensors"), &Device::Cpu).unwrap();
+        let expected = candle_core::safetensors::load(folder.join("dino_expected.safetensors"), &Device::Cpu).unwrap();
+        let found = dino.features(&expected["image"], 16, 16).unwrap();
+        let difference = (found - &expected["features"]).unwrap().abs().unwrap().max_all().unwrap();
+        let difference = difference.to_scalar::<f32>().unwrap();
+        println!("{difference:e}");
+        assert!(difference <= 1e-4, "{difference:e}");
+    }
+
+    #[test]
+    fn a_missing_tensor_is_named() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+        let error = Dino::open(&folder.join("dino_expected.safetensors"), &Device::Cpu).unwrap_err();
+        assert!(matches!(&error, Error::Input(text) if text.contains("cls_token")), "{error}");
+    }
+}
