@@ -248,7 +248,8 @@ impl Recipe {
         let tokenizer_plan = Plan {
             steps: 1_000_000,
             batch_size: 12,
-            base_learning_rate: 1.92e-4 * 256.0,
+            // 1.92e-4 for this batch.
+            base_learning_rate: 1.92e-4 * 256.0 / 12.0,
             warmup_steps: 3000,
             betas: [0.5, 0.9],
             clip: 0.0,
