@@ -15,6 +15,7 @@ use ndarray::{Array3, Array4, Axis};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 /// What random numbers are for: each purpose has its own, so that none depends on how many another took.
@@ -107,8 +108,10 @@ impl Photos {
 
     fn take(&mut self, files: Vec<PathBuf>, least: (usize, usize)) {
         let class = self.classes.len() - 1;
-        for path in files {
-            match check(&path, least) {
+        let checked: Vec<(PathBuf, Result<()>)> =
+            files.into_par_iter().map(|path| (path.clone(), check(&path, least))).collect();
+        for (path, usable) in checked {
+            match usable {
                 Ok(()) => self.photos.push(Photo { path, class }),
                 Err(error) => self.skipped.push((path, error.to_string())),
             }

@@ -13,6 +13,7 @@ use eqim::tensors::TensorFile;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, candle};
 use ndarray::{Array3, Array4, ArrayView3, Axis, concatenate, s};
+use sha2::{Digest, Sha256};
 
 use crate::data::{Ahead, Crops, Photos, Purpose, randomness};
 use crate::dino::Dino;
@@ -284,6 +285,17 @@ fn add(weights: &mut Weights, others: &Weights) -> Result<()> {
     others.iter().try_for_each(|(name, tensor)| weights.insert(name.to_string(), tensor))
 }
 
+/// A hash of the values, in the order of their names.
+fn fingerprint(weights: &Weights) -> Result<String> {
+    let mut hash = Sha256::new();
+    for (_, tensor) in weights.iter() {
+        for value in tensor.flatten_all()?.to_vec1::<f32>()? {
+            hash.update(value.to_le_bytes());
+        }
+    }
+    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
 /// The arithmetic mean.
 pub fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     let count = values.len().max(1);
@@ -303,7 +315,11 @@ impl Task for TokenizerTask {
         let (recipe, plan) = (self.recipe.clone(), self.recipe.plan.identity());
         let recipe = TokenizerRecipe { plan, ..recipe };
         let recipe = toml::to_string(&recipe).map_err(|error| Error::run("recipe", error))?;
-        Ok(format!("{recipe}photographs = {}\n", self.training.fingerprint()))
+        let photographs = self.training.fingerprint();
+        let Teachers { lpips, dino } = &self.teachers;
+        let (lpips, dino) = (lpips.is_some(), dino.is_some());
+        let frozen = fingerprint(&self.frozen)?;
+        Ok(format!("{recipe}photographs = {photographs}\nlpips = {lpips}\ndino = {dino}\nfrozen = {frozen}\n"))
     }
 
     fn step(&mut self, step: usize) -> Result<Measures> {

@@ -334,6 +334,10 @@ fn only_the_decoder_learns_in_stage_two() {
     let line = "tokenizer --images photos --recipe stage2.toml -o s";
     assert!(place.fails(line, 2).contains("--from"));
     place.trains(&format!("{line} --from t/tokenizer.safetensors"));
+    // Neither other frozen weights nor another judge goes on with this run.
+    place.trains(&place.tokenizer("-o u --seed 5"));
+    let said = place.fails(&format!("{line} --from u/tokenizer.safetensors --resume"), 2);
+    assert!(said.contains("frozen = "), "{said}");
     let load = |run: &str| {
         let path = place.path(run).join("tokenizer.safetensors");
         eqim::checkpoint::load_tokenizer_alone(&path, Default::default()).unwrap().1
