@@ -4,33 +4,72 @@ use candle_core::{Device, Tensor};
 use ndarray::{Array, Array2, Array3, Array4, ArrayView, ArrayView2, ArrayView3, ArrayView4, Dimension};
 
 use crate::engine::{Engine, Session};
-use crate::model::transformer::KeyValue;
-use crate::model::{flow, tokenizer, transformer};
+use crate::model::Stage;
 use crate::ops::eager::Eager;
 use crate::weights::Weights;
 use crate::{Config, Error, Result};
 
-/// A model on Candle's CPU backend.
-#[derive(Debug)]
-pub struct CandleEngine {
-    config: Config,
-    weights: Weights,
+/// What computes a model's stages on Candle tensors.
+pub trait Runner {
+    /// What it is, for people.
+    fn name(&self) -> &str;
+
+    /// Runs a stage, as [`Stage::run`] does.
+    ///
+    /// # Errors
+    /// Those of the interpreter.
+    fn run(&self, config: &Config, stage: Stage, inputs: &[Tensor]) -> Result<Vec<Tensor>>;
 }
 
-impl CandleEngine {
-    /// An engine of weights that have been [checked](Weights::check) against `config`.
-    pub fn new(config: Config, weights: Weights) -> Self {
-        Self { config, weights }
+impl Runner for Weights {
+    fn name(&self) -> &str {
+        "Candle"
     }
 
+    fn run(&self, config: &Config, stage: Stage, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        stage.run(&mut Eager::new(self), config, inputs)
+    }
+}
+
+/// An engine of stages that run on Candle.
+#[derive(Debug)]
+pub struct StageEngine<R> {
+    config: Config,
+    runner: R,
+}
+
+/// A model on Candle's CPU backend, in FP32.
+pub type CandleEngine = StageEngine<Weights>;
+
+impl<R: Runner> StageEngine<R> {
+    /// An engine of stages. Weights have been [checked](Weights::check) against `config`.
+    pub fn new(config: Config, runner: R) -> Self {
+        Self { config, runner }
+    }
+
+    fn run(&self, stage: Stage, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        self.runner.run(&self.config, stage, inputs)
+    }
+
+    /// Runs a stage of one output.
+    fn run_one<D: Dimension>(&self, stage: Stage, inputs: &[Tensor]) -> Result<Array<f32, D>> {
+        to_array(&first(stage, &mut self.run(stage, inputs)?)?)
+    }
+}
+
+impl StageEngine<Weights> {
     /// The model's weights.
     pub fn weights(&self) -> &Weights {
-        &self.weights
+        &self.runner
     }
+}
 
-    fn ops(&self) -> Eager<'_> {
-        Eager::new(&self.weights)
+/// Takes the first output from the others.
+fn first(stage: Stage, outputs: &mut Vec<Tensor>) -> Result<Tensor> {
+    if outputs.is_empty() {
+        return Err(Error::run(stage.name(), "gave no output"));
     }
+    Ok(outputs.remove(0))
 }
 
 /// An array as a Candle tensor.
@@ -57,23 +96,23 @@ fn integers(values: &[i64]) -> Result<Tensor> {
     Ok(Tensor::from_slice(values, values.len(), &Device::Cpu)?)
 }
 
-impl Engine for CandleEngine {
+impl<R: Runner> Engine for StageEngine<R> {
     fn config(&self) -> &Config {
         &self.config
     }
 
     fn name(&self) -> &str {
-        "Candle"
+        self.runner.name()
     }
 
     fn start(&self, labels: &[i64]) -> Result<(Box<dyn Session + '_>, Array2<f32>)> {
         let generator = &self.config.generator;
-        let prefill = transformer::prefill(&mut self.ops(), generator, &integers(labels)?)?;
+        let mut cross = self.run(Stage::Prefill, &[integers(labels)?])?;
+        let z = first(Stage::Prefill, &mut cross)?;
         let shape = (labels.len(), generator.heads, generator.window, generator.head_dim());
         let empty = Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu)?;
-        let past = vec![KeyValue { key: empty.clone(), value: empty }; generator.depth];
-        let session = CandleSession { engine: self, past, cross: prefill.cross };
-        Ok((Box::new(session), to_array(&prefill.z)?))
+        let session = StageSession { engine: self, past: vec![empty; 2 * generator.depth], cross };
+        Ok((Box::new(session), to_array(&z)?))
     }
 
     fn sample(
@@ -85,32 +124,30 @@ impl Engine for CandleEngine {
     ) -> Result<Array2<f32>> {
         let guidance = Tensor::from_slice(guidance, guidance.len(), &Device::Cpu)?;
         let timesteps = Tensor::from_slice(timesteps, timesteps.len(), &Device::Cpu)?;
-        let (z, noise) = (to_tensor(z)?, to_tensor(noise)?);
-        to_array(&flow::sample(&mut self.ops(), &self.config.generator, &z, &noise, &guidance, &timesteps)?)
+        self.run_one(Stage::Flow, &[to_tensor(z)?, to_tensor(noise)?, guidance, timesteps])
     }
 
     fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>> {
-        to_array(&tokenizer::decode(&mut self.ops(), &self.config.tokenizer, &to_tensor(latents)?)?)
+        self.run_one(Stage::Decode, &[to_tensor(latents)?])
     }
 
     fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>> {
-        to_array(&tokenizer::encode(&mut self.ops(), &self.config.tokenizer, &to_tensor(images)?)?)
+        self.run_one(Stage::Encode, &[to_tensor(images)?])
     }
 }
 
-struct CandleSession<'a> {
-    engine: &'a CandleEngine,
-    past: Vec<KeyValue<Tensor>>,
-    cross: Vec<KeyValue<Tensor>>,
+struct StageSession<'a, R> {
+    engine: &'a StageEngine<R>,
+    past: Vec<Tensor>,
+    cross: Vec<Tensor>,
 }
 
-impl Session for CandleSession<'_> {
+impl<R: Runner> Session for StageSession<'_, R> {
     fn step(&mut self, tokens: ArrayView2<f32>, positions: &[i64]) -> Result<Array2<f32>> {
-        let generator = &self.engine.config.generator;
-        let (token, position) = (to_tensor(tokens)?, integers(positions)?);
-        let ops = &mut self.engine.ops();
-        let step = transformer::step(ops, generator, &token, &position, &self.past, &self.cross)?;
-        self.past = step.present;
-        to_array(&step.z)
+        let inputs = [vec![to_tensor(tokens)?, integers(positions)?], self.past.clone(), self.cross.clone()].concat();
+        let mut present = self.engine.run(Stage::Step, &inputs)?;
+        let z = first(Stage::Step, &mut present)?;
+        self.past = present;
+        to_array(&z)
     }
 }

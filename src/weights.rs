@@ -20,11 +20,19 @@ impl Weights {
     /// # Errors
     /// When there is none of that name and shape.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let tensor = self.tensors.get(name).ok_or_else(|| Error::input(format!("tensor {name}"), "is missing"))?;
+        let tensor = self.find(name)?;
         if tensor.dims() != shape {
             return Err(misshapen("weights", name, shape, tensor.dims()));
         }
         Ok(tensor.clone())
+    }
+
+    /// The tensor `name`, whatever its shape.
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn find(&self, name: &str) -> Result<&Tensor> {
+        self.tensors.get(name).ok_or_else(|| Error::input(format!("tensor {name}"), "is missing"))
     }
 
     /// The device that the tensors are on.

@@ -1,58 +1,29 @@
-//! Watching the model run: an interpreter around another one that shows every computed value, and the ranges of
-//! activations by scope that come of it.
+//! INT8: interpreters around others that watch the model run, and that put its products into 8 bits.
+//!
+//! [`Observe`] shows every computed value. A [`Collection`] runs the model on pictures and rollouts and counts what it
+//! shows; an [`Estimator`] makes a [`Table`] of that. A [`Policy`] says by rules which product runs in INT8 and how, and
+//! [`Quantize`] applies it around any interpreter: around Candle as a [`Preview`], around the lowering as an export.
 
+mod collect;
+mod estimate;
+mod histogram;
+pub mod int8;
 mod observe;
+pub mod policy;
+mod preview;
+pub mod quality;
+mod quantize;
+mod ranges;
+mod sensitivity;
+mod table;
 
-use std::collections::BTreeMap;
-
-use candle_core::Tensor;
-use eqim::ops::eager::Eager;
-use eqim::weights::Weights;
-use eqim::{Error, Result};
-pub use observe::Observe;
-
-/// Largest absolute activation of every scope.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Ranges {
-    scopes: BTreeMap<String, f32>,
-}
-
-impl Ranges {
-    /// Runs `work` on Candle and widens the ranges by what it computes.
-    ///
-    /// # Errors
-    /// Those of `work`.
-    pub fn observe<R>(
-        &mut self,
-        weights: &Weights,
-        work: impl FnOnce(&mut Observe<Eager, &mut dyn FnMut(&str, &Tensor) -> Result<()>>) -> Result<R>,
-    ) -> Result<R> {
-        let mut record = |scope: &str, x: &Tensor| self.record(scope, x);
-        work(&mut Observe::new(Eager::new(weights), &mut record))
-    }
-
-    fn record(&mut self, scope: &str, x: &Tensor) -> Result<()> {
-        if x.elem_count() == 0 {
-            return Ok(());
-        }
-        let largest = x.abs()?.max_all()?.to_scalar::<f32>()?;
-        // A maximum can lose a NaN; a sum cannot.
-        if !largest.is_finite() || x.sum_all()?.to_scalar::<f32>()?.is_nan() {
-            return Err(Error::run(scope, "computes a value that is not finite"));
-        }
-        let range = self.scopes.entry(scope.to_string()).or_default();
-        *range = range.max(largest);
-        Ok(())
-    }
-
-    /// The scope with the largest activation, and that.
-    pub fn largest(&self) -> Option<(&str, f32)> {
-        let widest = self.scopes.iter().max_by(|a, b| a.1.total_cmp(b.1));
-        widest.map(|(scope, range)| (scope.as_str(), *range))
-    }
-
-    /// Ranges by scope.
-    pub fn scopes(&self) -> &BTreeMap<String, f32> {
-        &self.scopes
-    }
-}
+pub use collect::{Collection, hashes, pictures, read_picture};
+pub use estimate::Estimator;
+pub use histogram::Histogram;
+pub use observe::{Observe, Seen};
+pub use policy::{Flavour, Policy, Scheme};
+pub use preview::{Preview, levels};
+pub use quantize::{Plan, Quantize, plan};
+pub use ranges::Ranges;
+pub use sensitivity::{Damage, Ranked, Sensitivity, quantized, search};
+pub use table::{Entry, Range, Samples, Table, fingerprint};

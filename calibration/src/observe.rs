@@ -3,6 +3,17 @@
 use eqim::Result;
 use eqim::ops::{Binary, Dim, Ops, Turn, Unary};
 
+/// What a value is to the scope it is shown under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// It enters a product or a convolution with the scope's weight.
+    Input,
+    /// It comes out of a product or a convolution with the scope's weight.
+    Output,
+    /// It enters a norm, or enters or leaves a product of two activations.
+    Other,
+}
+
 /// Runs primitives on `O` and shows `probe`, under the name of the scope, every value that enters a matrix product, a
 /// convolution or a norm, and every result of a product or convolution: what reduced precision has to hold.
 #[derive(Debug)]
@@ -12,23 +23,23 @@ pub struct Observe<O, F> {
     scope: Vec<String>,
 }
 
-impl<O: Ops, F: FnMut(&str, &O::Tensor) -> Result<()>> Observe<O, F> {
+impl<O: Ops, F: FnMut(&str, Seen, &O::Tensor) -> Result<()>> Observe<O, F> {
     /// A decorated interpreter outside any scope.
     pub fn new(inner: O, probe: F) -> Self {
         Self { inner, probe, scope: vec![] }
     }
 
-    fn show(&mut self, value: &O::Tensor) -> Result<()> {
-        (self.probe)(&self.scope.join("."), value)
+    fn show(&mut self, seen: Seen, value: &O::Tensor) -> Result<()> {
+        (self.probe)(&self.scope.join("."), seen, value)
     }
 
-    fn shown(&mut self, value: O::Tensor) -> Result<O::Tensor> {
-        self.show(&value)?;
+    fn shown(&mut self, seen: Seen, value: O::Tensor) -> Result<O::Tensor> {
+        self.show(seen, &value)?;
         Ok(value)
     }
 }
 
-impl<O: Ops, F: FnMut(&str, &O::Tensor) -> Result<()>> Ops for Observe<O, F> {
+impl<O: Ops, F: FnMut(&str, Seen, &O::Tensor) -> Result<()>> Ops for Observe<O, F> {
     type Tensor = O::Tensor;
     type Loop = O::Loop;
 
@@ -95,16 +106,16 @@ impl<O: Ops, F: FnMut(&str, &O::Tensor) -> Result<()>> Ops for Observe<O, F> {
     }
 
     fn matmul(&mut self, a: &O::Tensor, b: &O::Tensor) -> Result<O::Tensor> {
-        self.show(a)?;
-        self.show(b)?;
+        self.show(Seen::Other, a)?;
+        self.show(Seen::Other, b)?;
         let y = self.inner.matmul(a, b)?;
-        self.shown(y)
+        self.shown(Seen::Other, y)
     }
 
     fn gemm(&mut self, x: &O::Tensor, weight: &O::Tensor, bias: &O::Tensor) -> Result<O::Tensor> {
-        self.show(x)?;
+        self.show(Seen::Input, x)?;
         let y = self.inner.gemm(x, weight, bias)?;
-        self.shown(y)
+        self.shown(Seen::Output, y)
     }
 
     fn layer_norm(
@@ -114,7 +125,7 @@ impl<O: Ops, F: FnMut(&str, &O::Tensor) -> Result<()>> Ops for Observe<O, F> {
         width: usize,
         eps: f32,
     ) -> Result<O::Tensor> {
-        self.show(x)?;
+        self.show(Seen::Other, x)?;
         self.inner.layer_norm(x, affine, width, eps)
     }
 
@@ -125,14 +136,14 @@ impl<O: Ops, F: FnMut(&str, &O::Tensor) -> Result<()>> Ops for Observe<O, F> {
         groups: usize,
         eps: f32,
     ) -> Result<O::Tensor> {
-        self.show(x)?;
+        self.show(Seen::Other, x)?;
         self.inner.group_norm(x, affine, groups, eps)
     }
 
     fn conv(&mut self, x: &O::Tensor, weight: &O::Tensor, bias: &O::Tensor, spatial: usize) -> Result<O::Tensor> {
-        self.show(x)?;
+        self.show(Seen::Input, x)?;
         let y = self.inner.conv(x, weight, bias, spatial)?;
-        self.shown(y)
+        self.shown(Seen::Output, y)
     }
 
     fn pad_reflect(&mut self, x: &O::Tensor, spatial: usize) -> Result<O::Tensor> {

@@ -53,13 +53,17 @@ impl Cost {
     /// # Errors
     /// When the configuration is not consistent.
     pub fn stage(&mut self, config: &Config, stage: Stage, batch: usize, tokens: usize, steps: usize) -> Result<()> {
+        let inputs = Self::inputs(config, stage, batch, tokens, steps);
+        stage.run(self, config, &inputs).map(drop)
+    }
+
+    /// Shapes of a stage's inputs at these sizes.
+    pub fn inputs(config: &Config, stage: Stage, batch: usize, tokens: usize, steps: usize) -> Vec<Shape> {
         let (width, _) = config.image_size(tokens);
         let sizes = [(BATCH, batch), ("rows", batch), ("times", steps + 1), ("tokens", tokens), ("width", width)];
         let known = |name: &str| sizes.iter().find(|(known, _)| *known == name).map_or(1, |(_, size)| *size);
         let size = |axis: &Axis| axis.size(known);
-        let inputs: Vec<Shape> =
-            stage.inputs(config).iter().map(|port| port.shape.iter().map(size).collect()).collect();
-        stage.run(self, config, &inputs).map(drop)
+        stage.inputs(config).iter().map(|port| port.shape.iter().map(size).collect()).collect()
     }
 
     /// Names and shapes of all weights that were used, in the order of first use.

@@ -1,0 +1,228 @@
+//! Calibration: the model at the work of its life, and the ranges of its activations.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+use eqim::candle::{Runner, StageEngine};
+use eqim::engine::Engine;
+use eqim::generate::{Noise, Request, Schedule, generate};
+use eqim::model::Stage;
+use eqim::ops::eager::Eager;
+use eqim::weights::Weights;
+use eqim::{Config, Error, Result, files, picture};
+use ndarray::{Array4, Axis, s};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::estimate::Estimator;
+use crate::histogram::Histogram;
+use crate::observe::{Observe, Seen};
+use crate::sensitivity::Damage;
+use crate::table::{Entry, FORMAT, Range, Samples, Table, hexadecimal};
+
+/// Calibration that may not be complete: what its state file holds.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Collection {
+    model: String,
+    samples: Samples,
+    done: usize,
+    scopes: BTreeMap<String, Watched>,
+    /// What the sensitivity search has looked at, by the settings of the search and by scope.
+    #[serde(default)]
+    pub(crate) damages: BTreeMap<String, BTreeMap<String, Damage>>,
+}
+
+/// The values of one scope.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Watched {
+    input: Histogram,
+    output: Histogram,
+}
+
+/// Pictures of a folder, by name.
+///
+/// # Errors
+/// [`Error::Input`] for a folder that cannot be read or holds none.
+pub fn pictures(folder: &Path) -> Result<Vec<PathBuf>> {
+    let bad = |problem: String| Error::input(folder.display(), problem);
+    let mut found = vec![];
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        let entries = std::fs::read_dir(&folder).map_err(|error| bad(format!("cannot be read as a folder: {error}")))?;
+        for path in entries.flatten().map(|entry| entry.path()) {
+            let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
+            if path.is_dir() {
+                folders.push(path);
+            } else if ["png", "jpg", "jpeg"].iter().any(|known| extension == *known) {
+                found.push(path);
+            }
+        }
+    }
+    if found.is_empty() {
+        return Err(bad("holds no PNG or JPEG: calibration needs pictures as the model will meet".into()));
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// SHA-256 of every picture's file, by its name in `folder`.
+///
+/// # Errors
+/// [`Error::Input`] when one cannot be read.
+pub fn hashes(folder: &Path, pictures: &[PathBuf]) -> Result<BTreeMap<String, String>> {
+    let hash = |path: &PathBuf| {
+        let name = path.strip_prefix(folder).unwrap_or(path).to_string_lossy().into_owned();
+        Ok((name, hexadecimal(&Sha256::digest(files::read(path)?))))
+    };
+    pictures.iter().map(hash).collect()
+}
+
+/// Reads a picture as the tokenizer takes it: at the model's height, cut to `tokens` columns, `[1, 3, height, width]`.
+///
+/// # Errors
+/// [`Error::Input`] when it is none, or of another height without `resize`.
+pub fn read_picture(path: &Path, config: &Config, tokens: usize, resize: bool) -> Result<Array4<f32>> {
+    let (height, token) = (config.tokenizer.image_height(), config.tokenizer.token_width());
+    let picture = picture::read(path, height, token)?;
+    if picture.original.1 as usize != height && !resize {
+        let problem = format!("is {} pixels high, the model's images are {height}: scale it, or give --resize", picture.original.1);
+        return Err(Error::input(path.display(), problem));
+    }
+    let width = picture.pixels.dim().2.min(tokens * token);
+    Ok(picture.pixels.slice(s![.., .., ..width]).to_owned().insert_axis(Axis(0)))
+}
+
+/// The model on Candle, watched.
+struct Watching<'a> {
+    weights: &'a Weights,
+    scopes: &'a RefCell<BTreeMap<String, Watched>>,
+}
+
+impl Runner for Watching<'_> {
+    fn name(&self) -> &str {
+        "Candle"
+    }
+
+    fn run(&self, config: &Config, stage: Stage, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+        let probe = |scope: &str, seen: Seen, value: &Tensor| {
+            let mut scopes = self.scopes.borrow_mut();
+            let watched = scopes.entry(scope.to_string());
+            let histogram = match seen {
+                Seen::Input => &mut watched.or_default().input,
+                Seen::Output => &mut watched.or_default().output,
+                Seen::Other => return Ok(()),
+            };
+            let added = histogram.add(&value.flatten_all()?.to_vec1::<f32>()?);
+            added.map_err(|error| Error::run(scope, error))
+        };
+        stage.run(&mut Observe::new(Eager::new(self.weights), probe), config, inputs)
+    }
+}
+
+/// The guided rollout number `index` of a calibration.
+pub(crate) fn request(config: &Config, samples: &Samples, index: usize) -> Request {
+    Request {
+        labels: vec![Some(index % config.generator.class_num)],
+        tokens: samples.tokens,
+        cfg: samples.cfg,
+        schedule: Schedule::Linear,
+        steps: samples.steps,
+        prefix: None,
+        noise: Noise::Seed(samples.seed.wrapping_add(index as u64)),
+    }
+}
+
+impl Collection {
+    /// Goes on with what `path` holds, or begins.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when `path` holds something else, or the state of a calibration with other settings.
+    pub fn open(path: &Path, model: &str, samples: &Samples) -> Result<Self> {
+        if !path.exists() {
+            let (model, samples) = (model.to_string(), samples.clone());
+            return Ok(Self { model, samples, done: 0, scopes: BTreeMap::new(), damages: BTreeMap::new() });
+        }
+        let bad = |problem: String| Error::input(path.display(), problem);
+        let state: Self = serde_json::from_slice(&files::read(path)?)
+            .map_err(|error| bad(format!("is no state of a calibration: {error}; remove it to begin anew")))?;
+        if state.model != model || state.samples != *samples {
+            return Err(bad(
+                "is the state of a calibration of another model, or with other images or settings: give the same ones \
+                 to go on, or remove it to begin anew"
+                    .into(),
+            ));
+        }
+        Ok(state)
+    }
+
+    /// Writes the state.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when it cannot be written.
+    pub fn save(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_vec(self).map_err(|error| Error::run(path.display(), error))?;
+        files::write(path, &text)
+    }
+
+    /// Samples that have been seen: pictures first, then rollouts.
+    pub fn done(&self) -> usize {
+        self.done
+    }
+
+    /// Samples in all.
+    pub fn total(&self) -> usize {
+        self.samples.images.len() + self.samples.rollouts
+    }
+
+    /// Shows the model the next sample. `pictures` are those of the samples, in their order.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a picture that does not fit; [`Error::Run`] for a value that is not finite.
+    pub fn next(&mut self, config: &Config, weights: &Weights, pictures: &[PathBuf]) -> Result<()> {
+        let scopes = RefCell::new(std::mem::take(&mut self.scopes));
+        let engine = StageEngine::new(config.clone(), Watching { weights, scopes: &scopes });
+        let seen = match pictures.get(self.done) {
+            Some(path) => self.see_picture(&engine, path),
+            None => self.see_rollout(&engine),
+        };
+        self.scopes = scopes.into_inner();
+        self.done += 1;
+        seen
+    }
+
+    fn see_picture(&self, engine: &dyn Engine, path: &Path) -> Result<()> {
+        let pixels = read_picture(path, engine.config(), self.samples.tokens, self.samples.resized)?;
+        engine.decode(engine.encode(pixels.view())?.view()).map(drop)
+    }
+
+    fn see_rollout(&self, engine: &dyn Engine) -> Result<()> {
+        let request = request(engine.config(), &self.samples, self.done - self.samples.images.len());
+        let generated = generate(engine, &request, |_| {})?;
+        engine.decode((generated.tokens / engine.config().generator.vae_norm as f32).view()).map(drop)
+    }
+
+    /// The table of a complete collection.
+    ///
+    /// # Errors
+    /// [`Error::Run`] for activations beyond FP16's scales.
+    pub fn table(&self, estimator: Estimator) -> Result<Table> {
+        let entry = |(scope, watched): (&String, &Watched)| {
+            let [input, output] = [&watched.input, &watched.output].map(|histogram| Range::of(histogram, estimator));
+            let scale = input.scale().map_err(|error| Error::run(scope, error))?;
+            Ok((scope.clone(), Entry { scale, input, output, samples: watched.input.samples() }))
+        };
+        Ok(Table {
+            format: FORMAT,
+            producer: format!("eqim {}", env!("CARGO_PKG_VERSION")),
+            model: self.model.clone(),
+            samples: self.samples.clone(),
+            estimator,
+            scopes: self.scopes.iter().map(entry).collect::<Result<_>>()?,
+            sensitivity: None,
+        })
+    }
+}

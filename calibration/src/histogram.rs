@@ -1,0 +1,115 @@
+//! How often activations of each size occur.
+
+use eqim::{Error, Result};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+/// Bins of a histogram.
+pub const BINS: usize = 2048;
+
+/// Counts of absolute values, in equal bins from zero to a power of two that is not below the largest.
+///
+/// Ranges are powers of two so that a wider value merges whole bins: what a histogram holds does not depend on the order
+/// in which values came.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Histogram {
+    low: f32,
+    high: f32,
+    /// End of the last bin, once a value was not zero.
+    end: f32,
+    counts: Vec<u64>,
+}
+
+/// Extremes of some values.
+fn extremes(values: &[f32]) -> (f32, f32) {
+    let wider = |(low, high): (f32, f32), &value: &f32| {
+        // A comparison with NaN is false, which lets it through to be found at the end.
+        if value.is_finite() { (low.min(value), high.max(value)) } else { (f32::NAN, f32::NAN) }
+    };
+    values.iter().fold((0.0, 0.0), |so_far, value| if so_far.0.is_nan() { so_far } else { wider(so_far, value) })
+}
+
+impl Histogram {
+    /// Counts values.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when one is not finite.
+    pub fn add(&mut self, values: &[f32]) -> Result<()> {
+        let parts: Vec<(f32, f32)> = values.par_chunks(1 << 16).map(extremes).collect();
+        if parts.iter().any(|(low, _)| low.is_nan()) {
+            return Err(Error::run("calibration", "a value is not finite"));
+        }
+        for (low, high) in parts {
+            (self.low, self.high) = (self.low.min(low), self.high.max(high));
+        }
+        self.widen();
+        // All zeros so far: any end will do.
+        let per_bin = if self.end > 0.0 { BINS as f64 / f64::from(self.end) } else { 0.0 };
+        let count = |mut counts: Vec<u64>, chunk: &[f32]| {
+            for value in chunk {
+                counts[((f64::from(value.abs()) * per_bin) as usize).min(BINS - 1)] += 1;
+            }
+            counts
+        };
+        let sum = |mut a: Vec<u64>, b: Vec<u64>| {
+            a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
+            a
+        };
+        let counts = values.par_chunks(1 << 16).fold(|| vec![0; BINS], count).reduce(|| vec![0; BINS], sum);
+        self.counts.resize(BINS, 0);
+        self.counts.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+        Ok(())
+    }
+
+    /// Lets the bins reach the largest value.
+    fn widen(&mut self) {
+        let largest = self.largest();
+        if largest == 0.0 {
+            return;
+        }
+        if self.end == 0.0 {
+            // Never below the smallest normal number, whose powers all scale without loss.
+            self.end = f32::MIN_POSITIVE.max(f64::from(largest).log2().ceil().exp2() as f32);
+        }
+        while self.end < largest {
+            // The largest power is beyond f32; the numbers below it share its last bin.
+            self.end = if self.end >= f32::MAX / 2.0 { f32::MAX } else { self.end * 2.0 };
+            if !self.counts.is_empty() {
+                self.counts = self.counts.chunks(2).map(|pair| pair.iter().sum()).collect();
+                self.counts.resize(BINS, 0);
+            }
+        }
+    }
+
+    /// Smallest value, at most 0.
+    pub fn low(&self) -> f32 {
+        self.low
+    }
+
+    /// Largest value, at least 0.
+    pub fn high(&self) -> f32 {
+        self.high
+    }
+
+    /// Largest absolute value.
+    pub fn largest(&self) -> f32 {
+        self.high.max(-self.low)
+    }
+
+    /// Values that were counted.
+    pub fn samples(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// Counts of the bins up to the largest value; none when all values are zero.
+    pub fn counts(&self) -> &[u64] {
+        let used = self.counts.iter().rposition(|&count| count > 0).map_or(0, |last| last + 1);
+        if self.end > 0.0 { &self.counts[..used] } else { &[] }
+    }
+
+    /// Width of a bin.
+    pub fn width(&self) -> f64 {
+        f64::from(self.end) / BINS as f64
+    }
+}

@@ -1,0 +1,166 @@
+//! Which products run in INT8, and how: the rules, in one place.
+
+use std::collections::BTreeSet;
+
+use clap::ValueEnum;
+use eqim::model::Stage;
+use eqim::{Error, Result};
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+
+use crate::int8::Affine;
+use crate::table::Table;
+
+/// What the INT8 graphs are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Flavour {
+    /// TensorRT: explicit `QuantizeLinear` and `DequantizeLinear`, symmetric, which any runtime can run.
+    #[value(name = "tensorrt")]
+    TensorRt,
+    /// ONNX Runtime on a CPU: integer operators, some of which TensorRT does not have.
+    Cpu,
+}
+
+impl std::fmt::Display for Flavour {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::TensorRt => "tensorrt",
+            Self::Cpu => "cpu",
+        })
+    }
+}
+
+/// How one product with a weight runs.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scheme {
+    /// As in the bundle's precision.
+    Float,
+    /// The weight in 8 bits, dequantized where it is used: for products that reading the weight takes the time of.
+    WeightOnly,
+    /// Weight and activations in 8 bits (W8A8), activations by a calibrated scale.
+    Static {
+        /// Of the activations, zero point 0.
+        scale: f32,
+    },
+    /// Weight and activations in 8 bits, activations by the range they have when it runs.
+    Dynamic,
+    /// Weight, input and output in 8 bits, by calibrated ranges.
+    Integer {
+        /// Of the input.
+        input: Affine,
+        /// Of the output.
+        output: Affine,
+    },
+}
+
+/// A product with a weight, as the rules see it.
+#[derive(Clone, Copy, Debug)]
+pub struct Product<'a> {
+    /// The stage that is run.
+    pub stage: Stage,
+    /// Scope of the weight.
+    pub scope: &'a str,
+    /// Shape of the weight, `[out, in]` of a matrix, `[out, in, ...]` of a convolution.
+    pub shape: &'a [usize],
+}
+
+/// The stages that `--int8` means by itself: all that every image passes.
+pub const STAGES: [Stage; 4] = [Stage::Prefill, Stage::Step, Stage::Flow, Stage::Decode];
+
+/// Scopes where values enter or leave the model. They hold few weights, and what is lost there nothing makes good.
+const ENDS: [&str; 5] = ["input_proj", "final_layer.linear", "z_proj", "conv_in", "conv_out"];
+
+/// Below as many inputs or outputs a product is not worth quantizing.
+const NARROW: usize = 16;
+
+/// The rules and what they refer to.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// What the graphs are for.
+    pub flavour: Flavour,
+    /// Stages that may run in INT8.
+    pub stages: BTreeSet<Stage>,
+    /// Scopes to leave as they are.
+    pub keep: Vec<Regex>,
+    /// The only scope that may run in INT8, where one is looked at alone.
+    pub only: Option<String>,
+    /// Scopes that the sensitivity search left out.
+    pub left_out: BTreeSet<String>,
+    /// Ranges of activations.
+    pub table: Table,
+}
+
+impl Policy {
+    /// The rules for `flavour` with what a table's sensitivity search found.
+    pub fn new(flavour: Flavour, stages: impl IntoIterator<Item = Stage>, table: Table) -> Self {
+        let left_out = table.sensitivity.as_ref().map_or(BTreeSet::new(), |found| found.keep.clone());
+        Self { flavour, stages: stages.into_iter().collect(), keep: vec![], only: None, left_out, table }
+    }
+
+    /// How a product runs.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the table knows nothing of it.
+    pub fn scheme(&self, product: Product) -> Result<Scheme> {
+        if !self.stages.contains(&product.stage) || self.is_kept(product.scope) || !is_worth_it(&product) {
+            return Ok(Scheme::Float);
+        }
+        let convolution = product.shape.len() > 2;
+        Ok(match self.flavour {
+            Flavour::TensorRt if convolution || is_batched(&product) => {
+                Scheme::Static { scale: self.table.entry(product.scope)?.scale }
+            }
+            Flavour::TensorRt => Scheme::WeightOnly,
+            Flavour::Cpu if convolution => {
+                let entry = self.table.entry(product.scope)?;
+                Scheme::Integer { input: entry.input.affine()?, output: entry.output.affine()? }
+            }
+            Flavour::Cpu => Scheme::Dynamic,
+        })
+    }
+
+    fn is_kept(&self, scope: &str) -> bool {
+        let another = self.only.as_ref().is_some_and(|only| only != scope);
+        another || self.left_out.contains(scope) || self.keep.iter().any(|pattern| pattern.is_match(scope))
+    }
+}
+
+fn is_worth_it(product: &Product) -> bool {
+    let Product { scope, shape, .. } = product;
+    let end = ENDS.iter().any(|end| scope.strip_suffix(end).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')));
+    // Times are embedded once a token, and every step depends on them.
+    let time = scope.contains("time_embed");
+    // Convolutions over columns see a token where the others see its pixels.
+    let columns = shape.len() == 3;
+    !end && !time && !columns && shape[0].min(shape[1]) >= NARROW
+}
+
+/// Whether a matrix is multiplied with many rows at once: the modulations of all steps.
+fn is_batched(product: &Product) -> bool {
+    product.stage == Stage::Flow && product.scope.ends_with("adaLN_modulation.1")
+}
+
+/// Compiles the patterns of `--keep`.
+///
+/// # Errors
+/// [`Error::Input`] for one that is no regular expression.
+pub fn patterns(texts: &[String]) -> Result<Vec<Regex>> {
+    let compile = |text: &String| Regex::new(text).map_err(|error| Error::input("--keep", error));
+    texts.iter().map(compile).collect()
+}
+
+/// Stages by the short names that command lines use.
+///
+/// # Errors
+/// A sentence for another name.
+pub fn stage_named(name: &str) -> Result<Stage, String> {
+    match name {
+        "prefill" => Ok(Stage::Prefill),
+        "step" => Ok(Stage::Step),
+        "flow" => Ok(Stage::Flow),
+        "decoder" => Ok(Stage::Decode),
+        "encoder" => Ok(Stage::Encode),
+        _ => Err("expected prefill, step, flow, decoder or encoder".into()),
+    }
+}

@@ -1,0 +1,188 @@
+//! What quantizing each scope alone does to tokens and images, and the largest set that keeps a quality.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use eqim::candle::CandleEngine;
+use eqim::engine::Engine;
+use eqim::generate::{Generated, generate};
+use eqim::model::Stage;
+use eqim::weights::Weights;
+use eqim::{Config, Error, Result};
+use ndarray::{Array3, Array4};
+use serde::{Deserialize, Serialize};
+
+use crate::collect::{Collection, request};
+use crate::policy::{Flavour, Policy, Scheme};
+use crate::preview::Preview;
+use crate::quality::{psnr, relative_error};
+use crate::quantize::plan;
+
+/// What a sensitivity search found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sensitivity {
+    /// What the scopes were quantized for.
+    pub flavour: Flavour,
+    /// Least PSNR that was asked for, dB.
+    pub min_psnr: f32,
+    /// The image's PSNR with everything in INT8 but `keep`, dB; `null` for an equal image.
+    pub psnr: Option<f32>,
+    /// Scopes to leave out of INT8, the worst.
+    pub keep: BTreeSet<String>,
+    /// Every scope quantized alone, the worst first.
+    pub scopes: Vec<Ranked>,
+}
+
+/// One scope of the ranking.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ranked {
+    /// The scope.
+    pub scope: String,
+    /// What quantizing it alone does.
+    #[serde(flatten)]
+    pub damage: Damage,
+}
+
+/// What quantizing does, over the first rollout of the calibration.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Damage {
+    /// Relative error of the tokens.
+    pub token_error: f32,
+    /// PSNR of the image, dB; `null` for an equal image.
+    pub psnr: Option<f32>,
+}
+
+impl Damage {
+    /// A key that grows with the damage: the image first, then the tokens.
+    fn severity(self) -> (f32, f32) {
+        (-self.psnr.unwrap_or(f32::INFINITY), self.token_error)
+    }
+}
+
+/// A model, its image in FP32, and what is tried on it.
+pub struct Search<'a> {
+    config: &'a Config,
+    weights: &'a Weights,
+    reference: Generated,
+    image: Array4<f32>,
+}
+
+impl<'a> Search<'a> {
+    /// Runs the reference: the first rollout of a calibration.
+    ///
+    /// # Errors
+    /// When the model fails.
+    pub fn new(config: &'a Config, weights: &'a Weights, policy: &Policy) -> Result<Self> {
+        let engine = CandleEngine::new(config.clone(), weights.clone());
+        let reference = generate(&engine, &request(config, &policy.table.samples, 0), |_| {})?;
+        let image = decode(&engine, &reference.tokens)?;
+        Ok(Self { config, weights, reference, image })
+    }
+
+    /// What the policy does to the rollout.
+    ///
+    /// # Errors
+    /// When the model fails.
+    pub fn damage(&self, policy: &Policy) -> Result<Damage> {
+        let engine = Preview::engine(self.config, self.weights, policy)?;
+        let tokens = generate(&engine, &request(self.config, &policy.table.samples, 0), |_| {})?.tokens;
+        let token_error = relative_error(&tokens, &self.reference.tokens);
+        Ok(Damage { token_error, psnr: psnr(decode(&engine, &tokens)?.view(), self.image.view()) })
+    }
+
+    /// Damage of a scope alone. A scope of the decoder alone does nothing to the tokens, which are then not generated.
+    fn alone(&self, policy: &Policy, scope: &str, stages: &BTreeSet<Stage>) -> Result<Damage> {
+        let policy = Policy { only: Some(scope.to_string()), ..policy.clone() };
+        if stages.iter().any(|&stage| stage != Stage::Decode) {
+            return self.damage(&policy);
+        }
+        let image = decode(&Preview::engine(self.config, self.weights, &policy)?, &self.reference.tokens)?;
+        Ok(Damage { token_error: 0.0, psnr: psnr(image.view(), self.image.view()) })
+    }
+}
+
+fn decode(engine: &dyn Engine, tokens: &Array3<f32>) -> Result<Array4<f32>> {
+    engine.decode((tokens / engine.config().generator.vae_norm as f32).view())
+}
+
+/// Scopes that a policy puts in INT8, with the stages that use them.
+///
+/// # Errors
+/// Those of [`plan`].
+pub fn quantized(config: &Config, policy: &Policy) -> Result<BTreeMap<String, BTreeSet<Stage>>> {
+    let mut scopes: BTreeMap<String, BTreeSet<Stage>> = BTreeMap::new();
+    for (stage, plan) in plan(config, policy)? {
+        // The encoder takes no part in a rollout.
+        let chosen = plan.schemes.into_iter().filter(|(_, scheme)| *scheme != Scheme::Float && stage != Stage::Encode);
+        chosen.for_each(|(scope, _)| drop(scopes.entry(scope).or_default().insert(stage)));
+    }
+    Ok(scopes)
+}
+
+/// Looks at every scope alone, then keeps the worst out of INT8, as few as `min_psnr` dB needs.
+///
+/// What has been looked at is kept in `collection`, saved in `state`. `progress` is told how many scopes are known.
+///
+/// # Errors
+/// When the model fails, or the state cannot be written.
+pub fn search(
+    config: &Config,
+    weights: &Weights,
+    policy: &Policy,
+    min_psnr: f32,
+    (collection, state): (&mut Collection, &Path),
+    mut progress: impl FnMut(usize),
+) -> Result<Sensitivity> {
+    let search = Search::new(config, weights, policy)?;
+    let settings = format!("{} {}", policy.flavour, policy.table.estimator);
+    let scopes = quantized(config, policy)?;
+    for (done, (scope, stages)) in scopes.iter().enumerate() {
+        progress(done);
+        let known = collection.damages.entry(settings.clone()).or_default();
+        if !known.contains_key(scope) {
+            known.insert(scope.clone(), search.alone(policy, scope, stages)?);
+            collection.save(state)?;
+        }
+    }
+    progress(scopes.len());
+    let known = collection.damages.remove(&settings).unwrap_or_default();
+    let mut ranking: Vec<Ranked> = known
+        .into_iter()
+        .filter(|(scope, _)| scopes.contains_key(scope))
+        .map(|(scope, damage)| Ranked { scope, damage })
+        .collect();
+    let severity = |ranked: &Ranked| ranked.damage.severity();
+    ranking.sort_by(|a, b| severity(b).partial_cmp(&severity(a)).unwrap_or(std::cmp::Ordering::Equal));
+    let (kept, damage) = fewest(&search, policy, &ranking, min_psnr)?;
+    let keep = ranking[..kept].iter().map(|ranked| ranked.scope.clone()).collect();
+    Ok(Sensitivity { flavour: policy.flavour, min_psnr, psnr: damage.psnr, keep, scopes: ranking })
+}
+
+/// The fewest scopes from the front of the ranking that have to stay out, by bisection, and the damage that is left.
+fn fewest(search: &Search, policy: &Policy, ranking: &[Ranked], min_psnr: f32) -> Result<(usize, Damage)> {
+    let without = |count: usize| {
+        let left_out = ranking[..count].iter().map(|ranked| ranked.scope.clone()).collect();
+        search.damage(&Policy { left_out, ..policy.clone() })
+    };
+    let passes = |damage: Damage| damage.psnr.is_none_or(|psnr| psnr >= min_psnr);
+    let damage = without(0)?;
+    if passes(damage) {
+        return Ok((0, damage));
+    }
+    let (mut too_few, mut enough, mut best) = (0, ranking.len(), without(ranking.len())?);
+    if !passes(best) {
+        return Err(Error::run("--min-psnr", format!("{min_psnr} dB is not reached even without INT8")));
+    }
+    while enough - too_few > 1 {
+        let middle = usize::midpoint(too_few, enough);
+        let damage = without(middle)?;
+        if passes(damage) {
+            (enough, best) = (middle, damage);
+        } else {
+            too_few = middle;
+        }
+    }
+    Ok((enough, best))
+}
