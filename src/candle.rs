@@ -47,7 +47,11 @@ impl<R: Runner> StageEngine<R> {
         Self { config, runner }
     }
 
-    fn run(&self, stage: Stage, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    /// Runs a stage, as [`Stage::run`] does.
+    ///
+    /// # Errors
+    /// Those of the interpreter.
+    pub fn run(&self, stage: Stage, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         self.runner.run(&self.config, stage, inputs)
     }
 

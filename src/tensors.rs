@@ -88,10 +88,26 @@ impl TensorFile {
     }
 }
 
-/// A tensor's values on their way into a file.
+/// Values on their way into a file.
+#[derive(Clone, Debug)]
+pub enum Values {
+    /// Of `f32`, `f16` or `bf16`.
+    Tensor(Tensor),
+    /// Of a type that Candle does not have.
+    Raw {
+        /// The type.
+        dtype: Dtype,
+        /// The shape.
+        shape: Vec<usize>,
+        /// Little-endian.
+        bytes: Vec<u8>,
+    },
+}
+
+/// Values whose type is known to fit.
 struct Stored<'a> {
     dtype: Dtype,
-    tensor: &'a Tensor,
+    values: &'a Values,
 }
 
 impl View for Stored<'_> {
@@ -100,17 +116,26 @@ impl View for Stored<'_> {
     }
 
     fn shape(&self) -> &[usize] {
-        self.tensor.dims()
+        match self.values {
+            Values::Tensor(tensor) => tensor.dims(),
+            Values::Raw { shape, .. } => shape,
+        }
     }
 
     fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        // Reading back a tensor of a type that was checked, from the CPU, does not fail; were it to, the length would
-        // not fit and the file could not be read.
-        bytes(self.tensor).unwrap_or_default().into()
+        match self.values {
+            // Reading back a tensor of a type that was checked, from the CPU, does not fail; were it to, the length would
+            // not fit and the file could not be read.
+            Values::Tensor(tensor) => bytes(tensor).unwrap_or_default().into(),
+            Values::Raw { bytes, .. } => bytes.into(),
+        }
     }
 
     fn data_len(&self) -> usize {
-        self.tensor.elem_count() * self.tensor.dtype().size_in_bytes()
+        match self.values {
+            Values::Tensor(tensor) => tensor.elem_count() * tensor.dtype().size_in_bytes(),
+            Values::Raw { bytes, .. } => bytes.len(),
+        }
     }
 }
 
@@ -131,15 +156,28 @@ fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
 /// # Errors
 /// [`Error::Run`] for a tensor of another type, or when the file cannot be written.
 pub fn write(path: &Path, tensors: &[(&str, Tensor)], text: HashMap<String, String>) -> Result<()> {
+    let values: Vec<(&str, Values)> =
+        tensors.iter().map(|(name, tensor)| (*name, Values::Tensor(tensor.clone()))).collect();
+    write_values(path, &values, text)
+}
+
+/// Writes as [`write`] does, values of other types among them.
+///
+/// # Errors
+/// [`Error::Run`] for a tensor of another type, or when the file cannot be written.
+pub fn write_values(path: &Path, values: &[(&str, Values)], text: HashMap<String, String>) -> Result<()> {
     let failed = |problem: String| Error::run(path.display(), format!("cannot be written: {problem}"));
-    let stored = |(name, tensor): &'_ (&'_ str, Tensor)| match tensor.dtype() {
-        DType::F32 => Ok(Dtype::F32),
-        DType::F16 => Ok(Dtype::F16),
-        DType::BF16 => Ok(Dtype::BF16),
-        other => Err(failed(format!("tensor {name} is of type {other:?}, expected F32, F16 or BF16"))),
+    let stored = |(name, values): &'_ (&'_ str, Values)| match values {
+        Values::Raw { dtype, .. } => Ok(*dtype),
+        Values::Tensor(tensor) => match tensor.dtype() {
+            DType::F32 => Ok(Dtype::F32),
+            DType::F16 => Ok(Dtype::F16),
+            DType::BF16 => Ok(Dtype::BF16),
+            other => Err(failed(format!("tensor {name} is of type {other:?}, expected F32, F16 or BF16"))),
+        },
     };
-    let dtypes = tensors.iter().map(stored).collect::<Result<Vec<_>>>()?;
-    let views = tensors.iter().zip(dtypes).map(|((name, tensor), dtype)| (*name, Stored { dtype, tensor }));
+    let dtypes = values.iter().map(stored).collect::<Result<Vec<_>>>()?;
+    let views = values.iter().zip(dtypes).map(|((name, values), dtype)| (*name, Stored { dtype, values }));
     files::write_beside(path, |beside| {
         // The library puts a file in its place that nobody but the owner may read.
         let permissions = std::fs::metadata(beside).map_err(|error| failed(error.to_string()))?.permissions();

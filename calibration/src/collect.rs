@@ -52,7 +52,8 @@ pub fn pictures(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found = vec![];
     let mut folders = vec![folder.to_path_buf()];
     while let Some(folder) = folders.pop() {
-        let entries = std::fs::read_dir(&folder).map_err(|error| bad(format!("cannot be read as a folder: {error}")))?;
+        let entries =
+            std::fs::read_dir(&folder).map_err(|error| bad(format!("cannot be read as a folder: {error}")))?;
         for path in entries.flatten().map(|entry| entry.path()) {
             let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
             if path.is_dir() {
@@ -89,7 +90,10 @@ pub fn read_picture(path: &Path, config: &Config, tokens: usize, resize: bool) -
     let (height, token) = (config.tokenizer.image_height(), config.tokenizer.token_width());
     let picture = picture::read(path, height, token)?;
     if picture.original.1 as usize != height && !resize {
-        let problem = format!("is {} pixels high, the model's images are {height}: scale it, or give --resize", picture.original.1);
+        let problem = format!(
+            "is {} pixels high, the model's images are {height}: scale it, or give --resize",
+            picture.original.1
+        );
         return Err(Error::input(path.display(), problem));
     }
     let width = picture.pixels.dim().2.min(tokens * token);

@@ -135,12 +135,7 @@ pub trait Int8: Ops {
     ///
     /// # Errors
     /// When the interpreter refuses.
-    fn dynamic_gemm(
-        &mut self,
-        x: &Self::Tensor,
-        weight: &Self::Tensor,
-        bias: &Self::Tensor,
-    ) -> Result<Self::Tensor>;
+    fn dynamic_gemm(&mut self, x: &Self::Tensor, weight: &Self::Tensor, bias: &Self::Tensor) -> Result<Self::Tensor>;
 
     /// [`Ops::conv`] in integers from an 8-bit input to an 8-bit output (ONNX `QLinearConv`).
     ///

@@ -1,7 +1,7 @@
 //! How alike two runs from the same noise are: tokens, and images as they would be written.
 
 use eqim::picture::to_byte;
-use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayView4, Axis};
+use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayView4, Axis, s};
 
 /// `‖found - expected‖ / ‖expected‖`.
 pub fn relative_error<'a>(
@@ -43,9 +43,11 @@ pub fn ssim(found: ArrayView4<f32>, expected: ArrayView4<f32>) -> f32 {
     let (mut sum, mut count) = (0.0, 0);
     for (found, expected) in found.axis_iter(Axis(0)).zip(expected.axis_iter(Axis(0))) {
         let (found, expected) = (luma(found), luma(expected));
-        let window = (WINDOW.min(found.dim().0), WINDOW.min(found.dim().1));
-        for (a, b) in found.windows(window).into_iter().zip(expected.windows(window)).step_by(STRIDE) {
-            sum += window_similarity(a, b);
+        let (height, width) = found.dim();
+        let corners = |length: usize| (0..=length.saturating_sub(WINDOW)).step_by(STRIDE);
+        for (y, x) in corners(height).flat_map(|y| corners(width).map(move |x| (y, x))) {
+            let window = s![y..(y + WINDOW).min(height), x..(x + WINDOW).min(width)];
+            sum += window_similarity(found.slice(window), expected.slice(window));
             count += 1;
         }
     }

@@ -36,7 +36,6 @@ pub struct Sensitivity {
 
 /// One scope of the ranking.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Ranked {
     /// The scope.
     pub scope: String,
@@ -116,7 +115,9 @@ pub fn quantized(config: &Config, policy: &Policy) -> Result<BTreeMap<String, BT
     for (stage, plan) in plan(config, policy)? {
         // The encoder takes no part in a rollout.
         let chosen = plan.schemes.into_iter().filter(|(_, scheme)| *scheme != Scheme::Float && stage != Stage::Encode);
-        chosen.for_each(|(scope, _)| drop(scopes.entry(scope).or_default().insert(stage)));
+        for (scope, _) in chosen {
+            scopes.entry(scope).or_default().insert(stage);
+        }
     }
     Ok(scopes)
 }

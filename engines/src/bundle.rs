@@ -1,12 +1,14 @@
 //! A bundle: a folder of small ONNX graphs, one `model.safetensors` that all of them point into, and `config.json`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use eqim::model::{Port, Stage};
 use eqim::tensors::TensorFile;
 use eqim::{Config, Error, Result, checkpoint, files};
+use eqim_calibration::Flavour;
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -14,6 +16,8 @@ use sha2::{Digest, Sha256};
 pub const CONFIG_FILE: &str = "config.json";
 /// Name of the file of weights.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
+/// Name of the calibration table that a bundle in INT8 was made with.
+pub const CALIBRATION_FILE: &str = "calibration.json";
 /// Version of the format that this code writes and reads.
 pub const FORMAT: u32 = 1;
 
@@ -35,6 +39,23 @@ pub struct Manifest {
     pub weights: FileRecord,
     /// The graphs by stage name.
     pub graphs: BTreeMap<String, GraphRecord>,
+    /// What is in INT8, where anything is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<Quantization>,
+}
+
+/// What of a bundle is in INT8; everything else is in its [`Precision`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Quantization {
+    /// What the graphs are for.
+    pub flavour: Flavour,
+    /// Names of the stages.
+    pub stages: Vec<String>,
+    /// Scopes in INT8.
+    pub scopes: BTreeSet<String>,
+    /// The calibration table.
+    pub calibration: FileRecord,
 }
 
 /// Precision of a bundle's graphs.
@@ -179,7 +200,9 @@ impl Bundle {
 
     fn check_files(&self) -> Result<()> {
         let config = self.folder.join(CONFIG_FILE);
-        let records = self.manifest.graphs.values().map(|graph| &graph.file).chain([&self.manifest.weights]);
+        let table = self.manifest.quantization.iter().map(|quantization| &quantization.calibration);
+        let graphs = self.manifest.graphs.values().map(|graph| &graph.file);
+        let records = graphs.chain([&self.manifest.weights]).chain(table);
         for record in records {
             let plain = Path::new(&record.file).components().count() == 1 && !record.file.contains(['/', '\\']);
             if !plain || record.file.starts_with('.') {
@@ -200,6 +223,9 @@ impl Bundle {
             }
             graph.file.verify(&self.folder)?;
         }
+        if let Some(quantization) = &self.manifest.quantization {
+            quantization.calibration.verify(&self.folder)?;
+        }
         self.check_weights()
     }
 
@@ -217,7 +243,8 @@ impl Bundle {
             return bad(format!("was written for another model than {CONFIG_FILE}: export the bundle again"));
         }
         let dtype = self.manifest.precision.dtype();
-        match file.tensors().into_iter().find(|(_, info)| info.dtype != dtype) {
+        let fits = |found: Dtype| found == dtype || self.manifest.quantization.is_some() && is_integer(found);
+        match file.tensors().into_iter().find(|(_, info)| !fits(info.dtype)) {
             Some((name, info)) => bad(format!(
                 "tensor {name} is of type {}, and {CONFIG_FILE} says {}",
                 info.dtype, self.manifest.precision
@@ -248,6 +275,11 @@ impl Bundle {
     pub fn weights_path(&self) -> PathBuf {
         self.folder.join(&self.manifest.weights.file)
     }
+}
+
+/// Whether weights in INT8, or their biases, are of a type.
+fn is_integer(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::I8 | Dtype::I32)
 }
 
 /// The one field that every version of `config.json` has.

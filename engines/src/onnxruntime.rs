@@ -14,7 +14,8 @@ use ndarray::{Array, Array2, Array3, Array4, ArrayD, ArrayView, ArrayView2, Arra
 use ort::environment::Environment;
 use ort::session::SessionInputValue;
 use ort::session::builder::GraphOptimizationLevel;
-use ort::value::{DynValue, Tensor};
+pub use ort::value::DynValue;
+use ort::value::Tensor;
 
 use crate::bundle::{Bundle, Precision};
 

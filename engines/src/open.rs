@@ -89,6 +89,10 @@ fn candle(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {
     if threads.is_some() {
         tracing::warn!("--threads limits ONNX Runtime's threads; those of Candle are set by RAYON_NUM_THREADS");
     }
+    if bundle.manifest.quantization.is_some() {
+        let problem = "is in INT8, which Candle does not run: use ONNX Runtime, or the bundle it was made of";
+        return Err(Error::input(bundle.folder.display(), problem));
+    }
     let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;
     Ok(Box::new(CandleEngine::new(config, weights)))
 }

@@ -14,6 +14,7 @@ use eqim::generate::{Generated, Noise, Request, Schedule, generate, timesteps};
 use eqim::model::{flow, tokenizer, transformer};
 use eqim::picture::to_byte;
 use eqim_calibration::Ranges;
+use eqim_calibration::quality::psnr;
 use eqim_engines::bundle::{Bundle, Precision};
 use eqim_engines::onnxruntime::OrtEngine;
 use ndarray::{Array3, Array4, ArrayView3, Axis, concatenate, s};
@@ -201,14 +202,11 @@ fn image_drift(found: &Array4<f32>, expected: &Array4<f32>) -> Option<ImageDrift
     }
     let levels = |(found, expected): (&f32, &f32)| to_byte(*found).abs_diff(to_byte(*expected));
     let levels: Vec<u8> = found.iter().zip(expected).map(levels).collect();
-    let count = levels.len() as f64;
     let sum: u64 = levels.iter().map(|&level| u64::from(level)).sum();
-    let squares: u64 = levels.iter().map(|&level| u64::from(level).pow(2)).sum();
-    let psnr = 10.0 * (255.0f64.powi(2) * count / squares as f64).log10();
     Some(ImageDrift {
+        mean: (sum as f64 / levels.len() as f64) as f32,
         largest: levels.into_iter().max().unwrap_or_default(),
-        mean: (sum as f64 / count) as f32,
-        psnr: (squares > 0).then_some(psnr as f32),
+        psnr: psnr(found.view(), expected.view()),
     })
 }
 

@@ -4,6 +4,7 @@ pub mod drift;
 pub mod inspect;
 pub mod lower;
 pub mod onnx;
+pub mod quantization;
 pub mod trt;
 pub mod validate;
 pub mod write;

@@ -2,15 +2,21 @@
 //!
 //! In FP16 and BF16 it casts as PyTorch's autocast does: matrix products and convolutions run in the precision of the bundle,
 //! norms and softmax in FP32, and where two precisions meet the result is FP32, so that the transformer's residual
-//! stream and the ODE's state never lose bits.
+//! stream and the ODE's state never lose bits. A policy puts products into INT8: see `int8.rs`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use eqim::model::{Axis, Kind, Port, Stage};
 use eqim::ops::{Binary, Dim, Ops, Turn, Unary, scoped};
 use eqim::tensors::TensorFile;
 use eqim::{Config, Error, Result};
+use eqim_calibration::{Policy, Quantize};
 use eqim_engines::bundle::{Precision, WEIGHTS_FILE};
+
+mod int8;
+
+use int8::is_integer;
+pub use int8::{bias_name, scale_name, weight_name};
 
 use crate::onnx::{self, Attribute, DataType, Dimension, Graph, Model, Node, OperatorSet};
 
@@ -42,15 +48,17 @@ pub type Places = HashMap<String, Place>;
 /// Places of all weights of a `.safetensors`.
 ///
 /// # Errors
-/// [`Error::Input`] for a tensor that is none of `f32`, `f16` and `bf16`.
+/// [`Error::Input`] for a tensor of a type that graphs have no use for.
 pub fn places(file: &TensorFile) -> Result<Places> {
     let place = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
         let data_type = match info.dtype {
             safetensors::Dtype::F32 => DataType::Float,
             safetensors::Dtype::F16 => DataType::Float16,
             safetensors::Dtype::BF16 => DataType::Bfloat16,
+            safetensors::Dtype::I8 => DataType::Int8,
+            safetensors::Dtype::I32 => DataType::Int32,
             other => {
-                let problem = format!("tensor {name} is of type {other:?}, expected F32, F16 or BF16");
+                let problem = format!("tensor {name} is of type {other:?}, expected F32, F16, BF16, I8 or I32");
                 return Err(Error::input(file.path().display(), problem));
             }
         };
@@ -80,11 +88,32 @@ pub struct Lower<'a> {
 ///
 /// # Errors
 /// When a weight is missing.
-pub fn lower(config: &Config, stage: Stage, weights: &Places, precision: Precision, opset: i64) -> Result<Model> {
-    let mut lower = Lower::new(weights, precision, opset);
+pub fn lower(config: &Config, stage: Stage, weights: &Places, options: Options) -> Result<Model> {
+    let mut lower = Lower::new(weights, options.precision, options.opset);
     let inputs: Vec<Value> = stage.inputs(config).iter().map(|port| lower.input(port)).collect();
-    let outputs = stage.run(&mut lower, config, &inputs)?;
+    let (lower, outputs) = match options.policy {
+        None => {
+            let outputs = stage.run(&mut lower, config, &inputs)?;
+            (lower, outputs)
+        }
+        Some(policy) => {
+            let mut quantize = Quantize::new(lower, policy, stage);
+            let outputs = stage.run(&mut quantize, config, &inputs)?;
+            (quantize.into_inner(), outputs)
+        }
+    };
     Ok(lower.finish(stage.name(), &outputs, &stage.outputs(config)))
+}
+
+/// How graphs are written.
+#[derive(Clone, Copy, Debug)]
+pub struct Options<'a> {
+    /// Precision of weights and matrix products.
+    pub precision: Precision,
+    /// ONNX operator set.
+    pub opset: i64,
+    /// What runs in INT8.
+    pub policy: Option<&'a Policy>,
 }
 
 impl<'a> Lower<'a> {
@@ -140,6 +169,10 @@ impl<'a> Lower<'a> {
         let mut graph = self.graphs.remove(0);
         graph.name = Some(name.into());
         rename(&mut graph, &renamed);
+        // A weight that is used in 8 bits only was asked for as well.
+        let mut used = HashSet::new();
+        collect_inputs(&graph, &mut used);
+        graph.initializer.retain(|tensor| tensor.name.as_ref().is_some_and(|name| used.contains(name)));
         Model {
             ir_version: Some(match self.opset {
                 ..19 => 8,
@@ -166,17 +199,29 @@ impl<'a> Lower<'a> {
 
     /// Appends a node of one output to the innermost graph.
     fn node(&mut self, op: &str, inputs: &[&Value], attributes: Vec<Attribute>, data_type: DataType) -> Value {
+        let [value] = self.node_of(op, inputs, attributes, [("output", data_type)]);
+        value
+    }
+
+    /// Appends a node of some outputs.
+    fn node_of<const N: usize>(
+        &mut self,
+        op: &str,
+        inputs: &[&Value],
+        attributes: Vec<Attribute>,
+        outputs: [(&str, DataType); N],
+    ) -> [Value; N] {
         let name = self.unique(scoped(&self.scope, op));
-        let value = Value { name: format!("{name}_output"), data_type };
+        let values = outputs.map(|(output, data_type)| Value { name: format!("{name}_{output}"), data_type });
         let node = Node {
             input: inputs.iter().map(|input| input.name.clone()).collect(),
-            output: vec![value.name.clone()],
+            output: values.iter().map(|value| value.name.clone()).collect(),
             name: Some(name),
             op_type: Some(op.into()),
             attribute: attributes,
         };
         self.graph().node.push(node);
-        value
+        values
     }
 
     fn initializer(&mut self, data_type: DataType, shape: &[usize], bytes: Vec<u8>) -> Value {
@@ -196,6 +241,20 @@ impl<'a> Lower<'a> {
 
     fn floats(&mut self, shape: &[usize], values: &[f32]) -> Value {
         self.initializer(DataType::Float, shape, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+    }
+
+    /// A tensor of the file of weights.
+    fn stored(&mut self, name: &str) -> Result<Value> {
+        if let Some(value) = self.parameters.get(name) {
+            return Ok(value.clone());
+        }
+        let place = self.weights.get(name);
+        let place = place.ok_or_else(|| Error::input(WEIGHTS_FILE, format!("has no tensor {name}")))?;
+        let tensor = onnx::external(name, place.data_type, &place.shape, WEIGHTS_FILE, place.bytes);
+        self.graphs[0].initializer.push(tensor);
+        let value = Value { name: name.to_string(), data_type: place.data_type };
+        self.parameters.insert(name.to_string(), value.clone());
+        Ok(value)
     }
 
     fn cast(&mut self, x: &Value, data_type: DataType) -> Value {
@@ -274,6 +333,14 @@ fn dimensions(port: &Port) -> Vec<Dimension> {
     port.shape.iter().map(dimension).collect()
 }
 
+/// Names of all values that nodes use, those of loop bodies included.
+fn collect_inputs(graph: &Graph, used: &mut HashSet<String>) {
+    for node in &graph.node {
+        used.extend(node.input.iter().cloned());
+        node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()).for_each(|body| collect_inputs(body, used));
+    }
+}
+
 /// Renames values, also where loop bodies use them.
 fn rename(graph: &mut Graph, names: &HashMap<String, String>) {
     for node in &mut graph.node {
@@ -300,15 +367,14 @@ impl Ops for Lower<'_> {
 
     fn param(&mut self, name: &str, shape: &[usize]) -> Result<Value> {
         let name = scoped(&self.scope, name);
-        if let Some(value) = self.parameters.get(&name) {
-            return Ok(value.clone());
+        if !self.weights.contains_key(&name) && is_integer(self.weights, &name) {
+            // Only the operators of 8 bits will use it, under their own names.
+            return Ok(Value { name, data_type: self.compute });
         }
-        let place = self.weights.get(&name).filter(|place| place.shape == shape);
-        let place = place.ok_or_else(|| Error::input(WEIGHTS_FILE, format!("has no tensor {name} {shape:?}")))?;
-        let tensor = onnx::external(&name, place.data_type, shape, WEIGHTS_FILE, place.bytes);
-        self.graphs[0].initializer.push(tensor);
-        let value = Value { name: name.clone(), data_type: place.data_type };
-        self.parameters.insert(name, value.clone());
+        let value = self.stored(&name)?;
+        if self.weights.get(&name).is_none_or(|place| place.shape != shape) {
+            return Err(Error::input(WEIGHTS_FILE, format!("has no tensor {name} {shape:?}")));
+        }
         Ok(value)
     }
 

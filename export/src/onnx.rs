@@ -188,6 +188,12 @@ pub struct Dimension {
 pub enum DataType {
     /// 32-bit floating point.
     Float = 1,
+    /// Unsigned 8-bit integer.
+    Uint8 = 2,
+    /// 8-bit integer.
+    Int8 = 3,
+    /// 32-bit integer.
+    Int32 = 6,
     /// 64-bit integer.
     Int64 = 7,
     /// Truth value.

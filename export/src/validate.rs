@@ -4,18 +4,19 @@
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use eqim::candle::{CandleEngine, to_array};
+use eqim::candle::{CandleEngine, StageEngine, to_array};
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
 use eqim::model::{BATCH, Kind, Port, Stage, transformer};
 use eqim::ops::eager::Eager;
 use eqim::random::TorchRng;
 use eqim::{Config, Error, Result};
-use eqim_calibration::Ranges;
+use eqim_calibration::quality::relative_error;
+use eqim_calibration::{Preview, Ranges};
 use eqim_engines::bundle::{Bundle, Precision};
-use eqim_engines::onnxruntime::{OrtEngine, Runtime, float_input, float_output, integer_input};
+use eqim_engines::onnxruntime::{DynValue, OrtEngine, Runtime, float_input, float_output, integer_input};
 use half::f16;
-use ndarray::{Array2, Array3, ArrayD, Axis as ArrayAxis, s};
+use ndarray::{Array2, Array3, ArrayD, Axis as ArrayAxis, IxDyn, s};
 use serde::Serialize;
 
 /// How far values may lie apart by default. FP32: both sides round at 1e-7 of values near 1, a few hundred times in a
@@ -24,6 +25,14 @@ pub fn default_tolerance(precision: Precision) -> f32 {
     match precision {
         Precision::Fp32 => 1e-4,
         Precision::Fp16 | Precision::Bf16 => 2e-2,
+    }
+}
+
+/// How far graphs in INT8 may lie from their preview, `‖a - b‖ / ‖b‖`.
+fn preview_tolerance(precision: Precision) -> f32 {
+    match precision {
+        Precision::Fp32 => 1e-2,
+        Precision::Fp16 | Precision::Bf16 => 5e-2,
     }
 }
 
@@ -184,20 +193,7 @@ fn graph_alone(
     let ports = stage.inputs(config);
     let inputs = ports.iter().map(|port| random_input(config, stage, port, random)).collect::<Result<Vec<_>>>()?;
     let expected = ranges.observe(reference.weights(), |o| stage.run(o, config, &inputs))?;
-    let graph = runtime.graph(&bundle.graph_path(stage)?, None, false)?;
-    let values = ports
-        .iter()
-        .zip(&inputs)
-        .map(|(port, input)| match (port.kind, bundle.manifest.precision) {
-            (Kind::Integer, _) => Ok(integer_input(&input.to_vec1::<i64>()?)?.into()),
-            (Kind::Cache, Precision::Fp16) => {
-                let array: ArrayD<f32> = to_array(input)?;
-                Ok(eqim_engines::onnxruntime::half_input(array.mapv(f16::from_f32))?.into())
-            }
-            _ => Ok(float_input::<ndarray::IxDyn>(to_array(input)?.view())?.into()),
-        })
-        .collect::<Result<Vec<_>>>()?;
-    let found = graph.run(&values)?;
+    let found = on_runtime(bundle, runtime, stage, &inputs)?;
 
     let mut checks = vec![];
     let mut caches: Option<Check> = None;
@@ -213,6 +209,66 @@ fn graph_alone(
     }
     checks.extend(caches);
     Ok(checks)
+}
+
+/// Runs a stage's graph on Candle's tensors.
+fn on_runtime(bundle: &Bundle, runtime: Runtime, stage: Stage, inputs: &[Tensor]) -> Result<Vec<DynValue>> {
+    let graph = runtime.graph(&bundle.graph_path(stage)?, None, false)?;
+    let values = stage
+        .inputs(&bundle.manifest.model)
+        .iter()
+        .zip(inputs)
+        .map(|(port, input)| match (port.kind, bundle.manifest.precision) {
+            (Kind::Integer, _) => Ok(integer_input(&input.to_vec1::<i64>()?)?.into()),
+            (Kind::Cache, Precision::Fp16) => {
+                let array: ArrayD<f32> = to_array(input)?;
+                Ok(eqim_engines::onnxruntime::half_input(array.mapv(f16::from_f32))?.into())
+            }
+            _ => Ok(float_input::<ndarray::IxDyn>(to_array(input)?.view())?.into()),
+        })
+        .collect::<Result<Vec<_>>>()?;
+    graph.run(&values)
+}
+
+/// Compares every graph of a bundle in INT8 with the preview, on the same inputs; tells whether all agree, and shows
+/// every line to `progress`.
+///
+/// # Errors
+/// When an engine fails.
+pub fn validate_preview(
+    bundle: &Bundle,
+    preview: &StageEngine<Preview>,
+    library: &Path,
+    mut progress: impl FnMut(&str),
+) -> Result<bool> {
+    let runtime = Runtime::load(library)?;
+    let config = &bundle.manifest.model;
+    let tolerance = preview_tolerance(bundle.manifest.precision);
+    let mut random = TorchRng::new(SEED);
+    let mut passed = true;
+    for stage in Stage::ALL {
+        let ports = stage.inputs(config);
+        let inputs = ports.iter().map(|port| random_input(config, stage, port, &mut random));
+        let inputs = inputs.collect::<Result<Vec<_>>>()?;
+        let expected = preview.run(stage, &inputs)?;
+        let found = on_runtime(bundle, runtime, stage, &inputs)?;
+        let mut worst = 0.0f32;
+        for (expected, found) in expected.iter().zip(&found) {
+            let (found, expected) = (float_output::<IxDyn>(found)?, to_array::<IxDyn>(expected)?);
+            let error =
+                if found.shape() == expected.shape() { relative_error(&found, &expected) } else { f32::INFINITY };
+            // A comparison with NaN is false.
+            worst = if error <= worst { worst } else { error };
+        }
+        let alike = worst <= tolerance;
+        passed &= alike;
+        let mark = if alike { '✓' } else { 'x' };
+        progress(&format!(
+            "\t-[{mark}] {}.onnx: relative error {worst:.1e} (tolerance: {tolerance:.0e})",
+            stage.name()
+        ));
+    }
+    Ok(passed)
 }
 
 /// A rollout of a guided batch, past the first wrap of the cache's window, on both engines from one seed.

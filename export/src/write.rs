@@ -11,23 +11,25 @@ use eqim::model::Stage;
 use eqim::tensors::TensorFile;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
-use eqim_engines::bundle::{Bundle, CONFIG_FILE, FORMAT, FileRecord, GraphRecord, Manifest, Precision, WEIGHTS_FILE};
+use eqim_calibration::plan;
+use eqim_engines::bundle::{
+    Bundle, CALIBRATION_FILE, CONFIG_FILE, FORMAT, FileRecord, GraphRecord, Manifest, Precision, WEIGHTS_FILE,
+};
 use eqim_engines::trt;
 use prost::Message;
 use tempfile::TempDir;
 
+pub use crate::lower::Options;
 use crate::lower::{self, Places};
 
-pub(crate) const PRODUCER: &str = "eqim";
+mod quantized;
 
-/// How graphs are written.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// Precision of weights and matrix products.
-    pub precision: Precision,
-    /// ONNX operator set.
-    pub opset: i64,
-}
+/// Name of the report of what INT8 does to a model.
+pub const REPORT_FILE: &str = "quantization.json";
+/// Name of the same report as text.
+pub const REPORT_TEXT_FILE: &str = "quantization.txt";
+
+pub(crate) const PRODUCER: &str = "eqim";
 
 /// A bundle that is complete but does not stand at its destination yet. Dropped, it vanishes.
 #[derive(Debug)]
@@ -65,7 +67,8 @@ fn is_ours(folder: &Path, name: &str) -> bool {
         return folder.join(name).join(trt::SIDECAR_FILE).is_file();
     }
     if name != CONFIG_FILE {
-        return name == WEIGHTS_FILE || Stage::ALL.iter().any(|stage| graph_file(*stage) == name);
+        let ours = [WEIGHTS_FILE, CALIBRATION_FILE, REPORT_FILE, REPORT_TEXT_FILE];
+        return ours.contains(&name) || Stage::ALL.iter().any(|stage| graph_file(*stage) == name);
     }
     let text = files::read(&folder.join(CONFIG_FILE)).unwrap_or_default();
     let manifest: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
@@ -88,7 +91,18 @@ pub fn draft(
     let draft = files::temporary(0o777).tempdir_in(folder(destination)).map_err(failed)?;
     progress(WEIGHTS_FILE);
     let weights_file = draft.path().join(WEIGHTS_FILE);
-    write_weights(&weights_file, config, weights, options.precision)?;
+    let quantization = match options.policy {
+        None => {
+            write_weights(&weights_file, config, weights, options.precision)?;
+            None
+        }
+        Some(policy) => {
+            let plans = plan(config, policy)?;
+            quantized::write_weights(&weights_file, config, weights, &plans, options.precision)?;
+            policy.table.write(&draft.path().join(CALIBRATION_FILE))?;
+            Some(quantized::describe(policy, &plans, FileRecord::of(draft.path(), CALIBRATION_FILE)?))
+        }
+    };
     let places = lower::places(&TensorFile::open(&weights_file)?)?;
     let mut graphs = BTreeMap::new();
     for stage in Stage::ALL {
@@ -103,6 +117,7 @@ pub fn draft(
         model: config.clone(),
         weights: FileRecord::of(draft.path(), WEIGHTS_FILE)?,
         graphs,
+        quantization,
     };
     let text = serde_json::to_vec_pretty(&manifest).map_err(|error| Error::run(CONFIG_FILE, error))?;
     files::write(&draft.path().join(CONFIG_FILE), &text)?;
@@ -152,7 +167,7 @@ fn graph_file(stage: Stage) -> String {
 }
 
 fn write_graph(folder: &Path, config: &Config, stage: Stage, places: &Places, options: Options) -> Result<GraphRecord> {
-    let model = lower::lower(config, stage, places, options.precision, options.opset)?;
+    let model = lower::lower(config, stage, places, options)?;
     let file = graph_file(stage);
     files::write(&folder.join(&file), &model.encode_to_vec())?;
     Ok(GraphRecord {

@@ -532,7 +532,7 @@ fn stages_use_only_operators_that_are_exercised_and_that_tensorrt_accepts() {
     let destination = folder.path().join("bundle");
     for precision in [Precision::Fp32, Precision::Fp16] {
         for opset in [OLDEST_OPSET, NEWEST_OPSET] {
-            let options = Options { precision, opset };
+            let options = Options { precision, opset, policy: None };
             let draft = draft(&destination, &config, &weights, options, |_| {}).unwrap();
             let exercised = exercised(precision, opset);
             for stage in Stage::ALL {

@@ -16,7 +16,7 @@ use torch::TorchFile;
 
 use crate::config::{GeneratorConfig, Preset, TokenizerConfig};
 use crate::model::Stage;
-use crate::tensors::{self, TensorFile};
+use crate::tensors::{self, TensorFile, Values};
 use crate::weights::Weights;
 use crate::{Config, Error, Result, files};
 
@@ -66,8 +66,18 @@ pub struct StoredConfig {
 /// # Errors
 /// [`Error::Run`] when it cannot be written.
 pub fn write(path: &Path, config: &StoredConfig, stored: &[(&str, Tensor)]) -> Result<()> {
+    let values: Vec<(&str, Values)> =
+        stored.iter().map(|(name, tensor)| (*name, Values::Tensor(tensor.clone()))).collect();
+    write_values(path, config, &values)
+}
+
+/// Writes as [`write`] does, values of other types among them.
+///
+/// # Errors
+/// [`Error::Run`] when it cannot be written.
+pub fn write_values(path: &Path, config: &StoredConfig, stored: &[(&str, Values)]) -> Result<()> {
     let config = serde_json::to_string(config).map_err(|error| Error::run(path.display(), error))?;
-    tensors::write(path, stored, HashMap::from([(CONFIG_KEY.to_string(), config)]))
+    tensors::write_values(path, stored, HashMap::from([(CONFIG_KEY.to_string(), config)]))
 }
 
 /// First components of the tokenizer's tensor names; everything else is the generator's.

@@ -34,7 +34,7 @@ pub fn lowered(bundle: &Bundle, weights: &Weights, precision: Precision) -> Resu
         return Err(Error::input(bundle.folder.display(), problem));
     }
     let opset = if precision == Precision::Bf16 { BF16_OPSET } else { manifest.opset };
-    write::draft(&bundle.folder, &manifest.model, weights, Options { precision, opset }, |_| {})
+    write::draft(&bundle.folder, &manifest.model, weights, Options { precision, opset, policy: None }, |_| {})
 }
 
 /// Engines that stand beside a bundle, not in it yet. Dropped, they vanish.

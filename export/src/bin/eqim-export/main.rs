@@ -1,5 +1,7 @@
 //! `eqim-export`: from checkpoints to bundles of ONNX graphs and TensorRT engines, and what is in them.
 
+mod calibrate;
+mod int8;
 mod trt;
 
 use std::path::PathBuf;
@@ -11,6 +13,7 @@ use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::config::Preset;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
+use eqim_calibration::Flavour;
 use eqim_engines::bundle::{Bundle, Precision};
 use eqim_engines::{cli, native};
 use eqim_export::inspect::inspect;
@@ -29,6 +32,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     Onnx(Onnx),
+    Calibrate(calibrate::Calibrate),
     Trt(trt::Trt),
     Inspect(Inspect),
 }
@@ -61,6 +65,11 @@ struct Onnx {
     /// Write the bundle without running it
     #[arg(long)]
     no_validate: bool,
+    #[command(flatten)]
+    int8: int8::Int8,
+    /// What INT8 is for: explicit Q/DQ that TensorRT takes, or integer operators that are fast on a CPU
+    #[arg(long = "for", value_enum, default_value_t = Flavour::TensorRt, requires = "int8")]
+    flavour: Flavour,
 }
 
 /// Where weights come from.
@@ -160,6 +169,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     cli::main(|| match &arguments.command {
         Command::Onnx(onnx) => export(onnx),
+        Command::Calibrate(arguments) => calibrate::run(arguments),
         Command::Trt(arguments) => trt::run(arguments),
         Command::Inspect(arguments) => show(arguments),
     })
@@ -199,19 +209,28 @@ fn export(arguments: &Onnx) -> Result<()> {
         DtypeArgument::Fp16 => Precision::Fp16,
     };
     let (config, weights) = load(arguments)?;
-    let options = Options { precision, opset: arguments.opset };
-    let draft =
-        write::draft(&arguments.output, &config, &weights, options, |file| say(format_args!("writing {file}")))?;
-    let draft = match library {
-        Some(library) => {
-            let atol = arguments.atol.unwrap_or(default_tolerance(precision));
-            let reference = CandleEngine::new(config, weights);
-            validated(draft, &reference, &library, atol)?
-        }
-        None => draft,
+    let options = Options { precision, opset: arguments.opset, policy: None };
+    let draft = match arguments.int8.policy(&config, &weights, arguments.flavour)? {
+        Some(policy) => int8::draft(arguments, &config, &weights, options, policy, library.as_deref())?,
+        None => float(arguments, config, weights, options, library)?,
     };
     let bundle = draft.publish()?;
     cli::print(format_args!("The ONNX export succeeded and the bundle was saved at: {}", bundle.folder.display()))
+}
+
+/// A bundle without INT8, validated where there is a library to run it.
+fn float(
+    arguments: &Onnx,
+    config: Config,
+    weights: Weights,
+    options: Options,
+    library: Option<PathBuf>,
+) -> Result<Draft> {
+    let draft =
+        write::draft(&arguments.output, &config, &weights, options, |file| say(format_args!("writing {file}")))?;
+    let Some(library) = library else { return Ok(draft) };
+    let atol = arguments.atol.unwrap_or(default_tolerance(options.precision));
+    validated(draft, &CandleEngine::new(config, weights), &library, atol)
 }
 
 /// Reports progress; the export goes on when nobody listens.

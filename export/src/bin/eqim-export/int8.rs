@@ -1,0 +1,135 @@
+//! `eqim-export onnx --int8`: a bundle in INT8, and what that does to the model.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use eqim::model::Stage;
+use eqim::weights::Weights;
+use eqim::{Config, Error, Result};
+use eqim_calibration::policy::{STAGES, patterns, stage_named};
+use eqim_calibration::{Flavour, Policy, Preview, Table, fingerprint, plan};
+use eqim_engines::bundle::Precision;
+use eqim_export::quantization::{self, LEAST_SPEEDUP, Pair, Settings, Times};
+use eqim_export::validate::validate_preview;
+use eqim_export::write::{self, Draft, Options, REPORT_FILE, REPORT_TEXT_FILE};
+
+use super::say;
+
+/// What is in INT8.
+#[derive(Args)]
+pub struct Int8 {
+    /// Put products in INT8, of these stages: prefill, step, flow, decoder, encoder [default: all but the encoder]
+    #[arg(long, value_name = "STAGES", num_args = 0..=1, default_missing_value = "prefill,step,flow,decoder", value_delimiter = ',', value_parser = stage_named, requires = "calibration")]
+    pub int8: Option<Vec<Stage>>,
+    /// The table that eqim-export calibrate wrote for this model
+    #[arg(long, value_name = "TABLE.json", requires = "int8")]
+    pub calibration: Option<PathBuf>,
+    /// Scopes to leave out of INT8, as a regular expression; may be given again
+    #[arg(long, value_name = "REGEX", requires = "int8")]
+    keep: Vec<String>,
+    /// Least PSNR of an image of 16 tokens against FP32, dB
+    #[arg(long, value_name = "DB", default_value_t = 30.0, requires = "int8", value_parser = super::tolerance)]
+    min_psnr: f32,
+    /// Write the INT8 even if it is slower than FP32, or below --min-psnr
+    #[arg(long, requires = "int8")]
+    force: bool,
+}
+
+impl Int8 {
+    /// The policy that the flags describe, where they ask for INT8.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a table or pattern that does not fit the model.
+    pub fn policy(&self, config: &Config, weights: &Weights, flavour: Flavour) -> Result<Option<Policy>> {
+        let (Some(stages), Some(path)) = (&self.int8, &self.calibration) else { return Ok(None) };
+        let table = Table::read(path)?;
+        table.check_model(path, &fingerprint(config, weights)?)?;
+        let stages = if stages.is_empty() { STAGES.to_vec() } else { stages.clone() };
+        let mut policy = Policy::new(flavour, stages, table);
+        policy.keep = patterns(&self.keep)?;
+        plan(config, &policy)?;
+        Ok(Some(policy))
+    }
+
+    /// What the report asks.
+    pub fn settings(&self) -> Settings {
+        Settings { min_psnr: self.min_psnr, gained_nothing: vec![], lengths: quantization::LENGTHS.to_vec() }
+    }
+
+    /// Shows a report and keeps it in `folder`.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when it does not pass, unless it is forced.
+    pub fn judged(&self, pair: &Pair, settings: &Settings, folder: &Path) -> Result<()> {
+        let report = quantization::measure(pair, settings, |what| say(format_args!("measuring {what}")))?;
+        say(report.text());
+        if !report.passed && !self.force {
+            let problem = format!(
+                "{}, so nothing was written: eqim-export calibrate --sensitivity finds the scopes that do the damage, \
+                 --keep leaves scopes out, --min-psnr sets another floor, --force writes it all the same",
+                report.verdict
+            );
+            return Err(Error::run("INT8", problem));
+        }
+        report.write(&folder.join(REPORT_FILE), &folder.join(REPORT_TEXT_FILE))
+    }
+}
+
+/// Checks that graphs in INT8 compute what the policy's preview does.
+///
+/// # Errors
+/// [`Error::Run`] when they do not.
+pub fn check_preview(draft: &Draft, config: &Config, weights: &Weights, policy: &Policy, library: &Path) -> Result<()> {
+    say("Validating on ONNX Runtime against the preview of INT8 on Candle (same inputs):");
+    let preview = Preview::engine(config, weights, policy)?;
+    if validate_preview(&draft.bundle, &preview, library, |line| say(line))? {
+        return Ok(());
+    }
+    Err(Error::run(
+        "validation",
+        "what is marked -[x] does not compute what the preview does, so no bundle was written; --no-validate writes the \
+         bundle unseen",
+    ))
+}
+
+/// A bundle in INT8 with its report, not yet at its destination.
+///
+/// # Errors
+/// [`Error::Run`] when it does not compute what the preview does, or does not pay.
+pub fn draft(
+    arguments: &super::Onnx,
+    config: &Config,
+    weights: &Weights,
+    options: Options,
+    mut policy: Policy,
+    library: Option<&Path>,
+) -> Result<Draft> {
+    if policy.flavour == Flavour::Cpu && options.precision != Precision::Fp32 {
+        return Err(Error::input("--for cpu", "runs what is not in INT8 in FP32: leave --dtype fp16 away"));
+    }
+    let write = |policy: Option<&Policy>, precision| {
+        let options = Options { policy, precision, ..options };
+        write::draft(&arguments.output, config, weights, options, |file| say(format_args!("writing {file}")))
+    };
+    let Some(library) = library else { return write(Some(&policy), options.precision) };
+    say("FP32, to compare with:");
+    let fp32 = write(None, Precision::Fp32)?;
+    say("INT8:");
+    let mut int8 = write(Some(&policy), options.precision)?;
+    let mut settings = arguments.int8.settings();
+    if policy.flavour == Flavour::Cpu && !arguments.int8.force {
+        let pair = Pair::load(&fp32.bundle, &int8.bundle, library)?;
+        let gains = |times: &Times| times.speedup() >= LEAST_SPEEDUP;
+        settings.gained_nothing = pair.stage_times()?.into_iter().filter(|(_, times)| !gains(times)).collect();
+    }
+    if !settings.gained_nothing.is_empty() {
+        for (stage, times) in &settings.gained_nothing {
+            policy.stages.remove(stage);
+            say(format_args!("{} gains nothing ({:.2}×) and stays in FP32", stage.name(), times.speedup()));
+        }
+        int8 = write(Some(&policy), options.precision)?;
+    }
+    check_preview(&int8, config, weights, &policy, library)?;
+    arguments.int8.judged(&Pair::load(&fp32.bundle, &int8.bundle, library)?, &settings, &int8.bundle.folder)?;
+    Ok(int8)
+}

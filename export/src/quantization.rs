@@ -1,0 +1,483 @@
+//! What INT8 does to a model: quality and speed beside each other, against FP32 from the same noise.
+
+use std::fmt::Write;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use eqim::engine::Engine;
+use eqim::generate::{Noise, Request, Schedule, generate};
+use eqim::model::Stage;
+use eqim::{Error, Result, files};
+use eqim_calibration::Flavour;
+use eqim_calibration::quality::{cosine, psnr, relative_error, ssim};
+use eqim_engines::bundle::{Bundle, Precision};
+use eqim_engines::onnxruntime::OrtEngine;
+use ndarray::{Array2, Array3, Array4, ArrayView3, Axis, s};
+use serde::{Deserialize, Serialize};
+
+/// Images that the floor is asked of, each of its own class and seed, and their length: a published image.
+const IMAGES: usize = 4;
+const TOKENS: usize = 16;
+/// Lengths that drift is measured over.
+pub const LENGTHS: [usize; 3] = [16, 64, 256];
+/// Guidance, the same at every token: so a shorter rollout is the beginning of a longer one.
+const CFG: f32 = 3.0;
+/// Not among the seeds that calibration begins with.
+const SEED: u64 = 1_000_003;
+
+/// Quality and speed of a bundle in INT8.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Report {
+    /// Whether quality is above the floor, and nothing in INT8 is slower.
+    pub passed: bool,
+    /// What is said first.
+    pub verdict: String,
+    /// What the graphs are for.
+    pub flavour: Flavour,
+    /// Precision of what is not in INT8.
+    pub precision: Precision,
+    /// Least PSNR of an image of 16 tokens that passes, dB.
+    pub min_psnr: f32,
+    /// Guidance of the rollouts.
+    pub cfg: f32,
+    /// Euler steps a token.
+    pub steps: usize,
+    /// Images of 16 tokens.
+    pub images: Vec<Image>,
+    /// The beginnings of one long rollout.
+    pub rollouts: Vec<Rollout>,
+    /// Its tokens, by position.
+    pub positions: Vec<Position>,
+    /// Stages, in the order of a run.
+    pub stages: Vec<StageReport>,
+    /// A guided image of 16 tokens, from labels to pixels; where times are of the hardware that the flavour is for.
+    pub end_to_end: Option<Times>,
+    /// Bytes of graphs and weights.
+    pub bytes: Sizes,
+}
+
+/// One image of 16 tokens.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Image {
+    /// Its class.
+    pub class: usize,
+    /// Seed of its noise.
+    pub seed: u64,
+    /// Relative error of its tokens.
+    pub relative_error: f32,
+    /// PSNR, dB; `null` for an equal image.
+    pub psnr: Option<f32>,
+    /// Structural similarity.
+    pub ssim: f32,
+}
+
+/// The beginning of the long rollout.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rollout {
+    /// Its length.
+    pub tokens: usize,
+    /// Relative error of all its tokens.
+    pub relative_error: f32,
+    /// Largest absolute difference of a token's value, and the largest value there is.
+    pub largest_drift: f32,
+    /// Largest absolute value of a token.
+    pub largest_value: f32,
+    /// PSNR of the image, dB; `null` for an equal image.
+    pub psnr: Option<f32>,
+    /// Structural similarity of the image.
+    pub ssim: f32,
+}
+
+/// One token.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Position {
+    /// Its position.
+    pub token: usize,
+    /// Cosine to FP32's.
+    pub cosine: f32,
+    /// `‖int8 - fp32‖ / ‖fp32‖`.
+    pub relative_error: f32,
+}
+
+/// One stage.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StageReport {
+    /// Its name.
+    pub stage: String,
+    /// Whether anything of it is in INT8.
+    pub int8: bool,
+    /// Median time of one run for a guided image, where it was measured.
+    pub times: Option<Times>,
+    /// Why it stayed as it was although INT8 was asked for: the times it was tried with.
+    pub gained_nothing: Option<Times>,
+}
+
+/// Seconds of the same work.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Times {
+    /// In FP32.
+    pub fp32: f64,
+    /// In INT8.
+    pub int8: f64,
+}
+
+impl Times {
+    /// How many times as fast INT8 is.
+    pub fn speedup(self) -> f64 {
+        self.fp32 / self.int8
+    }
+}
+
+/// Bytes of two bundles.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sizes {
+    /// In FP32.
+    pub fp32: u64,
+    /// In INT8.
+    pub int8: u64,
+}
+
+/// A stage in INT8 has to be this many times as fast: less is noise.
+pub const LEAST_SPEEDUP: f64 = 1.05;
+
+/// A bundle in FP32 and one of the same model in INT8, on ONNX Runtime.
+pub struct Pair {
+    fp32: OrtEngine,
+    int8: OrtEngine,
+    bundles: [Bundle; 2],
+}
+
+impl Pair {
+    /// Loads both.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when ONNX Runtime refuses one.
+    pub fn load(fp32: &Bundle, int8: &Bundle, library: &Path) -> Result<Self> {
+        Ok(Self {
+            fp32: OrtEngine::new(fp32, library, None)?,
+            int8: OrtEngine::new(int8, library, None)?,
+            bundles: [fp32.clone(), int8.clone()],
+        })
+    }
+
+    /// The bundle in INT8.
+    fn bundle(&self) -> &Bundle {
+        &self.bundles[1]
+    }
+
+    /// Whether any of a stage is in INT8.
+    fn is_int8(&self, stage: Stage) -> bool {
+        let quantization = &self.bundle().manifest.quantization;
+        quantization.as_ref().is_some_and(|found| found.stages.iter().any(|name| name == stage.name()))
+    }
+
+    /// Times every stage that is in INT8, alternately.
+    ///
+    /// # Errors
+    /// When an engine fails.
+    pub fn stage_times(&self) -> Result<Vec<(Stage, Times)>> {
+        let stages = Stage::ALL.into_iter().filter(|&stage| self.is_int8(stage));
+        stages.map(|stage| Ok((stage, self.times(|engine| work(engine, stage))?))).collect()
+    }
+
+    /// Median times of some work, alternately.
+    fn times(&self, work: impl Fn(&OrtEngine) -> Result<Duration>) -> Result<Times> {
+        // The first runs allocate.
+        work(&self.fp32)?;
+        work(&self.int8)?;
+        let (mut fp32, mut int8) = (vec![], vec![]);
+        let start = Instant::now();
+        while fp32.len() < LEAST_RUNS || (fp32.len() < MOST_RUNS && start.elapsed() < TIMED) {
+            fp32.push(work(&self.fp32)?);
+            int8.push(work(&self.int8)?);
+        }
+        let [fp32, int8] = [fp32, int8].map(|mut times| {
+            times.sort_unstable();
+            times[times.len() / 2].as_secs_f64()
+        });
+        Ok(Times { fp32, int8 })
+    }
+}
+
+const LEAST_RUNS: usize = 3;
+const MOST_RUNS: usize = 200;
+const TIMED: Duration = Duration::from_secs(4);
+
+/// Times one run of a stage as one guided image needs it.
+fn work(engine: &OrtEngine, stage: Stage) -> Result<Duration> {
+    let config = engine.config();
+    let g = &config.generator;
+    let labels = [0, g.unconditional() as i64];
+    let wave = |i: usize| (i as f32).sin();
+    let tokens = Array3::from_shape_fn((1, TOKENS, g.embed), |(_, n, e)| wave(n * g.embed + e));
+    let rows = |width: usize| Array2::from_shape_fn((2, width), |(row, i)| wave(row * width + i));
+    match stage {
+        Stage::Prefill => timed(|| engine.start(&labels)),
+        Stage::Step => {
+            let (mut session, _) = engine.start(&labels)?;
+            timed(|| session.step(rows(g.embed).view(), &[g.window as i64; 2]))
+        }
+        Stage::Flow => {
+            let steps = eqim::generate::timesteps(g.steps);
+            let noise = rows(g.embed);
+            timed(|| engine.sample(rows(g.dim).view(), noise.slice(s![..1, ..]), &[CFG], &steps))
+        }
+        Stage::Decode => timed(|| engine.decode((&tokens / g.vae_norm as f32).view())),
+        Stage::Encode => {
+            let (width, height) = config.image_size(TOKENS);
+            let shape = (1, config.tokenizer.image_channels, height, width);
+            let image = Array4::from_shape_fn(shape, |(_, c, y, x)| wave(c + y + x));
+            timed(|| engine.encode(image.view()))
+        }
+    }
+}
+
+fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<Duration> {
+    let start = Instant::now();
+    work()?;
+    Ok(start.elapsed())
+}
+
+fn request(class: usize, tokens: usize, steps: usize, seed: u64) -> Request {
+    Request {
+        labels: vec![Some(class)],
+        tokens,
+        cfg: CFG,
+        schedule: Schedule::Constant,
+        steps,
+        prefix: None,
+        noise: Noise::Seed(seed),
+    }
+}
+
+fn decode(engine: &dyn Engine, tokens: ArrayView3<f32>) -> Result<Array4<f32>> {
+    engine.decode((&tokens / engine.config().generator.vae_norm as f32).view())
+}
+
+/// How a report is made.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Least PSNR of an image of 16 tokens that passes, dB.
+    pub min_psnr: f32,
+    /// Stages that were tried in INT8 and left as they were, with the times of the trial.
+    pub gained_nothing: Vec<(Stage, Times)>,
+    /// Lengths of the rollouts.
+    pub lengths: Vec<usize>,
+}
+
+/// Measures what INT8 does, and shows what is being done to `progress`.
+///
+/// # Errors
+/// When an engine fails, or a token is not finite.
+pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str)) -> Result<Report> {
+    let manifest = &pair.bundle().manifest;
+    let quantization = manifest.quantization.as_ref();
+    let quantization = quantization.ok_or_else(|| Error::run("report", "the bundle is not in INT8"))?;
+    let steps = manifest.model.generator.steps;
+    progress("images of 16 tokens");
+    let images = (0..IMAGES).map(|i| image(pair, i % manifest.model.generator.class_num, SEED + i as u64, steps));
+    let images = images.collect::<Result<Vec<_>>>()?;
+    let longest = settings.lengths.iter().copied().max().unwrap_or(TOKENS);
+    progress(&format!("a rollout of {longest} tokens"));
+    let (rollouts, positions) = long_rollout(pair, settings, steps, longest)?;
+
+    // Times of graphs that a GPU will run say nothing here.
+    let is_timed = quantization.flavour == Flavour::Cpu;
+    if is_timed {
+        progress("times");
+    }
+    let times = if is_timed { pair.stage_times()? } else { vec![] };
+    let end_to_end = || {
+        pair.times(|engine| {
+            timed(|| decode(engine, generate(engine, &request(0, TOKENS, steps, SEED), |_| {})?.tokens.view()))
+        })
+    };
+    let end_to_end = if is_timed { Some(end_to_end()?) } else { None };
+    let of = |times: &[(Stage, Times)], stage| times.iter().find(|(of, _)| *of == stage).map(|(_, times)| *times);
+    let stage = |stage: Stage| StageReport {
+        stage: stage.name().into(),
+        int8: pair.is_int8(stage),
+        times: of(&times, stage),
+        gained_nothing: of(&settings.gained_nothing, stage),
+    };
+    let mut report = Report {
+        passed: true,
+        verdict: String::new(),
+        flavour: quantization.flavour,
+        precision: manifest.precision,
+        min_psnr: settings.min_psnr,
+        cfg: CFG,
+        steps,
+        images,
+        rollouts,
+        positions,
+        stages: Stage::ALL.into_iter().map(stage).collect(),
+        end_to_end,
+        bytes: Sizes { fp32: bytes(&pair.bundles[0]), int8: bytes(&pair.bundles[1]) },
+    };
+    (report.passed, report.verdict) = report.judge();
+    Ok(report)
+}
+
+fn image(pair: &Pair, class: usize, seed: u64, steps: usize) -> Result<Image> {
+    let run = |engine: &OrtEngine| {
+        let tokens = generate(engine, &request(class, TOKENS, steps, seed), |_| {})?.tokens;
+        let image = decode(engine, tokens.view())?;
+        Ok::<_, Error>((tokens, image))
+    };
+    let ((expected, reference), (found, image)) = (run(&pair.fp32)?, run(&pair.int8)?);
+    Ok(Image {
+        class,
+        seed,
+        relative_error: relative_error(&found, &expected),
+        psnr: psnr(image.view(), reference.view()),
+        ssim: ssim(image.view(), reference.view()),
+    })
+}
+
+fn long_rollout(
+    pair: &Pair,
+    settings: &Settings,
+    steps: usize,
+    longest: usize,
+) -> Result<(Vec<Rollout>, Vec<Position>)> {
+    let request = request(0, longest, steps, SEED);
+    let expected = generate(&pair.fp32, &request, |_| {})?.tokens;
+    let found = generate(&pair.int8, &request, |_| {})?.tokens;
+    let rollout = |tokens: usize| {
+        let [found, expected] = [&found, &expected].map(|all| all.slice(s![.., ..tokens, ..]));
+        let (image, reference) = (decode(&pair.int8, found)?, decode(&pair.fp32, expected)?);
+        let largest = |values: &mut dyn Iterator<Item = f32>| values.map(f32::abs).fold(0.0, f32::max);
+        Ok(Rollout {
+            tokens,
+            relative_error: relative_error(found, expected),
+            largest_drift: largest(&mut found.iter().zip(expected).map(|(found, expected)| found - expected)),
+            largest_value: largest(&mut expected.iter().copied()),
+            psnr: psnr(image.view(), reference.view()),
+            ssim: ssim(image.view(), reference.view()),
+        })
+    };
+    let position = |token: usize| {
+        let [found, expected] = [&found, &expected].map(|all| all.slice(s![0, token, ..]));
+        Position { token, cosine: cosine(found, expected), relative_error: relative_error(found, expected) }
+    };
+    let rollouts = settings.lengths.iter().map(|&tokens| rollout(tokens)).collect::<Result<_>>()?;
+    Ok((rollouts, (0..found.len_of(Axis(1))).map(position).collect()))
+}
+
+fn bytes(bundle: &Bundle) -> u64 {
+    let graphs = bundle.manifest.graphs.values().map(|graph| graph.file.bytes);
+    graphs.sum::<u64>() + bundle.manifest.weights.bytes
+}
+
+fn decibels(psnr: Option<f32>) -> String {
+    psnr.map_or("equal".into(), |psnr| format!("{psnr:.1} dB"))
+}
+
+impl Report {
+    /// The least likeness of the images of 16 tokens; `None` when all are equal.
+    pub fn worst_psnr(&self) -> Option<f32> {
+        self.images.iter().filter_map(|image| image.psnr).min_by(f32::total_cmp)
+    }
+
+    fn judge(&self) -> (bool, String) {
+        let mut faults = vec![];
+        if let Some(psnr) = self.worst_psnr().filter(|psnr| *psnr < self.min_psnr) {
+            faults.push(format!(
+                "an image of 16 tokens is {psnr:.1} dB from FP32's, below the floor of {}",
+                self.min_psnr
+            ));
+        }
+        if !self.stages.iter().any(|stage| stage.int8) {
+            faults.push("no stage gains from INT8, and all stay as they were".into());
+        }
+        for stage in &self.stages {
+            if let Some(times) = stage.times.filter(|times| times.speedup() < 1.0) {
+                faults.push(format!("{} is slower, {:.2} times as fast as FP32", stage.stage, times.speedup()));
+            }
+        }
+        if let Some(times) = self.end_to_end.filter(|times| times.speedup() < 1.0) {
+            faults.push(format!("an image takes longer, {:.2} times as fast as FP32", times.speedup()));
+        }
+        if !faults.is_empty() {
+            return (false, format!("INT8 does not pay: {}", faults.join("; ")));
+        }
+        let quality = format!("images of 16 tokens within {} of FP32's", decibels(self.worst_psnr()));
+        let speed =
+            self.end_to_end.map_or("speed is for a GPU to tell: these times would be of a CPU".into(), |times| {
+                format!("an image {:.2} times as fast", times.speedup())
+            });
+        (true, format!("INT8 pays: {quality}, {speed}"))
+    }
+
+    /// The report for people.
+    pub fn text(&self) -> String {
+        let mut text = format!("{}\n", self.verdict);
+        let mut line = |words: String| {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "{words}");
+        };
+        line(format!(
+            "\nFP32 against INT8 for {} (the rest in {}), same noise, {} steps, guidance {}, on ONNX Runtime:\n",
+            self.flavour, self.precision, self.steps, self.cfg
+        ));
+        line(format!("{:<18}{:>8}{:>12}{:>12}{:>10}", "stage", "", "FP32 ms", "INT8 ms", "speed"));
+        for stage in &self.stages {
+            let name = &stage.stage;
+            let columns = |what: &str, times: Times| {
+                let [fp32, int8] = [times.fp32, times.int8].map(|seconds| seconds * 1e3);
+                format!("{name:<18}{what:>8}{fp32:>12.2}{int8:>12.2}{:>9.2}×", times.speedup())
+            };
+            line(match (stage.times, stage.gained_nothing) {
+                (Some(times), _) => columns("INT8", times),
+                (None, Some(times)) => columns("", times) + "  gains nothing, stays as it was",
+                (None, None) => format!("{name:<18}{:>8}", if stage.int8 { "INT8" } else { "" }),
+            });
+        }
+        if let Some(times) = self.end_to_end {
+            let [fp32, int8] = [times.fp32, times.int8].map(|seconds| seconds * 1e3);
+            line(format!("{:<26}{fp32:>12.2}{int8:>12.2}{:>9.2}×", "image of 16 tokens", times.speedup()));
+        }
+        let [fp32, int8] = [self.bytes.fp32, self.bytes.int8].map(|bytes| bytes as f64 / 1e6);
+        line(format!("{:<26}{fp32:>12.1}{int8:>12.1}{:>9.2}×", "size, MB", fp32 / int8));
+
+        line(format!("\n{:<26}{:>12}{:>12}{:>10}", "images of 16 tokens", "token error", "PSNR", "SSIM"));
+        for image in &self.images {
+            let (name, psnr) = (format!("class {}, seed {}", image.class, image.seed), decibels(image.psnr));
+            line(format!("{name:<26}{:>12.2e}{psnr:>12}{:>10.4}", image.relative_error, image.ssim));
+        }
+        line(format!("\n{:<26}{:>12}{:>12}{:>10}{:>14}", "rollout", "token error", "PSNR", "SSIM", "largest drift"));
+        for rollout in &self.rollouts {
+            let (name, psnr) = (format!("{} tokens", rollout.tokens), decibels(rollout.psnr));
+            let drift = format!("{:.2} of {:.2}", rollout.largest_drift, rollout.largest_value);
+            line(format!("{name:<26}{:>12.2e}{psnr:>12}{:>10.4}{drift:>14}", rollout.relative_error, rollout.ssim));
+        }
+        line(format!("\n{:<26}{:>12}{:>12}", "token", "error", "cosine"));
+        for position in self.shown_positions() {
+            line(format!("{:<26}{:>12.2e}{:>12.6}", position.token, position.relative_error, position.cosine));
+        }
+        text
+    }
+
+    /// Positions 0, 1, 3, 7, 15 and so on.
+    fn shown_positions(&self) -> impl Iterator<Item = &Position> {
+        self.positions.iter().filter(|position| (position.token + 1).is_power_of_two())
+    }
+
+    /// Writes the report, as JSON and as text.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when it cannot be written.
+    pub fn write(&self, json: &Path, text: &Path) -> Result<()> {
+        let value = serde_json::to_vec_pretty(self).map_err(|error| Error::run(json.display(), error))?;
+        files::write(json, &value)?;
+        files::write(text, self.text().as_bytes())
+    }
+}

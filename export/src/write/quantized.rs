@@ -1,0 +1,81 @@
+//! The weights of a bundle in INT8.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use candle_core::Tensor;
+use eqim::checkpoint::{self, StoredConfig};
+use eqim::model::Stage;
+use eqim::tensors::Values;
+use eqim::weights::Weights;
+use eqim::{Config, Result};
+use eqim_calibration::int8::{Rounded, round_bias, round_weight};
+use eqim_calibration::{Plan, Policy, Scheme, levels};
+use eqim_engines::bundle::{FileRecord, Precision, Quantization};
+use safetensors::Dtype;
+
+use super::convert;
+use crate::lower::{bias_name, scale_name, weight_name};
+
+/// Scopes in INT8 with their schemes. One that several stages use has the same weights in all of them.
+fn schemes(plans: &BTreeMap<Stage, Plan>) -> BTreeMap<&str, Scheme> {
+    let all = plans.values().flat_map(|plan| &plan.schemes);
+    all.filter(|(_, scheme)| **scheme != Scheme::Float).map(|(scope, scheme)| (scope.as_str(), *scheme)).collect()
+}
+
+/// What the manifest says of a policy.
+pub fn describe(policy: &Policy, plans: &BTreeMap<Stage, Plan>, calibration: FileRecord) -> Quantization {
+    let quantized = |plan: &Plan| plan.schemes.values().any(|scheme| *scheme != Scheme::Float);
+    let stages = plans.iter().filter(|(_, plan)| quantized(plan)).map(|(stage, _)| stage.name().to_string());
+    let scopes = schemes(plans).into_keys().map(str::to_string).collect();
+    Quantization { flavour: policy.flavour, stages: stages.collect(), scopes, calibration }
+}
+
+/// Writes the weights that some plans need: as they are, in `precision`, or as integers with their scales.
+///
+/// # Errors
+/// [`eqim::Error::Input`] for weights beyond the precision's range; [`eqim::Error::Run`] when the file cannot be written.
+pub fn write_weights(
+    path: &Path,
+    config: &Config,
+    weights: &Weights,
+    plans: &BTreeMap<Stage, Plan>,
+    precision: Precision,
+) -> Result<()> {
+    let floats: BTreeSet<&String> = plans.values().flat_map(|plan| &plan.floats).collect();
+    let mut stored: Vec<(String, Values)> = vec![];
+    for name in floats {
+        stored.push((name.clone(), Values::Tensor(convert(name, weights.find(name)?, precision)?)));
+    }
+    for (scope, scheme) in schemes(plans) {
+        let [weight, bias] = ["weight", "bias"].map(|part| format!("{scope}.{part}"));
+        let tensor = weights.find(&weight)?;
+        let rounded = round_weight(tensor, levels(scheme))?;
+        if let Scheme::Integer { input, .. } = scheme {
+            let values = weights.find(&bias)?.to_vec1::<f32>()?;
+            let biases = values.iter().zip(&rounded.scales).map(|(&bias, &scale)| round_bias(bias, input.scale, scale));
+            let bytes = biases.flat_map(i32::to_le_bytes).collect();
+            stored.push((bias_name(&bias), Values::Raw { dtype: Dtype::I32, shape: vec![values.len()], bytes }));
+        }
+        let scales = Tensor::from_slice(&rounded.scales, rounded.scales.len(), &candle_core::Device::Cpu)?;
+        let name = scale_name(&weight);
+        stored.push((name.clone(), Values::Tensor(convert(&name, &scales, precision)?)));
+        stored.push((weight_name(&weight), integers(rounded, tensor.dims(), scheme)));
+    }
+    let config = StoredConfig { generator: Some(config.generator.clone()), tokenizer: Some(config.tokenizer.clone()) };
+    let (names, values): (Vec<String>, Vec<Values>) = stored.into_iter().unzip();
+    let stored: Vec<(&str, Values)> = names.iter().map(String::as_str).zip(values).collect();
+    checkpoint::write_values(path, &config, &stored)
+}
+
+/// A weight's levels as its operator reads them: `MatMulInteger` a matrix `[in, out]`, others as the checkpoint has it.
+fn integers(rounded: Rounded, shape: &[usize], scheme: Scheme) -> Values {
+    let (shape, levels) = match (scheme, shape) {
+        (Scheme::Dynamic, &[outputs, inputs]) => {
+            let transposed = (0..inputs * outputs).map(|i| rounded.levels[i % outputs * inputs + i / outputs]);
+            (vec![inputs, outputs], transposed.collect())
+        }
+        _ => (shape.to_vec(), rounded.levels),
+    };
+    Values::Raw { dtype: Dtype::I8, shape, bytes: levels.into_iter().map(i8::cast_unsigned).collect() }
+}
