@@ -128,7 +128,7 @@ impl Runner for Watching<'_> {
 }
 
 /// The guided rollout number `index` of a calibration.
-pub(crate) fn request(config: &Config, samples: &Samples, index: usize) -> Request {
+fn request(config: &Config, samples: &Samples, index: usize) -> Request {
     Request {
         labels: vec![Some(index % config.generator.class_num)],
         tokens: samples.tokens,

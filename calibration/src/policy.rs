@@ -65,8 +65,8 @@ pub struct Product<'a> {
     pub shape: &'a [usize],
 }
 
-/// The stages that `--int8` means by itself: all that every image passes.
-pub const STAGES: [Stage; 4] = [Stage::Prefill, Stage::Step, Stage::Flow, Stage::Decode];
+/// The stages that `--int8` means by itself: those that take the time of every image.
+pub const STAGES: [Stage; 3] = [Stage::Step, Stage::Flow, Stage::Decode];
 
 /// Scopes where values enter or leave the model. They hold few weights, and what is lost there nothing makes good.
 const ENDS: [&str; 5] = ["input_proj", "final_layer.linear", "z_proj", "conv_in", "conv_out"];

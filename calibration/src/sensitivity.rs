@@ -5,18 +5,19 @@ use std::path::Path;
 
 use eqim::candle::CandleEngine;
 use eqim::engine::Engine;
-use eqim::generate::{Generated, generate};
+use eqim::generate::{Generated, Noise, Request, Schedule, generate};
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
-use ndarray::{Array3, Array4};
+use ndarray::{Array3, Array4, Axis};
 use serde::{Deserialize, Serialize};
 
-use crate::collect::{Collection, request};
+use crate::collect::Collection;
 use crate::policy::{Flavour, Policy, Scheme};
 use crate::preview::Preview;
 use crate::quality::{psnr, relative_error};
 use crate::quantize::plan;
+use crate::table::Samples;
 
 /// What a sensitivity search found.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,7 +27,7 @@ pub struct Sensitivity {
     pub flavour: Flavour,
     /// Least PSNR that was asked for, dB.
     pub min_psnr: f32,
-    /// The image's PSNR with everything in INT8 but `keep`, dB; `null` for an equal image.
+    /// The worst image's PSNR with everything in INT8 but `keep`, dB; `null` for equal images.
     pub psnr: Option<f32>,
     /// Scopes to leave out of INT8, the worst.
     pub keep: BTreeSet<String>,
@@ -44,12 +45,12 @@ pub struct Ranked {
     pub damage: Damage,
 }
 
-/// What quantizing does, over the first rollout of the calibration.
+/// What quantizing does to a few images, the worst of them.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Damage {
     /// Relative error of the tokens.
     pub token_error: f32,
-    /// PSNR of the image, dB; `null` for an equal image.
+    /// PSNR, dB; `null` for equal images.
     pub psnr: Option<f32>,
 }
 
@@ -60,24 +61,24 @@ impl Damage {
     }
 }
 
-/// A model, its image in FP32, and what is tried on it.
+/// A model, its images in FP32, and what is tried on it.
 pub struct Search<'a> {
     config: &'a Config,
     weights: &'a Weights,
     reference: Generated,
-    image: Array4<f32>,
+    images: Array4<f32>,
 }
 
 impl<'a> Search<'a> {
-    /// Runs the reference: the first rollout of a calibration.
+    /// Runs the reference: images of the first classes.
     ///
     /// # Errors
     /// When the model fails.
     pub fn new(config: &'a Config, weights: &'a Weights, policy: &Policy) -> Result<Self> {
         let engine = CandleEngine::new(config.clone(), weights.clone());
-        let reference = generate(&engine, &request(config, &policy.table.samples, 0), |_| {})?;
-        let image = decode(&engine, &reference.tokens)?;
-        Ok(Self { config, weights, reference, image })
+        let reference = generate(&engine, &request(config, &policy.table.samples), |_| {})?;
+        let images = decode(&engine, &reference.tokens)?;
+        Ok(Self { config, weights, reference, images })
     }
 
     /// What the policy does to the rollout.
@@ -86,9 +87,16 @@ impl<'a> Search<'a> {
     /// When the model fails.
     pub fn damage(&self, policy: &Policy) -> Result<Damage> {
         let engine = Preview::engine(self.config, self.weights, policy)?;
-        let tokens = generate(&engine, &request(self.config, &policy.table.samples, 0), |_| {})?.tokens;
-        let token_error = relative_error(&tokens, &self.reference.tokens);
-        Ok(Damage { token_error, psnr: psnr(decode(&engine, &tokens)?.view(), self.image.view()) })
+        let tokens = generate(&engine, &request(self.config, &policy.table.samples), |_| {})?.tokens;
+        let rows = tokens.outer_iter().zip(self.reference.tokens.outer_iter());
+        let token_error = rows.map(|(found, expected)| relative_error(found, expected)).fold(0.0, f32::max);
+        Ok(Damage { token_error, psnr: self.worst_psnr(&decode(&engine, &tokens)?) })
+    }
+
+    /// The least likeness to the reference's images; `None` when all are equal.
+    fn worst_psnr(&self, images: &Array4<f32>) -> Option<f32> {
+        let rows = images.axis_chunks_iter(Axis(0), 1).zip(self.images.axis_chunks_iter(Axis(0), 1));
+        rows.filter_map(|(found, expected)| psnr(found, expected)).min_by(f32::total_cmp)
     }
 
     /// Damage of a scope alone. A scope of the decoder alone does nothing to the tokens, which are then not generated.
@@ -97,8 +105,24 @@ impl<'a> Search<'a> {
         if stages.iter().any(|&stage| stage != Stage::Decode) {
             return self.damage(&policy);
         }
-        let image = decode(&Preview::engine(self.config, self.weights, &policy)?, &self.reference.tokens)?;
-        Ok(Damage { token_error: 0.0, psnr: psnr(image.view(), self.image.view()) })
+        let images = decode(&Preview::engine(self.config, self.weights, &policy)?, &self.reference.tokens)?;
+        Ok(Damage { token_error: 0.0, psnr: self.worst_psnr(&images) })
+    }
+}
+
+/// Images that damage is looked for in: one can come through where another does not.
+const IMAGES: usize = 4;
+
+/// A batch of guided images, as long as the calibration's.
+fn request(config: &Config, samples: &Samples) -> Request {
+    Request {
+        labels: (0..IMAGES.min(config.generator.class_num)).map(Some).collect(),
+        tokens: samples.tokens,
+        cfg: samples.cfg,
+        schedule: Schedule::Linear,
+        steps: samples.steps,
+        prefix: None,
+        noise: Noise::Seed(samples.seed),
     }
 }
 

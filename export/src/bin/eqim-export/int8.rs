@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use eqim::candle::CandleEngine;
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
@@ -18,8 +19,8 @@ use super::say;
 /// What is in INT8.
 #[derive(Args)]
 pub struct Int8 {
-    /// Put products in INT8, of these stages: prefill, step, flow, decoder, encoder [default: all but the encoder]
-    #[arg(long, value_name = "STAGES", num_args = 0..=1, default_missing_value = "prefill,step,flow,decoder", value_delimiter = ',', value_parser = stage_named, requires = "calibration")]
+    /// Put products in INT8, of these stages: prefill, step, flow, decoder, encoder [default: step,flow,decoder]
+    #[arg(long, value_name = "STAGES", num_args = 0..=1, default_missing_value = "step,flow,decoder", value_delimiter = ',', value_parser = stage_named, requires = "calibration")]
     pub int8: Option<Vec<Stage>>,
     /// The table that eqim-export calibrate wrote for this model
     #[arg(long, value_name = "TABLE.json", requires = "int8")]
@@ -82,7 +83,8 @@ impl Int8 {
 pub fn check_preview(draft: &Draft, config: &Config, weights: &Weights, policy: &Policy, library: &Path) -> Result<()> {
     say("Validating on ONNX Runtime against the preview of INT8 on Candle (same inputs):");
     let preview = Preview::engine(config, weights, policy)?;
-    if validate_preview(&draft.bundle, &preview, library, |line| say(line))? {
+    let fp32 = CandleEngine::new(config.clone(), weights.clone());
+    if validate_preview(&draft.bundle, &preview, &fp32, library, |line| say(line))? {
         return Ok(());
     }
     Err(Error::run(
