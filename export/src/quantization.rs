@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use crate::write::{REPORT_FILE, REPORT_TEXT_FILE};
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
 use eqim::model::Stage;
@@ -471,13 +472,14 @@ impl Report {
         self.positions.iter().filter(|position| (position.token + 1).is_power_of_two())
     }
 
-    /// Writes the report, as JSON and as text.
+    /// Writes the report in `folder`, as JSON and as text.
     ///
     /// # Errors
     /// [`Error::Run`] when it cannot be written.
-    pub fn write(&self, json: &Path, text: &Path) -> Result<()> {
-        let value = serde_json::to_vec_pretty(self).map_err(|error| Error::run(json.display(), error))?;
-        files::write(json, &value)?;
-        files::write(text, self.text().as_bytes())
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        let path = folder.join(REPORT_FILE);
+        let value = serde_json::to_vec_pretty(self).map_err(|error| Error::run(path.display(), error))?;
+        files::write(&path, &value)?;
+        files::write(&folder.join(REPORT_TEXT_FILE), self.text().as_bytes())
     }
 }

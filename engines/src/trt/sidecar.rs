@@ -50,6 +50,9 @@ pub struct EngineRecord {
     pub lowered: String,
     /// Precision of weights, caches and matrix products.
     pub precision: Precision,
+    /// Whether some of it is in INT8.
+    #[serde(default)]
+    pub int8: bool,
     /// Shapes by input: those that have an axis known at run time only.
     pub profiles: BTreeMap<String, Profile>,
     /// Layers as parsed, before TensorRT fuses them.

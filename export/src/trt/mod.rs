@@ -8,6 +8,6 @@ mod shapes;
 mod support;
 
 pub use builder::{check_targets, version};
-pub use set::{Built, build, lowered, publish};
+pub use set::{Built, build, check_weights, lowered, publish};
 pub use shapes::{Limits, Shapes};
 pub use support::{Support, check};

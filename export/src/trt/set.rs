@@ -7,6 +7,7 @@ use std::time::Instant;
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Error, Result, files};
+use eqim_calibration::Policy;
 use eqim_engines::bundle::{Bundle, FileRecord, Precision};
 use eqim_engines::trt::{EngineRecord, EngineSet, FOLDER, SIDECAR_FILE, SIDECAR_FORMAT, Target, file_name};
 use tempfile::TempDir;
@@ -15,26 +16,36 @@ use super::builder;
 use super::shapes::Limits;
 use crate::drift::Drift;
 use crate::lower::BF16_OPSET;
+use crate::quantization::Report;
 use crate::write::{self, Draft, Options, PRODUCER};
 
 /// Name of the file, beside the engines, that tells how far their graphs lie from FP32.
 const DRIFT_FILE: &str = "drift.json";
 
-/// Lowers a bundle's graphs in another precision, strongly typed, as a draft that is never published.
+/// Checks that a bundle's weights can become those of engines in a precision.
 ///
 /// # Errors
-/// [`Error::Input`] when the bundle's weights are rounded already, or beyond the precision's range.
-pub fn lowered(bundle: &Bundle, weights: &Weights, precision: Precision) -> Result<Draft> {
+/// [`Error::Input`] when they are rounded already.
+pub fn check_weights(bundle: &Bundle, precision: Precision) -> Result<()> {
     let manifest = &bundle.manifest;
-    if manifest.precision != Precision::Fp32 && manifest.precision != precision {
-        let problem = format!(
-            "holds weights rounded to {}, and --{precision} was asked for: export it with --dtype fp32",
-            manifest.precision
-        );
-        return Err(Error::input(bundle.folder.display(), problem));
-    }
+    let held = match (&manifest.quantization, manifest.precision) {
+        (Some(_), _) => "int8".to_string(),
+        (None, held) if held != Precision::Fp32 && held != precision => held.to_string(),
+        _ => return Ok(()),
+    };
+    let problem =
+        format!("holds weights rounded to {held}, and --{precision} was asked for: export it with --dtype fp32");
+    Err(Error::input(bundle.folder.display(), problem))
+}
+
+/// Lowers a bundle's graphs in another precision, or partly in INT8, strongly typed, as a draft that is never published.
+///
+/// # Errors
+/// [`Error::Input`] when weights are beyond the precision's range.
+pub fn lowered(bundle: &Bundle, weights: &Weights, precision: Precision, policy: Option<&Policy>) -> Result<Draft> {
+    let manifest = &bundle.manifest;
     let opset = if precision == Precision::Bf16 { BF16_OPSET } else { manifest.opset };
-    write::draft(&bundle.folder, &manifest.model, weights, Options { precision, opset, policy: None }, |_| {})
+    write::draft(&bundle.folder, &manifest.model, weights, Options { precision, opset, policy }, |_| {})
 }
 
 /// Engines that stand beside a bundle, not in it yet. Dropped, they vanish.
@@ -75,6 +86,11 @@ pub fn build(
             graph: bundle.graph(stage)?.file.sha256.clone(),
             lowered: lowered.graph(stage)?.file.sha256.clone(),
             precision: lowered.manifest.precision,
+            int8: lowered
+                .manifest
+                .quantization
+                .as_ref()
+                .is_some_and(|found| found.stages.contains(&stage.name().into())),
             profiles,
             layers: plan.layers().to_vec(),
             seconds,
@@ -96,11 +112,15 @@ pub fn build(
     Ok(Built { folder, set })
 }
 
-/// Puts engines in their bundle, in place of older ones, with the report of their graphs' drift where there is one.
+/// Puts engines in their bundle, in place of older ones, with the report of their graphs' drift, or of INT8, where there
+/// is one.
 ///
 /// # Errors
 /// [`Error::Run`] when they cannot be moved there; [`Error::Input`] when the bundle was replaced meanwhile.
-pub fn publish(built: Built, bundle: &Bundle, drift: Option<&Drift>) -> Result<()> {
+pub fn publish(built: Built, bundle: &Bundle, drift: Option<&Drift>, report: Option<&Report>) -> Result<()> {
+    if let Some(report) = report {
+        report.write(built.folder.path())?;
+    }
     if let Some(drift) = drift {
         write_json(&built.folder.path().join(DRIFT_FILE), drift)?;
     }

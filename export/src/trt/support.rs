@@ -19,6 +19,10 @@ pub struct Support {
     pub stage: String,
     /// Nodes of the graph, those of loop bodies left out.
     pub nodes: usize,
+    /// Products of weights and activations in INT8 (W8A8).
+    pub w8a8: usize,
+    /// Products of weights in INT8 and other activations.
+    pub weight_only: usize,
     /// Targets that the graph was compiled for without being written.
     pub targets: Vec<Target>,
     /// What is not taken.
@@ -56,7 +60,23 @@ pub fn check(stage: &str, model: &Path, profiles: &BTreeMap<String, Profile>, ta
             unsupported.push(refused(&graph, target, reason.to_string()));
         }
     }
-    Ok(Support { stage: stage.to_string(), nodes: graph.node.len(), targets: targets.to_vec(), unsupported })
+    let [quantized, dequantized] = ["QuantizeLinear", "DequantizeLinear"].map(|operator| count(&graph, operator));
+    Ok(Support {
+        stage: stage.to_string(),
+        nodes: graph.node.len(),
+        w8a8: quantized,
+        // W8A8 dequantizes a weight and what it quantized.
+        weight_only: dequantized - 2 * quantized,
+        targets: targets.to_vec(),
+        unsupported,
+    })
+}
+
+/// Nodes of an operator, those of loop bodies included.
+fn count(graph: &onnx::Graph, operator: &str) -> usize {
+    let own = graph.node.iter().filter(|node| node.op_type.as_deref() == Some(operator)).count();
+    let bodies = graph.node.iter().flat_map(|node| node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()));
+    own + bodies.map(|body| count(body, operator)).sum::<usize>()
 }
 
 /// Finds the node that the builder's words name.
@@ -84,7 +104,11 @@ impl Support {
         let targets: Vec<String> = self.targets.iter().map(Target::to_string).collect();
         let built = if targets.is_empty() { String::new() } else { format!(", compiles for {}", targets.join(", ")) };
         if self.passed() {
-            return format!("\t-[✓] {}.onnx: all {} nodes supported{built}", self.stage, self.nodes);
+            let int8 = match (self.w8a8, self.weight_only) {
+                (0, 0) => String::new(),
+                (w8a8, weight_only) => format!(" (INT8: {w8a8} products W8A8, {weight_only} weight-only)"),
+            };
+            return format!("\t-[✓] {}.onnx: all {} nodes supported{int8}{built}", self.stage, self.nodes);
         }
         let mut text =
             format!("\t-[x] {}.onnx: {} of {} nodes not supported", self.stage, self.unsupported.len(), self.nodes);

@@ -10,9 +10,9 @@ use eqim::{Config, Error, Result};
 use eqim_calibration::policy::{STAGES, patterns, stage_named};
 use eqim_calibration::{Flavour, Policy, Preview, Table, fingerprint, plan};
 use eqim_engines::bundle::Precision;
-use eqim_export::quantization::{self, LEAST_SPEEDUP, Pair, Settings, Times};
+use eqim_export::quantization::{self, LEAST_SPEEDUP, Pair, Report, Settings, Times};
 use eqim_export::validate::validate_preview;
-use eqim_export::write::{self, Draft, Options, REPORT_FILE, REPORT_TEXT_FILE};
+use eqim_export::write::{self, Draft, Options};
 
 use super::say;
 
@@ -20,7 +20,7 @@ use super::say;
 #[derive(Args)]
 pub struct Int8 {
     /// Put products in INT8, of these stages: prefill, step, flow, decoder, encoder [default: step,flow,decoder]
-    #[arg(long, value_name = "STAGES", num_args = 0..=1, default_missing_value = "step,flow,decoder", value_delimiter = ',', value_parser = stage_named, requires = "calibration")]
+    #[arg(long, value_name = "STAGES", num_args = 0..=1, default_missing_value = "step,flow,decoder", value_delimiter = ',', value_parser = stage_named, requires = "calibration", group = "precision")]
     pub int8: Option<Vec<Stage>>,
     /// The table that eqim-export calibrate wrote for this model
     #[arg(long, value_name = "TABLE.json", requires = "int8")]
@@ -57,22 +57,22 @@ impl Int8 {
         Settings { min_psnr: self.min_psnr, gained_nothing: vec![], lengths: quantization::LENGTHS.to_vec() }
     }
 
-    /// Shows a report and keeps it in `folder`.
+    /// Makes and shows a report.
     ///
     /// # Errors
     /// [`Error::Run`] when it does not pass, unless it is forced.
-    pub fn judged(&self, pair: &Pair, settings: &Settings, folder: &Path) -> Result<()> {
+    pub fn judged(&self, pair: &Pair, settings: &Settings) -> Result<Report> {
         let report = quantization::measure(pair, settings, |what| say(format_args!("measuring {what}")))?;
         say(report.text());
-        if !report.passed && !self.force {
-            let problem = format!(
-                "{}, so nothing was written: eqim-export calibrate --sensitivity finds the scopes that do the damage, \
-                 --keep leaves scopes out, --min-psnr sets another floor, --force writes it all the same",
-                report.verdict
-            );
-            return Err(Error::run("INT8", problem));
+        if report.passed || self.force {
+            return Ok(report);
         }
-        report.write(&folder.join(REPORT_FILE), &folder.join(REPORT_TEXT_FILE))
+        let problem = format!(
+            "{}, so nothing was written: eqim-export calibrate --sensitivity finds the scopes that do the damage, \
+             --keep leaves scopes out, --min-psnr sets another floor, --force writes it all the same",
+            report.verdict
+        );
+        Err(Error::run("INT8", problem))
     }
 }
 
@@ -132,6 +132,8 @@ pub fn draft(
         int8 = write(Some(&policy), options.precision)?;
     }
     check_preview(&int8, config, weights, &policy, library)?;
-    arguments.int8.judged(&Pair::load(&fp32.bundle, &int8.bundle, library)?, &settings, &int8.bundle.folder)?;
+    let pair = Pair::load(&fp32.bundle, &int8.bundle, library)?;
+    let report = arguments.int8.judged(&pair, &settings)?;
+    report.write(&int8.bundle.folder)?;
     Ok(int8)
 }

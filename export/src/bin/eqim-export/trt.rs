@@ -8,12 +8,16 @@ use eqim::candle::CandleEngine;
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Error, Result, checkpoint};
+use eqim_calibration::Flavour;
 use eqim_engines::bundle::{Bundle, Precision};
 use eqim_engines::trt::{EngineRecord, EngineSet, FOLDER, Target};
 use eqim_engines::{cli, native};
 use eqim_export::drift::{self, Drift};
+use eqim_export::quantization::Pair;
 use eqim_export::trt::{self, Limits, Shapes, Support};
 use eqim_export::validate::default_tolerance;
+
+use super::int8::{self, Int8};
 
 /// Build TensorRT engines of a bundle, for GPUs that need not be here.
 ///
@@ -37,9 +41,8 @@ pub struct Trt {
     /// As --fp16, in BF16: a wider range, fewer digits
     #[arg(long, group = "precision")]
     bf16: bool,
-    /// Needs calibrated graphs, which cannot be made yet
-    #[arg(long, group = "precision")]
-    int8: bool,
+    #[command(flatten)]
+    int8: Int8,
     /// GPUs: turing, ampere, ada, blackwell, or compute capabilities as sm86
     #[arg(long, value_name = "GPU", value_delimiter = ',', value_parser = Target::named, default_value = "ampere,ada,blackwell")]
     target: Vec<Vec<Target>>,
@@ -74,15 +77,12 @@ fn shapes(text: &str) -> Result<Shapes, String> {
 }
 
 impl Trt {
-    fn precision(&self) -> Result<Precision> {
-        match (self.fp16, self.bf16, self.int8) {
-            (true, ..) => Ok(Precision::Fp16),
-            (_, true, _) => Ok(Precision::Bf16),
-            (.., true) => Err(Error::input(
-                "--int8",
-                "needs graphs with calibrated scales, which eqim-export cannot make yet: build with --fp16",
-            )),
-            _ => Ok(Precision::Fp32),
+    /// Precision of weights, caches and products, of those that are not in INT8 too.
+    fn precision(&self) -> Precision {
+        match (self.fp32, self.bf16) {
+            (true, _) => Precision::Fp32,
+            (_, true) => Precision::Bf16,
+            _ => Precision::Fp16,
         }
     }
 
@@ -121,7 +121,7 @@ impl Trt {
 
 /// Does what the command line says.
 pub fn run(arguments: &Trt) -> Result<()> {
-    let precision = arguments.precision()?;
+    let precision = arguments.precision();
     let targets = arguments.targets();
     trt::check_targets(&targets)?;
     let bundle = Bundle::open(&arguments.engine)?;
@@ -131,19 +131,29 @@ pub fn run(arguments: &Trt) -> Result<()> {
     let library = arguments.validator(precision)?;
 
     let names: Vec<String> = targets.iter().map(Target::to_string).collect();
-    super::say(format_args!("{version}, {precision}, for {}", names.join(", ")));
+    let int8 = if arguments.int8.int8.is_some() { "int8 and " } else { "" };
+    super::say(format_args!("{version}, {int8}{precision}, for {}", names.join(", ")));
+    trt::check_weights(&bundle, precision)?;
     let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;
-    let draft = trt::lowered(&bundle, &weights, precision)?;
+    let policy = arguments.int8.policy(&config, &weights, Flavour::TensorRt)?;
+    let draft = trt::lowered(&bundle, &weights, precision, policy.as_ref())?;
     supported(&draft.bundle, &limits, if arguments.check_only { &targets } else { &[] })?;
     if arguments.check_only {
         return Ok(());
     }
-    let drift = match library {
-        Some(library) => Some(drifts(arguments, &draft.bundle, CandleEngine::new(config, weights), &library)?),
-        None => {
+    let (drift, report) = match (library, &policy) {
+        (Some(library), None) => {
+            (Some(drifts(arguments, &draft.bundle, CandleEngine::new(config, weights), &library)?), None)
+        }
+        (Some(library), Some(policy)) => {
+            int8::check_preview(&draft, &config, &weights, policy, &library)?;
+            let pair = Pair::load(&bundle, &draft.bundle, &library)?;
+            (None, Some(arguments.int8.judged(&pair, &arguments.int8.settings())?))
+        }
+        (None, _) => {
             // Building needs the memory.
             drop::<(eqim::Config, Weights)>((config, weights));
-            None
+            (None, None)
         }
     };
     let spinner = Arc::new(cli::Spinner::new());
@@ -157,7 +167,7 @@ pub fn run(arguments: &Trt) -> Result<()> {
     let built = trt::build(&bundle, &draft.bundle, &limits, &targets, progress, done)?;
     spinner.finish();
     let table = table(&built.set);
-    trt::publish(built, &bundle, drift.as_ref())?;
+    trt::publish(built, &bundle, drift.as_ref(), report.as_ref())?;
     super::say(table);
     cli::print(format_args!("The engines were saved at: {}", bundle.folder.join(FOLDER).display()))
 }
@@ -213,7 +223,7 @@ fn table(set: &EngineSet) -> String {
         lines.push(format!(
             "{:<18}{:>10}{:>10.2}{:>10.1}{:>14.0}{layers:>8}",
             stage.name(),
-            engine.precision.to_string(),
+            if engine.int8 { format!("int8+{}", engine.precision) } else { engine.precision.to_string() },
             engine.seconds,
             megabytes(engine.file.bytes),
             megabytes(engine.peak_bytes)
