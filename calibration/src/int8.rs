@@ -137,7 +137,8 @@ pub trait Int8: Ops {
     /// When the interpreter refuses.
     fn dynamic_gemm(&mut self, x: &Self::Tensor, weight: &Self::Tensor, bias: &Self::Tensor) -> Result<Self::Tensor>;
 
-    /// [`Ops::conv`] in integers from an 8-bit input to an 8-bit output (ONNX `QLinearConv`).
+    /// [`Ops::conv`] in integers from an 8-bit input to an 8-bit output (ONNX `QLinearConv`). `padded` mirrors the input at
+    /// its borders first, as [`Ops::pad_reflect`] does, when it is in 8 bits already.
     ///
     /// # Errors
     /// When the interpreter refuses.
@@ -147,6 +148,7 @@ pub trait Int8: Ops {
         weight: &Self::Tensor,
         bias: &Self::Tensor,
         spatial: usize,
+        padded: bool,
         ranges: (Affine, Affine),
     ) -> Result<Self::Tensor>;
 }
@@ -181,9 +183,11 @@ impl Int8 for Eager<'_> {
         weight: &Tensor,
         bias: &Tensor,
         spatial: usize,
+        padded: bool,
         (input, output): (Affine, Affine),
     ) -> Result<Tensor> {
         let x = each(x, |value| input.round(value))?;
+        let x = if padded { self.pad_reflect(&x, spatial)? } else { x };
         let y = self.conv(&x, weight, bias, spatial)?;
         each(&y, |value| output.round(value))
     }
@@ -209,8 +213,10 @@ impl Int8 for Cost {
         weight: &Vec<usize>,
         bias: &Vec<usize>,
         spatial: usize,
+        padded: bool,
         _ranges: (Affine, Affine),
     ) -> Result<Vec<usize>> {
-        self.conv(x, weight, bias, spatial)
+        let x = if padded { self.pad_reflect(x, spatial)? } else { x.clone() };
+        self.conv(&x, weight, bias, spatial)
     }
 }

@@ -150,6 +150,16 @@ impl<O: Ops, F: FnMut(&str, Seen, &O::Tensor) -> Result<()>> Ops for Observe<O, 
         self.inner.pad_reflect(x, spatial)
     }
 
+    fn pixel_shuffle(
+        &mut self,
+        x: &O::Tensor,
+        channels: usize,
+        rows: usize,
+        factors: (usize, usize),
+    ) -> Result<O::Tensor> {
+        self.inner.pixel_shuffle(x, channels, rows, factors)
+    }
+
     fn open_loop(&mut self, sequences: &[&O::Tensor], state: &O::Tensor) -> Result<O::Loop> {
         self.inner.open_loop(sequences, state)
     }

@@ -68,8 +68,10 @@ pub struct Product<'a> {
 /// The stages that `--int8` means by itself: those that take the time of every image.
 pub const STAGES: [Stage; 3] = [Stage::Step, Stage::Flow, Stage::Decode];
 
-/// Scopes where values enter or leave the model. They hold few weights, and what is lost there nothing makes good.
-const ENDS: [&str; 5] = ["input_proj", "final_layer.linear", "z_proj", "conv_in", "conv_out"];
+/// Scopes where values enter or leave the model or one of its parts, and shortcuts past its blocks, whose inputs no norm
+/// has passed. They hold few weights, and what is lost there nothing makes good.
+const ENDS: [&str; 7] =
+    ["input_proj", "cond_embed", "final_layer.linear", "z_proj", "conv_in", "conv_out", "nin_shortcut"];
 
 /// Below as many inputs or outputs a product is not worth quantizing.
 const NARROW: usize = 16;

@@ -55,6 +55,31 @@ impl<'a, O: Int8> Quantize<'a, O> {
         self.chosen.schemes.insert(scope, scheme);
         Ok(scheme)
     }
+
+    /// A convolution, mirrored at the borders first where it is `padded`.
+    fn convolve(
+        &mut self,
+        x: &O::Tensor,
+        weight: &O::Tensor,
+        bias: &O::Tensor,
+        spatial: usize,
+        padded: bool,
+    ) -> Result<O::Tensor> {
+        let scheme = self.scheme()?;
+        if let Scheme::Integer { input, output } = scheme {
+            return self.inner.integer_conv(x, weight, bias, spatial, padded, (input, output));
+        }
+        let x = &if padded { self.inner.pad_reflect(x, spatial)? } else { x.clone() };
+        match scheme {
+            Scheme::Float => self.inner.conv(x, weight, bias, spatial),
+            Scheme::Static { scale } => {
+                let x = self.inner.quantize_dequantize(x, scale)?;
+                let weight = self.inner.dequantize(weight)?;
+                self.inner.conv(&x, &weight, bias, spatial)
+            }
+            _ => Err(unfit("convolution", scheme)),
+        }
+    }
 }
 
 /// What every stage of a model needs of its weights under a policy.
@@ -118,16 +143,23 @@ impl<O: Int8> Ops for Quantize<'_, O> {
     }
 
     fn conv(&mut self, x: &O::Tensor, weight: &O::Tensor, bias: &O::Tensor, spatial: usize) -> Result<O::Tensor> {
-        match self.scheme()? {
-            Scheme::Float => self.inner.conv(x, weight, bias, spatial),
-            Scheme::Static { scale } => {
-                let x = self.inner.quantize_dequantize(x, scale)?;
-                let weight = self.inner.dequantize(weight)?;
-                self.inner.conv(&x, &weight, bias, spatial)
-            }
-            Scheme::Integer { input, output } => self.inner.integer_conv(x, weight, bias, spatial, (input, output)),
-            scheme @ (Scheme::WeightOnly | Scheme::Dynamic) => Err(unfit("convolution", scheme)),
-        }
+        self.convolve(x, weight, bias, spatial, false)
+    }
+
+    fn convolution(
+        &mut self,
+        name: &str,
+        x: &O::Tensor,
+        (input, output): (usize, usize),
+        (spatial, kernel): (usize, usize),
+    ) -> Result<O::Tensor> {
+        self.scope(name, |o| {
+            let mut shape = vec![output, input];
+            shape.resize(2 + spatial, kernel);
+            let weight = o.param("weight", &shape)?;
+            let bias = o.param("bias", &[output])?;
+            o.convolve(x, &weight, &bias, spatial, kernel == 3)
+        })
     }
 
     fn constant(&mut self, shape: &[usize], data: &[f32]) -> Result<O::Tensor> {
@@ -204,6 +236,16 @@ impl<O: Int8> Ops for Quantize<'_, O> {
 
     fn pad_reflect(&mut self, x: &O::Tensor, spatial: usize) -> Result<O::Tensor> {
         self.inner.pad_reflect(x, spatial)
+    }
+
+    fn pixel_shuffle(
+        &mut self,
+        x: &O::Tensor,
+        channels: usize,
+        rows: usize,
+        factors: (usize, usize),
+    ) -> Result<O::Tensor> {
+        self.inner.pixel_shuffle(x, channels, rows, factors)
     }
 
     fn open_loop(&mut self, sequences: &[&O::Tensor], state: &O::Tensor) -> Result<O::Loop> {

@@ -515,6 +515,17 @@ impl Ops for Lower<'_> {
         Ok(self.node("Pad", &[x, &pads], vec![Attribute::text("mode", "reflect")], x.data_type))
     }
 
+    fn pixel_shuffle(&mut self, x: &Value, channels: usize, rows: usize, (fy, fx): (usize, usize)) -> Result<Value> {
+        if fy == fx {
+            let attributes = vec![Attribute::int("blocksize", fy as i64), Attribute::text("mode", "CRD")];
+            return Ok(self.node("DepthToSpace", &[x], attributes, x.data_type));
+        }
+        let shape = [Dim::Of(x, 0), Dim::Is(channels), Dim::Is(fy), Dim::Is(fx), Dim::Is(rows), Dim::Rest];
+        let x = &self.reshape(x, &shape)?;
+        let x = &self.permute(x, &[0, 1, 4, 2, 5, 3])?;
+        self.reshape(x, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(rows * fy), Dim::Rest])
+    }
+
     fn open_loop(&mut self, sequences: &[&Value], state: &Value) -> Result<Written> {
         let steps = self.size(sequences[0], Some(0));
         let first = self.integers(&[1], &[0]);

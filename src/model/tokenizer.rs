@@ -120,10 +120,8 @@ fn upsample<O: Ops>(
         let h = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(channels), Dim::Is(fy * fx), Dim::Is(rows), Dim::Rest])?;
         let shortcut = o.reshape(x, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(1), Dim::Is(rows), Dim::Rest])?;
         let h = o.add(&h, &shortcut)?;
-        let shape = [Dim::Is(channels), Dim::Is(fy), Dim::Is(fx), Dim::Is(rows), Dim::Rest];
-        let h = o.reshape(&h, &[Dim::Of(&h, 0), shape[0], shape[1], shape[2], shape[3], shape[4]])?;
-        let h = o.permute(&h, &[0, 1, 4, 2, 5, 3])?;
-        o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(channels), Dim::Is(rows * fy), Dim::Rest])
+        let h = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(channels * fy * fx), Dim::Is(rows), Dim::Rest])?;
+        o.pixel_shuffle(&h, channels, rows, (fy, fx))
     })
 }
 

@@ -284,6 +284,24 @@ pub trait Ops: Sized {
         Ok(x)
     }
 
+    /// Channels `[batch, channels·fy·fx, rows, width]` as the pixels of larger patches,
+    /// `[batch, channels, rows·fy, width·fx]` (ONNX `DepthToSpace`, mode `CRD`, whose patches are square).
+    ///
+    /// # Errors
+    /// Those of [`Ops::reshape`] and [`Ops::permute`].
+    fn pixel_shuffle(
+        &mut self,
+        x: &Self::Tensor,
+        channels: usize,
+        rows: usize,
+        (fy, fx): (usize, usize),
+    ) -> Result<Self::Tensor> {
+        let shape = [Dim::Is(channels), Dim::Is(fy), Dim::Is(fx), Dim::Is(rows), Dim::Rest];
+        let x = self.reshape(x, &[Dim::Of(x, 0), shape[0], shape[1], shape[2], shape[3], shape[4]])?;
+        let x = self.permute(&x, &[0, 1, 4, 2, 5, 3])?;
+        self.reshape(&x, &[Dim::Of(&x, 0), Dim::Is(channels), Dim::Is(rows * fy), Dim::Rest])
+    }
+
     /// a + b
     ///
     /// # Errors

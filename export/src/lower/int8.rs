@@ -1,6 +1,7 @@
 //! Products with weights in INT8, as nodes.
 
 use eqim::Result;
+use eqim::ops::Ops;
 use eqim_calibration::int8::{Affine, Int8};
 
 use super::{Lower, Places, Value};
@@ -75,7 +76,8 @@ impl Int8 for Lower<'_> {
         x: &Value,
         weight: &Value,
         bias: &Value,
-        _spatial: usize,
+        spatial: usize,
+        padded: bool,
         (input, output): (Affine, Affine),
     ) -> Result<Value> {
         let levels = self.stored(&weight_name(&weight.name))?;
@@ -86,6 +88,7 @@ impl Int8 for Lower<'_> {
         let [x_scale, x_zero] = self.affine(input);
         let [y_scale, y_zero] = self.affine(output);
         let x = self.node("QuantizeLinear", &[x, &x_scale, &x_zero], vec![], DataType::Uint8);
+        let x = if padded { self.pad_reflect(&x, spatial)? } else { x };
         let inputs = [&x, &x_scale, &x_zero, &levels, &scale, &zeros, &y_scale, &y_zero, &bias];
         let y = self.node("QLinearConv", &inputs, vec![], DataType::Uint8);
         Ok(self.node("DequantizeLinear", &[&y, &y_scale, &y_zero], vec![], DataType::Float))
