@@ -95,9 +95,10 @@ pub fn plan(config: &Config, policy: &Policy) -> Result<BTreeMap<Stage, Plan>> {
         plans.insert(stage, quantize.chosen);
     }
     let scopes: Vec<&String> = plans.values().flat_map(|plan: &Plan| plan.schemes.keys()).collect();
-    for pattern in &policy.keep {
-        if !scopes.iter().any(|scope| pattern.is_match(scope)) {
-            return Err(Error::input("--keep", format!("{pattern} fits no scope; eqim-export calibrate lists them")));
+    for (flag, patterns) in [("--keep", &policy.keep), ("--w8a8", &policy.w8a8)] {
+        if let Some(pattern) = patterns.iter().find(|pattern| !scopes.iter().any(|scope| pattern.is_match(scope))) {
+            let problem = format!("{pattern} fits no scope: the calibration table lists them");
+            return Err(Error::input(flag, problem));
         }
     }
     Ok(plans)

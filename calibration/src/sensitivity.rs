@@ -111,12 +111,12 @@ impl<'a> Search<'a> {
 }
 
 /// Images that damage is looked for in: one can come through where another does not.
-const IMAGES: usize = 4;
+const IMAGES: usize = 8;
 
 /// A batch of guided images, as long as the calibration's.
 fn request(config: &Config, samples: &Samples) -> Request {
     Request {
-        labels: (0..IMAGES.min(config.generator.class_num)).map(Some).collect(),
+        labels: (0..IMAGES).map(|row| Some(row % config.generator.class_num)).collect(),
         tokens: samples.tokens,
         cfg: samples.cfg,
         schedule: Schedule::Linear,

@@ -21,7 +21,7 @@ const IMAGES: usize = 4;
 const TOKENS: usize = 16;
 /// Lengths that drift is measured over.
 pub const LENGTHS: [usize; 3] = [16, 64, 256];
-/// Guidance, the same at every token: so a shorter rollout is the beginning of a longer one.
+/// Guidance: of the images at the last token, of the long rollout at every token, so that a shorter one is its beginning.
 const CFG: f32 = 3.0;
 /// Not among the seeds that calibration begins with.
 const SEED: u64 = 1_000_003;
@@ -246,16 +246,8 @@ fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-fn request(class: usize, tokens: usize, steps: usize, seed: u64) -> Request {
-    Request {
-        labels: vec![Some(class)],
-        tokens,
-        cfg: CFG,
-        schedule: Schedule::Constant,
-        steps,
-        prefix: None,
-        noise: Noise::Seed(seed),
-    }
+fn request(class: usize, tokens: usize, schedule: Schedule, steps: usize, seed: u64) -> Request {
+    Request { labels: vec![Some(class)], tokens, cfg: CFG, schedule, steps, prefix: None, noise: Noise::Seed(seed) }
 }
 
 fn decode(engine: &dyn Engine, tokens: ArrayView3<f32>) -> Result<Array4<f32>> {
@@ -297,7 +289,12 @@ pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str))
     let times = if is_timed { pair.stage_times()? } else { vec![] };
     let end_to_end = || {
         pair.times(|engine| {
-            timed(|| decode(engine, generate(engine, &request(0, TOKENS, steps, SEED), |_| {})?.tokens.view()))
+            timed(|| {
+                decode(
+                    engine,
+                    generate(engine, &request(0, TOKENS, Schedule::Linear, steps, SEED), |_| {})?.tokens.view(),
+                )
+            })
         })
     };
     let end_to_end = if is_timed { Some(end_to_end()?) } else { None };
@@ -329,7 +326,7 @@ pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str))
 
 fn image(pair: &Pair, class: usize, seed: u64, steps: usize) -> Result<Image> {
     let run = |engine: &OrtEngine| {
-        let tokens = generate(engine, &request(class, TOKENS, steps, seed), |_| {})?.tokens;
+        let tokens = generate(engine, &request(class, TOKENS, Schedule::Linear, steps, seed), |_| {})?.tokens;
         let image = decode(engine, tokens.view())?;
         Ok::<_, Error>((tokens, image))
     };
@@ -349,7 +346,7 @@ fn long_rollout(
     steps: usize,
     longest: usize,
 ) -> Result<(Vec<Rollout>, Vec<Position>)> {
-    let request = request(0, longest, steps, SEED);
+    let request = request(0, longest, Schedule::Constant, steps, SEED);
     let expected = generate(&pair.fp32, &request, |_| {})?.tokens;
     let found = generate(&pair.int8, &request, |_| {})?.tokens;
     let rollout = |tokens: usize| {

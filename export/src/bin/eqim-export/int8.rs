@@ -28,6 +28,9 @@ pub struct Int8 {
     /// Scopes to leave out of INT8, as a regular expression; may be given again
     #[arg(long, value_name = "REGEX", requires = "int8")]
     keep: Vec<String>,
+    /// Matrices to run W8A8 instead of weight-only, as a regular expression, for TensorRT; may be given again
+    #[arg(long, value_name = "REGEX", requires = "int8")]
+    w8a8: Vec<String>,
     /// Least PSNR of an image of 16 tokens against FP32, dB
     #[arg(long, value_name = "DB", default_value_t = 30.0, requires = "int8", value_parser = super::tolerance)]
     min_psnr: f32,
@@ -47,7 +50,11 @@ impl Int8 {
         table.check_model(path, &fingerprint(config, weights)?)?;
         let stages = if stages.is_empty() { STAGES.to_vec() } else { stages.clone() };
         let mut policy = Policy::new(flavour, stages, table);
-        policy.keep = patterns(&self.keep)?;
+        policy.keep = patterns("--keep", &self.keep)?;
+        policy.w8a8 = patterns("--w8a8", &self.w8a8)?;
+        if flavour == Flavour::Cpu && !policy.w8a8.is_empty() {
+            return Err(Error::input("--w8a8", "is for TensorRT: on a CPU all products are W8A8"));
+        }
         plan(config, &policy)?;
         Ok(Some(policy))
     }
