@@ -142,7 +142,7 @@ fn entropy(counts: &[u64]) -> usize {
             for bin in members {
                 let p = reference(bin) as f64 / total;
                 // An empty bin that everything beyond was counted into: as unlikely as a single value.
-                let q = if counts[bin] > 0 { shared / kept } else { 1.0 / kept };
+                let q = if counts[bin] > 0 { shared / kept } else { 1.0 / total };
                 if p > 0.0 {
                     divergence += p * (p / q).ln();
                 }

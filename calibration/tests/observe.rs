@@ -6,7 +6,7 @@ use eqim::model::flow;
 use eqim::ops::cost::Cost;
 use eqim::ops::eager::Eager;
 use eqim::weights::Weights;
-use eqim_calibration::{Observe, Ranges};
+use eqim_calibration::{Observe, Ranges, Seen};
 
 const ROWS: usize = 2;
 const STEPS: usize = 3;
@@ -84,7 +84,7 @@ fn any_interpreter_can_be_observed() {
     let g = &config.generator;
     let (z, noise, rows, times) = (vec![ROWS, g.dim], vec![ROWS, g.embed], vec![ROWS], vec![STEPS + 1]);
     let mut shown = vec![];
-    let mut record = |scope: &str, shape: &Vec<usize>| {
+    let mut record = |scope: &str, _: Seen, shape: &Vec<usize>| {
         shown.push((scope.to_string(), shape.clone()));
         Ok(())
     };

@@ -16,6 +16,9 @@ use eqim_export::write::{self, Draft, Options};
 
 use super::say;
 
+/// The first operator set in which `QuantizeLinear` and `DequantizeLinear` have scales of FP16.
+const FP16_SCALES_OPSET: i64 = 19;
+
 /// What is in INT8.
 #[derive(Args)]
 pub struct Int8 {
@@ -91,7 +94,8 @@ pub fn check_preview(draft: &Draft, config: &Config, weights: &Weights, policy: 
     say("Validating on ONNX Runtime against the preview of INT8 on Candle (same inputs):");
     let preview = Preview::engine(config, weights, policy)?;
     let fp32 = CandleEngine::new(config.clone(), weights.clone());
-    if validate_preview(&draft.bundle, &preview, &fp32, library, |line| say(line))? {
+    let checks = validate_preview(&draft.bundle, &preview, &fp32, library, |line| say(line))?;
+    if checks.iter().all(|check| check.passed) {
         return Ok(());
     }
     Err(Error::run(
@@ -115,6 +119,11 @@ pub fn draft(
 ) -> Result<Draft> {
     if policy.flavour == Flavour::Cpu && options.precision != Precision::Fp32 {
         return Err(Error::input("--for cpu", "runs what is not in INT8 in FP32: leave --dtype fp16 away"));
+    }
+    if options.precision == Precision::Fp16 && options.opset < FP16_SCALES_OPSET {
+        let problem =
+            format!("is {}, expected at least {FP16_SCALES_OPSET}: older ones have no scales of FP16", options.opset);
+        return Err(Error::input("--opset", problem));
     }
     let write = |policy: Option<&Policy>, precision| {
         let options = Options { policy, precision, ..options };
