@@ -120,6 +120,46 @@ fn fp16_is_compared_with_fp32_and_the_report_kept() {
 }
 
 #[test]
+fn engines_in_int8_with_the_scales_of_a_table() {
+    if !enabled() {
+        return;
+    }
+    let place = Workplace::with_bundle(&first());
+    std::fs::create_dir(place.path("photos")).unwrap();
+    let wave = |x: u32, y: u32| image::Rgb([x * 7, y * 5, x + y].map(|value| value as u8));
+    image::RgbImage::from_fn(64, 32, wave).save(place.path("photos/a.png")).unwrap();
+    let calibrate = "eqim-export calibrate --engine bundle --images photos --rollouts 1 --tokens 4 -o table.json";
+    place.run(&format!("{calibrate} --resize")).succeeded();
+    for targets in ["sm86", "sm89", "sm120", "sm86,sm89,sm120"] {
+        let line =
+            format!("eqim-export trt --engine bundle --int8 --calibration table.json --w8a8 adaLN --target {targets}");
+        let checked = place.run(&format!("{line} --check-only")).succeeded().stdout;
+        for words in ["decoder.onnx: all", "products W8A8, 0 weight-only", "weight-only), compiles for sm"] {
+            assert!(checked.contains(words), "{words}: {checked}");
+        }
+        assert!(!checked.contains("-[x]") && !place.path("bundle/trt/quantization.json").exists());
+        place.run(&format!("{line} --no-validate")).succeeded();
+        let set: Value = serde_json::from_slice(&place.read("bundle/trt/engines.json")).unwrap();
+        for stage in Stage::ALL {
+            let engine = &set["engines"][stage.name()];
+            let int8 = matches!(stage, Stage::Step | Stage::Flow | Stage::Decode);
+            assert_eq!((engine["int8"].as_bool(), engine["precision"].as_str()), (Some(int8), Some("fp16")));
+            let layers = engine["layers"].as_array().unwrap();
+            let quantized = layers.iter().any(|layer| layer["kind"] == "QUANTIZE");
+            let dequantized = layers.iter().any(|layer| layer["kind"] == "DEQUANTIZE");
+            assert_eq!(quantized, matches!(stage, Stage::Decode | Stage::Flow), "{engine}");
+            assert_eq!(dequantized, int8, "{engine}");
+        }
+    }
+    place.run("eqim-export trt --engine bundle --int8 --calibration table.json --target sm86 --force").succeeded();
+    let report: Value = serde_json::from_slice(&place.read("bundle/trt/quantization.json")).unwrap();
+    assert_eq!(report["precision"], "fp16");
+    let onnx = "eqim-export onnx --generator generator.pth --tokenizer tokenizer.ckpt --heads 2";
+    place.run(&format!("{onnx} --int8 --calibration table.json --no-validate -o quantized")).succeeded();
+    place.refused("eqim-export trt --engine quantized --fp16 --target sm86", &["int8", "--dtype fp32"]);
+}
+
+#[test]
 fn what_a_target_does_not_support_is_named() {
     if !enabled() {
         return;
@@ -174,7 +214,7 @@ fn lines_that_cannot_be_done_are_refused() {
     }
     let place = Workplace::with_bundle(&first());
     for (arguments, mentions) in [
-        ("--int8", &["--int8", "calibrated"][..]),
+        ("--int8", &["--calibration"][..]),
         ("--fp16 --target sm90", &["sm90", "tensorrt-enterprise"]),
         ("--fp16 --target sm77", &["sm77", "sm86"]),
         ("--fp16 --max-batch 0", &["--max-batch"]),
