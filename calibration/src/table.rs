@@ -111,13 +111,15 @@ impl Range {
     }
 }
 
-/// SHA-256 of a model: its configuration, and names and values in FP32 of its weights.
+/// SHA-256 of a model: its configuration but for the steps of a run, and names and values in FP32 of its weights.
 ///
 /// # Errors
 /// When a tensor cannot be read.
 pub fn fingerprint(config: &Config, weights: &Weights) -> Result<String> {
+    let mut config = config.clone();
+    config.generator.steps = 0;
     let mut hash = Sha256::new();
-    hash.update(serde_json::to_vec(config).map_err(|error| Error::run("configuration", error))?);
+    hash.update(serde_json::to_vec(&config).map_err(|error| Error::run("configuration", error))?);
     for (name, tensor) in weights.iter() {
         hash.update(name);
         let values = tensor.flatten_all()?.to_vec1::<f32>()?;

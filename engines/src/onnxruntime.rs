@@ -11,7 +11,7 @@ use eqim::model::{Kind, Port, Stage};
 use eqim::{Config, Error, Result};
 use half::f16;
 use ndarray::{Array, Array2, Array3, Array4, ArrayD, ArrayView, ArrayView2, ArrayView3, ArrayView4, Dimension};
-use ort::environment::Environment;
+use ort::environment::{Environment, GlobalThreadPoolOptions};
 use ort::session::SessionInputValue;
 use ort::session::builder::GraphOptimizationLevel;
 pub use ort::value::DynValue;
@@ -42,7 +42,9 @@ impl Runtime {
         static ENVIRONMENT: OnceLock<Result<Environment, String>> = OnceLock::new();
         let environment = ENVIRONMENT.get_or_init(|| {
             let builder = ort::init_from(library).map_err(|error| error.to_string())?;
-            builder.with_name("eqim").build().map_err(|error| error.to_string())
+            // With a pool of its own each graph's threads would spin on after their work, while another graph needs the cores.
+            let threads = GlobalThreadPoolOptions::default();
+            builder.with_name("eqim").with_global_thread_pool(threads).build().map_err(|error| error.to_string())
         });
         match environment {
             Ok(environment) => Ok(Self(environment)),
@@ -62,7 +64,7 @@ impl Runtime {
             let mut builder =
                 builder.with_optimization_level(GraphOptimizationLevel::All)?.with_prepacking(prepacking)?;
             if let Some(threads) = threads {
-                builder = builder.with_intra_threads(threads)?;
+                builder = builder.with_independent_thread_pool()?.with_intra_threads(threads)?;
             }
             builder.commit_from_file(path)
         };

@@ -1,6 +1,6 @@
 //! What a bundle holds and what its stages cost.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
 
 use eqim::model::{Axis, Port, Stage};
@@ -44,7 +44,7 @@ pub struct StageReport {
     pub cost: Row,
     /// Bytes of the weights it uses.
     pub parameter_bytes: u64,
-    /// Bytes of weights read in one run, once for every iteration of a loop.
+    /// Bytes of weights read in one run, again for every turn of a loop.
     pub weight_bytes_read: u64,
     /// Cost by top-level scope.
     pub scopes: BTreeMap<String, Row>,
@@ -83,8 +83,10 @@ fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<
     let path = bundle.graph_path(stage)?;
     let bytes = files::read(&path)?;
     let model = onnx::Model::decode(&bytes[..]).map_err(|error| Error::input(path.display(), error))?;
+    let graph = model.graph.unwrap_or_default();
     let mut operators = BTreeMap::new();
-    count_operators(&model.graph.unwrap_or_default(), &mut operators);
+    count_operators(&graph, &mut operators);
+    let sizes: HashMap<&str, u64> = graph.initializer.iter().filter_map(stored_bytes).collect();
 
     let mut cost = Cost::default();
     cost.stage(&bundle.manifest.model, stage, 1, tokens, steps)?;
@@ -93,16 +95,29 @@ fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<
         *scopes.entry(top_level(scope)).or_default() += *row;
     }
     let total = cost.total();
-    let size = bundle.manifest.precision.dtype().bitsize() as u64 / 8;
     Ok(StageReport {
         name: stage.name(),
         operators,
         file_bytes: bytes.len() as u64,
         cost: total,
-        parameter_bytes: total.parameters * size,
-        weight_bytes_read: total.weights_read * size,
+        parameter_bytes: sizes.values().sum(),
+        weight_bytes_read: bytes_read(&graph, &sizes, steps as u64),
         scopes,
     })
+}
+
+/// Name and length of a weight in the bundle's file of weights.
+fn stored_bytes(tensor: &onnx::Tensor) -> Option<(&str, u64)> {
+    let length = tensor.external_data.iter().find(|entry| entry.key.as_deref() == Some("length"))?;
+    Some((tensor.name.as_deref()?, length.value.as_ref()?.parse().ok()?))
+}
+
+/// Bytes of the weights that a graph's nodes use, once each, and again for each of the `turns` of a loop inside.
+fn bytes_read(graph: &onnx::Graph, sizes: &HashMap<&str, u64>, turns: u64) -> u64 {
+    let used: HashSet<&str> = graph.node.iter().flat_map(|node| &node.input).map(String::as_str).collect();
+    let own: u64 = used.iter().filter_map(|name| sizes.get(name)).sum();
+    let bodies = graph.node.iter().flat_map(|node| node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()));
+    own + bodies.map(|body| turns * bytes_read(body, sizes, turns)).sum::<u64>()
 }
 
 /// `encoder_blocks.3.attn.qkv` is counted under `encoder_blocks`, `decoder.up.2.block.0` under `decoder.up.2`.
@@ -169,6 +184,14 @@ impl Inspection {
             let _ = writeln!(text, "{words}");
         };
         line(format!("bundle of {}, {}, opset {}", manifest.producer, manifest.precision, manifest.opset));
+        if let Some(quantization) = &manifest.quantization {
+            line(format!(
+                "INT8 for {}: {} products of {}",
+                quantization.flavour,
+                quantization.scopes.len(),
+                quantization.stages.join(", ")
+            ));
+        }
         line(format!(
             "generator: {} classes, width {}, {} blocks, {} heads, window {}, {} condition tokens, token of {} values",
             g.class_num, g.dim, g.depth, g.heads, g.window, g.buffer, g.embed
@@ -237,7 +260,7 @@ fn show_engines(set: &EngineSet, fused: &BTreeMap<&str, Value>) -> String {
             text,
             "\n{}, {}, {}B, built in {:.2} s with {}B",
             engine.file.file,
-            engine.precision,
+            if engine.int8 { format!("int8 and {}", engine.precision) } else { engine.precision.to_string() },
             short(engine.file.bytes),
             engine.seconds,
             short(engine.peak_bytes)

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use crate::write::{REPORT_FILE, REPORT_TEXT_FILE};
 use eqim::engine::Engine;
-use eqim::generate::{Noise, Request, Schedule, generate};
+use eqim::generate::{Generated, Noise, Request, Schedule, generate};
 use eqim::model::Stage;
 use eqim::{Error, Result, files};
 use eqim_calibration::Flavour;
 use eqim_calibration::quality::{cosine, psnr, relative_error, ssim};
 use eqim_engines::bundle::{Bundle, Precision};
 use eqim_engines::onnxruntime::OrtEngine;
-use ndarray::{Array2, Array3, Array4, ArrayView3, Axis, s};
+use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
 /// Images that the floor is asked of, each of its own class and seed, and their length: a published image.
@@ -112,6 +112,8 @@ pub struct StageReport {
     pub stage: String,
     /// Whether anything of it is in INT8.
     pub int8: bool,
+    /// Relative error of its outputs on the inputs that FP32 has in an image of 16 tokens.
+    pub relative_error: f32,
     /// Median time of one run for a guided image, where it was measured.
     pub times: Option<Times>,
     /// Why it stayed as it was although INT8 was asked for: the times it was tried with.
@@ -299,9 +301,11 @@ pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str))
     };
     let end_to_end = if is_timed { Some(end_to_end()?) } else { None };
     let of = |times: &[(Stage, Times)], stage| times.iter().find(|(of, _)| *of == stage).map(|(_, times)| *times);
-    let stage = |stage: Stage| StageReport {
+    let errors = stage_errors(pair, steps)?;
+    let stage = |(stage, relative_error): (Stage, f32)| StageReport {
         stage: stage.name().into(),
         int8: pair.is_int8(stage),
+        relative_error,
         times: of(&times, stage),
         gained_nothing: of(&settings.gained_nothing, stage),
     };
@@ -316,12 +320,44 @@ pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str))
         images,
         rollouts,
         positions,
-        stages: Stage::ALL.into_iter().map(stage).collect(),
+        stages: errors.into_iter().map(stage).collect(),
         end_to_end,
         bytes: Sizes { fp32: bytes(&pair.bundles[0]), int8: bytes(&pair.bundles[1]) },
     };
     (report.passed, report.verdict) = report.judge();
     Ok(report)
+}
+
+/// What both engines' stages make of the inputs that they have in FP32: relative errors, in the order of a run.
+fn stage_errors(pair: &Pair, steps: usize) -> Result<Vec<(Stage, f32)>> {
+    let config = pair.fp32.config();
+    let labels = [0, config.generator.unconditional() as i64];
+    let request = request(0, TOKENS, Schedule::Constant, steps, SEED);
+    let Generated { tokens, noise, .. } = generate(&pair.fp32, &request, |_| {})?;
+    let timesteps = eqim::generate::timesteps(steps);
+    let conditions = |engine: &OrtEngine| {
+        let (mut session, z) = engine.start(&labels)?;
+        let mut all = vec![z];
+        for (position, token) in tokens.axis_iter(Axis(1)).take(TOKENS - 1).enumerate() {
+            all.push(session.step(concatenate![Axis(0), token, token].view(), &[position as i64; 2])?);
+        }
+        Ok::<_, Error>(all)
+    };
+    let (z_fp32, z_int8) = (conditions(&pair.fp32)?, conditions(&pair.int8)?);
+    let sampled = |engine: &OrtEngine| {
+        let sample = |(z, noise): (&Array2<f32>, ArrayView2<f32>)| engine.sample(z.view(), noise, &[CFG], &timesteps);
+        z_fp32.iter().zip(noise.axis_iter(Axis(1))).map(sample).collect::<Result<Vec<_>>>()
+    };
+    let image = decode(&pair.fp32, tokens.view())?;
+    let joined = |arrays: &[Array2<f32>]| arrays.iter().flatten().copied().collect::<Vec<f32>>();
+    let error = |found: &[Array2<f32>], expected: &[Array2<f32>]| relative_error(&joined(found), &joined(expected));
+    Ok(vec![
+        (Stage::Prefill, error(&z_int8[..1], &z_fp32[..1])),
+        (Stage::Step, error(&z_int8[1..], &z_fp32[1..])),
+        (Stage::Flow, error(&sampled(&pair.int8)?, &sampled(&pair.fp32)?)),
+        (Stage::Decode, relative_error(&decode(&pair.int8, tokens.view())?, &image)),
+        (Stage::Encode, relative_error(&pair.int8.encode(image.view())?, &pair.fp32.encode(image.view())?)),
+    ])
 }
 
 fn image(pair: &Pair, class: usize, seed: u64, steps: usize) -> Result<Image> {
@@ -375,6 +411,12 @@ fn bytes(bundle: &Bundle) -> u64 {
     graphs.sum::<u64>() + bundle.manifest.weights.bytes
 }
 
+/// Milliseconds of both, and how many times as fast INT8 is.
+fn timed_columns(times: Times) -> String {
+    let [fp32, int8] = [times.fp32, times.int8].map(|seconds| seconds * 1e3);
+    format!("{fp32:>12.2}{int8:>12.2}{:>9.2}×", times.speedup())
+}
+
 fn decibels(psnr: Option<f32>) -> String {
     psnr.map_or("equal".into(), |psnr| format!("{psnr:.1} dB"))
 }
@@ -426,25 +468,20 @@ impl Report {
             "\nFP32 against INT8 for {} (the rest in {}), same noise, {} steps, guidance {}, on ONNX Runtime:\n",
             self.flavour, self.precision, self.steps, self.cfg
         ));
-        line(format!("{:<18}{:>8}{:>12}{:>12}{:>10}", "stage", "", "FP32 ms", "INT8 ms", "speed"));
+        let head = ["", "error", "FP32 ms", "INT8 ms", "speed"];
+        line(format!("{:<18}{:>8}{:>10}{:>12}{:>12}{:>10}", "stage", head[0], head[1], head[2], head[3], head[4]));
         for stage in &self.stages {
-            let name = &stage.stage;
-            let columns = |what: &str, times: Times| {
-                let [fp32, int8] = [times.fp32, times.int8].map(|seconds| seconds * 1e3);
-                format!("{name:<18}{what:>8}{fp32:>12.2}{int8:>12.2}{:>9.2}×", times.speedup())
-            };
-            line(match (stage.times, stage.gained_nothing) {
-                (Some(times), _) => columns("INT8", times),
-                (None, Some(times)) => columns("", times) + "  gains nothing, stays as it was",
-                (None, None) => format!("{name:<18}{:>8}", if stage.int8 { "INT8" } else { "" }),
-            });
+            let int8 = if stage.int8 { "INT8" } else { "" };
+            let columns = format!("{:<18}{int8:>8}{:>10.1e}", stage.stage, stage.relative_error);
+            let times = stage.times.or(stage.gained_nothing).map_or(String::new(), timed_columns);
+            let kept = if stage.gained_nothing.is_some() { "  gains nothing, stays as it was" } else { "" };
+            line(format!("{columns}{times}{kept}"));
         }
         if let Some(times) = self.end_to_end {
-            let [fp32, int8] = [times.fp32, times.int8].map(|seconds| seconds * 1e3);
-            line(format!("{:<26}{fp32:>12.2}{int8:>12.2}{:>9.2}×", "image of 16 tokens", times.speedup()));
+            line(format!("{:<36}{}", "image of 16 tokens", timed_columns(times)));
         }
         let [fp32, int8] = [self.bytes.fp32, self.bytes.int8].map(|bytes| bytes as f64 / 1e6);
-        line(format!("{:<26}{fp32:>12.1}{int8:>12.1}{:>9.2}×", "size, MB", fp32 / int8));
+        line(format!("{:<36}{fp32:>12.1}{int8:>12.1}{:>9.2}×", "size, MB", fp32 / int8));
 
         line(format!("\n{:<26}{:>12}{:>12}{:>10}", "images of 16 tokens", "token error", "PSNR", "SSIM"));
         for image in &self.images {
