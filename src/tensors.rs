@@ -161,7 +161,7 @@ pub fn write(path: &Path, tensors: &[(&str, Tensor)], text: HashMap<String, Stri
     write_values(path, &values, text)
 }
 
-/// Writes as [`write`] does, values of other types among them.
+/// Writes as [`write()`] does, values of other types among them.
 ///
 /// # Errors
 /// [`Error::Run`] for a tensor of another type, or when the file cannot be written.

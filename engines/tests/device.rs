@@ -188,6 +188,7 @@ fn set(config: &Config) -> EngineSet {
             graph: String::new(),
             lowered: String::new(),
             precision: Precision::Fp32,
+            int8: false,
             profiles: stage.inputs(config).iter().map(profile).collect(),
             layers: vec![],
             seconds: 0.0,

@@ -71,7 +71,7 @@ pub fn write(path: &Path, config: &StoredConfig, stored: &[(&str, Tensor)]) -> R
     write_values(path, config, &values)
 }
 
-/// Writes as [`write`] does, values of other types among them.
+/// Writes as [`write()`] does, values of other types among them.
 ///
 /// # Errors
 /// [`Error::Run`] when it cannot be written.
