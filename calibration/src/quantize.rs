@@ -147,20 +147,14 @@ impl<O: Int8> Ops for Quantize<'_, O> {
         self.convolve(x, weight, bias, spatial, false)
     }
 
-    fn convolution(
+    fn mirrored_conv(
         &mut self,
-        name: &str,
         x: &O::Tensor,
-        (input, output): (usize, usize),
-        (spatial, kernel): (usize, usize),
+        weight: &O::Tensor,
+        bias: &O::Tensor,
+        spatial: usize,
     ) -> Result<O::Tensor> {
-        self.scope(name, |o| {
-            let mut shape = vec![output, input];
-            shape.resize(2 + spatial, kernel);
-            let weight = o.param("weight", &shape)?;
-            let bias = o.param("bias", &[output])?;
-            o.convolve(x, &weight, &bias, spatial, kernel == 3)
-        })
+        self.convolve(x, weight, bias, spatial, true)
     }
 
     fn constant(&mut self, shape: &[usize], data: &[f32]) -> Result<O::Tensor> {

@@ -386,12 +386,23 @@ pub trait Ops: Sized {
             shape.resize(2 + spatial, kernel);
             let weight = o.param("weight", &shape)?;
             let bias = o.param("bias", &[output])?;
-            if kernel == 1 {
-                return o.conv(x, &weight, &bias, spatial);
-            }
-            let x = o.pad_reflect(x, spatial)?;
-            o.conv(&x, &weight, &bias, spatial)
+            if kernel == 1 { o.conv(x, &weight, &bias, spatial) } else { o.mirrored_conv(x, &weight, &bias, spatial) }
         })
+    }
+
+    /// [`Ops::conv`] of `x` mirrored at its borders.
+    ///
+    /// # Errors
+    /// Those of [`Ops::pad_reflect`] and [`Ops::conv`].
+    fn mirrored_conv(
+        &mut self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        bias: &Self::Tensor,
+        spatial: usize,
+    ) -> Result<Self::Tensor> {
+        let x = self.pad_reflect(x, spatial)?;
+        self.conv(&x, weight, bias, spatial)
     }
 
     /// Softmax attention of `q [b, h, n, d]` to `k`, `v` `[b, h, m, d]`, with `bias` added to the scores
