@@ -20,7 +20,8 @@ use serde::{Deserialize, Serialize};
 const IMAGES: usize = 4;
 const TOKENS: usize = 16;
 /// Lengths that drift is measured over.
-pub const LENGTHS: [usize; 3] = [16, 64, 256];
+const LENGTHS: [usize; 3] = [16, 64, LONGEST];
+const LONGEST: usize = 256;
 /// Guidance: of the images at the last token, of the long rollout at every token, so that a shorter one is its beginning.
 const CFG: f32 = 3.0;
 /// Not among the seeds that calibration begins with.
@@ -263,8 +264,6 @@ pub struct Settings {
     pub min_psnr: f32,
     /// Stages that were tried in INT8 and left as they were, with the times of the trial.
     pub gained_nothing: Vec<(Stage, Times)>,
-    /// Lengths of the rollouts.
-    pub lengths: Vec<usize>,
 }
 
 /// Measures what INT8 does, and shows what is being done to `progress`.
@@ -279,9 +278,8 @@ pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str))
     progress("images of 16 tokens");
     let images = (0..IMAGES).map(|i| image(pair, i % manifest.model.generator.class_num, SEED + i as u64, steps));
     let images = images.collect::<Result<Vec<_>>>()?;
-    let longest = settings.lengths.iter().copied().max().unwrap_or(TOKENS);
-    progress(&format!("a rollout of {longest} tokens"));
-    let (rollouts, positions) = long_rollout(pair, settings, steps, longest)?;
+    progress(&format!("a rollout of {LONGEST} tokens"));
+    let (rollouts, positions) = long_rollout(pair, steps)?;
 
     // Times of graphs that a GPU will run say nothing here.
     let is_timed = quantization.flavour == Flavour::Cpu;
@@ -376,13 +374,8 @@ fn image(pair: &Pair, class: usize, seed: u64, steps: usize) -> Result<Image> {
     })
 }
 
-fn long_rollout(
-    pair: &Pair,
-    settings: &Settings,
-    steps: usize,
-    longest: usize,
-) -> Result<(Vec<Rollout>, Vec<Position>)> {
-    let request = request(0, longest, Schedule::Constant, steps, SEED);
+fn long_rollout(pair: &Pair, steps: usize) -> Result<(Vec<Rollout>, Vec<Position>)> {
+    let request = request(0, LONGEST, Schedule::Constant, steps, SEED);
     let expected = generate(&pair.fp32, &request, |_| {})?.tokens;
     let found = generate(&pair.int8, &request, |_| {})?.tokens;
     let rollout = |tokens: usize| {
@@ -402,7 +395,7 @@ fn long_rollout(
         let [found, expected] = [&found, &expected].map(|all| all.slice(s![0, token, ..]));
         Position { token, cosine: cosine(found, expected), relative_error: relative_error(found, expected) }
     };
-    let rollouts = settings.lengths.iter().map(|&tokens| rollout(tokens)).collect::<Result<_>>()?;
+    let rollouts = LENGTHS.into_iter().map(rollout).collect::<Result<_>>()?;
     Ok((rollouts, (0..found.len_of(Axis(1))).map(position).collect()))
 }
 

@@ -300,6 +300,14 @@ cases! {
         o.pad_reflect(x, 2)
     }
 
+    fn pixel_shuffle_of_square_patches(o, x: "batch 12 2 tokens") within MOVED {
+        o.pixel_shuffle(x, 3, 2, (2, 2))
+    }
+
+    fn pixel_shuffle_of_flat_patches(o, x: "batch 6 2 tokens") within MOVED {
+        o.pixel_shuffle(x, 3, 2, (2, 1))
+    }
+
     fn fold(o, x: "steps batch 3", state: "batch 3") within SUMS {
         o.fold(&[x], state, |o, now, state| {
             let state = o.scale(state, 0.5)?;
@@ -517,7 +525,7 @@ fn operators(graph: &Graph, all: &mut BTreeSet<String>) {
 }
 
 /// Operators that TensorRT accepts, of those that a lowering may want; neither `If` nor `Scan`.
-const TENSORRT: &str = "Add Cast Clip Concat Conv Cos Erf Expand Gather Gelu Gemm Identity InstanceNormalization \
+const TENSORRT: &str = "Add Cast Clip Concat Conv Cos DepthToSpace Erf Expand Gather Gelu Gemm Identity InstanceNormalization \
                         LayerNormalization Loop MatMul Mul Pad ReduceMean Reshape Shape Sigmoid Sin Slice Softmax \
                         Squeeze Sub Transpose";
 

@@ -22,7 +22,8 @@ const FP16_SCALES_OPSET: i64 = 19;
 /// What is in INT8.
 #[derive(Args)]
 pub struct Int8 {
-    /// Put products in INT8, of these stages: prefill, step, flow, decoder, encoder [default: step,flow,decoder]
+    /// Put products in INT8, of these stages: prefill, step, flow, decoder, encoder [default: step,flow,decoder]; the rest of
+    /// an engine is in FP16, of a bundle in --dtype
     #[arg(long, value_name = "STAGES", num_args = 0..=1, default_missing_value = "step,flow,decoder", value_delimiter = ',', value_parser = stage_named, requires = "calibration", group = "precision")]
     pub int8: Option<Vec<Stage>>,
     /// The table that eqim-export calibrate wrote for this model
@@ -64,7 +65,7 @@ impl Int8 {
 
     /// What the report asks.
     pub fn settings(&self) -> Settings {
-        Settings { min_psnr: self.min_psnr, gained_nothing: vec![], lengths: quantization::LENGTHS.to_vec() }
+        Settings { min_psnr: self.min_psnr, gained_nothing: vec![] }
     }
 
     /// Makes and shows a report.
