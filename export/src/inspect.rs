@@ -132,7 +132,8 @@ fn top_level(scope: &str) -> String {
     parts[..length.min(parts.len())].join(".")
 }
 
-fn count_operators(graph: &onnx::Graph, operators: &mut BTreeMap<String, usize>) {
+/// Counts nodes by operator, those of loop bodies included.
+pub(crate) fn count_operators(graph: &onnx::Graph, operators: &mut BTreeMap<String, usize>) {
     for node in &graph.node {
         *operators.entry(node.op_type.clone().unwrap_or_default()).or_default() += 1;
         for body in node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()) {

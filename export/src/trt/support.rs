@@ -10,6 +10,7 @@ use prost::Message;
 use serde::Serialize;
 
 use super::builder;
+use crate::inspect::count_operators;
 use crate::onnx;
 
 /// The support report of one graph.
@@ -60,7 +61,10 @@ pub fn check(stage: &str, model: &Path, profiles: &BTreeMap<String, Profile>, ta
             unsupported.push(refused(&graph, target, reason.to_string()));
         }
     }
-    let [quantized, dequantized] = ["QuantizeLinear", "DequantizeLinear"].map(|operator| count(&graph, operator));
+    let mut operators = BTreeMap::new();
+    count_operators(&graph, &mut operators);
+    let [quantized, dequantized] =
+        ["QuantizeLinear", "DequantizeLinear"].map(|operator| operators.get(operator).copied().unwrap_or_default());
     Ok(Support {
         stage: stage.to_string(),
         nodes: graph.node.len(),
@@ -70,13 +74,6 @@ pub fn check(stage: &str, model: &Path, profiles: &BTreeMap<String, Profile>, ta
         targets: targets.to_vec(),
         unsupported,
     })
-}
-
-/// Nodes of an operator, those of loop bodies included.
-fn count(graph: &onnx::Graph, operator: &str) -> usize {
-    let own = graph.node.iter().filter(|node| node.op_type.as_deref() == Some(operator)).count();
-    let bodies = graph.node.iter().flat_map(|node| node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()));
-    own + bodies.map(|body| count(body, operator)).sum::<usize>()
 }
 
 /// Finds the node that the builder's words name.

@@ -77,7 +77,7 @@ pub fn run(arguments: &Calibrate) -> Result<()> {
     let bundle = Bundle::open(&arguments.engine)?;
     check_bundle(&bundle)?;
     let pictures = pictures(&arguments.images)?;
-    let config = bundle.manifest.model.clone();
+    let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;
     let samples = Samples {
         images: hashes(&arguments.images, &pictures)?,
         resized: arguments.resize,
@@ -87,8 +87,6 @@ pub fn run(arguments: &Calibrate) -> Result<()> {
         cfg: arguments.cfg,
         seed: arguments.seed,
     };
-    let (config, weights) =
-        checkpoint::load_safetensors(&bundle.weights_path()).map(|(_, weights)| (config, weights))?;
     let state = state_path(&arguments.output);
     let mut collection = Collection::open(&state, &fingerprint(&config, &weights)?, &samples)?;
     collect(&mut collection, &state, &config, &weights, &pictures)?;

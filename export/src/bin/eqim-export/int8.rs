@@ -24,7 +24,7 @@ const FP16_SCALES_OPSET: i64 = 19;
 pub struct Int8 {
     /// Put products in INT8, of these stages: prefill, step, flow, decoder, encoder [default: step,flow,decoder]; the rest of
     /// an engine is in FP16, of a bundle in --dtype
-    #[arg(long, value_name = "STAGES", num_args = 0..=1, default_missing_value = "step,flow,decoder", value_delimiter = ',', value_parser = stage_named, requires = "calibration", group = "precision")]
+    #[arg(long, value_name = "STAGES", num_args = 0..=1, value_delimiter = ',', value_parser = stage_named, requires = "calibration", group = "precision")]
     pub int8: Option<Vec<Stage>>,
     /// The table that eqim-export calibrate wrote for this model
     #[arg(long, value_name = "TABLE.json", requires = "int8")]
