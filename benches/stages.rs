@@ -8,7 +8,7 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use eqim::candle::CandleEngine;
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::engine::Engine;
-use eqim::generate::timesteps;
+use eqim::solver::{Solver, Tableau};
 use eqim_engines::bundle::Precision;
 use eqim_engines::native::find_onnxruntime;
 use eqim_engines::onnxruntime::OrtEngine;
@@ -37,7 +37,7 @@ fn stages(criterion: &mut Criterion) {
         let (token, z) = (Array2::from_elem((2, g.embed), 0.5), Array2::from_elem((2, g.dim), 0.5));
         let noise = Array2::from_elem((1, g.embed), 0.5);
         let latents = Array3::from_elem((1, 16, g.embed), 0.5);
-        let timesteps = timesteps(g.steps);
+        let tableau = Tableau::new(Solver::Euler, g.steps);
         let mut group = criterion.benchmark_group("stages");
         let id = |stage| BenchmarkId::new(stage, engine.name());
         group.bench_function(id("prefill"), |b| b.iter(|| black_box(engine.start(&labels).expect("prefill").1)));
@@ -46,7 +46,7 @@ fn stages(criterion: &mut Criterion) {
             b.iter(|| session.step(black_box(token.view()), &[5, 5]).expect("step"));
         });
         group.bench_function(id("flow sampler, guided"), |b| {
-            b.iter(|| engine.sample(black_box(z.view()), noise.view(), &[4.0], &timesteps).expect("sample"));
+            b.iter(|| engine.sample(black_box(z.view()), noise.view(), &[4.0], &tableau).expect("sample"));
         });
         group.bench_function(id("decoder, 16 tokens"), |b| {
             b.iter(|| engine.decode(black_box(latents.view())).expect("decode"));

@@ -6,6 +6,7 @@ use ndarray::{Array, Array2, Array3, Array4, ArrayView, ArrayView2, ArrayView3, 
 use crate::engine::{Engine, Session};
 use crate::model::Stage;
 use crate::ops::eager::Eager;
+use crate::solver::Tableau;
 use crate::weights::Weights;
 use crate::{Config, Error, Result};
 
@@ -95,6 +96,16 @@ pub fn to_array<D: Dimension>(tensor: &Tensor) -> Result<Array<f32, D>> {
     array.map_err(|error| Error::run("tensor", error))
 }
 
+/// A solver's times `[S]` and updates `[S, 2, 3]` as Candle tensors.
+///
+/// # Errors
+/// When Candle refuses them.
+pub fn tableau_tensors(tableau: &Tableau) -> Result<[Tensor; 2]> {
+    let evaluations = tableau.evaluations();
+    let times = Tensor::from_slice(&tableau.times, evaluations, &Device::Cpu)?;
+    Ok([times, Tensor::from_slice(&tableau.updates, (evaluations, 2, 3), &Device::Cpu)?])
+}
+
 /// Integers `[rows]` as a Candle tensor.
 fn integers(values: &[i64]) -> Result<Tensor> {
     Ok(Tensor::from_slice(values, values.len(), &Device::Cpu)?)
@@ -124,11 +135,11 @@ impl<R: Runner> Engine for StageEngine<R> {
         z: ArrayView2<f32>,
         noise: ArrayView2<f32>,
         guidance: &[f32],
-        timesteps: &[f32],
+        tableau: &Tableau,
     ) -> Result<Array2<f32>> {
         let guidance = Tensor::from_slice(guidance, guidance.len(), &Device::Cpu)?;
-        let timesteps = Tensor::from_slice(timesteps, timesteps.len(), &Device::Cpu)?;
-        self.run_one(Stage::Flow, &[to_tensor(z)?, to_tensor(noise)?, guidance, timesteps])
+        let [times, updates] = tableau_tensors(tableau)?;
+        self.run_one(Stage::Flow, &[to_tensor(z)?, to_tensor(noise)?, guidance, times, updates])
     }
 
     fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>> {

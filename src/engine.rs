@@ -3,6 +3,7 @@
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4};
 
 use crate::generate::{self, Rollout, Times};
+use crate::solver::Tableau;
 use crate::{Config, Result};
 
 /// A model that is ready to run: its weights are loaded. What one image needs beside them is a [`Session`].
@@ -20,7 +21,7 @@ pub trait Engine {
     /// When the backend fails.
     fn start(&self, labels: &[i64]) -> Result<(Box<dyn Session + '_>, Array2<f32>)>;
 
-    /// Samples a token `[B, E]` for every row of `noise [B, E]` along `timesteps` from 1 down to 0.
+    /// Samples a token `[B, E]` for every row of `noise [B, E]`, as the tableau of a solver says.
     ///
     /// `z` holds the conditions of the B rows, `[B, D]`, or with guidance those of the unconditional stream after them,
     /// `[2B, D]`, weighed by `guidance [B]`.
@@ -32,7 +33,7 @@ pub trait Engine {
         z: ArrayView2<f32>,
         noise: ArrayView2<f32>,
         guidance: &[f32],
-        timesteps: &[f32],
+        tableau: &Tableau,
     ) -> Result<Array2<f32>>;
 
     /// Decodes latents `[B, N, E]`, at least two a row, to images `[B, 3, height, width]` in about -1..1.

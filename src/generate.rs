@@ -6,6 +6,7 @@ use ndarray::{Array2, Array3, ArrayView2, Axis, concatenate, s};
 
 use crate::engine::Engine;
 use crate::random::TorchRng;
+use crate::solver::{Solver, Tableau};
 use crate::{Config, Error, Result};
 
 /// How guidance grows along the image.
@@ -38,7 +39,9 @@ pub struct Request {
     pub cfg: f32,
     /// How guidance grows.
     pub schedule: Schedule,
-    /// Euler steps a token.
+    /// What integrates the ODE of a token.
+    pub solver: Solver,
+    /// Its steps a token.
     pub steps: usize,
     /// Tokens that are given, `[B, n, E]`; generation goes on after them.
     pub prefix: Option<Array3<f32>>,
@@ -81,7 +84,7 @@ pub struct DeviceTimes {
     pub device_to_host: Duration,
 }
 
-/// Most Euler steps that a run may ask for.
+/// Most steps a token that a run may ask for.
 pub const MOST_STEPS: usize = 100_000;
 
 impl Request {
@@ -152,11 +155,6 @@ impl Request {
     }
 }
 
-/// Times of an Euler run of `steps` steps: `steps + 1` values from 1 down to 0.
-pub fn timesteps(steps: usize) -> Vec<f32> {
-    (0..=steps).rev().map(|i| i as f32 / steps as f32).collect()
-}
-
 /// A batch on its way into an engine: checked, and everything random drawn.
 #[derive(Clone, Debug)]
 pub struct Rollout {
@@ -170,8 +168,8 @@ pub struct Rollout {
     pub noise: Array3<f32>,
     /// Guidance of each token, `[N]`.
     pub guidance: Vec<f32>,
-    /// From 1 down to 0.
-    pub timesteps: Vec<f32>,
+    /// How a token's ODE is integrated.
+    pub tableau: Tableau,
 }
 
 impl Rollout {
@@ -200,7 +198,7 @@ impl Rollout {
             prefix: request.prefix.clone().unwrap_or_else(|| Array3::zeros((batch, 0, embed))),
             noise,
             guidance: (0..request.tokens).map(|index| request.guidance(index)).collect(),
-            timesteps: timesteps(request.steps),
+            tableau: Tableau::new(request.solver, request.steps),
         })
     }
 
@@ -258,7 +256,7 @@ pub fn token_by_token<E: Engine + ?Sized>(
         }
         let noise = rollout.noise.index_axis(Axis(1), index - given);
         let guidance = vec![rollout.guidance[index]; batch];
-        let token = timed(&mut times.flow, || engine.sample(z.view(), noise, &guidance, &rollout.timesteps))?;
+        let token = timed(&mut times.flow, || engine.sample(z.view(), noise, &guidance, &rollout.tableau))?;
         check_finite(engine.name(), index, token.view())?;
         tokens.index_axis_mut(Axis(1), index).assign(&token);
         progress(index + 1);

@@ -14,6 +14,7 @@ pub mod model;
 pub mod ops;
 pub mod picture;
 pub mod random;
+pub mod solver;
 pub mod tensors;
 pub mod weights;
 

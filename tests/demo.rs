@@ -8,6 +8,7 @@ use eqim::checkpoint;
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
 use eqim::picture;
+use eqim::solver::Solver;
 use ndarray::{Array3, Axis, s};
 
 fn file(name: &str) -> PathBuf {
@@ -68,6 +69,7 @@ fn a_long_image_goes_on_without_seams_or_collapse() {
             tokens: 256,
             cfg: 1.0,
             schedule: Schedule::Linear,
+            solver: Solver::Euler,
             steps: 20,
             prefix: None,
             noise: Noise::Seed(seed),

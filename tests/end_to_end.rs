@@ -11,6 +11,7 @@ use common::{ACTIVATION, Fixture, SAMPLING, all, close, fixtures};
 use eqim::candle::CandleEngine;
 use eqim::checkpoint;
 use eqim::engine::Engine;
+use eqim::solver::Solver;
 use eqim::tensors::{self, TensorFile};
 use image::RgbImage;
 use ndarray::{Array3, Array4};
@@ -141,6 +142,24 @@ fn a_width_is_so_many_tokens_and_the_same_command_gives_the_same_bytes() {
 }
 
 /// Without guidance a longer image begins as the shorter one of the same seed.
+#[test]
+fn every_solver_is_the_same_on_both_backends_and_another_than_euler() {
+    let place = Workplace::new(&first());
+    place.run(&format!("{} -o bundle", export_line(&first()))).succeeded();
+    let mut euler = None;
+    for solver in Solver::ALL {
+        let tokens = BACKENDS.map(|backend| {
+            let line = "eqim-run --engine bundle --class 1 --tokens 6 --cfg 3 --steps 5 -o out.png --save-tokens t.safetensors";
+            place.run(&format!("{line} --backend {backend} --solver {solver}")).succeeded();
+            place.tensor("t.safetensors", "tokens")
+        });
+        within(&tokens[1], &tokens[0], SAMPLING);
+        let euler = euler.get_or_insert(tokens[0].clone());
+        let difference = (&tokens[0] - &*euler).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+        assert_eq!(difference.to_scalar::<f32>().unwrap() > 1e-3, solver != Solver::Euler, "{solver}: {difference}");
+    }
+}
+
 #[test]
 fn an_image_far_longer_than_in_training() {
     let fixture = first();

@@ -4,6 +4,7 @@ mod common;
 
 use candle_core::{Device, Tensor};
 use common::{ACTIVATION, Fixture, NOISE, SAMPLING, all, close, close_array};
+use eqim::candle::tableau_tensors;
 use eqim::checkpoint::{self, Hints, Shapes, WeightSet};
 use eqim::config::Preset;
 use eqim::engine::Engine;
@@ -14,6 +15,7 @@ use eqim::ops::Ops;
 use eqim::ops::eager::Eager;
 use eqim::picture::to_byte;
 use eqim::random::TorchRng;
+use eqim::solver::{Solver, Tableau};
 use ndarray::{Array3, Axis, Ix3, Ix4, concatenate};
 
 fn dims(fixture: &Fixture, key: &str) -> Vec<usize> {
@@ -91,11 +93,10 @@ fn flow_head() {
         let guided = if expected == 2 * rows { Tensor::cat(&[&guided, &guided], 0).unwrap() } else { guided };
         close(&fixture, "flow/guided_v_3.5", &guided, ACTIVATION);
 
-        let timesteps = eqim::generate::timesteps(g.steps);
-        let timesteps = Tensor::from_slice(&timesteps, timesteps.len(), &Device::Cpu).unwrap();
-        let end = flow::sample(o, g, c, x, &guidance, &timesteps).unwrap();
+        let [times, updates] = tableau_tensors(&Tableau::new(Solver::Euler, g.steps)).unwrap();
+        let end = flow::sample(o, g, c, x, &guidance, &times, &updates).unwrap();
         close(&fixture, "flow/end", &end, ACTIVATION);
-        let end = flow::sample(o, g, guided_c, x, &guidance, &timesteps).unwrap();
+        let end = flow::sample(o, g, guided_c, x, &guidance, &times, &updates).unwrap();
         let expected = dims(&fixture, "flow/guided_end_3.5")[0];
         let end = if expected == 2 * rows { Tensor::cat(&[&end, &end], 0).unwrap() } else { end };
         close(&fixture, "flow/guided_end_3.5", &end, ACTIVATION);

@@ -14,6 +14,7 @@ use eqim::model::transformer::{self, KeyValue, Prefill};
 use eqim::ops::eager::Eager;
 use eqim::picture::{to_byte, write_png};
 use eqim::random::TorchRng;
+use eqim::solver::Solver;
 use eqim::weights::Weights;
 use ndarray::{Array2, Array3, Axis, s};
 use proptest::prelude::*;
@@ -193,6 +194,7 @@ proptest! {
         (tokens, given) in (2..=9usize).prop_flat_map(|tokens| (Just(tokens), 0..tokens)),
         cfg in prop_oneof![Just(1.0f32), 0.0..4.0f32],
         linear: bool,
+        solver in prop::sample::select(Solver::ALL.as_slice()),
         steps in 1..=4usize,
         seed: u64,
     ) {
@@ -200,7 +202,7 @@ proptest! {
         let prefix = (given > 0).then(|| normal(!seed, (rows, given, embed)));
         let schedule = if linear { Schedule::Linear } else { Schedule::Constant };
         let noise = Noise::Seed(seed);
-        let request = Request { labels, tokens, cfg, schedule, steps, prefix: prefix.clone(), noise };
+        let request = Request { labels, tokens, cfg, schedule, solver, steps, prefix: prefix.clone(), noise };
         let mut reported = vec![];
         let first = generate(&engine, &request, |known| reported.push(known)).unwrap();
         prop_assert_eq!(first.tokens.dim(), (rows, tokens, embed));

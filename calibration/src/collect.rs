@@ -10,6 +10,7 @@ use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
 use eqim::model::Stage;
 use eqim::ops::eager::Eager;
+use eqim::solver::Solver;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, files, picture};
 use ndarray::{Array4, Axis, s};
@@ -134,6 +135,7 @@ fn request(config: &Config, samples: &Samples, index: usize) -> Request {
         tokens: samples.tokens,
         cfg: samples.cfg,
         schedule: Schedule::Linear,
+        solver: Solver::Euler,
         steps: samples.steps,
         prefix: None,
         noise: Noise::Seed(samples.seed.wrapping_add(index as u64)),

@@ -7,6 +7,7 @@ use eqim::candle::CandleEngine;
 use eqim::engine::Engine;
 use eqim::generate::{Generated, Noise, Request, Schedule, generate};
 use eqim::model::Stage;
+use eqim::solver::Solver;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use ndarray::{Array3, Array4, Axis};
@@ -120,6 +121,7 @@ fn request(config: &Config, samples: &Samples) -> Request {
         tokens: samples.tokens,
         cfg: samples.cfg,
         schedule: Schedule::Linear,
+        solver: Solver::Euler,
         steps: samples.steps,
         prefix: None,
         noise: Noise::Seed(samples.seed),

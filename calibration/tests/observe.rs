@@ -1,10 +1,12 @@
 //! The decorator changes nothing of what it watches.
 
 use candle_core::{Device, Tensor};
+use eqim::candle::tableau_tensors;
 use eqim::config::{Config, Preset};
 use eqim::model::flow;
 use eqim::ops::cost::Cost;
 use eqim::ops::eager::Eager;
+use eqim::solver::{Solver, Tableau};
 use eqim::weights::Weights;
 use eqim_calibration::{Observe, Ranges, Seen};
 
@@ -28,17 +30,18 @@ fn micro() -> Config {
     config
 }
 
-fn inputs(config: &Config) -> [Tensor; 4] {
+fn inputs(config: &Config) -> [Tensor; 5] {
     let tensor = |shape: &[usize], factor: f32| {
         let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| factor * (i as f32).sin()).collect();
         Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
     };
-    let timesteps = eqim::generate::timesteps(STEPS);
+    let [times, updates] = tableau_tensors(&Tableau::new(Solver::Euler, STEPS)).unwrap();
     [
         tensor(&[ROWS, config.generator.dim], 1.0),
         tensor(&[ROWS, config.generator.embed], 2.0),
         tensor(&[ROWS], 1.0),
-        Tensor::from_slice(&timesteps, timesteps.len(), &Device::Cpu).unwrap(),
+        times,
+        updates,
     ]
 }
 
@@ -46,11 +49,11 @@ fn inputs(config: &Config) -> [Tensor; 4] {
 fn an_observed_run_computes_the_same() {
     let config = micro();
     let weights = Weights::random(&config, 1).unwrap();
-    let [z, noise, guidance, timesteps] = inputs(&config);
+    let [z, noise, guidance, times, updates] = inputs(&config);
     let g = &config.generator;
-    let plain = flow::sample(&mut Eager::new(&weights), g, &z, &noise, &guidance, &timesteps).unwrap();
+    let plain = flow::sample(&mut Eager::new(&weights), g, &z, &noise, &guidance, &times, &updates).unwrap();
     let mut ranges = Ranges::default();
-    let sampled = ranges.observe(&weights, |o| flow::sample(o, g, &z, &noise, &guidance, &timesteps)).unwrap();
+    let sampled = ranges.observe(&weights, |o| flow::sample(o, g, &z, &noise, &guidance, &times, &updates)).unwrap();
     assert_eq!(sampled.to_vec2::<f32>().unwrap(), plain.to_vec2::<f32>().unwrap());
 
     // The noise enters the first product inside the loop, so that scope's range is at least the noise's.
@@ -63,11 +66,11 @@ fn an_observed_run_computes_the_same() {
 fn ranges_only_widen_and_values_that_are_not_finite_name_their_scope() {
     let config = micro();
     let weights = Weights::random(&config, 1).unwrap();
-    let [z, noise, guidance, timesteps] = inputs(&config);
+    let [z, noise, guidance, times, updates] = inputs(&config);
     let g = &config.generator;
     let mut ranges = Ranges::default();
     let mut run = |noise: &Tensor| {
-        let run = ranges.observe(&weights, |o| flow::sample(o, g, &z, noise, &guidance, &timesteps));
+        let run = ranges.observe(&weights, |o| flow::sample(o, g, &z, noise, &guidance, &times, &updates));
         (run.map(drop), ranges.scopes().get("diffloss.net.input_proj").copied().unwrap_or_default())
     };
     let (_, narrow) = run(&noise);
@@ -82,14 +85,15 @@ fn ranges_only_widen_and_values_that_are_not_finite_name_their_scope() {
 fn any_interpreter_can_be_observed() {
     let config = micro();
     let g = &config.generator;
-    let (z, noise, rows, times) = (vec![ROWS, g.dim], vec![ROWS, g.embed], vec![ROWS], vec![STEPS + 1]);
+    let (z, noise, rows) = (vec![ROWS, g.dim], vec![ROWS, g.embed], vec![ROWS]);
+    let (times, updates) = (vec![STEPS], vec![STEPS, 2, 3]);
     let mut shown = vec![];
     let mut record = |scope: &str, _: Seen, shape: &Vec<usize>| {
         shown.push((scope.to_string(), shape.clone()));
         Ok(())
     };
     let mut o = Observe::new(Cost::default(), &mut record);
-    flow::sample(&mut o, g, &z, &noise, &rows, &times).unwrap();
+    flow::sample(&mut o, g, &z, &noise, &rows, &times, &updates).unwrap();
     let velocity = ("diffloss.net.final_layer.linear".to_string(), vec![ROWS, g.embed]);
     assert!(shown.contains(&velocity), "{shown:?}");
 }

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 
 use eqim::engine::{Engine, Session};
 use eqim::model::{Kind, Port, Stage};
+use eqim::solver::Tableau;
 use eqim::{Config, Error, Result};
 use half::f16;
 use ndarray::{Array, Array2, Array3, Array4, ArrayD, ArrayView, ArrayView2, ArrayView3, ArrayView4, Dimension};
@@ -209,13 +210,16 @@ impl Engine for OrtEngine {
         z: ArrayView2<f32>,
         noise: ArrayView2<f32>,
         guidance: &[f32],
-        timesteps: &[f32],
+        tableau: &Tableau,
     ) -> Result<Array2<f32>> {
+        let updates = ArrayView::from_shape((tableau.evaluations(), 2, 3), &tableau.updates);
+        let updates = updates.map_err(|error| Error::run("updates", error))?;
         let inputs = [
             float_input(z)?.into(),
             float_input(noise)?.into(),
             float_input(ArrayView::from(guidance))?.into(),
-            float_input(ArrayView::from(timesteps))?.into(),
+            float_input(ArrayView::from(&tableau.times))?.into(),
+            float_input(updates)?.into(),
         ];
         self.run_one(Stage::Flow, &inputs)
     }

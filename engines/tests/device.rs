@@ -13,6 +13,7 @@ use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
 use eqim::model::{Axis, Kind, Port, Stage};
 use eqim::ops::eager::Eager;
+use eqim::solver::{Solver, Tableau};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use eqim_engines::bundle::{FileRecord, Precision};
@@ -179,7 +180,7 @@ fn set(config: &Config) -> EngineSet {
                 (_, "batch") => 4,
                 (_, "width") => 24 * config.tokenizer.token_width(),
                 (_, "tokens") => 24,
-                _ => 9,
+                _ => 8,
             };
             (port.name.clone(), Profile { min: limits(&least), opt: limits(&most), max: limits(&most) })
         };
@@ -234,6 +235,7 @@ fn request(labels: &[Option<usize>], tokens: usize, cfg: f32) -> Request {
         tokens,
         cfg,
         schedule: Schedule::Linear,
+        solver: Solver::Euler,
         steps: 4,
         prefix: None,
         noise: Noise::Seed(5),
@@ -298,9 +300,10 @@ fn the_token_by_token_interface_gives_the_same() -> Result<()> {
     };
     close(&z, &z_expected);
     let noise = Array2::from_elem((1, generator.embed), 0.3);
+    let tableau = Tableau::new(Solver::Heun, 2);
     for position in 0..6 {
-        let token = mock.sample(z.view(), noise.view(), &[2.0], &[1.0, 0.5, 0.0])?;
-        close(&token, &candle.sample(z.view(), noise.view(), &[2.0], &[1.0, 0.5, 0.0])?);
+        let token = mock.sample(z.view(), noise.view(), &[2.0], &tableau)?;
+        close(&token, &candle.sample(z.view(), noise.view(), &[2.0], &tableau)?);
         let rows = concatenate![ArrayAxis(0), token, token];
         close(&found.step(rows.view(), &[position; 2])?, &expected.step(rows.view(), &[position; 2])?);
     }
@@ -384,7 +387,7 @@ fn shapes_beyond_the_profile_are_refused_before_anything_runs() -> Result<()> {
         }
     };
     refused(&request(&[Some(0); 5], 4, 3.0), &["of prefill takes labels from [1] to [8]", "[10]", "--max-batch"]);
-    refused(&Request { steps: 9, ..request(&[Some(0)], 4, 3.0) }, &["timesteps", "[10]", "--maxShapes"]);
+    refused(&Request { steps: 9, ..request(&[Some(0)], 4, 3.0) }, &["times", "[9]", "--maxShapes"]);
     let latents = Array3::zeros((1, 25, mock.config().generator.embed));
     assert!(mock.decode(latents.view()).unwrap_err().to_string().contains("--max-tokens"));
     assert!(counts.runs.borrow().is_empty());

@@ -8,11 +8,13 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use eqim::Result;
+use eqim::candle::tableau_tensors;
 use eqim::candle::{CandleEngine, to_tensor};
 use eqim::engine::Engine;
-use eqim::generate::{Generated, Noise, Request, Schedule, generate, timesteps};
+use eqim::generate::{Generated, Noise, Request, Schedule, generate};
 use eqim::model::{flow, tokenizer, transformer};
 use eqim::picture::to_byte;
+use eqim::solver::{Solver, Tableau};
 use eqim_calibration::Ranges;
 use eqim_calibration::quality::psnr;
 use eqim_engines::bundle::{Bundle, Precision};
@@ -104,6 +106,7 @@ pub fn measure(
         tokens,
         cfg: CFG,
         schedule: Schedule::Constant,
+        solver: Solver::Euler,
         steps,
         prefix: None,
         noise: Noise::Seed(SEED),
@@ -112,7 +115,7 @@ pub fn measure(
     let longest = lengths.iter().copied().max().unwrap_or_default();
     let expected = generate(reference, &request(longest), |_| {})?;
     let engine = OrtEngine::new(bundle, library, None)?;
-    let found = finite_tokens(&engine, &expected.noise, &timesteps(steps))?;
+    let found = finite_tokens(&engine, &expected.noise, &Tableau::new(Solver::Euler, steps))?;
 
     let mut rollouts = vec![];
     for &length in lengths {
@@ -131,7 +134,7 @@ pub fn measure(
 
 /// Tokens `[1, n, E]` of a guided rollout from `noise [1, N, E]`, up to the first that is not finite, which ends it:
 /// `generate` would fail and give none.
-fn finite_tokens(engine: &dyn Engine, noise: &Array3<f32>, timesteps: &[f32]) -> Result<Array3<f32>> {
+fn finite_tokens(engine: &dyn Engine, noise: &Array3<f32>, tableau: &Tableau) -> Result<Array3<f32>> {
     let mut tokens = Array3::zeros(noise.dim());
     let (mut session, mut z) = engine.start(&[0, engine.config().generator.unconditional() as i64])?;
     for index in 0..noise.dim().1 {
@@ -139,7 +142,7 @@ fn finite_tokens(engine: &dyn Engine, noise: &Array3<f32>, timesteps: &[f32]) ->
             let last = tokens.index_axis(Axis(1), index - 1);
             z = session.step(concatenate![Axis(0), last, last].view(), &[index as i64 - 1; 2])?;
         }
-        let token = engine.sample(z.view(), noise.index_axis(Axis(1), index), &[CFG], timesteps)?;
+        let token = engine.sample(z.view(), noise.index_axis(Axis(1), index), &[CFG], tableau)?;
         if token.iter().any(|value| !value.is_finite()) {
             return Ok(tokens.slice_move(s![.., ..index, ..]));
         }
@@ -151,7 +154,7 @@ fn finite_tokens(engine: &dyn Engine, noise: &Array3<f32>, timesteps: &[f32]) ->
 /// The largest activation of a rollout in FP32: its tokens known, all of them pass every stage at once.
 fn largest_activation(reference: &CandleEngine, rollout: &Generated, steps: usize) -> Result<Option<(String, f32)>> {
     let config = reference.config();
-    let (generator, timesteps) = (&config.generator, timesteps(steps));
+    let generator = &config.generator;
     let n = rollout.tokens.dim().1;
     let latents = to_tensor((&rollout.tokens / generator.vae_norm as f32).view())?;
     let [tokens, noise] = [&rollout.tokens, &rollout.noise].map(|array| to_tensor(array.index_axis(Axis(0), 0)));
@@ -159,11 +162,11 @@ fn largest_activation(reference: &CandleEngine, rollout: &Generated, steps: usiz
     let both = Tensor::cat(&[&tokens, &tokens], 0)?;
     let labels = Tensor::new(&[0, generator.unconditional() as i64], &Device::Cpu)?;
     let guidance = Tensor::full(CFG, n, &Device::Cpu)?;
-    let timesteps = Tensor::from_slice(&timesteps, timesteps.len(), &Device::Cpu)?;
+    let [times, updates] = tableau_tensors(&Tableau::new(Solver::Euler, steps))?;
     let mut ranges = Ranges::default();
     ranges.observe(reference.weights(), |o| {
         let z = transformer::teacher_forced(o, generator, &labels, &both, n, 0)?;
-        flow::sample(o, generator, &z, &noise, &guidance, &timesteps)?;
+        flow::sample(o, generator, &z, &noise, &guidance, &times, &updates)?;
         tokenizer::decode(o, &config.tokenizer, &latents)
     })?;
     Ok(ranges.largest().map(|(scope, largest)| (scope.to_string(), largest)))

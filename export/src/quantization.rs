@@ -8,6 +8,7 @@ use crate::write::{REPORT_FILE, REPORT_TEXT_FILE};
 use eqim::engine::Engine;
 use eqim::generate::{Generated, Noise, Request, Schedule, generate};
 use eqim::model::Stage;
+use eqim::solver::{Solver, Tableau};
 use eqim::{Error, Result, files};
 use eqim_calibration::Flavour;
 use eqim_calibration::quality::{cosine, psnr, relative_error, ssim};
@@ -229,9 +230,9 @@ fn work(engine: &OrtEngine, stage: Stage) -> Result<Duration> {
             timed(|| session.step(rows(g.embed).view(), &[g.window as i64; 2]))
         }
         Stage::Flow => {
-            let steps = eqim::generate::timesteps(g.steps);
+            let tableau = Tableau::new(Solver::Euler, g.steps);
             let noise = rows(g.embed);
-            timed(|| engine.sample(rows(g.dim).view(), noise.slice(s![..1, ..]), &[CFG], &steps))
+            timed(|| engine.sample(rows(g.dim).view(), noise.slice(s![..1, ..]), &[CFG], &tableau))
         }
         Stage::Decode => timed(|| engine.decode((&tokens / g.vae_norm as f32).view())),
         Stage::Encode => {
@@ -250,7 +251,8 @@ fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<Duration> {
 }
 
 fn request(class: usize, tokens: usize, schedule: Schedule, steps: usize, seed: u64) -> Request {
-    Request { labels: vec![Some(class)], tokens, cfg: CFG, schedule, steps, prefix: None, noise: Noise::Seed(seed) }
+    let (labels, solver, noise) = (vec![Some(class)], Solver::Euler, Noise::Seed(seed));
+    Request { labels, tokens, cfg: CFG, schedule, solver, steps, prefix: None, noise }
 }
 
 fn decode(engine: &dyn Engine, tokens: ArrayView3<f32>) -> Result<Array4<f32>> {
@@ -332,7 +334,7 @@ fn stage_errors(pair: &Pair, steps: usize) -> Result<Vec<(Stage, f32)>> {
     let labels = [0, config.generator.unconditional() as i64];
     let request = request(0, TOKENS, Schedule::Constant, steps, SEED);
     let Generated { tokens, noise, .. } = generate(&pair.fp32, &request, |_| {})?;
-    let timesteps = eqim::generate::timesteps(steps);
+    let tableau = Tableau::new(Solver::Euler, steps);
     let conditions = |engine: &OrtEngine| {
         let (mut session, z) = engine.start(&labels)?;
         let mut all = vec![z];
@@ -343,7 +345,7 @@ fn stage_errors(pair: &Pair, steps: usize) -> Result<Vec<(Stage, f32)>> {
     };
     let (z_fp32, z_int8) = (conditions(&pair.fp32)?, conditions(&pair.int8)?);
     let sampled = |engine: &OrtEngine| {
-        let sample = |(z, noise): (&Array2<f32>, ArrayView2<f32>)| engine.sample(z.view(), noise, &[CFG], &timesteps);
+        let sample = |(z, noise): (&Array2<f32>, ArrayView2<f32>)| engine.sample(z.view(), noise, &[CFG], &tableau);
         z_fp32.iter().zip(noise.axis_iter(Axis(1))).map(sample).collect::<Result<Vec<_>>>()
     };
     let image = decode(&pair.fp32, tokens.view())?;

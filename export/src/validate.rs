@@ -4,12 +4,14 @@
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use eqim::candle::tableau_tensors;
 use eqim::candle::{CandleEngine, StageEngine, to_array};
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
 use eqim::model::{BATCH, Kind, Port, Stage, transformer};
 use eqim::ops::eager::Eager;
 use eqim::random::TorchRng;
+use eqim::solver::{Solver, Tableau};
 use eqim::{Config, Error, Result};
 use eqim_calibration::quality::relative_error;
 use eqim_calibration::{Preview, Ranges};
@@ -165,7 +167,7 @@ fn random_input(config: &Config, stage: Stage, port: &Port, random: &mut TorchRn
         "rows" => 2 * ROWS,
         "tokens" => IMAGE_TOKENS,
         "width" => width,
-        _ => MOST_STEPS + 1,
+        _ => MOST_STEPS,
     };
     let shape: Vec<usize> = port.shape.iter().map(|axis| axis.size(symbol)).collect();
     let count = shape.iter().product();
@@ -174,7 +176,9 @@ fn random_input(config: &Config, stage: Stage, port: &Port, random: &mut TorchRn
         // One row before its window is full and one after; a class and none.
         (Stage::Step, "position") => Tensor::new(&[1, window + 2], &Device::Cpu)?,
         (Stage::Prefill, _) => Tensor::new(&[0, config.generator.unconditional() as i64], &Device::Cpu)?,
-        (_, "timesteps") => Tensor::from_vec(eqim::generate::timesteps(MOST_STEPS), shape, &Device::Cpu)?,
+        // A solver that reads all that an update can.
+        (_, "times") => tableau_tensors(&Tableau::new(Solver::Ab2, MOST_STEPS))?[0].clone(),
+        (_, "updates") => tableau_tensors(&Tableau::new(Solver::Ab2, MOST_STEPS))?[1].clone(),
         _ => Tensor::from_vec(random.randn(count), shape, &Device::Cpu)?,
     })
 }
@@ -299,6 +303,7 @@ fn guided_rollout(engine: &dyn Engine, reference: &CandleEngine, atol: f32) -> R
         tokens: 2 * generator.window + 3,
         cfg: 3.0,
         schedule: Schedule::Linear,
+        solver: Solver::Euler,
         steps: generator.steps.min(MOST_STEPS),
         prefix: None,
         noise: Noise::Seed(SEED),

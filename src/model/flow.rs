@@ -108,10 +108,11 @@ pub fn guide<O: Ops>(o: &mut O, config: &GeneratorConfig, v: &O::Tensor, guidanc
     o.add(&unconditional, &difference)
 }
 
-/// Samples a token `[B, E]` by Euler's method from `noise [B, E]` along `timesteps [S+1]`, from 1 (noise) down to 0.
+/// Samples a token `[B, E]` from `noise [B, E]`, evaluating the velocity at `times [S]` and moving after each evaluation as
+/// `updates [S, 2, 3]` say (see [`Tableau`](crate::solver::Tableau)).
 ///
 /// `z [G·B, D]` holds the conditions of B rows, and with guidance those of the unconditional stream after them (G = 2);
-/// both streams share the token. All timesteps' modulations are one matrix product each, outside the loop.
+/// both streams share the token. The modulations of all times are one matrix product each, outside the loop.
 ///
 /// # Errors
 /// Those of the interpreter.
@@ -121,15 +122,13 @@ pub fn sample<O: Ops>(
     z: &O::Tensor,
     noise: &O::Tensor,
     guidance: &O::Tensor,
-    timesteps: &O::Tensor,
+    times: &O::Tensor,
+    updates: &O::Tensor,
 ) -> Result<O::Tensor> {
     let &GeneratorConfig { dim, flow_dim, embed, .. } = config;
+    let (one, batch, width) = (Dim::Is(1), Dim::Of(noise, 0), Dim::Is(embed));
     o.scope("diffloss.net", |o| {
-        let t = o.slice(timesteps, 0, 0, -1)?;
-        let t_next = o.slice(timesteps, 0, 1, END)?;
-        let dt = o.sub(&t_next, &t)?;
-
-        let time = embed_time(o, config, &t)?;
+        let time = embed_time(o, config, times)?;
         let time = o.reshape(&time, &[Dim::Rest, Dim::Is(1), Dim::Is(flow_dim)])?;
         let condition = o.linear("cond_embed", z, dim, flow_dim)?;
         let y = o.add(&time, &condition)?;
@@ -140,19 +139,33 @@ pub fn sample<O: Ops>(
             let width = if j < config.flow_depth { 3 } else { 2 } * flow_dim;
             sequences.push(o.reshape(modulation, &[Dim::Of(&time, 0), Dim::Of(z, 0), Dim::Is(width)])?);
         }
-        sequences.push(dt);
+        for part in 0..3 {
+            let factors = o.slice(updates, 2, part, part + 1)?;
+            sequences.push(o.reshape(&factors, &[Dim::Rest, Dim::Is(2), one, one])?);
+        }
 
         let sequences: Vec<&O::Tensor> = sequences.iter().collect();
-        o.fold(&sequences, noise, |o, now, x| {
-            let (modulations, dt) = now.split_at(config.flow_depth + 1);
-            let h = o.linear("input_proj", x, embed, flow_dim)?;
-            let h = o.expand(&h, &[Dim::Of(&streams, 0), Dim::Of(noise, 0), Dim::Is(flow_dim)])?;
+        // The point, and the value that is held; no solver reads that before it is set.
+        let state = o.expand(noise, &[Dim::Is(2), batch, width])?;
+        let state = o.fold(&sequences, &state, |o, now, state| {
+            let (modulations, factors) = now.split_at(config.flow_depth + 1);
+            let point = o.slice(state, 0, 0, 1)?;
+            let held = o.slice(state, 0, 1, 2)?;
+            let x = o.reshape(&point, &[Dim::Rest, width])?;
+            let h = o.linear("input_proj", &x, embed, flow_dim)?;
+            let h = o.expand(&h, &[Dim::Of(&streams, 0), batch, Dim::Is(flow_dim)])?;
             let h = o.reshape(&h, &[Dim::Rest, Dim::Is(flow_dim)])?;
             let v = head(o, config, h, modulations)?;
-            let v = o.reshape(&v, &[Dim::Rest, Dim::Of(noise, 0), Dim::Is(embed)])?;
+            let v = o.reshape(&v, &[Dim::Rest, batch, width])?;
             let v = guide(o, config, &v, guidance)?;
-            let change = o.mul(&v, &dt[0])?;
-            o.add(x, &change)
-        })
+            let v = o.reshape(&v, &[one, Dim::Rest, width])?;
+            let point = o.mul(&factors[0], &point)?;
+            let held = o.mul(&factors[1], &held)?;
+            let velocity = o.mul(&factors[2], &v)?;
+            let sum = o.add(&point, &held)?;
+            o.add(&sum, &velocity)
+        })?;
+        let point = o.slice(&state, 0, 0, 1)?;
+        o.reshape(&point, &[Dim::Rest, width])
     })
 }

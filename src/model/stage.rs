@@ -117,7 +117,8 @@ impl Stage {
                 port("z", Kind::Float, vec![any("rows"), Is(g.dim)]),
                 port("noise", Kind::Float, vec![batch(), Is(g.embed)]),
                 port("guidance", Kind::Float, vec![batch()]),
-                port("timesteps", Kind::Float, vec![any("times")]),
+                port("times", Kind::Float, vec![any("evaluations")]),
+                port("updates", Kind::Float, vec![any("evaluations"), Is(2), Is(3)]),
             ],
             Self::Decode => vec![port("tokens", Kind::Float, vec![batch(), any("tokens"), Is(g.embed)])],
             Self::Encode => vec![image(config)],
@@ -156,8 +157,8 @@ impl Stage {
                 let step = transformer::step(o, g, token, position, past, cross)?;
                 Ok(flat(step.z, step.present))
             }
-            (Self::Flow, [z, noise, guidance, timesteps, ..]) => {
-                Ok(vec![flow::sample(o, g, z, noise, guidance, timesteps)?])
+            (Self::Flow, [z, noise, guidance, times, updates, ..]) => {
+                Ok(vec![flow::sample(o, g, z, noise, guidance, times, updates)?])
             }
             (Self::Decode, [tokens, ..]) => Ok(vec![tokenizer::decode(o, &config.tokenizer, tokens)?]),
             (Self::Encode, [image, ..]) => Ok(vec![tokenizer::encode(o, &config.tokenizer, image)?]),

@@ -60,7 +60,7 @@ impl Cost {
     /// Shapes of a stage's inputs at these sizes.
     pub fn inputs(config: &Config, stage: Stage, batch: usize, tokens: usize, steps: usize) -> Vec<Shape> {
         let (width, _) = config.image_size(tokens);
-        let sizes = [(BATCH, batch), ("rows", batch), ("times", steps + 1), ("tokens", tokens), ("width", width)];
+        let sizes = [(BATCH, batch), ("rows", batch), ("evaluations", steps), ("tokens", tokens), ("width", width)];
         let known = |name: &str| sizes.iter().find(|(known, _)| *known == name).map_or(1, |(_, size)| *size);
         let size = |axis: &Axis| axis.size(known);
         stage.inputs(config).iter().map(|port| port.shape.iter().map(size).collect()).collect()

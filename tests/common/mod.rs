@@ -10,6 +10,7 @@ use candle_core::{DType, Tensor};
 use eqim::candle::CandleEngine;
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::generate::{Noise, Request, Schedule};
+use eqim::solver::Solver;
 use eqim::tensors::TensorFile;
 use ndarray::{Array, Dimension};
 use serde_json::Value;
@@ -77,6 +78,7 @@ impl Fixture {
             tokens: number("n_tokens"),
             cfg: meta["cfg"].as_f64().unwrap() as f32,
             schedule: if meta["cfg_schedule"] == "linear" { Schedule::Linear } else { Schedule::Constant },
+            solver: Solver::Euler,
             steps: self.meta["generator"]["steps"].as_u64().unwrap() as usize,
             prefix: (number("prefix") > 0).then(|| self.array(&format!("{run}/prefix"))),
             noise: Noise::Seed(meta["seed"].as_u64().unwrap()),

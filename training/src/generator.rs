@@ -10,6 +10,7 @@ use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
 use eqim::model::{Stage, flow, parameters_of, transformer};
 use eqim::ops::eager::{Dropout, Eager, Training};
+use eqim::solver::Solver;
 use eqim::tensors::TensorFile;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
@@ -273,6 +274,7 @@ impl Task for GeneratorTask {
             tokens: 2 * self.recipe.plan.tokens,
             cfg: PREVIEW_CFG,
             schedule: Schedule::Constant,
+            solver: Solver::Euler,
             steps: PREVIEW_STEPS,
             prefix: None,
             noise: Noise::Seed(self.recipe.plan.seed),

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use clap::Parser;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use eqim::generate::{MOST_STEPS, Schedule};
+use eqim::solver::Solver;
 
 use crate::Backend;
 
@@ -57,6 +58,10 @@ pub struct Arguments {
     /// How guidance grows: from the first token to the last, or the same at every token
     #[arg(long, value_name = "HOW", default_value = "linear", value_parser = schedules())]
     pub cfg_schedule: Schedule,
+
+    /// What integrates a token's ODE: others than euler need fewer evaluations of the flow head for the same distance
+    #[arg(long, value_name = "SOLVER", default_value_t, value_parser = solvers())]
+    pub solver: Solver,
 
     /// Steps that each token is denoised in [default: the model's]
     #[arg(long, value_name = "N", value_parser = steps)]
@@ -135,6 +140,11 @@ fn schedules() -> impl TypedValueParser<Value = Schedule> {
     PossibleValuesParser::new(["linear", "constant"]).map(name)
 }
 
+/// The names of solvers, for clap.
+pub fn solvers() -> impl TypedValueParser<Value = Solver> {
+    PossibleValuesParser::new(Solver::ALL.map(Solver::name)).try_map(|name| name.parse())
+}
+
 /// Tokens of an image `width` pixels wide.
 pub fn tokens_of_width(width: usize, token_width: usize) -> Result<usize, String> {
     let (below, least) = (width / token_width, 2);
@@ -193,6 +203,7 @@ mod tests {
             ("--seed", "-1"),
             ("--seed", "18446744073709551616"),
             ("--cfg-schedule", "cosine"),
+            ("--solver", "rk4"),
         ];
         for (flag, value) in bad {
             let error = parse(&[flag, value]).unwrap_err();

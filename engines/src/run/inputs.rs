@@ -38,6 +38,7 @@ pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Optio
         tokens: length(arguments, config)?,
         cfg: arguments.cfg,
         schedule: arguments.cfg_schedule,
+        solver: arguments.solver,
         steps: arguments.steps.unwrap_or(config.generator.steps),
         prefix: None,
         noise: Noise::Seed(arguments.seed),
@@ -75,7 +76,8 @@ fn check_memory(request: &Request, config: &Config) -> Result<()> {
     }
     let g = &config.generator;
     let streams = request.labels.len() * if request.cfg == 1.0 { 1 } else { 2 };
-    let modulations = 4 * (request.steps * streams * (3 * g.flow_depth + 2) * g.flow_dim) as u64;
+    let modulations =
+        4 * (request.solver.evaluations(request.steps) * streams * (3 * g.flow_depth + 2) * g.flow_dim) as u64;
     if modulations > MOST_BYTES {
         return refuse("--steps", "the flow head's modulations for this many images", modulations);
     }

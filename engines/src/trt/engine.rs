@@ -8,6 +8,7 @@ use std::time::Instant;
 use eqim::engine::{Engine, Session};
 use eqim::generate::{Rollout, Times, check_finite};
 use eqim::model::{Axis, BATCH, Port, Stage};
+use eqim::solver::Tableau;
 use eqim::{Config, Error, Result};
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, Axis as ArrayAxis, Dimension, s};
 
@@ -211,10 +212,10 @@ impl<D: Device> TrtEngine<D> {
         Ok(())
     }
 
-    fn check_rollout(&self, rows: usize, batch: usize, times: usize) -> Result<()> {
+    fn check_rollout(&self, rows: usize, batch: usize, evaluations: usize) -> Result<()> {
         self.check(Stage::Prefill, &|_| rows)?;
         self.check(Stage::Step, &|_| rows)?;
-        self.check(Stage::Flow, &flow_sizes(rows, batch, times))
+        self.check(Stage::Flow, &flow_sizes(rows, batch, evaluations))
     }
 
     /// A stage of one input and one output, from the host and back.
@@ -246,11 +247,11 @@ fn shape(port: &Port, sizes: &dyn Fn(&str) -> usize) -> Vec<i64> {
     port.shape.iter().map(|axis: &Axis| axis.size(sizes) as i64).collect()
 }
 
-fn flow_sizes(rows: usize, batch: usize, times: usize) -> impl Fn(&str) -> usize {
+fn flow_sizes(rows: usize, batch: usize, evaluations: usize) -> impl Fn(&str) -> usize {
     move |name| match name {
         BATCH => batch,
         "rows" => rows,
-        _ => times,
+        _ => evaluations,
     }
 }
 
@@ -343,14 +344,16 @@ impl<D: Device> Engine for TrtEngine<D> {
         z: ArrayView2<f32>,
         noise: ArrayView2<f32>,
         guidance: &[f32],
-        timesteps: &[f32],
+        tableau: &Tableau,
     ) -> Result<Array2<f32>> {
         self.forget();
-        let sizes = flow_sizes(z.dim().0, noise.dim().0, timesteps.len());
+        let sizes = flow_sizes(z.dim().0, noise.dim().0, tableau.evaluations());
         self.check(Stage::Flow, &sizes)?;
         let mut arena = Arena::default();
-        let places = [float_bytes(z), float_bytes(noise), float_bytes(guidance), float_bytes(timesteps)]
-            .map(|bytes| arena.push(bytes));
+        let Tableau { times, updates } = tableau;
+        let places =
+            [float_bytes(z), float_bytes(noise), float_bytes(guidance), float_bytes(times), float_bytes(updates)]
+                .map(|bytes| arena.push(bytes));
         let inputs = self.uploaded(&arena.0)?;
         let token = self.allocate(4 * noise.len())?;
         self.run(Stage::Flow, &sizes, &places.map(|place| inputs.address + place), &[token.address])?;
@@ -377,15 +380,15 @@ impl<D: Device> Engine for TrtEngine<D> {
     /// next one is on its way.
     fn rollout(&self, rollout: &Rollout, progress: &mut dyn FnMut(usize)) -> Result<(Array3<f32>, Times)> {
         self.forget();
-        let (rows, batch, times) = (rollout.labels.len(), rollout.batch(), rollout.timesteps.len());
-        self.check_rollout(rows, batch, times)?;
+        let (rows, batch, evaluations) = (rollout.labels.len(), rollout.batch(), rollout.tableau.evaluations());
+        self.check_rollout(rows, batch, evaluations)?;
         let placed = Placed::new(rollout);
         let inputs = self.uploaded(&placed.arena.0)?;
         let at = |place: u64| inputs.address + place;
         let bytes = 4 * batch * self.config.generator.embed;
         let slot = aligned(bytes);
         let tokens = self.allocate(rollout.tokens * slot)?;
-        let sizes = flow_sizes(rows, batch, times);
+        let sizes = flow_sizes(rows, batch, evaluations);
 
         let mut caches = Caches::new(self, at(placed.labels), rows)?;
         let mut before = vec![];
@@ -406,7 +409,8 @@ impl<D: Device> Engine for TrtEngine<D> {
                 caches.z.address,
                 at(placed.noise[index - rollout.given()]),
                 at(placed.guidance[index]),
-                at(placed.timesteps),
+                at(placed.times),
+                at(placed.updates),
             ];
             self.run(Stage::Flow, &sizes, &inputs, &[here])?;
             if !before.is_empty() {
@@ -442,7 +446,8 @@ impl<D: Device> TrtEngine<D> {
 struct Placed {
     arena: Arena,
     labels: u64,
-    timesteps: u64,
+    times: u64,
+    updates: u64,
     positions: Vec<u64>,
     guidance: Vec<u64>,
     noise: Vec<u64>,
@@ -454,13 +459,14 @@ impl Placed {
         let (rows, batch) = (rollout.labels.len(), rollout.batch());
         let mut arena = Arena::default();
         let labels = arena.push(integer_bytes(&rollout.labels));
-        let timesteps = arena.push(float_bytes(&rollout.timesteps));
+        let times = arena.push(float_bytes(&rollout.tableau.times));
+        let updates = arena.push(float_bytes(&rollout.tableau.updates));
         let positions = (0..rollout.tokens).map(|index| arena.push(integer_bytes(&vec![index as i64; rows]))).collect();
         let guidance = rollout.guidance.iter().map(|&value| arena.push(float_bytes(&vec![value; batch]))).collect();
         let mut slices = |array: &Array3<f32>| -> Vec<u64> {
             (0..array.dim().1).map(|index| arena.push(float_bytes(array.slice(s![.., index, ..])))).collect()
         };
         let (noise, prefix) = (slices(&rollout.noise), slices(&rollout.prefix));
-        Self { arena, labels, timesteps, positions, guidance, noise, prefix }
+        Self { arena, labels, times, updates, positions, guidance, noise, prefix }
     }
 }

@@ -42,7 +42,7 @@ impl std::str::FromStr for Shapes {
     }
 }
 
-/// Images have at least two tokens, and an Euler run two times.
+/// Images have at least two tokens.
 const LEAST: usize = 2;
 
 impl Limits {
@@ -111,7 +111,7 @@ impl Limits {
             (Stage::Prefill | Stage::Step, BATCH) | (_, "rows") => rows,
             (_, "tokens") => length,
             (_, "width") => length.map(|tokens| config.image_size(tokens).0),
-            (_, "times") => [LEAST, steps + 1, steps + 1],
+            (_, "evaluations") => [1, steps, steps],
             _ => [1, 1, batch],
         }
     }
@@ -157,7 +157,7 @@ mod tests {
         assert_eq!(step["past_key_values.0.key"].max[0], 8);
         let flow = limits().profiles(Stage::Flow, &config)?;
         assert_eq!((flow["z"].max[0], flow["noise"].max[0]), (8, 4));
-        assert_eq!(flow["timesteps"].max, [config.generator.steps as i64 + 1]);
+        assert_eq!(flow["times"].max, [config.generator.steps as i64]);
         let decoder = limits().profiles(Stage::Decode, &config)?;
         assert_eq!(decoder["tokens"].min, [1, 2, config.generator.embed as i64]);
         assert_eq!(decoder["tokens"].max, [4, 64, config.generator.embed as i64]);
@@ -168,10 +168,10 @@ mod tests {
     fn given_shapes_replace_derived_ones() -> Result<()> {
         let config = Preset::Small.config();
         let embed = config.generator.embed;
-        let given: Shapes = format!("timesteps:1001,tokens:16x128x{embed}").parse().map_err(Error::Run)?;
+        let given: Shapes = format!("times:1000,updates:1000x2x3,tokens:16x128x{embed}").parse().map_err(Error::Run)?;
         let limits = Limits { max: given, ..limits() };
         limits.check(&config)?;
-        assert_eq!(limits.profiles(Stage::Flow, &config)?["timesteps"].max, [1001]);
+        assert_eq!(limits.profiles(Stage::Flow, &config)?["times"].max, [1000]);
         assert_eq!(limits.profiles(Stage::Decode, &config)?["tokens"].max, [16, 128, embed as i64]);
         Ok(())
     }
@@ -185,7 +185,7 @@ mod tests {
         };
         refused("nothing:1x2", "names nothing");
         refused("tokens:1x2", "batchxtokensx");
-        refused("timesteps:5000", "do not grow");
+        refused("times:5000", "do not grow");
         for text in ["tokens", "tokens:", "tokens:0", "tokens:ax2", ":1x2", "tokens:1x2,,"] {
             assert!(text.parse::<Shapes>().is_err(), "{text}");
         }
