@@ -1,9 +1,11 @@
 //! The engine that runs the model on Candle: no native library, and the yardstick of the others.
 
-use candle_core::{Device, Tensor};
+use std::iter::zip;
+
+use candle_core::{DType, Device, Tensor};
 use ndarray::{Array, Array2, Array3, Array4, ArrayView, ArrayView2, ArrayView3, ArrayView4, Dimension};
 
-use crate::engine::{Engine, Session};
+use crate::engine::{Classes, Engine, Row, Session, arranged};
 use crate::model::Stage;
 use crate::ops::eager::Eager;
 use crate::solver::Tableau;
@@ -120,14 +122,9 @@ impl<R: Runner> Engine for StageEngine<R> {
         self.runner.name()
     }
 
-    fn start(&self, labels: &[i64]) -> Result<(Box<dyn Session + '_>, Array2<f32>)> {
-        let generator = &self.config.generator;
-        let mut cross = self.run(Stage::Prefill, &[integers(labels)?])?;
-        let z = first(Stage::Prefill, &mut cross)?;
-        let shape = (labels.len(), generator.heads, generator.window, generator.head_dim());
-        let empty = Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu)?;
-        let session = StageSession { engine: self, past: vec![empty; 2 * generator.depth], cross };
-        Ok((Box::new(session), to_array(&z)?))
+    fn session(&self) -> Result<Box<dyn Session + '_>> {
+        let (labels, classes) = (vec![], Classes::default());
+        Ok(Box::new(StageSession { engine: self, labels, classes, past: vec![], cross: vec![] }))
     }
 
     fn sample(
@@ -153,11 +150,47 @@ impl<R: Runner> Engine for StageEngine<R> {
 
 struct StageSession<'a, R> {
     engine: &'a StageEngine<R>,
+    labels: Vec<i64>,
+    /// The prefill's outputs for one label.
+    classes: Classes<Vec<Tensor>>,
     past: Vec<Tensor>,
     cross: Vec<Tensor>,
 }
 
+/// Outputs of a stage, apart by rows.
+fn by_row(outputs: &[Tensor], rows: usize) -> Result<Vec<Vec<Tensor>>> {
+    let row = |row| outputs.iter().map(|output| Ok(output.narrow(0, row, 1)?.copy()?)).collect();
+    (0..rows).map(row).collect()
+}
+
 impl<R: Runner> Session for StageSession<'_, R> {
+    fn arrange(&mut self, rows: &[Row]) -> Result<Array2<f32>> {
+        let engine = self.engine;
+        let g = &engine.config.generator;
+        let labels = arranged(&self.labels, rows);
+        self.classes.update(&labels, |new| by_row(&engine.run(Stage::Prefill, &[integers(new)?])?, new.len()))?;
+        let empty = Tensor::zeros((1, g.heads, g.window, g.head_dim()), DType::F32, &Device::Cpu)?;
+        let past = |cache: usize| {
+            let row = |row: &Row| match *row {
+                Row::Kept(row) => self.past[cache].narrow(0, row, 1),
+                Row::New(_) => Ok(empty.clone()),
+            };
+            Ok(Tensor::cat(&rows.iter().map(row).collect::<candle_core::Result<Vec<_>>>()?, 0)?)
+        };
+        let known = labels.iter().map(|&label| self.classes.get(label)).collect::<Result<Vec<_>>>()?;
+        let output = |index: usize, known: &[&Vec<Tensor>]| {
+            Ok(Tensor::cat(&known.iter().map(|outputs| &outputs[index]).collect::<Vec<_>>(), 0)?)
+        };
+        let caches = 2 * g.depth;
+        let past = (0..caches).map(past).collect::<Result<_>>()?;
+        let cross = (1..=caches).map(|index| output(index, &known)).collect::<Result<_>>()?;
+        let new: Vec<&Vec<Tensor>> =
+            zip(rows, &known).filter(|(row, _)| row.is_new()).map(|(_, &known)| known).collect();
+        let z = if new.is_empty() { Array2::zeros((0, g.dim)) } else { to_array(&output(0, &new)?)? };
+        (self.labels, self.past, self.cross) = (labels, past, cross);
+        Ok(z)
+    }
+
     fn step(&mut self, tokens: ArrayView2<f32>, positions: &[i64]) -> Result<Array2<f32>> {
         let inputs = [vec![to_tensor(tokens)?, integers(positions)?], self.past.clone(), self.cross.clone()].concat();
         let mut present = self.engine.run(Stage::Step, &inputs)?;

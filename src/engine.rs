@@ -1,10 +1,12 @@
 //! What the generation loop needs from whatever runs the model.
 
+use std::collections::HashMap;
+
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4};
 
 use crate::generate::{self, Rollout, Times};
 use crate::solver::Tableau;
-use crate::{Config, Result};
+use crate::{Config, Error, Result};
 
 /// A model that is ready to run: its weights are loaded. What one image needs beside them is a [`Session`].
 pub trait Engine {
@@ -14,12 +16,23 @@ pub trait Engine {
     /// What runs it, for people.
     fn name(&self) -> &str;
 
+    /// A batch without rows.
+    ///
+    /// # Errors
+    /// When the backend fails.
+    fn session(&self) -> Result<Box<dyn Session + '_>>;
+
     /// Starts a batch of one row a label (`class_num`: unconditional); gives the conditions `[rows, D]` of the first
     /// tokens.
     ///
     /// # Errors
     /// When the backend fails.
-    fn start(&self, labels: &[i64]) -> Result<(Box<dyn Session + '_>, Array2<f32>)>;
+    fn start(&self, labels: &[i64]) -> Result<(Box<dyn Session + '_>, Array2<f32>)> {
+        let mut session = self.session()?;
+        let rows: Vec<Row> = labels.iter().map(|&label| Row::New(label)).collect();
+        let z = session.arrange(&rows)?;
+        Ok((session, z))
+    }
 
     /// Samples a token `[B, E]` for every row of `noise [B, E]`, as the tableau of a solver says.
     ///
@@ -58,12 +71,80 @@ pub trait Engine {
     }
 }
 
-/// A batch on its way: the keys and values of its last tokens and of its classes.
+/// Where a row of a batch comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Row {
+    /// It was this row of the batch before.
+    Kept(usize),
+    /// It begins with this label.
+    New(i64),
+}
+
+impl Row {
+    /// Whether it begins.
+    pub fn is_new(&self) -> bool {
+        matches!(self, Self::New(_))
+    }
+}
+
+/// A batch on its way: the keys and values of its last tokens and of its classes. Rows may begin and end at any time, since
+/// each has its own position.
 pub trait Session {
+    /// Makes the batch consist of these rows; gives the conditions `[new rows, D]` of the first tokens of those that begin.
+    /// What depends on a class alone is computed once for all rows of the batch that have it.
+    ///
+    /// # Errors
+    /// When the backend fails.
+    fn arrange(&mut self, rows: &[Row]) -> Result<Array2<f32>>;
+
     /// Passes one token a row, `[rows, E]` at `positions` from 0, through the transformer; gives the conditions
     /// `[rows, D]` of the next tokens.
     ///
     /// # Errors
     /// When the backend fails.
     fn step(&mut self, tokens: ArrayView2<f32>, positions: &[i64]) -> Result<Array2<f32>>;
+}
+
+/// What the classes of a batch are known by.
+#[derive(Debug)]
+pub struct Classes<C>(HashMap<i64, C>);
+
+impl<C> Default for Classes<C> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<C> Classes<C> {
+    /// Forgets classes that are not among `labels`, and computes those that are new, all at once.
+    ///
+    /// # Errors
+    /// Those of `compute`, which is given labels and gives one value for each.
+    pub fn update(&mut self, labels: &[i64], compute: impl FnOnce(&[i64]) -> Result<Vec<C>>) -> Result<()> {
+        self.0.retain(|label, _| labels.contains(label));
+        let mut new: Vec<i64> = labels.iter().copied().filter(|label| !self.0.contains_key(label)).collect();
+        new.sort_unstable();
+        new.dedup();
+        if !new.is_empty() {
+            self.0.extend(new.iter().copied().zip(compute(&new)?));
+        }
+        Ok(())
+    }
+
+    /// What a class is known by.
+    ///
+    /// # Errors
+    /// [`Error::Run`] for a label that was not among the last ones.
+    pub fn get(&self, label: i64) -> Result<&C> {
+        self.0.get(&label).ok_or_else(|| Error::run("batch", format!("class {label} was not computed")))
+    }
+}
+
+/// Labels of the rows of a batch that is arranged anew.
+pub fn arranged(labels: &[i64], rows: &[Row]) -> Vec<i64> {
+    let label = |row: &Row| match *row {
+        Row::Kept(row) => labels[row],
+        Row::New(label) => label,
+    };
+    rows.iter().map(label).collect()
 }

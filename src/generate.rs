@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use ndarray::{Array2, Array3, ArrayView2, Axis, concatenate, s};
+use ndarray::{Array2, Array3, ArrayView2, Axis};
 
+use crate::batch::{Batch, Image, Sampling};
 use crate::engine::Engine;
 use crate::random::TorchRng;
 use crate::solver::{Solver, Tableau};
@@ -173,7 +174,12 @@ pub struct Rollout {
 }
 
 impl Rollout {
-    fn new(config: &Config, request: &Request) -> Result<Self> {
+    /// Checks a request and draws its noise.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a request that does not fit the model.
+    pub fn new(config: &Config, request: &Request) -> Result<Self> {
+        request.check(config)?;
         let (batch, embed) = (request.labels.len(), config.generator.embed);
         let unconditional = config.generator.unconditional();
         let mut labels: Vec<i64> = request.labels.iter().map(|label| label.unwrap_or(unconditional) as i64).collect();
@@ -202,6 +208,12 @@ impl Rollout {
         })
     }
 
+    /// How its images are sampled.
+    pub fn sampling(&self) -> Sampling {
+        let unconditional = self.labels[self.batch()..].first().copied();
+        Sampling { unconditional, tableau: self.tableau.clone() }
+    }
+
     /// Images of the batch.
     pub fn batch(&self) -> usize {
         self.noise.dim().0
@@ -223,14 +235,12 @@ impl Rollout {
 /// # Errors
 /// [`Error::Input`] for a request that does not fit the model; whatever the engine fails with.
 pub fn generate(engine: &dyn Engine, request: &Request, mut progress: impl FnMut(usize)) -> Result<Generated> {
-    request.check(engine.config())?;
     let rollout = Rollout::new(engine.config(), request)?;
     let (tokens, times) = engine.rollout(&rollout, &mut progress)?;
     Ok(Generated { tokens, noise: rollout.noise, times })
 }
 
-/// A rollout by an engine's [`start`](Engine::start), [`step`](crate::engine::Session::step) and
-/// [`sample`](Engine::sample).
+/// A rollout whose images are a [`Batch`] on the engine.
 ///
 /// # Errors
 /// Whatever the engine fails with; [`Error::Run`] for a token that is not finite.
@@ -239,29 +249,18 @@ pub fn token_by_token<E: Engine + ?Sized>(
     rollout: &Rollout,
     progress: &mut dyn FnMut(usize),
 ) -> Result<(Array3<f32>, Times)> {
-    let (batch, given) = (rollout.batch(), rollout.given());
-    let mut tokens = Array3::zeros((batch, rollout.tokens, engine.config().generator.embed));
-    tokens.slice_mut(s![.., ..given, ..]).assign(&rollout.prefix);
-    let mut times = Times::default();
-    let (mut session, mut z) = timed(&mut times.prefill, || engine.start(&rollout.labels))?;
-    for index in 0..rollout.tokens {
-        if index > 0 {
-            let last = tokens.index_axis(Axis(1), index - 1);
-            let rows = if rollout.guided() { concatenate![Axis(0), last, last] } else { last.to_owned() };
-            let positions = vec![index as i64 - 1; rollout.labels.len()];
-            z = timed(&mut times.step, || session.step(rows.view(), &positions))?;
+    let mut batch = Batch::new(engine, rollout.sampling())?;
+    batch.arrange(&[], Image::all(rollout))?;
+    let mut tokens = Array3::zeros((rollout.batch(), rollout.tokens, engine.config().generator.embed));
+    for known in 1..=rollout.tokens {
+        for (row, finished) in batch.advance()? {
+            tokens.index_axis_mut(Axis(0), row).assign(&finished?);
         }
-        if index < given {
-            continue;
+        if known > rollout.given() {
+            progress(known);
         }
-        let noise = rollout.noise.index_axis(Axis(1), index - given);
-        let guidance = vec![rollout.guidance[index]; batch];
-        let token = timed(&mut times.flow, || engine.sample(z.view(), noise, &guidance, &rollout.tableau))?;
-        check_finite(engine.name(), index, token.view())?;
-        tokens.index_axis_mut(Axis(1), index).assign(&token);
-        progress(index + 1);
     }
-    Ok((tokens, times))
+    Ok((tokens, batch.times))
 }
 
 /// Checks token `index`, `[B, E]`.

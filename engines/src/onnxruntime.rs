@@ -1,24 +1,25 @@
 //! The engine that runs a bundle's graphs on ONNX Runtime's CPU provider.
-//!
-//! Keys and values never leave ONNX Runtime: what a step gives as `present` is the `past` of the next, by reference.
+
+mod session;
 
 use std::cell::{OnceCell, RefCell};
 use std::path::Path;
 use std::sync::OnceLock;
 
 use eqim::engine::{Engine, Session};
-use eqim::model::{Kind, Port, Stage};
+use eqim::model::Stage;
 use eqim::solver::Tableau;
 use eqim::{Config, Error, Result};
 use half::f16;
-use ndarray::{Array, Array2, Array3, Array4, ArrayD, ArrayView, ArrayView2, ArrayView3, ArrayView4, Dimension};
+use ndarray::{Array, Array2, Array3, Array4, ArrayView, ArrayView2, ArrayView3, ArrayView4, Dimension};
 use ort::environment::{Environment, GlobalThreadPoolOptions};
-use ort::session::SessionInputValue;
 use ort::session::builder::GraphOptimizationLevel;
+use ort::session::{IoBinding, SessionInputValue};
 pub use ort::value::DynValue;
 use ort::value::Tensor;
 
 use crate::bundle::{Bundle, Precision};
+use session::OrtSession;
 
 /// ONNX Runtime's library, loaded once in a process.
 #[derive(Clone, Copy)]
@@ -83,6 +84,16 @@ impl Graph {
         let mut session = self.session.borrow_mut();
         let outputs = session.run(inputs).map_err(failed(&self.name))?;
         Ok(outputs.into_iter().map(|(_, value)| value).collect())
+    }
+
+    /// Something to bind the graph's inputs and outputs to.
+    fn binding(&self) -> Result<IoBinding> {
+        self.session.borrow().create_binding().map_err(failed(&self.name))
+    }
+
+    /// Runs the graph on what is bound.
+    fn run_bound(&self, binding: &IoBinding) -> Result<()> {
+        self.session.borrow_mut().run_binding(binding).map(drop).map_err(failed(&self.name))
     }
 }
 
@@ -175,16 +186,6 @@ impl OrtEngine {
         let output = outputs.first().ok_or_else(|| Error::run(stage.name(), "gave no output"))?;
         float_output(output)
     }
-
-    /// An empty cache for `rows` rows.
-    fn empty(&self, port: &Port, rows: usize) -> Result<DynValue> {
-        let shape: Vec<usize> = port.shape.iter().map(|axis| axis.size(|_| rows)).collect();
-        match self.bundle.manifest.precision {
-            Precision::Fp32 => float_input(ArrayD::zeros(shape).view()),
-            Precision::Fp16 => half_input(ArrayD::from_elem(shape, f16::ZERO)),
-            Precision::Bf16 => Err(Error::run("cache", "ONNX Runtime's CPU has no kernels for BF16")),
-        }
-    }
 }
 
 impl Engine for OrtEngine {
@@ -196,13 +197,12 @@ impl Engine for OrtEngine {
         "ONNX Runtime"
     }
 
-    fn start(&self, labels: &[i64]) -> Result<(Box<dyn Session + '_>, Array2<f32>)> {
-        let mut cross = self.run(Stage::Prefill, &[integer_input(labels)?.into()])?;
-        let z = float_output(&cross.remove(0))?;
-        let inputs = Stage::Step.inputs(self.config());
-        let caches = inputs.iter().filter(|port| port.kind == Kind::Cache).take(2 * self.config().generator.depth);
-        let past = caches.map(|port| self.empty(port, labels.len())).collect::<Result<_>>()?;
-        Ok((Box::new(OrtSession { engine: self, past, cross }), z))
+    fn session(&self) -> Result<Box<dyn Session + '_>> {
+        match self.bundle.manifest.precision {
+            Precision::Fp32 => Ok(Box::new(OrtSession::<f32>::new(self))),
+            Precision::Fp16 => Ok(Box::new(OrtSession::<f16>::new(self))),
+            Precision::Bf16 => Err(Error::run("cache", "ONNX Runtime's CPU has no kernels for BF16")),
+        }
     }
 
     fn sample(
@@ -230,22 +230,5 @@ impl Engine for OrtEngine {
 
     fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>> {
         self.run_one(Stage::Encode, &[float_input(images)?.into()])
-    }
-}
-
-struct OrtSession<'a> {
-    engine: &'a OrtEngine,
-    past: Vec<DynValue>,
-    cross: Vec<DynValue>,
-}
-
-impl Session for OrtSession<'_> {
-    fn step(&mut self, tokens: ArrayView2<f32>, positions: &[i64]) -> Result<Array2<f32>> {
-        let mut inputs: Vec<SessionInputValue> = vec![float_input(tokens)?.into(), integer_input(positions)?.into()];
-        inputs.extend(self.past.iter().chain(&self.cross).map(SessionInputValue::from));
-        let mut present = self.engine.run(Stage::Step, &inputs)?;
-        let z = float_output(&present.remove(0))?;
-        self.past = present;
-        Ok(z)
     }
 }

@@ -2,10 +2,12 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::iter::zip;
 use std::mem::take;
+use std::rc::Rc;
 use std::time::Instant;
 
-use eqim::engine::{Engine, Session};
+use eqim::engine::{Classes, Engine, Row, Session, arranged};
 use eqim::generate::{Rollout, Times, check_finite};
 use eqim::model::{Axis, BATCH, Port, Stage};
 use eqim::solver::Tableau;
@@ -271,14 +273,14 @@ struct Caches<'a, D: Device> {
 }
 
 impl<'a, D: Device> Caches<'a, D> {
-    /// Runs the prefill on labels `[rows]` that are on the device.
-    fn new(engine: &'a TrtEngine<D>, labels: Address, rows: usize) -> Result<Self> {
+    /// Caches of zeros.
+    fn empty(engine: &'a TrtEngine<D>, rows: usize) -> Result<Self> {
         let generator = &engine.config.generator;
         let cache = |length: usize| -> Result<Vec<Buffer<D>>> {
             let bytes = rows * generator.heads * length * generator.head_dim() * engine.cache_bytes;
             (0..2 * generator.depth).map(|_| engine.allocate(bytes)).collect()
         };
-        let caches = Self {
+        Ok(Self {
             engine,
             rows,
             z: engine.allocate(4 * rows * generator.dim)?,
@@ -287,7 +289,12 @@ impl<'a, D: Device> Caches<'a, D> {
             present: cache(generator.window)?,
             token: engine.allocate(4 * rows * generator.embed)?,
             position: engine.allocate(8 * rows)?,
-        };
+        })
+    }
+
+    /// Runs the prefill on labels `[rows]` that are on the device.
+    fn new(engine: &'a TrtEngine<D>, labels: Address, rows: usize) -> Result<Self> {
+        let caches = Self::empty(engine, rows)?;
         let outputs: Vec<Address> = [&caches.z].into_iter().chain(&caches.cross).map(|buffer| buffer.address).collect();
         engine.run(Stage::Prefill, &|_| rows, &[labels], &outputs)?;
         Ok(caches)
@@ -310,12 +317,72 @@ impl<'a, D: Device> Caches<'a, D> {
     }
 }
 
-impl<D: Device> Session for Caches<'_, D> {
+/// A batch whose rows begin and end at any time.
+struct TrtSession<'a, D: Device> {
+    engine: &'a TrtEngine<D>,
+    labels: Vec<i64>,
+    classes: Classes<Class<'a, D>>,
+    caches: Option<Caches<'a, D>>,
+}
+
+/// A row of caches that hold no more than what the prefill left there.
+struct Class<'a, D: Device> {
+    caches: Rc<Caches<'a, D>>,
+    row: usize,
+    z: Vec<f32>,
+}
+
+impl<'a, D: Device> TrtSession<'a, D> {
+    fn prefill(engine: &'a TrtEngine<D>, labels: &[i64]) -> Result<Vec<Class<'a, D>>> {
+        let on_device = engine.uploaded(&integer_bytes(labels))?;
+        let caches = Rc::new(Caches::new(engine, on_device.address, labels.len())?);
+        let z = caches.download_z()?;
+        let class = |row| Class { caches: Rc::clone(&caches), row, z: z.row(row).to_vec() };
+        Ok((0..labels.len()).map(class).collect())
+    }
+
+    fn copy_row(&self, from: (&[Buffer<D>], usize, usize), to: (&[Buffer<D>], usize, usize)) -> Result<()> {
+        for (source, target) in zip(from.0, to.0) {
+            let bytes = target.bytes / to.2;
+            let (source, target) = (source.address + (from.1 * bytes) as u64, target.address + (to.1 * bytes) as u64);
+            self.engine.device.copy(source, target, bytes)?;
+        }
+        Ok(())
+    }
+}
+
+impl<D: Device> Session for TrtSession<'_, D> {
+    fn arrange(&mut self, rows: &[Row]) -> Result<Array2<f32>> {
+        let engine = self.engine;
+        engine.forget();
+        let (count, before) = (rows.len(), self.labels.len());
+        engine.check(Stage::Prefill, &|_| count)?;
+        engine.check(Stage::Step, &|_| count)?;
+        let labels = arranged(&self.labels, rows);
+        self.classes.update(&labels, |new| Self::prefill(engine, new))?;
+        let caches = Caches::empty(engine, count)?;
+        let mut z = vec![];
+        for (to, (row, &label)) in zip(rows, &labels).enumerate() {
+            let class = self.classes.get(label)?;
+            self.copy_row((&class.caches.cross, class.row, class.caches.rows), (&caches.cross, to, count))?;
+            match (*row, &self.caches) {
+                (Row::Kept(from), Some(old)) => self.copy_row((&old.past, from, before), (&caches.past, to, count))?,
+                _ => z.extend_from_slice(&class.z),
+            }
+        }
+        // The caches before are let go only when they have been copied.
+        engine.device.wait(&engine.device.mark()?)?;
+        (self.labels, self.caches) = (labels, Some(caches));
+        let dim = engine.config.generator.dim;
+        Array2::from_shape_vec((z.len() / dim, dim), z).map_err(|error| Error::run("z", error))
+    }
+
     fn step(&mut self, tokens: ArrayView2<f32>, positions: &[i64]) -> Result<Array2<f32>> {
-        self.engine.upload(&float_bytes(tokens), self.token.address)?;
-        self.engine.upload(&integer_bytes(positions), self.position.address)?;
-        Caches::step(self)?;
-        self.download_z()
+        let caches = self.caches.as_mut().ok_or_else(|| Error::run("transformer step", "the batch has no rows"))?;
+        self.engine.upload(&float_bytes(tokens), caches.token.address)?;
+        self.engine.upload(&integer_bytes(positions), caches.position.address)?;
+        caches.step()?;
+        caches.download_z()
     }
 }
 
@@ -328,15 +395,8 @@ impl<D: Device> Engine for TrtEngine<D> {
         &self.name
     }
 
-    fn start(&self, labels: &[i64]) -> Result<(Box<dyn Session + '_>, Array2<f32>)> {
-        self.forget();
-        let rows = labels.len();
-        self.check(Stage::Prefill, &|_| rows)?;
-        self.check(Stage::Step, &|_| rows)?;
-        let labels = self.uploaded(&integer_bytes(labels))?;
-        let caches = Caches::new(self, labels.address, rows)?;
-        let z = caches.download_z()?;
-        Ok((Box::new(caches), z))
+    fn session(&self) -> Result<Box<dyn Session + '_>> {
+        Ok(Box::new(TrtSession { engine: self, labels: vec![], classes: Classes::default(), caches: None }))
     }
 
     fn sample(

@@ -1,0 +1,209 @@
+//! A batch of unequal images: each row has its own class, length, beginning and guidance, and when it is done its place goes
+//! to the next.
+
+use ndarray::{Array2, Axis, concatenate, s};
+
+use crate::engine::{Engine, Row, Session};
+use crate::generate::{Rollout, Times, check_finite, timed};
+use crate::solver::Tableau;
+use crate::{Error, Result};
+
+/// One image to generate, everything random drawn.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Its class.
+    pub label: i64,
+    /// Tokens that are given, `[n, E]`, n from 0.
+    pub prefix: Array2<f32>,
+    /// What the others are sampled from, `[N - n, E]`.
+    pub noise: Array2<f32>,
+    /// Guidance of each token, `[N]`.
+    pub guidance: Vec<f32>,
+}
+
+impl Image {
+    /// The images of a rollout.
+    pub fn all(rollout: &Rollout) -> Vec<Self> {
+        let image = |row| Self {
+            label: rollout.labels[row],
+            prefix: rollout.prefix.index_axis(Axis(0), row).to_owned(),
+            noise: rollout.noise.index_axis(Axis(0), row).to_owned(),
+            guidance: rollout.guidance.clone(),
+        };
+        (0..rollout.batch()).map(image).collect()
+    }
+}
+
+/// How all images of a batch are sampled.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// The label of an unconditional row beside every image's own, where there is guidance.
+    pub unconditional: Option<i64>,
+    /// How a token's ODE is integrated.
+    pub tableau: Tableau,
+}
+
+/// Images on their way through an engine.
+pub struct Batch<'a, E: Engine + ?Sized> {
+    engine: &'a E,
+    sampling: Sampling,
+    session: Box<dyn Session + 'a>,
+    images: Vec<Active>,
+    /// Conditions of the images' next tokens, `[B, D]` or with guidance `[2B, D]`, unconditional rows last.
+    z: Array2<f32>,
+    /// Time spent so far.
+    pub times: Times,
+}
+
+/// An image on its way.
+struct Active {
+    image: Image,
+    /// `[N, E]`, of which `known` are there.
+    tokens: Array2<f32>,
+    known: usize,
+}
+
+/// An image that has left a batch: its place among those that were admitted, and its tokens `[N, E]` or why there are none.
+pub type Finished = (usize, Result<Array2<f32>>);
+
+impl<'a, E: Engine + ?Sized> Batch<'a, E> {
+    /// A batch without images.
+    ///
+    /// # Errors
+    /// When the engine fails.
+    pub fn new(engine: &'a E, sampling: Sampling) -> Result<Self> {
+        let (session, z) = (engine.session()?, Array2::zeros((0, engine.config().generator.dim)));
+        Ok(Self { engine, sampling, session, images: vec![], z, times: Times::default() })
+    }
+
+    /// Images on their way.
+    pub fn len(&self) -> usize {
+        self.images.len()
+    }
+
+    /// Whether no image is on its way.
+    pub fn is_empty(&self) -> bool {
+        self.images.is_empty()
+    }
+
+    /// Rows an image.
+    fn streams(&self) -> usize {
+        if self.sampling.unconditional.is_some() { 2 } else { 1 }
+    }
+
+    /// Makes the batch consist of the images at the places `kept`, and of new ones after them.
+    ///
+    /// # Errors
+    /// When the engine fails.
+    pub fn arrange(&mut self, kept: &[usize], new: Vec<Image>) -> Result<()> {
+        let before = self.images.len();
+        let labels: Vec<i64> = new.iter().map(|image| image.label).collect();
+        let mut rows = vec![];
+        for stream in 0..self.streams() {
+            rows.extend(kept.iter().map(|place| Row::Kept(stream * before + place)));
+            let label =
+                |&label| Row::New(if stream == 0 { label } else { self.sampling.unconditional.unwrap_or(label) });
+            rows.extend(labels.iter().map(label));
+        }
+        let begun = timed(&mut self.times.prefill, || self.session.arrange(&rows))?;
+        let mut begun = begun.rows().into_iter();
+        let mut z = Array2::zeros((rows.len(), self.z.dim().1));
+        for (mut z, row) in z.rows_mut().into_iter().zip(&rows) {
+            match *row {
+                Row::Kept(row) => z.assign(&self.z.row(row)),
+                Row::New(_) => z.assign(&begun.next().ok_or_else(|| Error::run("batch", "too few conditions"))?),
+            }
+        }
+        self.z = z;
+        let mut images: Vec<Option<Active>> = self.images.drain(..).map(Some).collect();
+        self.images.extend(kept.iter().filter_map(|&place| images[place].take()));
+        let embed = self.engine.config().generator.embed;
+        self.images.extend(new.into_iter().map(|image| {
+            let tokens = Array2::zeros((image.guidance.len(), embed));
+            Active { image, tokens, known: 0 }
+        }));
+        Ok(())
+    }
+
+    /// Gives every image one token more, and passes that through the transformer. Images that are done, or whose token is not
+    /// finite, leave: the others stay in their order.
+    ///
+    /// # Errors
+    /// When the engine fails.
+    pub fn advance(&mut self) -> Result<Vec<Finished>> {
+        self.sample()?;
+        let mut finished = vec![];
+        let mut kept = vec![];
+        for (place, active) in self.images.iter_mut().enumerate() {
+            let index = active.known;
+            active.known += 1;
+            if let Err(error) = check_finite(self.engine.name(), index, active.tokens.slice(s![index..=index, ..])) {
+                finished.push((place, Err(error)));
+            } else if active.known == active.tokens.dim().0 {
+                finished.push((place, Ok(std::mem::take(&mut active.tokens))));
+            } else {
+                kept.push(place);
+            }
+        }
+        if kept.is_empty() {
+            self.images.clear();
+            return Ok(finished);
+        }
+        if !finished.is_empty() {
+            self.arrange(&kept, vec![])?;
+        }
+        self.step()?;
+        Ok(finished)
+    }
+
+    /// The next token of every image: given, or sampled.
+    fn sample(&mut self) -> Result<()> {
+        let given = |active: &Active| active.image.prefix.dim().0;
+        let mut sampled = vec![];
+        for (place, active) in self.images.iter_mut().enumerate() {
+            if active.known < given(active) {
+                let token = active.image.prefix.row(active.known);
+                active.tokens.row_mut(active.known).assign(&token);
+            } else {
+                sampled.push(place);
+            }
+        }
+        if sampled.is_empty() {
+            return Ok(());
+        }
+        let rows: Vec<usize> = (0..self.streams())
+            .flat_map(|stream| sampled.iter().map(move |place| (stream, place)))
+            .map(|(stream, place)| stream * self.images.len() + place)
+            .collect();
+        let z = self.z.select(Axis(0), &rows);
+        let mut noise = Array2::zeros((sampled.len(), self.engine.config().generator.embed));
+        let mut guidance = Vec::with_capacity(sampled.len());
+        for (mut noise, &place) in noise.rows_mut().into_iter().zip(&sampled) {
+            let active = &self.images[place];
+            noise.assign(&active.image.noise.row(active.known - given(active)));
+            guidance.push(active.image.guidance[active.known]);
+        }
+        let sample = || self.engine.sample(z.view(), noise.view(), &guidance, &self.sampling.tableau);
+        let tokens = timed(&mut self.times.flow, sample)?;
+        for (token, &place) in tokens.rows().into_iter().zip(&sampled) {
+            let active = &mut self.images[place];
+            active.tokens.row_mut(active.known).assign(&token);
+        }
+        Ok(())
+    }
+
+    /// Passes the last token of every image through the transformer.
+    fn step(&mut self) -> Result<()> {
+        let mut last = Array2::zeros((self.images.len(), self.engine.config().generator.embed));
+        for (mut token, active) in last.rows_mut().into_iter().zip(&self.images) {
+            token.assign(&active.tokens.row(active.known - 1));
+        }
+        let positions: Vec<i64> = self.images.iter().map(|active| active.known as i64 - 1).collect();
+        let (tokens, positions) = match self.streams() {
+            1 => (last, positions),
+            _ => (concatenate![Axis(0), last, last], positions.repeat(2)),
+        };
+        self.z = timed(&mut self.times.step, || self.session.step(tokens.view(), &positions))?;
+        Ok(())
+    }
+}
