@@ -1,0 +1,172 @@
+"""Runs the PyTorch reference for eqim-bench.
+
+    python reference.py CHECKOUT BUNDLE THREADS
+
+CHECKOUT is a checkout of drx-code/EquivariantModeling, BUNDLE a folder that eqim-export onnx wrote in FP32: its weights are
+loaded into the reference's own modules. Requests are read from standard input, one JSON object a line, and answered on
+standard output in the same way. The semantic decoder is left out, since its weights are in no bundle: that makes the
+reference faster than its own decode().
+"""
+
+import json
+import os
+import struct
+import sys
+import time
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+ANSWERS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # whatever the reference prints is no answer
+
+import numpy  # noqa: E402
+import torch  # noqa: E402
+
+# The reference moves everything to a GPU, wherever it runs.
+torch.Tensor.cuda = lambda self, *_, **__: self
+torch.nn.Module.cuda = lambda self, *_, **__: self
+
+
+def read_safetensors(path):
+    """All tensors of a file of 32-bit floats."""
+    values = numpy.memmap(path, numpy.uint8, "c")
+    length = struct.unpack("<Q", values[:8])[0]
+    header = json.loads(bytes(values[8 : 8 + length]))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] != "F32":
+            sys.exit(f"{path}: tensor {name} is of type {entry['dtype']}, expected F32: give a bundle in FP32")
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        tensors[name] = torch.from_numpy(values[begin:end].view(numpy.float32)).reshape(entry["shape"])
+    return tensors
+
+
+def load(module, tensors, prefix=""):
+    """Gives a module the tensors whose names begin with `prefix`: each of its parameters one."""
+    own = {name: tensors[prefix + name] for name, _ in module.named_parameters()}
+    missing, _ = module.load_state_dict(own, strict=False)
+    parameters = {name for name, _ in module.named_parameters()}
+    if parameters & set(missing):
+        sys.exit(f"parameters without a tensor: {sorted(parameters & set(missing))[:3]}")
+    return module.eval()
+
+
+def generator(config, tensors, steps):
+    from functools import partial
+
+    from generator.equ_modeling import EquivariantGenerativeModel
+
+    model = EquivariantGenerativeModel(
+        encoder_embed_dim=config["dim"],
+        encoder_depth=config["depth"],
+        encoder_num_heads=config["heads"],
+        decoder_embed_dim=config["dim"],
+        decoder_depth=0,
+        decoder_num_heads=config["heads"],
+        mlp_ratio=config["mlp_dim"] / config["dim"],
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        vae_embed_dim=config["embed"],
+        class_num=config["class_num"],
+        buffer_size=config["buffer"],
+        diffloss_d=config["flow_depth"],
+        diffloss_w=config["flow_dim"],
+        num_sampling_steps=str(steps),
+        cond_length=config["window"],
+    )
+    names = {name: value for name, value in tensors.items()}
+    return load(model, names)
+
+
+def decoder(config, tensors):
+    from tokenizer.models.tokenizer import EquivariantTokenizer  # noqa: F401, its imports name the decoder's module
+    from tokenizer.models import tokenizer as module
+
+    encoder, levels = config["encoder"], config["encoder"]["levels"]
+    rows = config["rows"] << (len(levels) - 1)
+    width = encoder["conv_in"]
+    post = module.EquivariantTokenizerDecoder1D(
+        double_enc=False,
+        z_channels=config["decoder"]["z_channels"],
+        resolution=rows,
+        in_channels=config["image_channels"],
+        out_ch=config["image_channels"],
+        ch=width,
+        ch_mult=[level["channels"] // width for level in levels],
+        num_res_blocks=encoder["res_blocks"],
+        dropout=0.0,
+        attn_resolutions=[rows >> i for i, level in enumerate(levels) if level["attention"]],
+        len_down_scale=config["len_down_scale"],
+        semantic_map="res",
+    )
+    tokens = tensors["post_quant_layer.weight"]
+    first = torch.nn.Conv1d(tokens.shape[1], tokens.shape[0], 3, padding=1, padding_mode="reflect")
+    load(first, tensors, "post_quant_layer.")
+    load(post, tensors, "decoder.")
+    return lambda z: post(first(z.permute(0, 2, 1)).permute(0, 2, 1))[0]
+
+
+class Clock:
+    """Seconds spent in a function, call by call."""
+
+    def __init__(self, function):
+        self.function = function
+        self.seconds = []
+
+    def __call__(self, *arguments, **named):
+        start = time.perf_counter()
+        result = self.function(*arguments, **named)
+        self.seconds.append(time.perf_counter() - start)
+        return result
+
+
+def answer(model, decode, vae_norm, request):
+    """One batch of images, as the reference's engine_generator.py makes them."""
+    labels = torch.tensor(request["labels"])
+    prefix = None
+    if request["prefix"]:
+        values = numpy.fromfile(request["prefix"], numpy.float32)
+        prefix = torch.from_numpy(values).reshape(len(labels), -1, model.token_embed_dim)
+    model.diffloss.num_sampling_steps = str(request["steps"])
+    transformer = model.forward_encoder = Clock(type(model).forward_encoder.__get__(model))
+    flow = model.diffloss.sample = Clock(type(model.diffloss).sample.__get__(model.diffloss))
+    decoded = Clock(decode)
+    torch.manual_seed(request["seed"])
+    start = time.perf_counter()
+    with torch.no_grad():
+        tokens = model.sample_tokens(
+            bsz=len(labels),
+            num_iter=request["tokens"],
+            cfg=request["cfg"],
+            cfg_schedule="linear",
+            labels=labels,
+            gt_latents=prefix,
+        )
+        tokens = tokens.squeeze(2).permute(0, 2, 1)
+        if request["decode"]:
+            decoded(tokens / vae_norm)
+    total = time.perf_counter() - start
+    tokens.contiguous().numpy().tofile(request["output"])
+    return {"step": transformer.seconds, "flow": flow.seconds, "decode": decoded.seconds, "total": total}
+
+
+def main():
+    checkout, bundle, threads = sys.argv[1:]
+    bundle = os.path.abspath(bundle)
+    os.chdir(checkout)
+    sys.path.insert(0, checkout)
+    sys.dont_write_bytecode = True
+    if int(threads):
+        torch.set_num_threads(int(threads))
+    with open(os.path.join(bundle, "config.json")) as file:
+        config = json.load(file)["model"]
+    tensors = read_safetensors(os.path.join(bundle, "model.safetensors"))
+    model = generator(config["generator"], tensors, config["generator"]["steps"])
+    decode = decoder(config["tokenizer"], tensors)
+    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), file=ANSWERS, flush=True)
+    for line in sys.stdin:
+        result = answer(model, decode, config["generator"]["vae_norm"], json.loads(line))
+        print(json.dumps(result), file=ANSWERS, flush=True)
+
+
+if __name__ == "__main__":
+    main()
