@@ -4,7 +4,7 @@
 use ndarray::{Array2, Axis, concatenate, s};
 
 use crate::engine::{Engine, Row, Session};
-use crate::generate::{Rollout, Times, check_finite, timed};
+use crate::generate::{Rollout, Times, check_finite};
 use crate::solver::Tableau;
 use crate::{Error, Result};
 
@@ -105,7 +105,7 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
                 |&label| Row::New(if stream == 0 { label } else { self.sampling.unconditional.unwrap_or(label) });
             rows.extend(labels.iter().map(label));
         }
-        let begun = timed(&mut self.times.prefill, || self.session.arrange(&rows))?;
+        let begun = self.times.prefill.time(|| self.session.arrange(&rows))?;
         let mut begun = begun.rows().into_iter();
         let mut z = Array2::zeros((rows.len(), self.z.dim().1));
         for (mut z, row) in z.rows_mut().into_iter().zip(&rows) {
@@ -184,7 +184,7 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
             guidance.push(active.image.guidance[active.known]);
         }
         let sample = || self.engine.sample(z.view(), noise.view(), &guidance, &self.sampling.tableau);
-        let tokens = timed(&mut self.times.flow, sample)?;
+        let tokens = self.times.flow.time(sample)?;
         for (token, &place) in tokens.rows().into_iter().zip(&sampled) {
             let active = &mut self.images[place];
             active.tokens.row_mut(active.known).assign(&token);
@@ -203,7 +203,7 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
             1 => (last, positions),
             _ => (concatenate![Axis(0), last, last], positions.repeat(2)),
         };
-        self.z = timed(&mut self.times.step, || self.session.step(tokens.view(), &positions))?;
+        self.z = self.times.step.time(|| self.session.step(tokens.view(), &positions))?;
         Ok(())
     }
 }

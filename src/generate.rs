@@ -61,15 +61,34 @@ pub struct Generated {
     pub times: Times,
 }
 
+/// How long each call of a stage took.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Calls(pub Vec<Duration>);
+
+impl Calls {
+    /// Does `work`, and remembers how long it took.
+    pub fn time<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let mut time = Duration::ZERO;
+        let result = timed(&mut time, work);
+        self.0.push(time);
+        result
+    }
+
+    /// The sum of all calls.
+    pub fn total(&self) -> Duration {
+        self.0.iter().sum()
+    }
+}
+
 /// Time spent in each stage.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Times {
     /// Class-only work.
-    pub prefill: Duration,
-    /// The transformer, all tokens.
-    pub step: Duration,
-    /// The flow head, all tokens.
-    pub flow: Duration,
+    pub prefill: Calls,
+    /// The transformer, token by token.
+    pub step: Calls,
+    /// The flow head, token by token.
+    pub flow: Calls,
     /// What a GPU tells beside; the stages' times are then its own.
     pub device: Option<DeviceTimes>,
 }

@@ -1,7 +1,9 @@
 //! Bundles, the engines that run them, and what the command lines share.
 
+pub mod bench;
 pub mod bundle;
 pub mod cli;
+pub mod memory;
 pub mod native;
 pub mod onnxruntime;
 mod open;

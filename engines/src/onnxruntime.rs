@@ -54,6 +54,11 @@ impl Runtime {
         }
     }
 
+    /// What sessions belong to.
+    pub(crate) fn environment(self) -> &'static Environment {
+        self.0
+    }
+
     /// Loads a graph. `threads` limits those of one operator; `prepacking` copies weights into the order in which
     /// products read them, which takes time and memory once and makes every run faster.
     ///

@@ -106,7 +106,8 @@ fn class(text: &str) -> Result<Option<usize>, String> {
     }
 }
 
-fn within<T: FromStr + PartialOrd + Display>(text: &str, range: RangeInclusive<T>) -> Result<T, String> {
+/// A number of a range, for clap.
+pub fn within<T: FromStr + PartialOrd + Display>(text: &str, range: RangeInclusive<T>) -> Result<T, String> {
     let value = text.parse().ok().filter(|value| range.contains(value));
     value.ok_or_else(|| format!("expected a number from {} to {}", range.start(), range.end()))
 }

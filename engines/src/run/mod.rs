@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 pub use arguments::Arguments;
+pub(crate) use arguments::{MOST_TOKENS, solvers, within};
 use eqim::engine::Engine;
 use eqim::generate::{Generated, generate, timed};
 use eqim::{Error, Result, candle, picture, tensors};

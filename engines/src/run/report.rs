@@ -68,13 +68,14 @@ pub struct Device {
 impl Seconds {
     /// Where the time went; `encoder` when a picture was encoded.
     pub fn new(load: Duration, encoder: Option<Duration>, times: &Times, decoder: Duration) -> Self {
-        let total = encoder.unwrap_or_default() + times.prefill + times.step + times.flow + decoder;
+        let total =
+            encoder.unwrap_or_default() + times.prefill.total() + times.step.total() + times.flow.total() + decoder;
         Self {
             load: load.as_secs_f64(),
             encoder: encoder.map(|time| time.as_secs_f64()),
-            prefill: times.prefill.as_secs_f64(),
-            transformer_step: times.step.as_secs_f64(),
-            flow_sampler: times.flow.as_secs_f64(),
+            prefill: times.prefill.total().as_secs_f64(),
+            transformer_step: times.step.total().as_secs_f64(),
+            flow_sampler: times.flow.total().as_secs_f64(),
             decoder: decoder.as_secs_f64(),
             total: total.as_secs_f64(),
             device: times.device.map(|device| Device {

@@ -157,9 +157,9 @@ impl<D: Device> TrtEngine<D> {
             match span.work {
                 Work::Upload => device.host_to_device += time,
                 Work::Download => device.device_to_host += time,
-                Work::Run(Stage::Prefill) => times.prefill += time,
-                Work::Run(Stage::Step) => times.step += time,
-                Work::Run(Stage::Flow) => times.flow += time,
+                Work::Run(Stage::Prefill) => times.prefill.0.push(time),
+                Work::Run(Stage::Step) => times.step.0.push(time),
+                Work::Run(Stage::Flow) => times.flow.0.push(time),
                 // The caller times these as a whole.
                 Work::Run(Stage::Decode | Stage::Encode) => {}
             }

@@ -9,6 +9,7 @@ use eqim::weights::Weights;
 use eqim::{Error, Result, files};
 use eqim_calibration::Policy;
 use eqim_engines::bundle::{Bundle, FileRecord, Precision};
+use eqim_engines::memory::{forget_peak, peak};
 use eqim_engines::trt::{EngineRecord, EngineSet, FOLDER, SIDECAR_FILE, SIDECAR_FORMAT, Target, file_name};
 use tempfile::TempDir;
 
@@ -131,17 +132,4 @@ pub fn publish(built: Built, bundle: &Bundle, drift: Option<&Drift>, report: Opt
 fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_vec_pretty(value).map_err(|error| Error::run(path.display(), error))?;
     files::write(path, &text)
-}
-
-/// Starts the kernel's record of the largest resident size anew, where there is one.
-fn forget_peak() {
-    // Without it the record is that of the whole process: an upper bound.
-    let _ = std::fs::write("/proc/self/clear_refs", "5");
-}
-
-/// Largest resident size of this process, bytes; 0 where the kernel does not tell.
-fn peak() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).map_or(0, |kilobytes| kilobytes << 10)
 }

@@ -1,0 +1,97 @@
+//! What a stage cannot be faster than: every scope reads its weights or multiplies, whichever takes longer here.
+
+use std::collections::BTreeMap;
+
+use eqim::Result;
+use eqim::model::Stage;
+use eqim::ops::cost::Cost;
+use serde::Serialize;
+
+use super::probe::{Gemm, read_bandwidth};
+use crate::bundle::Bundle;
+use crate::onnxruntime::Runtime;
+
+/// Larger buffers read no faster, and take memory.
+const MOST_BYTES: u64 = 512 << 20;
+
+/// What one call of a stage does.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Effort {
+    /// Bytes of weights read.
+    pub bytes: f64,
+    /// Multiply-adds.
+    pub multiply_adds: f64,
+    /// Seconds that it takes at least.
+    pub limit: f64,
+}
+
+/// What this machine was measured to do.
+#[derive(Clone, Debug, Serialize)]
+pub struct Machine {
+    /// Multiply-adds a second.
+    pub gemm: Gemm,
+    /// Bytes a second of reading so many megabytes again and again.
+    pub read: BTreeMap<u64, f64>,
+}
+
+impl Machine {
+    /// Measures the products; reading is measured when first asked for.
+    ///
+    /// # Errors
+    /// When ONNX Runtime fails.
+    pub fn measure(runtime: Runtime) -> Result<Self> {
+        Ok(Self { gemm: Gemm::measure(runtime)?, read: BTreeMap::new() })
+    }
+
+    /// Bytes a second of reading `bytes` again and again, to the next power of two.
+    fn read(&mut self, bytes: u64) -> f64 {
+        let bytes = bytes.clamp(1 << 20, MOST_BYTES).next_power_of_two();
+        *self.read.entry(bytes >> 20).or_insert_with(|| read_bandwidth(bytes as usize))
+    }
+
+    /// What a call of a stage of a bundle does at `rows` rows, `tokens` columns and `evaluations` of the velocity.
+    ///
+    /// # Errors
+    /// When the configuration is not consistent.
+    pub fn effort(
+        &mut self,
+        bundle: &Bundle,
+        stage: Stage,
+        rows: usize,
+        tokens: usize,
+        evaluations: usize,
+    ) -> Result<Effort> {
+        let manifest = &bundle.manifest;
+        let mut cost = Cost::default();
+        cost.stage(&manifest.model, stage, rows, tokens, evaluations)?;
+        let integer = |scope: &str| {
+            let quantization = manifest.quantization.as_ref();
+            quantization
+                .is_some_and(|it| it.stages.iter().any(|name| name == stage.name()) && it.scopes.contains(scope))
+        };
+        let float_bytes = manifest.precision.dtype().bitsize() as f64 / 8.0;
+        let scopes: Vec<(f64, f64, bool)> = cost
+            .rows()
+            .iter()
+            .map(|(scope, row)| {
+                let integer = integer(scope);
+                let bytes = if integer { 1.0 } else { float_bytes };
+                (bytes * row.weights_read as f64, row.multiply_adds as f64, integer)
+            })
+            .collect();
+        let all: f64 = cost
+            .rows()
+            .iter()
+            .map(|(scope, row)| row.parameters as f64 * if integer(scope) { 1.0 } else { float_bytes })
+            .sum();
+        let bandwidth = self.read(all as u64);
+        let mut effort = Effort::default();
+        for (bytes, multiply_adds, integer) in scopes {
+            let gemm = if integer { self.gemm.int8 } else { self.gemm.fp32 };
+            effort.bytes += bytes;
+            effort.multiply_adds += multiply_adds;
+            effort.limit += (bytes / bandwidth).max(multiply_adds / gemm);
+        }
+        Ok(effort)
+    }
+}
