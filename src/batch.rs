@@ -57,13 +57,14 @@ pub struct Batch<'a, E: Engine + ?Sized> {
 
 /// An image on its way.
 struct Active {
+    number: usize,
     image: Image,
     /// `[N, E]`, of which `known` are there.
     tokens: Array2<f32>,
     known: usize,
 }
 
-/// An image that has left a batch: its place among those that were admitted, and its tokens `[N, E]` or why there are none.
+/// An image that has left a batch: the number it came with, and its tokens `[N, E]` or why there are none.
 pub type Finished = (usize, Result<Array2<f32>>);
 
 impl<'a, E: Engine + ?Sized> Batch<'a, E> {
@@ -91,13 +92,19 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
         if self.sampling.unconditional.is_some() { 2 } else { 1 }
     }
 
-    /// Makes the batch consist of the images at the places `kept`, and of new ones after them.
+    /// Takes in numbered images.
     ///
     /// # Errors
     /// When the engine fails.
-    pub fn arrange(&mut self, kept: &[usize], new: Vec<Image>) -> Result<()> {
+    pub fn admit(&mut self, new: Vec<(usize, Image)>) -> Result<()> {
+        let kept: Vec<usize> = (0..self.images.len()).collect();
+        self.arrange(&kept, new)
+    }
+
+    /// Makes the batch consist of the images at the places `kept`, and of new ones after them.
+    fn arrange(&mut self, kept: &[usize], new: Vec<(usize, Image)>) -> Result<()> {
         let before = self.images.len();
-        let labels: Vec<i64> = new.iter().map(|image| image.label).collect();
+        let labels: Vec<i64> = new.iter().map(|(_, image)| image.label).collect();
         let mut rows = vec![];
         for stream in 0..self.streams() {
             rows.extend(kept.iter().map(|place| Row::Kept(stream * before + place)));
@@ -118,9 +125,9 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
         let mut images: Vec<Option<Active>> = self.images.drain(..).map(Some).collect();
         self.images.extend(kept.iter().filter_map(|&place| images[place].take()));
         let embed = self.engine.config().generator.embed;
-        self.images.extend(new.into_iter().map(|image| {
+        self.images.extend(new.into_iter().map(|(number, image)| {
             let tokens = Array2::zeros((image.guidance.len(), embed));
-            Active { image, tokens, known: 0 }
+            Active { number, image, tokens, known: 0 }
         }));
         Ok(())
     }
@@ -138,9 +145,9 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
             let index = active.known;
             active.known += 1;
             if let Err(error) = check_finite(self.engine.name(), index, active.tokens.slice(s![index..=index, ..])) {
-                finished.push((place, Err(error)));
+                finished.push((active.number, Err(error)));
             } else if active.known == active.tokens.dim().0 {
-                finished.push((place, Ok(std::mem::take(&mut active.tokens))));
+                finished.push((active.number, Ok(std::mem::take(&mut active.tokens))));
             } else {
                 kept.push(place);
             }
@@ -205,5 +212,31 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
         };
         self.z = self.times.step.time(|| self.session.step(tokens.view(), &positions))?;
         Ok(())
+    }
+}
+
+/// Generates numbered images, at most `most` at once: when one is done, its place goes to the next. `finished` is told each
+/// as it leaves.
+///
+/// # Errors
+/// When the engine fails; those of `finished`.
+pub fn generate_all<E: Engine + ?Sized>(
+    engine: &E,
+    sampling: Sampling,
+    images: impl IntoIterator<Item = (usize, Image)>,
+    most: usize,
+    mut finished: impl FnMut(Finished) -> Result<()>,
+) -> Result<()> {
+    let mut images = images.into_iter();
+    let mut batch = Batch::new(engine, sampling)?;
+    loop {
+        let new: Vec<(usize, Image)> = images.by_ref().take(most.max(1) - batch.len()).collect();
+        if !new.is_empty() {
+            batch.admit(new)?;
+        }
+        if batch.is_empty() {
+            return Ok(());
+        }
+        batch.advance()?.into_iter().try_for_each(&mut finished)?;
     }
 }

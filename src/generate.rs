@@ -269,7 +269,7 @@ pub fn token_by_token<E: Engine + ?Sized>(
     progress: &mut dyn FnMut(usize),
 ) -> Result<(Array3<f32>, Times)> {
     let mut batch = Batch::new(engine, rollout.sampling())?;
-    batch.arrange(&[], Image::all(rollout))?;
+    batch.admit(Image::all(rollout).into_iter().enumerate().collect())?;
     let mut tokens = Array3::zeros((rollout.batch(), rollout.tokens, engine.config().generator.embed));
     for known in 1..=rollout.tokens {
         for (row, finished) in batch.advance()? {

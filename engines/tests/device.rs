@@ -7,10 +7,11 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use candle_core::{Device as CandleDevice, Tensor};
+use eqim::batch::{Image, generate_all};
 use eqim::candle::CandleEngine;
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::engine::Engine;
-use eqim::generate::{Noise, Request, Schedule, generate};
+use eqim::generate::{Noise, Request, Rollout, Schedule, generate};
 use eqim::model::{Axis, Kind, Port, Stage};
 use eqim::ops::eager::Eager;
 use eqim::solver::{Solver, Tableau};
@@ -312,6 +313,25 @@ fn the_token_by_token_interface_gives_the_same() -> Result<()> {
     let difference = (&image - &candle.decode(latents.view())?).mapv(f32::abs);
     assert!(difference.iter().all(|&difference| difference <= CLOSE));
     assert_close(&mock.encode(image.view())?, &candle.encode(image.view())?);
+    Ok(())
+}
+
+#[test]
+fn rows_begin_and_end_at_any_time() -> Result<()> {
+    let Both { mock, candle, .. } = both()?;
+    let requests = [(Some(0), 9), (Some(1), 3), (None, 5), (Some(1), 7)]
+        .map(|(label, tokens)| Request { noise: Noise::Seed(tokens as u64), ..request(&[label], tokens, 3.0) });
+    let rollouts = requests.each_ref().map(|request| Rollout::new(candle.config(), request));
+    let rollouts = rollouts.into_iter().collect::<Result<Vec<_>>>()?;
+    let mut finished = 0;
+    let images = rollouts.iter().flat_map(Image::all).enumerate();
+    generate_all(&mock, rollouts[0].sampling(), images, 2, |(number, tokens)| {
+        let expected = generate(&candle, &requests[number], |_| {})?.tokens;
+        assert_close(&tokens?.insert_axis(ArrayAxis(0)), &expected);
+        finished += 1;
+        Ok(())
+    })?;
+    assert_eq!(finished, 4);
     Ok(())
 }
 

@@ -1,0 +1,108 @@
+//! A batch of unequal images gives each the tokens that it has alone.
+
+mod common;
+
+use common::bins::Workplace;
+use common::{Fixture, fixtures};
+use eqim::batch::{Image, generate_all};
+use eqim::checkpoint::WeightSet;
+use eqim::engine::Engine;
+use eqim::generate::{Noise, Request, Rollout, Schedule, generate};
+use eqim::solver::Solver;
+use eqim_engines::bundle::Bundle;
+use eqim_engines::native::find_onnxruntime;
+use eqim_engines::onnxruntime::OrtEngine;
+use ndarray::{Array2, Array3, Axis};
+
+/// Sums of a batch's products are in another order than those of one row.
+const CLOSE: f32 = 1e-5;
+
+/// Images of different classes, lengths, beginnings and guidance.
+fn requests(engine: &dyn Engine, guided: bool) -> Vec<Request> {
+    let embed = engine.config().generator.embed;
+    let request = |seed: u64, label: Option<usize>, tokens: usize, given: usize| Request {
+        labels: vec![label],
+        tokens,
+        cfg: if guided { 1.5 + seed as f32 } else { 1.0 },
+        schedule: if seed.is_multiple_of(2) { Schedule::Linear } else { Schedule::Constant },
+        solver: Solver::Ab2,
+        steps: 4,
+        prefix: (given > 0)
+            .then(|| Array3::from_shape_fn((1, given, embed), |(_, n, e)| ((n * embed + e) as f32).sin())),
+        noise: Noise::Seed(seed),
+    };
+    vec![
+        request(0, Some(0), 9, 0),
+        request(1, Some(2), 3, 0),
+        request(2, None, 7, 5),
+        request(3, Some(0), 2, 1),
+        request(4, Some(1), 12, 3),
+        request(5, Some(2), 2, 0),
+        request(6, Some(0), 5, 4),
+    ]
+}
+
+fn check(engine: &dyn Engine) {
+    for guided in [false, true] {
+        let requests = requests(engine, guided);
+        let alone: Vec<Array2<f32>> = requests
+            .iter()
+            .map(|request| generate(engine, request, |_| {}).unwrap().tokens.index_axis_move(Axis(0), 0))
+            .collect();
+        let rollouts: Vec<Rollout> =
+            requests.iter().map(|request| Rollout::new(engine.config(), request).unwrap()).collect();
+        for most in [1, 2, 3, 16] {
+            let images = rollouts.iter().flat_map(Image::all).enumerate();
+            let mut order = vec![];
+            generate_all(engine, rollouts[0].sampling(), images, most, |(number, tokens)| {
+                let (found, expected) = (tokens?, &alone[number]);
+                assert_eq!(found.dim(), expected.dim());
+                let largest = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(largest <= CLOSE, "image {number} of at most {most} on {}: {largest:e}", engine.name());
+                order.push(number);
+                Ok(())
+            })
+            .unwrap();
+            if most == 1 {
+                assert_eq!(order, (0..requests.len()).collect::<Vec<_>>());
+            } else {
+                assert_ne!(order, (0..requests.len()).collect::<Vec<_>>(), "short images wait for long ones");
+            }
+            order.sort_unstable();
+            assert_eq!(order, (0..requests.len()).collect::<Vec<_>>());
+        }
+    }
+}
+
+/// One after the other: both spin on all cores while they wait.
+#[test]
+fn images_are_those_that_they_are_alone() {
+    check(&Fixture::open(fixtures()).engine(WeightSet::Ema));
+    let place = Workplace::with_bundle(&Fixture::open(fixtures()));
+    let bundle = Bundle::open(&place.path("bundle")).unwrap();
+    check(&OrtEngine::new(&bundle, &find_onnxruntime().expect("cargo xtask setup"), None).unwrap());
+}
+
+#[test]
+fn an_image_that_fails_does_not_fail_the_others() {
+    let engine = Fixture::open(fixtures()).engine(WeightSet::Ema);
+    let mut requests = requests(&engine, true);
+    requests.iter_mut().for_each(|request| request.prefix = None);
+    // Finite noise whose token is not.
+    let shape = (1, requests[1].tokens, engine.config().generator.embed);
+    requests[1].noise = Noise::Given(Array3::from_elem(shape, f32::MAX));
+    let rollouts: Vec<Rollout> =
+        requests.iter().map(|request| Rollout::new(engine.config(), request).unwrap()).collect();
+    let mut failed = vec![];
+    let images = rollouts.iter().flat_map(Image::all).enumerate();
+    generate_all(&engine, rollouts[0].sampling(), images, 4, |(number, tokens)| {
+        match tokens {
+            Ok(tokens) => assert!(tokens.iter().all(|value| value.is_finite()), "image {number}"),
+            Err(error) => failed.push((number, error.to_string())),
+        }
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(failed.len(), 1);
+    assert!(failed[0].0 == 1 && failed[0].1.contains("token 0 is not finite"), "{failed:?}");
+}
