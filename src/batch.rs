@@ -219,18 +219,18 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
 /// as it leaves.
 ///
 /// # Errors
-/// When the engine fails; those of `finished`.
+/// When the engine fails; those of `images` and `finished`.
 pub fn generate_all<E: Engine + ?Sized>(
     engine: &E,
     sampling: Sampling,
-    images: impl IntoIterator<Item = (usize, Image)>,
+    images: impl IntoIterator<Item = Result<(usize, Image)>>,
     most: usize,
     mut finished: impl FnMut(Finished) -> Result<()>,
 ) -> Result<()> {
     let mut images = images.into_iter();
     let mut batch = Batch::new(engine, sampling)?;
     loop {
-        let new: Vec<(usize, Image)> = images.by_ref().take(most.max(1) - batch.len()).collect();
+        let new = images.by_ref().take(most.max(1) - batch.len()).collect::<Result<Vec<_>>>()?;
         if !new.is_empty() {
             batch.admit(new)?;
         }

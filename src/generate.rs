@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ndarray::{Array2, Array3, ArrayView2, Axis};
+use serde::{Deserialize, Serialize};
 
 use crate::batch::{Batch, Image, Sampling};
 use crate::engine::Engine;
@@ -11,7 +12,8 @@ use crate::solver::{Solver, Tableau};
 use crate::{Config, Error, Result};
 
 /// How guidance grows along the image.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Schedule {
     /// From `1 + (cfg-1)/N` at the first token to `cfg` at the last of N.
     #[default]

@@ -54,6 +54,18 @@ pub struct Image {
     pub total: Duration,
 }
 
+impl Image {
+    /// No more than the last `tail` tokens, and the time that they took.
+    pub fn last(mut self, tail: usize) -> Self {
+        let steps = &mut self.times.step.0;
+        steps.drain(..steps.len() - tail.min(steps.len()));
+        self.tokens = self.tokens.slice(s![.., -(tail as isize).., ..]).to_owned();
+        self.times.prefill = Calls::default();
+        self.total = self.times.step.total() + self.times.flow.total();
+        self
+    }
+}
+
 /// How far tokens lie from others.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Agreement {

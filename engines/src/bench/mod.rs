@@ -223,7 +223,11 @@ fn case(
                 for (contestant, times) in contestants.iter().zip(&mut all) {
                     spinner.show(format!("{}: batch {batch}, {tokens} tokens, round {rounds}", contestant.name()));
                     memory::forget_peak();
-                    times.add(contestant.run(&work(contestant))?, arguments.tail.is_none());
+                    let image = contestant.run(&work(contestant))?;
+                    match arguments.tail {
+                        Some(tail) => times.add(image.last(tail), false),
+                        None => times.add(image, true),
+                    }
                     times.peak = times.peak.max(memory::peak());
                 }
                 rounds += 1;

@@ -10,6 +10,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use eqim::generate::{MOST_STEPS, Schedule};
 use eqim::solver::Solver;
 
+use super::jobs::Shard;
 use crate::Backend;
 
 /// Most tokens of a run, over all of its images. A million tokens of 256 values and their noise take 2 GB, and their
@@ -21,6 +22,7 @@ Examples:
   eqim-run --engine bundle --class 3 -o image.png
   eqim-run --engine bundle --class 3,0,none --seed 7 --cfg 4 --width 512 -o image.png
   eqim-run --engine bundle --prefix photo.jpg --tokens 48 -o longer.png
+  eqim-run --engine bundle --jobs jobs.jsonl --max-batch 8 -o images
 
 The second writes image-0.png, image-1.png and image-2.png; the third carries a photo on to its right.";
 
@@ -79,9 +81,24 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     pub save_tokens: Option<PathBuf>,
 
-    /// Image to write; several are numbered: image-0.png, image-1.png
-    #[arg(short, long, value_name = "PNG", default_value = "image.png")]
-    pub output: PathBuf,
+    /// Image to write; several are numbered: image-0.png, image-1.png. With --jobs, the folder of all images [default:
+    /// image.png]
+    #[arg(short, long, value_name = "PNG")]
+    pub output: Option<PathBuf>,
+
+    /// Make an image for every line of this file instead, each a JSON object: `{"id": "a", "class": 3, "seed": 7, "tokens": 32}`;
+    /// also width, cfg, cfg_schedule, solver, steps, prefix. What a line leaves out is as the flags say. Images that are there
+    /// already are left as they are
+    #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["noise", "save_tokens", "json"], requires = "output")]
+    pub jobs: Option<PathBuf>,
+
+    /// Most jobs at once
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = batch, requires = "jobs")]
+    pub max_batch: usize,
+
+    /// Do the I-th of N parts of the jobs, I from 1: for machines that share them
+    #[arg(long, value_name = "I/N", value_parser = Shard::parse, requires = "jobs")]
+    pub shard: Option<Shard>,
 
     /// What runs the model
     #[arg(long, value_enum, value_name = "BACKEND", default_value_t)]
@@ -130,6 +147,10 @@ fn seed(text: &str) -> Result<u64, String> {
 
 fn steps(text: &str) -> Result<usize, String> {
     within(text, 1..=MOST_STEPS)
+}
+
+fn batch(text: &str) -> Result<usize, String> {
+    within(text, 1..=4096)
 }
 
 fn threads(text: &str) -> Result<usize, String> {

@@ -64,7 +64,10 @@ pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Optio
 
 /// Refuses what would end in a failed allocation after minutes of work: the decoder attends over a whole image at once,
 /// and the sampler holds the modulations of all steps.
-fn check_memory(request: &Request, config: &Config) -> Result<()> {
+///
+/// # Errors
+/// [`Error::Input`] naming the flag.
+pub fn check_memory(request: &Request, config: &Config) -> Result<()> {
     let refuse = |flag: &str, what: &str, bytes: u64| {
         let (needed, most) = (bytes >> 30, MOST_BYTES >> 30);
         Err(Error::input(flag, format!("is too large: {what} would take {needed} GB, expected at most {most} GB")))

@@ -2,10 +2,11 @@
 
 mod arguments;
 mod inputs;
+mod jobs;
 mod outputs;
 mod report;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use arguments::Arguments;
@@ -13,7 +14,7 @@ pub(crate) use arguments::{MOST_TOKENS, solvers, within};
 use eqim::engine::Engine;
 use eqim::generate::{Generated, generate, timed};
 use eqim::{Error, Result, candle, picture, tensors};
-use ndarray::{Axis, s};
+use ndarray::{ArrayView3, Axis, s};
 
 use crate::bundle::Bundle;
 use crate::cli::{self, Progress};
@@ -28,6 +29,9 @@ use report::{Report, Seconds};
 /// [`Error::Input`] naming the flag or file that cannot be used, before anything slow runs; [`Error::Run`] for a run
 /// that failed.
 pub fn run(arguments: &Arguments) -> Result<()> {
+    if let Some(file) = &arguments.jobs {
+        return jobs::run(arguments, file);
+    }
     let outputs = Outputs::check(arguments)?;
     let bundle = Bundle::open(&arguments.engine)?;
     let config = &bundle.manifest.model;
@@ -66,17 +70,22 @@ fn options(arguments: &Arguments) -> Result<Options> {
 
 /// Decodes and writes image by image, so that the memory of one is enough.
 fn decode(engine: &dyn Engine, generated: &Generated, paths: &[PathBuf], time: &mut Duration) -> Result<()> {
-    let vae_norm = engine.config().generator.vae_norm as f32;
     let mut progress = Progress::new("decoded", paths.len(), "images");
     for (row, path) in paths.iter().enumerate() {
-        let latents = &generated.tokens.slice(s![row..=row, .., ..]) / vae_norm;
-        let images = timed(time, || engine.decode(latents.view()))?;
-        if images.iter().any(|value| !value.is_finite()) {
-            let problem = format!("decoded image {row} has values that are not finite: its precision does not fit");
-            return Err(Error::run(engine.name(), problem));
-        }
-        picture::write_png(path, images.index_axis(Axis(0), 0))?;
+        decode_to(engine, generated.tokens.slice(s![row..=row, .., ..]), path, time)?;
         progress.at(row + 1);
     }
     Ok(())
+}
+
+/// Decodes the tokens `[1, N, E]` of one image and writes it.
+fn decode_to(engine: &dyn Engine, tokens: ArrayView3<f32>, path: &Path, time: &mut Duration) -> Result<()> {
+    let latents = &tokens / engine.config().generator.vae_norm as f32;
+    let images = timed(time, || engine.decode(latents.view()))?;
+    if images.iter().any(|value| !value.is_finite()) {
+        let path = path.display();
+        let problem = format!("the image for {path} has values that are not finite: its precision does not fit");
+        return Err(Error::run(engine.name(), problem));
+    }
+    picture::write_png(path, images.index_axis(Axis(0), 0))
 }

@@ -23,7 +23,7 @@ impl Outputs {
     /// # Errors
     /// [`Error::Input`] naming the flag, and the file or folder that cannot be written.
     pub fn check(arguments: &Arguments) -> Result<Self> {
-        let images = numbered(&arguments.output, arguments.classes.len())?;
+        let images = numbered(arguments.output.as_deref().unwrap_or(Path::new("image.png")), arguments.classes.len())?;
         let outputs = Self { images, tokens: arguments.save_tokens.clone() };
         for path in &outputs.images {
             writable("--output", path)?;
@@ -48,6 +48,19 @@ impl Outputs {
     pub fn all(&self) -> impl Iterator<Item = &PathBuf> {
         self.images.iter().chain(&self.tokens)
     }
+}
+
+/// Makes the folder of many images, where it is not there yet.
+///
+/// # Errors
+/// [`Error::Input`] for one that cannot be made or written to, or that is a bundle's.
+pub fn prepare_folder(folder: &Path, bundle: &Path) -> Result<()> {
+    let bad = |problem: String| Error::input(format!("--output {}", folder.display()), problem);
+    std::fs::create_dir_all(folder).map_err(|error| bad(format!("cannot be made: {error}")))?;
+    if folder.canonicalize().ok() == bundle.canonicalize().ok() {
+        return Err(bad("is the bundle of --engine: name another folder".into()));
+    }
+    writable("--output", &folder.join("image.png"))
 }
 
 /// Where a path leads, however it is spelled.

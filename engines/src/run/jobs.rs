@@ -1,0 +1,309 @@
+//! `eqim-run --jobs`: many images from one file, in batches whose places go to the next job as soon as one is done.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use eqim::batch::{Image, generate_all};
+use eqim::engine::Engine;
+use eqim::generate::{Request, Rollout, Schedule};
+use eqim::solver::Solver;
+use eqim::{Error, Result, files};
+use ndarray::{Array2, Axis};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::inputs::{self, Prefix};
+use super::{Arguments, decode_to, options, outputs};
+use crate::bundle::Bundle;
+use crate::cli::{self, Progress};
+
+/// A line of the file. What it leaves out is as the flags say.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Line {
+    id: Option<String>,
+    class: Option<usize>,
+    seed: Option<u64>,
+    tokens: Option<usize>,
+    width: Option<usize>,
+    cfg: Option<f32>,
+    cfg_schedule: Option<Schedule>,
+    solver: Option<Solver>,
+    steps: Option<usize>,
+    prefix: Option<PathBuf>,
+}
+
+/// What an image was made from: it stands beside the image, so that a run that goes on knows what is done.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Record {
+    class: Option<usize>,
+    seed: u64,
+    tokens: usize,
+    cfg: f32,
+    cfg_schedule: Schedule,
+    solver: Solver,
+    steps: usize,
+    prefix: Option<PathBuf>,
+    /// SHA-256 of the weights.
+    weights: String,
+}
+
+/// A job that can run.
+struct Job {
+    id: String,
+    record: Record,
+    request: Request,
+    prefix: Option<Prefix>,
+}
+
+/// One of the parts in which machines share the jobs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// From 1.
+    number: usize,
+    of: usize,
+}
+
+impl Shard {
+    /// `I/N`, for clap.
+    ///
+    /// # Errors
+    /// A sentence that says what is expected.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let parts = text.split_once('/').and_then(|(number, of)| Some((number.parse().ok()?, of.parse().ok()?)));
+        match parts {
+            Some((number, of)) if 1 <= number && number <= of => Ok(Self { number, of }),
+            _ => Err("expected I/N with I from 1 to N: 1/4 is the first of four parts".into()),
+        }
+    }
+
+    fn holds(self, index: usize) -> bool {
+        index % self.of == self.number - 1
+    }
+}
+
+/// How far the jobs of a file are.
+struct Desk<'a> {
+    folder: &'a Path,
+    progress: Progress,
+    done: usize,
+    failed: usize,
+}
+
+/// Runs the jobs of a file.
+///
+/// # Errors
+/// [`Error::Input`] for flags and files that cannot be used; [`Error::Run`] when the engine fails, or at the end when jobs
+/// failed.
+pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
+    let subject = format!("--jobs {}", file.display());
+    let text = std::fs::read_to_string(file).map_err(|error| Error::input(&subject, error))?;
+    let missing = || Error::input("--output", "is not given: --jobs needs a folder for its images");
+    let folder = arguments.output.as_deref().ok_or_else(missing)?;
+    let bundle = Bundle::open(&arguments.engine)?;
+    outputs::prepare_folder(folder, &bundle.folder)?;
+    if bundle.manifest.quantization.is_some() && arguments.max_batch > 1 {
+        let effect = "rows of a batch share the ranges of dynamic quantization, so images differ within INT8's error";
+        tracing::warn!("{}: {effect} from those of --max-batch 1", bundle.folder.display());
+    }
+    let lines: Vec<(usize, &str)> = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).collect();
+    let shared = |index: usize| arguments.shard.is_none_or(|shard| shard.holds(index));
+    let mine = lines.into_iter().enumerate().filter(|(index, _)| shared(*index)).map(|(_, line)| line);
+    let mine: Vec<(usize, &str)> = mine.collect();
+    let mut desk = Desk { folder, progress: Progress::new("finished", mine.len(), "jobs"), done: 0, failed: 0 };
+    let jobs = desk.jobs(arguments, &bundle, &mine)?;
+    let before = desk.done;
+    if !jobs.is_empty() {
+        let engine = crate::open(&bundle, options(arguments)?)?;
+        let shared = RefCell::new(&mut desk);
+        for jobs in alike(jobs) {
+            batches(engine.as_ref(), jobs, arguments.max_batch, &shared)?;
+        }
+    }
+    let Desk { done, failed, progress, .. } = desk;
+    drop(progress);
+    cli::note(format_args!("{} jobs done, {before} done before, {failed} failed", done - before));
+    if failed > 0 {
+        return Err(Error::run(subject, format!("{failed} jobs failed, as their lines say; the others are done")));
+    }
+    Ok(())
+}
+
+/// Jobs that can share a batch.
+fn alike(jobs: Vec<Job>) -> Vec<Vec<Job>> {
+    let key = |job: &Job| (job.record.cfg != 1.0, job.record.solver, job.record.steps);
+    let mut groups: Vec<Vec<Job>> = vec![];
+    for job in jobs {
+        match groups.iter_mut().find(|group| key(&group[0]) == key(&job)) {
+            Some(group) => group.push(job),
+            None => groups.push(vec![job]),
+        }
+    }
+    groups
+}
+
+/// Runs jobs that can share a batch.
+fn batches(engine: &dyn Engine, jobs: Vec<Job>, most: usize, desk: &RefCell<&mut Desk>) -> Result<()> {
+    let config = engine.config();
+    let mut together = jobs[0].request.clone();
+    together.labels = vec![None; most.min(jobs.len())];
+    inputs::check_memory(&together, config).map_err(|error| Error::input("--max-batch", error))?;
+    let sampling = Rollout::new(config, &jobs[0].request)?.sampling();
+    let names: Vec<(String, Record)> = jobs.iter().map(|job| (job.id.clone(), job.record.clone())).collect();
+    let images = jobs.into_iter().enumerate().filter_map(|(number, job)| match job.image(engine) {
+        Ok(image) => Some(Ok((number, image))),
+        Err(error) => desk.borrow_mut().finish(&names[number].0, Err(error)).err().map(Err),
+    });
+    generate_all(engine, sampling, images, most, |(number, tokens)| {
+        let desk = &mut *desk.borrow_mut();
+        let (id, record) = &names[number];
+        let written = tokens.and_then(|tokens| write(engine, desk.folder, id, record, tokens));
+        desk.finish(id, written)
+    })
+}
+
+/// Decodes a job's tokens `[N, E]` and writes its image, then its record.
+fn write(engine: &dyn Engine, folder: &Path, id: &str, record: &Record, tokens: Array2<f32>) -> Result<PathBuf> {
+    let path = image_path(folder, id);
+    let mut time = Duration::ZERO;
+    decode_to(engine, tokens.insert_axis(Axis(0)).view(), &path, &mut time)?;
+    let json = serde_json::to_string_pretty(record).map_err(|error| Error::run("record", error))?;
+    files::write(&record_path(folder, id), json.as_bytes())?;
+    Ok(path)
+}
+
+fn image_path(folder: &Path, id: &str) -> PathBuf {
+    folder.join(format!("{id}.png"))
+}
+
+fn record_path(folder: &Path, id: &str) -> PathBuf {
+    folder.join(format!("{id}.json"))
+}
+
+impl Desk<'_> {
+    /// The jobs of some lines, numbered from 0, that are still to be done. Lines that are no jobs have failed.
+    fn jobs(&mut self, arguments: &Arguments, bundle: &Bundle, lines: &[(usize, &str)]) -> Result<Vec<Job>> {
+        let mut jobs = vec![];
+        let mut ids = HashSet::new();
+        for &(number, text) in lines {
+            let fallback = (number + 1).to_string();
+            let (id, job) = match serde_json::from_str::<Line>(text) {
+                Ok(line) => {
+                    let id = line.id.clone().unwrap_or(fallback);
+                    let known = if ids.insert(id.clone()) {
+                        check_id(&id)
+                    } else {
+                        Err(Error::input("id", "is another job's too"))
+                    };
+                    (id.clone(), known.and_then(|()| Job::new(arguments, bundle, id, line)))
+                }
+                Err(error) => (fallback, Err(Error::input(format!("line {}", number + 1), error))),
+            };
+            match job {
+                Ok(job) if job.is_done(self.folder) => {
+                    self.done += 1;
+                    self.progress.at(self.done + self.failed);
+                }
+                Ok(job) => jobs.push(job),
+                Err(error) => self.finish(&id, Err(error))?,
+            }
+        }
+        Ok(jobs)
+    }
+
+    /// Reports how a job ended.
+    fn finish(&mut self, id: &str, image: Result<PathBuf>) -> Result<()> {
+        let line = match image {
+            Ok(path) => {
+                self.done += 1;
+                json!({ "id": id, "file": path })
+            }
+            Err(error) => {
+                self.failed += 1;
+                json!({ "id": id, "error": error.to_string() })
+            }
+        };
+        self.progress.at(self.done + self.failed);
+        cli::print(line)
+    }
+}
+
+/// Checks that an id can name a file.
+fn check_id(id: &str) -> Result<()> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if id.is_empty() || id.starts_with('.') || id.len() > 200 || !id.chars().all(fits) {
+        let problem = format!("is {id:?}, expected letters, digits, '.', '_' and '-': it names the image");
+        return Err(Error::input("id", problem));
+    }
+    Ok(())
+}
+
+impl Job {
+    fn new(arguments: &Arguments, bundle: &Bundle, id: String, line: Line) -> Result<Self> {
+        let mut own = arguments.clone();
+        own.classes = line.class.map_or(own.classes, |class| vec![Some(class)]);
+        own.seed = line.seed.unwrap_or(own.seed);
+        if line.tokens.is_some() && line.width.is_some() {
+            return Err(Error::input("tokens", "and width are given, expected one of them"));
+        }
+        if line.tokens.is_some() || line.width.is_some() {
+            (own.tokens, own.width) = (line.tokens, line.width);
+        }
+        own.cfg = line.cfg.unwrap_or(own.cfg);
+        own.cfg_schedule = line.cfg_schedule.unwrap_or(own.cfg_schedule);
+        own.solver = line.solver.unwrap_or(own.solver);
+        own.steps = line.steps.or(own.steps);
+        own.prefix = line.prefix.or(own.prefix);
+        let (request, prefix) = inputs::request(&own, &bundle.manifest.model)?;
+        let record = Record {
+            class: request.labels[0],
+            seed: own.seed,
+            tokens: request.tokens,
+            cfg: request.cfg,
+            cfg_schedule: request.schedule,
+            solver: request.solver,
+            steps: request.steps,
+            prefix: own.prefix,
+            weights: bundle.manifest.weights.sha256.clone(),
+        };
+        Ok(Self { id, record, request, prefix })
+    }
+
+    /// Whether its image is there already, made from the same.
+    fn is_done(&self, folder: &Path) -> bool {
+        let record = std::fs::read(record_path(folder, &self.id)).ok();
+        let record = record.and_then(|text| serde_json::from_slice::<Record>(&text).ok());
+        record.as_ref() == Some(&self.record) && image_path(folder, &self.id).is_file()
+    }
+
+    /// Its image, ready to be generated.
+    fn image(mut self, engine: &dyn Engine) -> Result<Image> {
+        if let Some(prefix) = self.prefix {
+            self.request.prefix = Some(prefix.encode(engine, 1)?);
+        }
+        let rollout = Rollout::new(engine.config(), &self.request)?;
+        Image::all(&rollout).pop().ok_or_else(|| Error::run(self.id, "has no image"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_share_all_jobs() {
+        let shards = ["1/3", "2/3", "3/3"].map(|text| Shard::parse(text).unwrap());
+        assert!((0..10).all(|index| shards.iter().filter(|shard| shard.holds(index)).count() == 1));
+        for bad in ["0/3", "4/3", "1", "1/0", "a/b", "1/2/3", "-1/2", ""] {
+            assert!(Shard::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ids_are_names_of_files() {
+        assert!(["a", "7", "x_1.b-2"].iter().all(|id| check_id(id).is_ok()));
+        assert!(["", ".", ".hidden", "../up", "a/b", "a b", "ä"].iter().all(|id| check_id(id).is_err()));
+    }
+}
