@@ -46,9 +46,7 @@ fn operators(criterion: &mut Criterion) {
     let (x, weight, bias) = (tensor(&[1, 128, 128, 128]), tensor(&[128, 128, 3, 3]), zeros(128));
     measure(criterion, &weights, "convolution 3×3", 126 * 126 * 128 * 128 * 9, |o| o.conv(&x, &weight, &bias, 2));
     let affine = (tensor(&[128]), zeros(128));
-    measure(criterion, &weights, "group norm", 128 * 128 * 128, |o| {
-        o.group_norm(&x, (&affine.0, &affine.1), 32, 1e-6)
-    });
+    measure(criterion, &weights, "group norm", 128 * 128 * 128, |o| o.group_norm(&x, (&affine.0, &affine.1), 32, 1e-6));
 
     let (q, kv) = (tensor(&[2, 16, 1, 64]), tensor(&[2, 16, 16, 64]));
     measure(criterion, &weights, "attention of a token", 2 * 2 * 16 * 16 * 64, |o| o.attention(&q, &kv, &kv, None, 64));
