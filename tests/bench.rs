@@ -82,6 +82,10 @@ fn one_stage_by_itself() {
         assert_eq!((stages.len(), &stages[0]["stage"]), (1, &name.into()));
         assert!(stages[0]["call"]["count"].as_u64().unwrap() >= 2);
     }
+    place.run(&format!("eqim-bench --engine bundle --stage flow --threads 1,2 {QUICK}")).succeeded();
+    let report = json(&place);
+    let names = report["cases"][0]["results"].as_array().unwrap().iter().map(|result| result["name"].as_str().unwrap());
+    assert_eq!(names.collect::<Vec<_>>(), [1, 2].map(|n| format!("bundle on ONNX Runtime, {n} threads")));
 }
 
 #[test]

@@ -43,11 +43,11 @@ def read_safetensors(path):
 
 def load(module, tensors, prefix=""):
     """Gives a module the tensors whose names begin with `prefix`: each of its parameters one."""
-    own = {name: tensors[prefix + name] for name, _ in module.named_parameters()}
-    missing, _ = module.load_state_dict(own, strict=False)
-    parameters = {name for name, _ in module.named_parameters()}
-    if parameters & set(missing):
-        sys.exit(f"parameters without a tensor: {sorted(parameters & set(missing))[:3]}")
+    names = [name for name, _ in module.named_parameters()]
+    missing = [prefix + name for name in names if prefix + name not in tensors]
+    if missing:
+        sys.exit(f"the bundle lacks {missing[0]}, which the checkout's module has: is it of another version?")
+    module.load_state_dict({name: tensors[prefix + name] for name in names}, strict=False)
     return module.eval()
 
 
@@ -73,18 +73,16 @@ def generator(config, tensors, steps):
         num_sampling_steps=str(steps),
         cond_length=config["window"],
     )
-    names = {name: value for name, value in tensors.items()}
-    return load(model, names)
+    return load(model, tensors)
 
 
 def decoder(config, tensors):
-    from tokenizer.models.tokenizer import EquivariantTokenizer  # noqa: F401, its imports name the decoder's module
-    from tokenizer.models import tokenizer as module
+    from tokenizer.models.tokenizer import EquivariantTokenizerDecoder1D
 
     encoder, levels = config["encoder"], config["encoder"]["levels"]
     rows = config["rows"] << (len(levels) - 1)
     width = encoder["conv_in"]
-    post = module.EquivariantTokenizerDecoder1D(
+    columns = EquivariantTokenizerDecoder1D(
         double_enc=False,
         z_channels=config["decoder"]["z_channels"],
         resolution=rows,
@@ -98,11 +96,11 @@ def decoder(config, tensors):
         len_down_scale=config["len_down_scale"],
         semantic_map="res",
     )
-    tokens = tensors["post_quant_layer.weight"]
-    first = torch.nn.Conv1d(tokens.shape[1], tokens.shape[0], 3, padding=1, padding_mode="reflect")
-    load(first, tensors, "post_quant_layer.")
-    load(post, tensors, "decoder.")
-    return lambda z: post(first(z.permute(0, 2, 1)).permute(0, 2, 1))[0]
+    wide, narrow, _ = tensors["post_quant_layer.weight"].shape
+    widen = torch.nn.Conv1d(narrow, wide, 3, padding=1, padding_mode="reflect")
+    load(widen, tensors, "post_quant_layer.")
+    load(columns, tensors, "decoder.")
+    return lambda z: columns(widen(z.permute(0, 2, 1)).permute(0, 2, 1))[0]
 
 
 class Clock:

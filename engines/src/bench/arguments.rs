@@ -96,9 +96,9 @@ pub struct Arguments {
     #[arg(long, value_enum, value_name = "BACKEND", default_value_t)]
     pub backend: Backend,
 
-    /// Threads of ONNX Runtime and PyTorch [default: every core]
-    #[arg(long, value_name = "N", value_parser = least_one)]
-    pub threads: Option<usize>,
+    /// Threads of ONNX Runtime, several are compared; PyTorch takes the last [default: every core]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = least_one)]
+    pub threads: Vec<usize>,
 
     /// Write everything measured to this JSON
     #[arg(long = "export-json", value_name = "FILE")]

@@ -23,8 +23,8 @@ const ALIKE: f32 = 0.1;
 
 /// One that is measured.
 pub enum Contestant {
-    /// A bundle on its engine.
-    Bundle(Box<Bundle>, Box<dyn Engine>),
+    /// A bundle on its engine, and the engine's threads where they were asked for.
+    Bundle(Box<Bundle>, Box<dyn Engine>, Option<usize>),
     /// The reference's algorithm.
     Reference(Box<dyn Engine>),
     /// The reference itself.
@@ -81,7 +81,10 @@ impl Contestant {
     /// What it is, for people.
     pub fn name(&self) -> String {
         match self {
-            Self::Bundle(bundle, engine) => format!("{} on {}", bundle.folder.display(), engine.name()),
+            Self::Bundle(bundle, engine, threads) => {
+                let threads = threads.map_or(String::new(), |threads| format!(", {threads} threads"));
+                format!("{} on {}{threads}", bundle.folder.display(), engine.name())
+            }
             Self::Reference(engine) => engine.name().to_string(),
             Self::PyTorch(pytorch) => pytorch.name.clone(),
         }
@@ -94,7 +97,7 @@ impl Contestant {
 
     /// Whether its tokens can only be alike.
     fn is_lossy(&self) -> bool {
-        let Self::Bundle(bundle, _) = self else { return false };
+        let Self::Bundle(bundle, ..) = self else { return false };
         bundle.manifest.quantization.is_some() || bundle.manifest.precision != Precision::Fp32
     }
 
@@ -103,9 +106,9 @@ impl Contestant {
     /// # Errors
     /// When its engine fails.
     pub fn run(&self, work: &Work) -> Result<Image> {
-        let (Self::Bundle(_, engine) | Self::Reference(engine)) = self else {
-            let Self::PyTorch(pytorch) = self else { unreachable!("every other has an engine") };
-            return pytorch.run(work);
+        let engine = match self {
+            Self::Bundle(_, engine, _) | Self::Reference(engine) => engine,
+            Self::PyTorch(pytorch) => return pytorch.run(work),
         };
         let start = Instant::now();
         let Generated { tokens, times, .. } = generate(engine.as_ref(), &work.request, |_| {})?;

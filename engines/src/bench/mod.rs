@@ -24,6 +24,7 @@ use ndarray::Array3;
 use crate::bundle::{Bundle, Precision};
 use crate::cli::{self, Spinner};
 use crate::onnxruntime::Runtime;
+use crate::run::check_memory;
 use crate::{Options, memory, native};
 use contest::{Contestant, Image, Work};
 use limit::Machine;
@@ -44,7 +45,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let contestants = contestants(arguments, bundles, &spinner)?;
     let mut report = Report { machine: machine()?, ..Report::default() };
     if arguments.solvers {
-        let Some(Contestant::Bundle(_, engine)) = contestants.first() else { return Ok(()) };
+        let Some(Contestant::Bundle(_, engine, _)) = contestants.first() else { return Ok(()) };
         let request = request(arguments, &config, arguments.batch[0], arguments.tokens[0]);
         report.solvers = solvers::solve(engine.as_ref(), &request, &mut |what| spinner.show(what))?;
     } else {
@@ -89,7 +90,11 @@ fn check(arguments: &Arguments, bundles: &[Bundle]) -> Result<()> {
             return Err(Error::input("--tail", format!("leaves nothing to be given of {tokens} tokens")));
         }
         for &batch in &arguments.batch {
-            request(arguments, &first.model, batch, tokens).check(&first.model)?;
+            let request = request(arguments, &first.model, batch, tokens);
+            request.check(&first.model)?;
+            if arguments.tail.is_none() {
+                check_memory(&request, &first.model)?;
+            }
         }
     }
     Ok(())
@@ -102,17 +107,28 @@ fn contestants(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) -
     if let (Some(checkout), Some(python)) = (&arguments.pytorch, &arguments.python) {
         spinner.show("starting PyTorch".into());
         let embed = first.manifest.model.generator.embed;
-        all.push(Contestant::PyTorch(PyTorch::start(checkout, python, &first.folder, arguments.threads, embed)?));
+        all.push(Contestant::PyTorch(PyTorch::start(
+            checkout,
+            python,
+            &first.folder,
+            arguments.threads.last().copied(),
+            embed,
+        )?));
     }
     if arguments.reference {
         let (config, weights) = checkpoint::load_safetensors(&first.weights_path())?;
         all.push(Contestant::Reference(Box::new(Reference(CandleEngine::new(config, weights)))));
     }
-    let options = Options { backend: arguments.backend, threads: arguments.threads, cuda_graph: false };
+    let threads: Vec<Option<usize>> = match arguments.threads.as_slice() {
+        [] => vec![None],
+        some => some.iter().copied().map(Some).collect(),
+    };
     for bundle in bundles {
         spinner.show(format!("loading {}", bundle.folder.display()));
-        let engine = crate::open(&bundle, options)?;
-        all.push(Contestant::Bundle(Box::new(bundle), engine));
+        for &threads in &threads {
+            let engine = crate::open(&bundle, Options { backend: arguments.backend, threads, cuda_graph: false })?;
+            all.push(Contestant::Bundle(Box::new(bundle.clone()), engine, threads));
+        }
     }
     Ok(all)
 }
@@ -186,7 +202,7 @@ fn case(
     (batch, tokens): (usize, usize),
     spinner: &Spinner,
 ) -> Result<Case> {
-    let Some(Contestant::Bundle(bundle, _)) = contestants.iter().find(|it| !it.is_reference()) else {
+    let Some(Contestant::Bundle(bundle, ..)) = contestants.iter().find(|it| !it.is_reference()) else {
         return Err(Error::run("bench", "no bundle takes part"));
     };
     let config = bundle.manifest.model.clone();
@@ -260,7 +276,7 @@ fn one_stage(
     request: &Request,
     times: &mut Times,
 ) -> Result<()> {
-    let Contestant::Bundle(_, engine) = contestant else { return Ok(()) };
+    let Contestant::Bundle(_, engine, _) = contestant else { return Ok(()) };
     let start = Instant::now();
     let warm_up = Duration::from_millis(arguments.warm_up);
     contest::stage_times(engine.as_ref(), stage, request, |calls| calls.0.is_empty() || start.elapsed() < warm_up)?;
@@ -299,7 +315,7 @@ fn measurements(
         for (stage, calls) in calls {
             let Some(call) = Summary::new(&calls.0, &arguments.percentiles) else { continue };
             let effort = match (contestant, machine.as_mut()) {
-                (Contestant::Bundle(bundle, _), Some(machine)) => Some(effort(bundle, machine, stage, request)?),
+                (Contestant::Bundle(bundle, ..), Some(machine)) => Some(effort(bundle, machine, stage, request)?),
                 _ => None,
             };
             stages.push(StageMeasurement { stage: stage.name(), calls: call.count as f64 / rounds, call, effort });

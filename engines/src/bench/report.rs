@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::contest::Agreement;
 use super::limit::{Effort, Machine};
 use super::solvers::Solved;
-use super::statistics::Summary;
+use super::statistics::{Summary, milliseconds};
 
 /// Everything measured.
 #[derive(Debug, Default, Serialize)]
@@ -87,16 +87,16 @@ impl StageMeasurement {
 }
 
 impl Measurement {
+    /// Seconds a batch that all stages take together.
+    fn in_stages(&self) -> f64 {
+        self.stages.iter().map(StageMeasurement::total).sum()
+    }
+
     /// Everything about the times that makes them doubtful.
     fn warnings(&self) -> Vec<String> {
         let stages = self.stages.iter().flat_map(|stage| stage.call.warnings(stage.stage));
         self.batch.iter().flat_map(|batch| batch.warnings("images")).chain(stages).collect()
     }
-}
-
-fn milliseconds(seconds: f64) -> String {
-    let value = 1e3 * seconds;
-    if value < 10.0 { format!("{value:.3}") } else { format!("{value:.1}") }
 }
 
 impl Report {
@@ -130,12 +130,12 @@ impl Report {
                 let cells = case.row(result).join(" | ");
                 let _ = writeln!(text, "| {cells} |");
             }
-            let _ =
-                writeln!(text, "\n| stage | calls | median ms | min | p90 | GB/s | GFLOP/s | limit ms | of limit |");
-            let _ = writeln!(text, "|---|---|---|---|---|---|---|---|---|");
+            let _ = writeln!(text, "\n| {} |", COLUMNS.join(" | "));
+            let _ = writeln!(text, "{}|", "|---".repeat(COLUMNS.len()));
             for result in &case.results {
                 for stage in &result.stages {
-                    let _ = writeln!(text, "| {}: {} |", result.name, stage.cells().join(" | "));
+                    let cells = stage.cells(result.in_stages()).join(" | ");
+                    let _ = writeln!(text, "| {}: {cells} |", result.name);
                 }
             }
             text.push('\n');
@@ -145,22 +145,27 @@ impl Report {
     }
 }
 
+/// What stands above [`StageMeasurement::cells`].
+const COLUMNS: [&str; 8] = ["stage", "calls", "median ms", "share", "GB/s", "GFLOP/s", "limit ms", "of limit"];
+
 impl StageMeasurement {
-    /// Name, calls, median, min, p90 and how far from the limit.
-    fn cells(&self) -> Vec<String> {
-        let call = &self.call;
-        let last = call.percentiles.first().map_or(call.max, |(_, time)| *time);
-        let mut cells = vec![self.stage.to_string(), format!("{:.0}", self.calls)];
-        cells.extend([call.median, call.min, last].map(milliseconds));
-        let effort = self.effort.zip(self.of_limit());
-        cells.extend(effort.map_or(["", "", "", ""].map(String::from), |(effort, of_limit)| {
-            [
-                format!("{:.1}", 1e-9 * effort.bytes / call.median),
-                format!("{:.1}", 2e-9 * effort.multiply_adds / call.median),
-                milliseconds(effort.limit),
-                format!("{:.0} %", 100.0 * of_limit),
-            ]
-        }));
+    /// Seconds a batch.
+    fn total(&self) -> f64 {
+        self.calls * self.call.mean
+    }
+
+    /// One cell a column; `all` is the total of all stages.
+    fn cells(&self, all: f64) -> Vec<String> {
+        let median = self.call.median;
+        let share = 100.0 * self.total() / all;
+        let mut cells =
+            vec![self.stage.into(), format!("{:.0}", self.calls), milliseconds(median), format!("{share:.1} %")];
+        if let Some((effort, of_limit)) = self.effort.zip(self.of_limit()) {
+            cells.push(format!("{:.1}", 1e-9 * effort.bytes / median));
+            cells.push(format!("{:.1}", 2e-9 * effort.multiply_adds / median));
+            cells.push(milliseconds(effort.limit));
+            cells.push(format!("{:.0} %", 100.0 * of_limit));
+        }
         cells
     }
 }
@@ -211,18 +216,9 @@ impl Case {
                     let tokens = (self.batch * self.tokens) as f64 / batch.median;
                     let _ = writeln!(text, "Throughput: {images:.3} images/s, {tokens:.2} tokens/s");
                 }
-                let line = |summary: &Summary| {
-                    let Summary { min, max, mean, median, percentiles, .. } = summary;
-                    let mut line =
-                        format!("min = {min:.3} s, max = {max:.3} s, mean = {mean:.3} s, median = {median:.3} s");
-                    for (percent, time) in percentiles {
-                        let _ = write!(line, ", percentile({percent}%) = {time:.3} s");
-                    }
-                    line
-                };
-                let _ = writeln!(text, "Latency of a batch, {} times: {}", batch.count, line(batch));
+                let _ = writeln!(text, "Latency of a batch, {} times: {}", batch.count, batch.line());
                 if let Some(first) = &result.first_token {
-                    let _ = writeln!(text, "Time to the first token: {}", line(first));
+                    let _ = writeln!(text, "Time to the first token: {}", first.line());
                 }
                 let _ = writeln!(
                     text,
@@ -231,15 +227,17 @@ impl Case {
                 );
             }
             let _ = writeln!(text, "Peak memory: {:.0} MB", result.peak_bytes as f64 / 1e6);
-            let head = ["stage", "calls", "median ms", "min", "p", "GB/s", "GFLOP/s", "limit ms", "of limit"];
-            let line = |cells: &[String]| {
+            for stage in &result.stages {
+                let _ = writeln!(text, "{}, {} times: {}", stage.stage, stage.call.count, stage.call.line());
+            }
+            let line = |cells: Vec<String>| {
                 let mut line = format!("{:<18}", cells[0]);
                 cells[1..].iter().for_each(|cell| line += &format!("{cell:>11}"));
-                line.trim_end().to_string()
+                line
             };
-            let _ = writeln!(text, "{}", line(&head.map(String::from)));
+            let _ = writeln!(text, "\n{}", line(COLUMNS.map(String::from).to_vec()));
             for stage in &result.stages {
-                let _ = writeln!(text, "{}", line(&stage.cells()));
+                let _ = writeln!(text, "{}", line(stage.cells(result.in_stages())));
             }
             for warning in result.warnings() {
                 let _ = writeln!(text, "warning: {warning}");

@@ -59,6 +59,18 @@ impl Summary {
         })
     }
 
+    /// As trtexec writes it.
+    pub fn line(&self) -> String {
+        let mut line = String::new();
+        for (name, time) in [("min", self.min), ("max", self.max), ("mean", self.mean), ("median", self.median)] {
+            line += &format!("{name} = {} ms, ", milliseconds(time));
+        }
+        let percentiles = self.percentiles.iter();
+        let percentiles: Vec<_> =
+            percentiles.map(|(p, time)| format!("percentile({p}%) = {} ms", milliseconds(*time))).collect();
+        line + &percentiles.join(", ")
+    }
+
     /// What is wrong with the times of `what`, and what to do about it.
     pub fn warnings(&self, what: &str) -> Vec<String> {
         let mut warnings = vec![];
@@ -76,6 +88,12 @@ impl Summary {
         }
         warnings
     }
+}
+
+/// Seconds as milliseconds, to four digits or so.
+pub fn milliseconds(seconds: f64) -> String {
+    let value = 1e3 * seconds;
+    if value < 10.0 { format!("{value:.3}") } else { format!("{value:.1}") }
 }
 
 /// The time that `percent` of the sorted times do not exceed, between two of them where none is exact.

@@ -10,6 +10,7 @@ use eqim::engine::Engine;
 use eqim::generate::{Request, Rollout, Schedule};
 use eqim::solver::Solver;
 use eqim::{Error, Result, files};
+use eqim_calibration::Flavour;
 use ndarray::{Array2, Axis};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -104,7 +105,8 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     let folder = arguments.output.as_deref().ok_or_else(missing)?;
     let bundle = Bundle::open(&arguments.engine)?;
     outputs::prepare_folder(folder, &bundle.folder)?;
-    if bundle.manifest.quantization.is_some() && arguments.max_batch > 1 {
+    let is_dynamic = bundle.manifest.quantization.as_ref().is_some_and(|it| it.flavour == Flavour::Cpu);
+    if is_dynamic && arguments.max_batch > 1 {
         let effect = "rows of a batch share the ranges of dynamic quantization, so images differ within INT8's error";
         tracing::warn!("{}: {effect} from those of --max-batch 1", bundle.folder.display());
     }

@@ -14,6 +14,7 @@ pub(crate) use arguments::{MOST_TOKENS, solvers, within};
 use eqim::engine::Engine;
 use eqim::generate::{Generated, generate, timed};
 use eqim::{Error, Result, candle, picture, tensors};
+pub(crate) use inputs::check_memory;
 use ndarray::{ArrayView3, Axis, s};
 
 use crate::bundle::Bundle;
