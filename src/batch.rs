@@ -4,9 +4,9 @@
 use ndarray::{Array2, Axis, concatenate, s};
 
 use crate::engine::{Engine, Row, Session};
-use crate::generate::{Rollout, Times, check_finite};
+use crate::generate::{Request, Rollout, Times, check_finite};
 use crate::solver::Tableau;
-use crate::{Error, Result};
+use crate::{Config, Error, Result};
 
 /// One image to generate, everything random drawn.
 #[derive(Clone, Debug)]
@@ -41,6 +41,14 @@ pub struct Sampling {
     pub unconditional: Option<i64>,
     /// How a token's ODE is integrated.
     pub tableau: Tableau,
+}
+
+impl Sampling {
+    /// How the images of a request are sampled.
+    pub fn new(config: &Config, request: &Request) -> Self {
+        let unconditional = (request.cfg != 1.0).then(|| config.generator.unconditional() as i64);
+        Self { unconditional, tableau: Tableau::new(request.solver, request.steps) }
+    }
 }
 
 /// Images on their way through an engine.

@@ -55,6 +55,14 @@ pub trait Engine {
     /// When the backend fails.
     fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>>;
 
+    /// Decodes tokens `[B, N, E]` as they are generated: latents times the model's `vae_norm`.
+    ///
+    /// # Errors
+    /// Those of [`Engine::decode`].
+    fn decode_tokens(&self, tokens: ArrayView3<f32>) -> Result<Array4<f32>> {
+        self.decode((&tokens / self.config().generator.vae_norm as f32).view())
+    }
+
     /// Encodes images `[B, 3, height, width]` in -1..1, at least two tokens wide, to latents `[B, N, E]`.
     ///
     /// # Errors

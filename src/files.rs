@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use serde::Serialize;
+
 use crate::{Error, Result};
 
 const LARGEST_READ: u64 = 256 << 20;
@@ -58,6 +60,15 @@ pub fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
 /// [`Error::Run`] when it cannot be written.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     write_beside(path, |beside| std::fs::write(beside, bytes).map_err(|error| Error::run(path.display(), error)))
+}
+
+/// Replaces a file by a value as JSON, for people to read too.
+///
+/// # Errors
+/// [`Error::Run`] when it cannot be written.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_vec_pretty(value).map_err(|error| Error::run(path.display(), error))?;
+    write(path, &text)
 }
 
 /// A builder of files and folders that become results by renaming: with the permissions, less the process's mask, that

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::batch::{Batch, Image, Sampling};
 use crate::engine::Engine;
 use crate::random::TorchRng;
-use crate::solver::{Solver, Tableau};
+use crate::solver::Solver;
 use crate::{Config, Error, Result};
 
 /// How guidance grows along the image.
@@ -190,8 +190,8 @@ pub struct Rollout {
     pub noise: Array3<f32>,
     /// Guidance of each token, `[N]`.
     pub guidance: Vec<f32>,
-    /// How a token's ODE is integrated.
-    pub tableau: Tableau,
+    /// How they are sampled.
+    pub sampling: Sampling,
 }
 
 impl Rollout {
@@ -202,10 +202,11 @@ impl Rollout {
     pub fn new(config: &Config, request: &Request) -> Result<Self> {
         request.check(config)?;
         let (batch, embed) = (request.labels.len(), config.generator.embed);
-        let unconditional = config.generator.unconditional();
-        let mut labels: Vec<i64> = request.labels.iter().map(|label| label.unwrap_or(unconditional) as i64).collect();
-        if request.cfg != 1.0 {
-            labels.extend(vec![unconditional as i64; batch]);
+        let sampling = Sampling::new(config, request);
+        let none = config.generator.unconditional();
+        let mut labels: Vec<i64> = request.labels.iter().map(|label| label.unwrap_or(none) as i64).collect();
+        if let Some(unconditional) = sampling.unconditional {
+            labels.extend(vec![unconditional; batch]);
         }
         let noise = match &request.noise {
             Noise::Given(noise) => noise.clone(),
@@ -225,24 +226,13 @@ impl Rollout {
             prefix: request.prefix.clone().unwrap_or_else(|| Array3::zeros((batch, 0, embed))),
             noise,
             guidance: (0..request.tokens).map(|index| request.guidance(index)).collect(),
-            tableau: Tableau::new(request.solver, request.steps),
+            sampling,
         })
-    }
-
-    /// How its images are sampled.
-    pub fn sampling(&self) -> Sampling {
-        let unconditional = self.labels[self.batch()..].first().copied();
-        Sampling { unconditional, tableau: self.tableau.clone() }
     }
 
     /// Images of the batch.
     pub fn batch(&self) -> usize {
         self.noise.dim().0
-    }
-
-    /// Whether every image has an unconditional row too.
-    pub fn guided(&self) -> bool {
-        self.labels.len() > self.batch()
     }
 
     /// Tokens that are given.
@@ -270,7 +260,7 @@ pub fn token_by_token<E: Engine + ?Sized>(
     rollout: &Rollout,
     progress: &mut dyn FnMut(usize),
 ) -> Result<(Array3<f32>, Times)> {
-    let mut batch = Batch::new(engine, rollout.sampling())?;
+    let mut batch = Batch::new(engine, rollout.sampling.clone())?;
     batch.admit(Image::all(rollout).into_iter().enumerate().collect())?;
     let mut tokens = Array3::zeros((rollout.batch(), rollout.tokens, engine.config().generator.embed));
     for known in 1..=rollout.tokens {

@@ -54,7 +54,7 @@ fn check(engine: &dyn Engine) {
         for most in [1, 2, 3, 16] {
             let images = rollouts.iter().flat_map(Image::all).enumerate().map(Ok);
             let mut order = vec![];
-            generate_all(engine, rollouts[0].sampling(), images, most, |(number, tokens)| {
+            generate_all(engine, rollouts[0].sampling.clone(), images, most, |(number, tokens)| {
                 let (found, expected) = (tokens?, &alone[number]);
                 assert_eq!(found.dim(), expected.dim());
                 let largest = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
@@ -95,7 +95,7 @@ fn an_image_that_fails_does_not_fail_the_others() {
         requests.iter().map(|request| Rollout::new(engine.config(), request).unwrap()).collect();
     let mut failed = vec![];
     let images = rollouts.iter().flat_map(Image::all).enumerate().map(Ok);
-    generate_all(&engine, rollouts[0].sampling(), images, 4, |(number, tokens)| {
+    generate_all(&engine, rollouts[0].sampling.clone(), images, 4, |(number, tokens)| {
         match tokens {
             Ok(tokens) => assert!(tokens.iter().all(|value| value.is_finite()), "image {number}"),
             Err(error) => failed.push((number, error.to_string())),

@@ -208,7 +208,7 @@ impl Collection {
     fn see_rollout(&self, engine: &dyn Engine) -> Result<()> {
         let request = request(engine.config(), &self.samples, self.done - self.samples.images.len());
         let generated = generate(engine, &request, |_| {})?;
-        engine.decode((generated.tokens / engine.config().generator.vae_norm as f32).view()).map(drop)
+        engine.decode_tokens(generated.tokens.view()).map(drop)
     }
 
     /// The table of a complete collection.

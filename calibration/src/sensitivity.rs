@@ -129,7 +129,7 @@ fn request(config: &Config, samples: &Samples) -> Request {
 }
 
 fn decode(engine: &dyn Engine, tokens: &Array3<f32>) -> Result<Array4<f32>> {
-    engine.decode((tokens / engine.config().generator.vae_norm as f32).view())
+    engine.decode_tokens(tokens.view())
 }
 
 /// Scopes that a policy puts in INT8, with the stages that use them.

@@ -164,8 +164,7 @@ impl Table {
     /// # Errors
     /// [`Error::Run`] when it cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_vec_pretty(self).map_err(|error| Error::run(path.display(), error))?;
-        files::write(path, &text)
+        files::write_json(path, self)
     }
 
     /// Checks that the table, read from `path`, is of this model.

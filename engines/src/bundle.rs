@@ -44,6 +44,13 @@ pub struct Manifest {
     pub quantization: Option<Quantization>,
 }
 
+impl Manifest {
+    /// Whether everything is computed in FP32.
+    pub fn is_fp32(&self) -> bool {
+        self.precision == Precision::Fp32 && self.quantization.is_none()
+    }
+}
+
 /// What of a bundle is in INT8; everything else is in its [`Precision`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -325,7 +325,7 @@ fn rows_begin_and_end_at_any_time() -> Result<()> {
     let rollouts = rollouts.into_iter().collect::<Result<Vec<_>>>()?;
     let mut finished = 0;
     let images = rollouts.iter().flat_map(Image::all).enumerate().map(Ok);
-    generate_all(&mock, rollouts[0].sampling(), images, 2, |(number, tokens)| {
+    generate_all(&mock, rollouts[0].sampling.clone(), images, 2, |(number, tokens)| {
         let expected = generate(&candle, &requests[number], |_| {})?.tokens;
         assert_close(&tokens?.insert_axis(ArrayAxis(0)), &expected);
         finished += 1;

@@ -256,7 +256,7 @@ fn request(class: usize, tokens: usize, schedule: Schedule, steps: usize, seed: 
 }
 
 fn decode(engine: &dyn Engine, tokens: ArrayView3<f32>) -> Result<Array4<f32>> {
-    engine.decode((&tokens / engine.config().generator.vae_norm as f32).view())
+    engine.decode_tokens(tokens)
 }
 
 /// How a report is made.
@@ -506,9 +506,7 @@ impl Report {
     /// # Errors
     /// [`Error::Run`] when it cannot be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
-        let path = folder.join(REPORT_FILE);
-        let value = serde_json::to_vec_pretty(self).map_err(|error| Error::run(path.display(), error))?;
-        files::write(&path, &value)?;
+        files::write_json(&folder.join(REPORT_FILE), self)?;
         files::write(&folder.join(REPORT_TEXT_FILE), self.text().as_bytes())
     }
 }

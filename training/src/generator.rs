@@ -280,7 +280,7 @@ impl Task for GeneratorTask {
             noise: Noise::Seed(self.recipe.plan.seed),
         };
         let tokens = generate(&engine, &request, |_| {})?.tokens;
-        let images = engine.decode((tokens / self.recipe.model.vae_norm as f32).view())?;
+        let images = engine.decode_tokens(tokens.view())?;
         let rows: Vec<_> = images.axis_iter(Axis(0)).collect();
         concatenate(Axis(1), &rows).map_err(|error| Error::run("samples", error))
     }

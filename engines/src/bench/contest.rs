@@ -12,7 +12,7 @@ use ndarray::{Array2, Array3, s};
 use serde::Serialize;
 
 use super::pytorch::PyTorch;
-use crate::bundle::{Bundle, Precision};
+use crate::bundle::Bundle;
 
 /// How far tokens in FP32 may lie apart, whoever computes them.
 const EQUAL: f32 = 1e-4;
@@ -98,7 +98,7 @@ impl Contestant {
     /// Whether its tokens can only be alike.
     fn is_lossy(&self) -> bool {
         let Self::Bundle(bundle, ..) = self else { return false };
-        bundle.manifest.quantization.is_some() || bundle.manifest.precision != Precision::Fp32
+        !bundle.manifest.is_fp32()
     }
 
     /// Makes the images.
@@ -114,8 +114,7 @@ impl Contestant {
         let Generated { tokens, times, .. } = generate(engine.as_ref(), &work.request, |_| {})?;
         let mut decode = Calls::default();
         for row in 0..if work.decode { tokens.dim().0 } else { 0 } {
-            let latents = &tokens.slice(s![row..=row, .., ..]) / engine.config().generator.vae_norm as f32;
-            decode.time(|| engine.decode(latents.view()))?;
+            decode.time(|| engine.decode_tokens(tokens.slice(s![row..=row, .., ..])))?;
         }
         Ok(Image { tokens, times, decode, total: start.elapsed() })
     }

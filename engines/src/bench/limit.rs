@@ -70,27 +70,16 @@ impl Machine {
                 .is_some_and(|it| it.stages.iter().any(|name| name == stage.name()) && it.scopes.contains(scope))
         };
         let float_bytes = manifest.precision.dtype().bitsize() as f64 / 8.0;
-        let scopes: Vec<(f64, f64, bool)> = cost
-            .rows()
-            .iter()
-            .map(|(scope, row)| {
-                let integer = integer(scope);
-                let bytes = if integer { 1.0 } else { float_bytes };
-                (bytes * row.weights_read as f64, row.multiply_adds as f64, integer)
-            })
-            .collect();
-        let all: f64 = cost
-            .rows()
-            .iter()
-            .map(|(scope, row)| row.parameters as f64 * if integer(scope) { 1.0 } else { float_bytes })
-            .sum();
-        let bandwidth = self.read(all as u64);
+        let bytes = |scope: &str| if integer(scope) { 1.0 } else { float_bytes };
+        let stored: f64 = cost.rows().iter().map(|(scope, row)| bytes(scope) * row.parameters as f64).sum();
+        let bandwidth = self.read(stored as u64);
         let mut effort = Effort::default();
-        for (bytes, multiply_adds, integer) in scopes {
-            let gemm = if integer { self.gemm.int8 } else { self.gemm.fp32 };
-            effort.bytes += bytes;
+        for (scope, row) in cost.rows() {
+            let gemm = if integer(scope) { self.gemm.int8 } else { self.gemm.fp32 };
+            let (read, multiply_adds) = (bytes(scope) * row.weights_read as f64, row.multiply_adds as f64);
+            effort.bytes += read;
             effort.multiply_adds += multiply_adds;
-            effort.limit += (bytes / bandwidth).max(multiply_adds / gemm);
+            effort.limit += (read / bandwidth).max(multiply_adds / gemm);
         }
         Ok(effort)
     }

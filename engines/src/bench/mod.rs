@@ -21,7 +21,7 @@ use eqim::solver::Solver;
 use eqim::{Config, Error, Result, checkpoint, files};
 use ndarray::Array3;
 
-use crate::bundle::{Bundle, Precision};
+use crate::bundle::Bundle;
 use crate::cli::{self, Spinner};
 use crate::onnxruntime::Runtime;
 use crate::run::check_memory;
@@ -58,8 +58,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     spinner.finish();
     cli::print(report.text())?;
     if let Some(path) = &arguments.export_json {
-        let json = serde_json::to_string_pretty(&report).map_err(|error| Error::run("report", error))?;
-        files::write(path, json.as_bytes())?;
+        files::write_json(path, &report)?;
     }
     if let Some(path) = &arguments.export_markdown {
         files::write(path, report.markdown().as_bytes())?;
@@ -79,9 +78,7 @@ fn check(arguments: &Arguments, bundles: &[Bundle]) -> Result<()> {
             return Err(Error::input(bundle.folder.display(), "is of another model than the first --engine"));
         }
     }
-    if (arguments.reference || arguments.pytorch.is_some())
-        && (first.precision != Precision::Fp32 || first.quantization.is_some())
-    {
+    if (arguments.reference || arguments.pytorch.is_some()) && !first.is_fp32() {
         let problem = "gives the reference its weights, expected a bundle in FP32: name that first";
         return Err(Error::input(bundles[0].folder.display(), problem));
     }

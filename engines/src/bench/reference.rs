@@ -78,7 +78,7 @@ impl Engine for Reference {
             })?;
             let (z, noise) = (z.index_axis(Axis(1), index), rollout.noise.index_axis(Axis(1), index - rollout.given()));
             let guidance = vec![rollout.guidance[index]; batch];
-            let token = times.flow.time(|| self.sample(z, noise, &guidance, &rollout.tableau))?;
+            let token = times.flow.time(|| self.sample(z, noise, &guidance, &rollout.sampling.tableau))?;
             check_finite(self.name(), index, token.view())?;
             tokens.index_axis_mut(Axis(1), index).assign(&token);
             progress(index + 1);

@@ -40,8 +40,7 @@ pub fn solve(engine: &dyn Engine, request: &Request, progress: &mut dyn FnMut(St
     let mut run = |solver: Solver, steps: usize| -> Result<(Array3<f32>, Array4<f32>)> {
         progress(format!("{solver}, {steps} steps"));
         let tokens = generate(engine, &Request { solver, steps, ..request.clone() }, |_| {})?.tokens;
-        let latents = &tokens.slice(s![..1, .., ..]) / engine.config().generator.vae_norm as f32;
-        let image = engine.decode(latents.view())?;
+        let image = engine.decode_tokens(tokens.slice(s![..1, .., ..]))?;
         Ok((tokens, image))
     };
     let (exact, exact_image) = run(Solver::Euler, MANY)?;

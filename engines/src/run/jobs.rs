@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use eqim::batch::{Image, generate_all};
+use eqim::batch::{Image, Sampling, generate_all};
 use eqim::engine::Engine;
 use eqim::generate::{Request, Rollout, Schedule};
 use eqim::solver::Solver;
@@ -152,7 +152,7 @@ fn batches(engine: &dyn Engine, jobs: Vec<Job>, most: usize, desk: &RefCell<&mut
     let mut together = jobs[0].request.clone();
     together.labels = vec![None; most.min(jobs.len())];
     inputs::check_memory(&together, config).map_err(|error| Error::input("--max-batch", error))?;
-    let sampling = Rollout::new(config, &jobs[0].request)?.sampling();
+    let sampling = Sampling::new(config, &jobs[0].request);
     let names: Vec<(String, Record)> = jobs.iter().map(|job| (job.id.clone(), job.record.clone())).collect();
     let images = jobs.into_iter().enumerate().filter_map(|(number, job)| match job.image(engine) {
         Ok(image) => Some(Ok((number, image))),
@@ -171,8 +171,7 @@ fn write(engine: &dyn Engine, folder: &Path, id: &str, record: &Record, tokens: 
     let path = image_path(folder, id);
     let mut time = Duration::ZERO;
     decode_to(engine, tokens.insert_axis(Axis(0)).view(), &path, &mut time)?;
-    let json = serde_json::to_string_pretty(record).map_err(|error| Error::run("record", error))?;
-    files::write(&record_path(folder, id), json.as_bytes())?;
+    files::write_json(&record_path(folder, id), record)?;
     Ok(path)
 }
 

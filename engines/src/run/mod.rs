@@ -81,8 +81,7 @@ fn decode(engine: &dyn Engine, generated: &Generated, paths: &[PathBuf], time: &
 
 /// Decodes the tokens `[1, N, E]` of one image and writes it.
 fn decode_to(engine: &dyn Engine, tokens: ArrayView3<f32>, path: &Path, time: &mut Duration) -> Result<()> {
-    let latents = &tokens / engine.config().generator.vae_norm as f32;
-    let images = timed(time, || engine.decode(latents.view()))?;
+    let images = timed(time, || engine.decode_tokens(tokens))?;
     if images.iter().any(|value| !value.is_finite()) {
         let path = path.display();
         let problem = format!("the image for {path} has values that are not finite: its precision does not fit");

@@ -440,7 +440,8 @@ impl<D: Device> Engine for TrtEngine<D> {
     /// next one is on its way.
     fn rollout(&self, rollout: &Rollout, progress: &mut dyn FnMut(usize)) -> Result<(Array3<f32>, Times)> {
         self.forget();
-        let (rows, batch, evaluations) = (rollout.labels.len(), rollout.batch(), rollout.tableau.evaluations());
+        let (rows, batch, evaluations) =
+            (rollout.labels.len(), rollout.batch(), rollout.sampling.tableau.evaluations());
         self.check_rollout(rows, batch, evaluations)?;
         let placed = Placed::new(rollout);
         let inputs = self.uploaded(&placed.arena.0)?;
@@ -519,8 +520,8 @@ impl Placed {
         let (rows, batch) = (rollout.labels.len(), rollout.batch());
         let mut arena = Arena::default();
         let labels = arena.push(integer_bytes(&rollout.labels));
-        let times = arena.push(float_bytes(&rollout.tableau.times));
-        let updates = arena.push(float_bytes(&rollout.tableau.updates));
+        let times = arena.push(float_bytes(&rollout.sampling.tableau.times));
+        let updates = arena.push(float_bytes(&rollout.sampling.tableau.updates));
         let positions = (0..rollout.tokens).map(|index| arena.push(integer_bytes(&vec![index as i64; rows]))).collect();
         let guidance = rollout.guidance.iter().map(|&value| arena.push(float_bytes(&vec![value; batch]))).collect();
         let mut slices = |array: &Array3<f32>| -> Vec<u64> {

@@ -1,7 +1,6 @@
 //! From a bundle to the engines beside its graphs.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::time::Instant;
 
 use eqim::model::Stage;
@@ -109,7 +108,7 @@ pub fn build(
         weights: bundle.manifest.weights.sha256.clone(),
         engines,
     };
-    write_json(&folder.path().join(SIDECAR_FILE), &set)?;
+    files::write_json(&folder.path().join(SIDECAR_FILE), &set)?;
     Ok(Built { folder, set })
 }
 
@@ -123,13 +122,8 @@ pub fn publish(built: Built, bundle: &Bundle, drift: Option<&Drift>, report: Opt
         report.write(built.folder.path())?;
     }
     if let Some(drift) = drift {
-        write_json(&built.folder.path().join(DRIFT_FILE), drift)?;
+        files::write_json(&built.folder.path().join(DRIFT_FILE), drift)?;
     }
     write::replace(built.folder, &bundle.folder.join(FOLDER))?;
     EngineSet::open(&Bundle::open(&bundle.folder)?).map(|_| ())
-}
-
-fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    let text = serde_json::to_vec_pretty(value).map_err(|error| Error::run(path.display(), error))?;
-    files::write(path, &text)
 }

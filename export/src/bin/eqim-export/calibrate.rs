@@ -11,7 +11,7 @@ use eqim_calibration::{
     Collection, Estimator, Flavour, Policy, Samples, Sensitivity, Table, fingerprint, hashes, pictures, quantized,
     search,
 };
-use eqim_engines::bundle::{Bundle, Precision};
+use eqim_engines::bundle::Bundle;
 use eqim_engines::cli;
 
 /// Watch a model work on pictures and rollouts, and write the ranges of its activations: what INT8 is scaled by.
@@ -114,7 +114,7 @@ fn check_output(path: &Path) -> Result<()> {
 /// Only weights as they were trained can be calibrated: rounded ones are another model's.
 fn check_bundle(bundle: &Bundle) -> Result<()> {
     let manifest = &bundle.manifest;
-    if manifest.precision == Precision::Fp32 && manifest.quantization.is_none() {
+    if manifest.is_fp32() {
         return Ok(());
     }
     let held = if manifest.quantization.is_some() { "INT8".into() } else { manifest.precision.to_string() };
