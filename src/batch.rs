@@ -1,23 +1,28 @@
 //! A batch of unequal images: each row has its own class, length, beginning and guidance, and when it is done its place goes
 //! to the next.
 
-use ndarray::{Array2, Axis, concatenate, s};
+use std::collections::{HashMap, VecDeque};
+
+use ndarray::{Array1, Array2, Axis, concatenate};
 
 use crate::engine::{Engine, Row, Session};
 use crate::generate::{Request, Rollout, Times, check_finite};
+use crate::random::TorchRng;
 use crate::solver::Tableau;
 use crate::{Config, Error, Result};
 
-/// One image to generate, everything random drawn.
+/// One image to generate.
 #[derive(Clone, Debug)]
 pub struct Image {
     /// Its class.
     pub label: i64,
+    /// Position of the first token; not 0 where an earlier run is carried on, whose last tokens are the prefix then.
+    pub begin: usize,
     /// Tokens that are given, `[n, E]`, n from 0.
     pub prefix: Array2<f32>,
-    /// What the others are sampled from, `[N - n, E]`.
-    pub noise: Array2<f32>,
-    /// Guidance of each token, `[N]`.
+    /// What the others are sampled from.
+    pub noise: Draws,
+    /// Guidance of each token from position 0 on, `[N]`.
     pub guidance: Vec<f32>,
 }
 
@@ -26,11 +31,45 @@ impl Image {
     pub fn all(rollout: &Rollout) -> Vec<Self> {
         let image = |row| Self {
             label: rollout.labels[row],
+            begin: 0,
             prefix: rollout.prefix.index_axis(Axis(0), row).to_owned(),
-            noise: rollout.noise.index_axis(Axis(0), row).to_owned(),
+            noise: Draws::Given(
+                rollout.noise.index_axis(Axis(0), row).rows().into_iter().map(|row| row.to_owned()).collect(),
+            ),
             guidance: rollout.guidance.clone(),
         };
         (0..rollout.batch()).map(image).collect()
+    }
+}
+
+/// Noise of one image, token by token.
+#[derive(Clone, Debug)]
+pub enum Draws {
+    /// Known beforehand: one `[E]` a token.
+    Given(VecDeque<Array1<f32>>),
+    /// Drawn when it is needed: row `row` of the `torch.randn(rows, E)` of every token.
+    Seed {
+        /// Draws it.
+        random: TorchRng,
+        /// Images that are drawn for together.
+        rows: usize,
+        /// This one.
+        row: usize,
+    },
+}
+
+impl Draws {
+    /// The next token's noise, `[embed]`.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when no more was given.
+    pub fn next(&mut self, embed: usize) -> Result<Array1<f32>> {
+        match self {
+            Self::Given(noise) => noise.pop_front().ok_or_else(|| Error::run("noise", "too little was given")),
+            Self::Seed { random, rows, row } => {
+                Ok(Array1::from(random.randn(*rows * embed)[*row * embed..][..embed].to_vec()))
+            }
+        }
     }
 }
 
@@ -67,10 +106,14 @@ pub struct Batch<'a, E: Engine + ?Sized> {
 struct Active {
     number: usize,
     image: Image,
-    /// `[N, E]`, of which `known` are there.
-    tokens: Array2<f32>,
-    known: usize,
+    /// Position of the next token.
+    next: usize,
+    /// The token before it, `[E]`.
+    last: Array1<f32>,
 }
+
+/// The next token `[E]` of an image, by the number that it came with, or why there is none.
+pub type Next = (usize, Result<Array1<f32>>);
 
 /// An image that has left a batch: the number it came with, and its tokens `[N, E]` or why there are none.
 pub type Finished = (usize, Result<Array2<f32>>);
@@ -134,53 +177,47 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
         self.images.extend(kept.iter().filter_map(|&place| images[place].take()));
         let embed = self.engine.config().generator.embed;
         self.images.extend(new.into_iter().map(|(number, image)| {
-            let tokens = Array2::zeros((image.guidance.len(), embed));
-            Active { number, image, tokens, known: 0 }
+            let next = image.begin;
+            Active { number, image, next, last: Array1::zeros(embed) }
         }));
         Ok(())
     }
 
-    /// Gives every image one token more, and passes that through the transformer. Images that are done, or whose token is not
+    /// Gives every image one token more, and passes that through the transformer. Images that have all, or whose token is not
     /// finite, leave: the others stay in their order.
     ///
     /// # Errors
     /// When the engine fails.
-    pub fn advance(&mut self) -> Result<Vec<Finished>> {
+    pub fn advance(&mut self) -> Result<Vec<Next>> {
         self.sample()?;
-        let mut finished = vec![];
+        let mut tokens = vec![];
         let mut kept = vec![];
         for (place, active) in self.images.iter_mut().enumerate() {
-            let index = active.known;
-            active.known += 1;
-            if let Err(error) = check_finite(self.engine.name(), index, active.tokens.slice(s![index..=index, ..])) {
-                finished.push((active.number, Err(error)));
-            } else if active.known == active.tokens.dim().0 {
-                finished.push((active.number, Ok(std::mem::take(&mut active.tokens))));
-            } else {
+            let finite = check_finite(self.engine.name(), active.next, active.last.view());
+            active.next += 1;
+            if finite.is_ok() && active.next < active.image.guidance.len() {
                 kept.push(place);
             }
+            tokens.push((active.number, finite.map(|()| active.last.clone())));
         }
         if kept.is_empty() {
             self.images.clear();
-            return Ok(finished);
+            return Ok(tokens);
         }
-        if !finished.is_empty() {
+        if kept.len() < self.images.len() {
             self.arrange(&kept, vec![])?;
         }
         self.step()?;
-        Ok(finished)
+        Ok(tokens)
     }
 
     /// The next token of every image: given, or sampled.
     fn sample(&mut self) -> Result<()> {
-        let given = |active: &Active| active.image.prefix.dim().0;
         let mut sampled = vec![];
         for (place, active) in self.images.iter_mut().enumerate() {
-            if active.known < given(active) {
-                let token = active.image.prefix.row(active.known);
-                active.tokens.row_mut(active.known).assign(&token);
-            } else {
-                sampled.push(place);
+            match active.image.prefix.rows().into_iter().nth(active.next - active.image.begin) {
+                Some(token) => active.last.assign(&token),
+                None => sampled.push(place),
             }
         }
         if sampled.is_empty() {
@@ -191,18 +228,18 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
             .map(|(stream, place)| stream * self.images.len() + place)
             .collect();
         let z = self.z.select(Axis(0), &rows);
-        let mut noise = Array2::zeros((sampled.len(), self.engine.config().generator.embed));
+        let embed = self.engine.config().generator.embed;
+        let mut noise = Array2::zeros((sampled.len(), embed));
         let mut guidance = Vec::with_capacity(sampled.len());
         for (mut noise, &place) in noise.rows_mut().into_iter().zip(&sampled) {
-            let active = &self.images[place];
-            noise.assign(&active.image.noise.row(active.known - given(active)));
-            guidance.push(active.image.guidance[active.known]);
+            let active = &mut self.images[place];
+            noise.assign(&active.image.noise.next(embed)?);
+            guidance.push(active.image.guidance[active.next]);
         }
         let sample = || self.engine.sample(z.view(), noise.view(), &guidance, &self.sampling.tableau);
         let tokens = self.times.flow.time(sample)?;
         for (token, &place) in tokens.rows().into_iter().zip(&sampled) {
-            let active = &mut self.images[place];
-            active.tokens.row_mut(active.known).assign(&token);
+            self.images[place].last.assign(&token);
         }
         Ok(())
     }
@@ -211,9 +248,9 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
     fn step(&mut self) -> Result<()> {
         let mut last = Array2::zeros((self.images.len(), self.engine.config().generator.embed));
         for (mut token, active) in last.rows_mut().into_iter().zip(&self.images) {
-            token.assign(&active.tokens.row(active.known - 1));
+            token.assign(&active.last);
         }
-        let positions: Vec<i64> = self.images.iter().map(|active| active.known as i64 - 1).collect();
+        let positions: Vec<i64> = self.images.iter().map(|active| active.next as i64 - 1).collect();
         let (tokens, positions) = match self.streams() {
             1 => (last, positions),
             _ => (concatenate![Axis(0), last, last], positions.repeat(2)),
@@ -237,14 +274,30 @@ pub fn generate_all<E: Engine + ?Sized>(
 ) -> Result<()> {
     let mut images = images.into_iter();
     let mut batch = Batch::new(engine, sampling)?;
+    let mut known: HashMap<usize, (usize, Array2<f32>)> = HashMap::new();
     loop {
         let new = images.by_ref().take(most.max(1) - batch.len()).collect::<Result<Vec<_>>>()?;
         if !new.is_empty() {
+            let embed = engine.config().generator.embed;
+            known
+                .extend(new.iter().map(|(number, image)| (*number, (0, Array2::zeros((image.guidance.len(), embed))))));
             batch.admit(new)?;
         }
         if batch.is_empty() {
             return Ok(());
         }
-        batch.advance()?.into_iter().try_for_each(&mut finished)?;
+        for (number, token) in batch.advance()? {
+            let Some((count, tokens)) = known.get_mut(&number) else { continue };
+            let done = token.map(|token| {
+                tokens.row_mut(*count).assign(&token);
+                *count += 1;
+                *count == tokens.dim().0
+            });
+            if matches!(done, Ok(false)) {
+                continue;
+            }
+            let tokens = known.remove(&number).map(|(_, tokens)| tokens).unwrap_or_default();
+            finished((number, done.map(|_| tokens)))?;
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ndarray::{Array2, Array3, ArrayView2, Axis};
+use ndarray::{Array2, Array3, ArrayView, Axis, Dimension, s};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{Batch, Image, Sampling};
@@ -264,8 +264,8 @@ pub fn token_by_token<E: Engine + ?Sized>(
     batch.admit(Image::all(rollout).into_iter().enumerate().collect())?;
     let mut tokens = Array3::zeros((rollout.batch(), rollout.tokens, engine.config().generator.embed));
     for known in 1..=rollout.tokens {
-        for (row, finished) in batch.advance()? {
-            tokens.index_axis_mut(Axis(0), row).assign(&finished?);
+        for (row, token) in batch.advance()? {
+            tokens.slice_mut(s![row, known - 1, ..]).assign(&token?);
         }
         if known > rollout.given() {
             progress(known);
@@ -274,11 +274,11 @@ pub fn token_by_token<E: Engine + ?Sized>(
     Ok((tokens, batch.times))
 }
 
-/// Checks token `index`, `[B, E]`.
+/// Checks token `index` of some rows.
 ///
 /// # Errors
 /// [`Error::Run`] when a value is not finite.
-pub fn check_finite(engine: &str, index: usize, token: ArrayView2<f32>) -> Result<()> {
+pub fn check_finite<D: Dimension>(engine: &str, index: usize, token: ArrayView<f32, D>) -> Result<()> {
     if token.iter().all(|value| value.is_finite()) {
         return Ok(());
     }
