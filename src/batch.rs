@@ -3,10 +3,10 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use ndarray::{Array1, Array2, Axis, concatenate};
+use ndarray::{Array1, Array2, Array3, Axis, concatenate};
 
 use crate::engine::{Engine, Row, Session};
-use crate::generate::{Request, Rollout, Times, check_finite};
+use crate::generate::{Noise, Request, Rollout, Times, check_finite};
 use crate::random::TorchRng;
 use crate::solver::Tableau;
 use crate::{Config, Error, Result};
@@ -39,6 +39,23 @@ impl Image {
             guidance: rollout.guidance.clone(),
         };
         (0..rollout.batch()).map(image).collect()
+    }
+
+    /// Image `row` of a [checked](Request::check) request; noise of a seed is drawn when it is needed.
+    pub fn streamed(config: &Config, request: &Request, row: usize) -> Self {
+        let (rows, embed) = (request.labels.len(), config.generator.embed);
+        let given = |tokens: &Array3<f32>| tokens.index_axis(Axis(0), row).to_owned();
+        let noise = match &request.noise {
+            Noise::Given(noise) => Draws::Given(given(noise).rows().into_iter().map(|row| row.to_owned()).collect()),
+            Noise::Seed(seed) => Draws::Seed { random: TorchRng::new(*seed), rows, row },
+        };
+        Self {
+            label: request.labels[row].unwrap_or(config.generator.unconditional()) as i64,
+            begin: 0,
+            prefix: request.prefix.as_ref().map_or_else(|| Array2::zeros((0, embed)), given),
+            noise,
+            guidance: (0..request.tokens).map(|index| request.guidance(index)).collect(),
+        }
     }
 }
 

@@ -169,7 +169,7 @@ impl Request {
     }
 
     /// Guidance of token `index`, from 0.
-    fn guidance(&self, index: usize) -> f32 {
+    pub fn guidance(&self, index: usize) -> f32 {
         match self.schedule {
             Schedule::Linear => (1.0 + (f64::from(self.cfg) - 1.0) * (index + 1) as f64 / self.tokens as f64) as f32,
             Schedule::Constant => self.cfg,

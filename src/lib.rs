@@ -5,6 +5,7 @@
 
 pub mod batch;
 pub mod candle;
+pub mod canvas;
 pub mod checkpoint;
 pub mod config;
 pub mod engine;
@@ -17,6 +18,7 @@ pub mod picture;
 pub mod random;
 pub mod solver;
 pub mod tensors;
+pub mod tiles;
 pub mod weights;
 
 pub use config::Config;

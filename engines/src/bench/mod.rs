@@ -90,7 +90,7 @@ fn check(arguments: &Arguments, bundles: &[Bundle]) -> Result<()> {
             let request = request(arguments, &first.model, batch, tokens);
             request.check(&first.model)?;
             if arguments.tail.is_none() {
-                check_memory(&request, &first.model)?;
+                check_memory(&request, &first.model, None)?;
             }
         }
     }

@@ -77,6 +77,15 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE", conflicts_with = "seed")]
     pub noise: Option<PathBuf>,
 
+    /// Decode in tiles of so many tokens while generating, in memory that does not grow with the width; `none` decodes
+    /// the image as a whole, exactly [default: none up to 256 tokens, 64 beyond]
+    #[arg(long, value_name = "TOKENS", value_parser = tile)]
+    pub tile: Option<Tile>,
+
+    /// Tokens that neighbouring tiles share and fade over, at most half a tile [default: a quarter of a tile]
+    #[arg(long, value_name = "TOKENS", value_parser = tokens_of_overlap)]
+    pub overlap: Option<usize>,
+
     /// Also write `tokens` and `noise` to this .safetensors
     #[arg(long, value_name = "FILE")]
     pub save_tokens: Option<PathBuf>,
@@ -114,6 +123,26 @@ pub struct Arguments {
     /// Report as JSON on standard output, and nothing else there
     #[arg(long)]
     pub json: bool,
+}
+
+/// What `--tile` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tile {
+    /// The image as a whole.
+    Whole,
+    /// Tiles of so many tokens.
+    Tokens(usize),
+}
+
+fn tile(text: &str) -> Result<Tile, String> {
+    match text {
+        "none" => Ok(Tile::Whole),
+        number => within(number, 4..=MOST_TOKENS).map(Tile::Tokens).map_err(|error| error + ", or none"),
+    }
+}
+
+fn tokens_of_overlap(text: &str) -> Result<usize, String> {
+    within(text, 1..=MOST_TOKENS)
 }
 
 fn class(text: &str) -> Result<Option<usize>, String> {

@@ -6,14 +6,18 @@ use candle_core::DType;
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request};
 use eqim::tensors::TensorFile;
+use eqim::tiles::Tiling;
 use eqim::{Config, Error, Result, candle, picture};
 use ndarray::{Array3, Axis, Ix3};
 
-use super::arguments::{Arguments, MOST_TOKENS, tokens_of_width};
+use super::arguments::{Arguments, MOST_TOKENS, Tile, tokens_of_width};
 use crate::cli;
 
 /// Length of an image unless told otherwise: square, in the published models.
 const TOKENS: usize = 16;
+
+/// Longest image that is decoded as a whole unless told otherwise: beyond, attention would soon outweigh all else.
+const MOST_WHOLE: usize = 256;
 
 /// Largest single tensor of a run.
 const MOST_BYTES: u64 = 16 << 30;
@@ -44,7 +48,7 @@ pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Optio
         noise: Noise::Seed(arguments.seed),
     };
     request.check(config)?;
-    check_memory(&request, config)?;
+    check_memory(&request, config, tiling(arguments, request.tokens)?)?;
     let prefix = arguments.prefix.as_deref().map(|path| Prefix::read(path, rows, request.tokens, config));
     let prefix = prefix.transpose()?;
     if let Some(path) = &arguments.noise {
@@ -62,20 +66,40 @@ pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Optio
     Ok((request, prefix))
 }
 
+/// How images of `tokens` are decoded: in tiles, or as a whole.
+///
+/// # Errors
+/// [`Error::Input`] for tiles that overlap by more than half.
+pub fn tiling(arguments: &Arguments, tokens: usize) -> Result<Option<Tiling>> {
+    let tile = match arguments.tile {
+        Some(Tile::Tokens(tile)) => tile,
+        None if tokens > MOST_WHOLE => Tiling::default().tile,
+        Some(Tile::Whole) | None => return Ok(None),
+    };
+    let tiling = Tiling { tile, overlap: arguments.overlap.unwrap_or(tile / 4) };
+    tiling.check()?;
+    Ok(Some(tiling))
+}
+
 /// Refuses what would end in a failed allocation after minutes of work: the decoder attends over a whole image at once,
 /// and the sampler holds the modulations of all steps.
 ///
 /// # Errors
 /// [`Error::Input`] naming the flag.
-pub fn check_memory(request: &Request, config: &Config) -> Result<()> {
+pub fn check_memory(request: &Request, config: &Config, tiling: Option<Tiling>) -> Result<()> {
     let refuse = |flag: &str, what: &str, bytes: u64| {
         let (needed, most) = (bytes >> 30, MOST_BYTES >> 30);
         Err(Error::input(flag, format!("is too large: {what} would take {needed} GB, expected at most {most} GB")))
     };
-    let cells = config.tokenizer.attention_cells(request.tokens) as u64;
+    let decoded = tiling.map_or(request.tokens, |tiling| tiling.tile.min(request.tokens));
+    let cells = config.tokenizer.attention_cells(decoded) as u64;
     let scores = 4 * cells.saturating_mul(cells);
     if scores > MOST_BYTES {
-        return refuse("--tokens (or --width)", "the decoder's attention over the whole image", scores);
+        let (flag, what) = match tiling {
+            None => ("--tokens (or --width)", "the decoder's attention over the whole image"),
+            Some(_) => ("--tile", "the decoder's attention over a tile"),
+        };
+        return refuse(flag, what, scores);
     }
     let g = &config.generator;
     let streams = request.labels.len() * if request.cfg == 1.0 { 1 } else { 2 };

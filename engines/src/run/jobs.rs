@@ -11,7 +11,7 @@ use eqim::generate::{Request, Rollout, Schedule};
 use eqim::solver::Solver;
 use eqim::{Error, Result, files};
 use eqim_calibration::Flavour;
-use ndarray::{Array2, Axis};
+use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -121,7 +121,7 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
         let engine = crate::open(&bundle, options(arguments)?)?;
         let shared = RefCell::new(&mut desk);
         for jobs in alike(jobs) {
-            batches(engine.as_ref(), jobs, arguments.max_batch, &shared)?;
+            batches(engine.as_ref(), jobs, arguments, &shared)?;
         }
     }
     let Desk { done, failed, progress, .. } = desk;
@@ -147,11 +147,12 @@ fn alike(jobs: Vec<Job>) -> Vec<Vec<Job>> {
 }
 
 /// Runs jobs that can share a batch.
-fn batches(engine: &dyn Engine, jobs: Vec<Job>, most: usize, desk: &RefCell<&mut Desk>) -> Result<()> {
-    let config = engine.config();
+fn batches(engine: &dyn Engine, jobs: Vec<Job>, arguments: &Arguments, desk: &RefCell<&mut Desk>) -> Result<()> {
+    let (config, most) = (engine.config(), arguments.max_batch);
     let mut together = jobs[0].request.clone();
     together.labels = vec![None; most.min(jobs.len())];
-    inputs::check_memory(&together, config).map_err(|error| Error::input("--max-batch", error))?;
+    inputs::check_memory(&together, config, inputs::tiling(arguments, together.tokens)?)
+        .map_err(|error| Error::input("--max-batch", error))?;
     let sampling = Sampling::new(config, &jobs[0].request);
     let names: Vec<(String, Record)> = jobs.iter().map(|job| (job.id.clone(), job.record.clone())).collect();
     let images = jobs.into_iter().enumerate().filter_map(|(number, job)| match job.image(engine) {
@@ -161,16 +162,23 @@ fn batches(engine: &dyn Engine, jobs: Vec<Job>, most: usize, desk: &RefCell<&mut
     generate_all(engine, sampling, images, most, |(number, tokens)| {
         let desk = &mut *desk.borrow_mut();
         let (id, record) = &names[number];
-        let written = tokens.and_then(|tokens| write(engine, desk.folder, id, record, tokens));
+        let written = tokens.and_then(|tokens| write(engine, arguments, (desk.folder, id), record, tokens));
         desk.finish(id, written)
     })
 }
 
 /// Decodes a job's tokens `[N, E]` and writes its image, then its record.
-fn write(engine: &dyn Engine, folder: &Path, id: &str, record: &Record, tokens: Array2<f32>) -> Result<PathBuf> {
+fn write(
+    engine: &dyn Engine,
+    arguments: &Arguments,
+    (folder, id): (&Path, &str),
+    record: &Record,
+    tokens: Array2<f32>,
+) -> Result<PathBuf> {
     let path = image_path(folder, id);
     let mut time = Duration::ZERO;
-    decode_to(engine, tokens.insert_axis(Axis(0)).view(), &path, &mut time)?;
+    let tiling = inputs::tiling(arguments, tokens.dim().0)?;
+    decode_to(engine, tokens.view(), tiling, &path, &mut time)?;
     files::write_json(&record_path(folder, id), record)?;
     Ok(path)
 }

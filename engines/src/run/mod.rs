@@ -5,24 +5,28 @@ mod inputs;
 mod jobs;
 mod outputs;
 mod report;
+mod stream;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use arguments::Arguments;
 pub(crate) use arguments::{MOST_TOKENS, solvers, within};
+use eqim::canvas::Canvas;
 use eqim::engine::Engine;
-use eqim::generate::{Generated, generate, timed};
-use eqim::{Error, Result, candle, picture, tensors};
+use eqim::generate::{Generated, Request, Rollout, Times, generate, timed};
+use eqim::tiles::{Tiling, decode_tiles};
+use eqim::{Error, Result, candle, files, picture, tensors};
 pub(crate) use inputs::check_memory;
-use ndarray::{ArrayView3, Axis, s};
+use ndarray::{ArrayView2, Axis, concatenate};
 
 use crate::bundle::Bundle;
 use crate::cli::{self, Progress};
 use crate::{Backend, Options};
 use inputs::Prefix;
 use outputs::Outputs;
-use report::{Report, Seconds};
+use report::{Report, Seconds, Tiles};
+use stream::Context;
 
 /// Generates images as the command line says.
 ///
@@ -45,19 +49,30 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if let Some(prefix) = prefix {
         request.prefix = Some(timed(&mut encoder, || prefix.encode(engine.as_ref(), request.labels.len()))?);
     }
-    let mut progress = Progress::new("generated", request.tokens, "tokens");
-    let generated = generate(engine.as_ref(), &request, |done| progress.at(done))?;
-    drop(progress);
-    if let Some(path) = &outputs.tokens {
-        let tokens = candle::to_tensor(generated.tokens.view())?;
-        let noise = candle::to_tensor(generated.noise.view())?;
-        tensors::write(path, &[("tokens", tokens), ("noise", noise)], Default::default())?;
-    }
-    decode(engine.as_ref(), &generated, &outputs.images, &mut decoder)?;
+    let tiling = inputs::tiling(arguments, request.tokens)?;
+    let (times, tiles) = match tiling {
+        None => {
+            let mut progress = Progress::new("generated", request.tokens, "tokens");
+            let generated = generate(engine.as_ref(), &request, |done| progress.at(done))?;
+            drop(progress);
+            save_tokens(&outputs, &generated)?;
+            decode(engine.as_ref(), &generated, &outputs.images, &mut decoder)?;
+            (generated.times, None)
+        }
+        Some(tiling) => {
+            let context = Context {
+                engine: engine.as_ref(),
+                weights: &bundle.manifest.weights.sha256,
+                threads: arguments.threads,
+                tiling,
+                keep_tokens: outputs.tokens.is_some(),
+            };
+            stream(&context, &request, &outputs, &mut decoder)?
+        }
+    };
 
-    let times = &generated.times;
-    let seconds = Seconds::new(load, encoded.then_some(encoder), times, decoder);
-    let report = Report::new(arguments, engine.as_ref(), &request, prefix_tokens, &outputs, seconds);
+    let seconds = Seconds::new(load, encoded.then_some(encoder), &times, decoder);
+    let report = Report::new(arguments, engine.as_ref(), &request, prefix_tokens, &outputs, tiles, seconds);
     cli::print(if arguments.json { report.json()? } else { report.table() })
 }
 
@@ -69,23 +84,74 @@ fn options(arguments: &Arguments) -> Result<Options> {
     Ok(Options { backend, threads, cuda_graph })
 }
 
+/// Generates and decodes long images one after another.
+fn stream(
+    context: &Context,
+    request: &Request,
+    outputs: &Outputs,
+    decoder: &mut Duration,
+) -> Result<(Times, Option<Tiles>)> {
+    let Tiling { tile, overlap } = context.tiling;
+    let mut tiles = Tiles { tile, overlap, resumed_tokens: 0 };
+    let mut times = Times::default();
+    let mut rows = vec![];
+    for (row, path) in outputs.images.iter().enumerate() {
+        let mut progress = Progress::new("generated and decoded", request.tokens, "tokens");
+        let streamed = stream::run(context, request, row, path, &mut |done| progress.at(done))?;
+        times.prefill.0.extend(streamed.times.prefill.0);
+        times.step.0.extend(streamed.times.step.0);
+        times.flow.0.extend(streamed.times.flow.0);
+        *decoder += streamed.decoder;
+        tiles.resumed_tokens += streamed.resumed;
+        rows.extend(streamed.tokens.map(|tokens| tokens.insert_axis(Axis(0))));
+    }
+    if outputs.tokens.is_some() {
+        let rows: Vec<_> = rows.iter().map(|row| row.view()).collect();
+        let tokens = concatenate(Axis(0), &rows).map_err(|error| Error::run("tokens", error))?;
+        let noise = Rollout::new(context.engine.config(), request)?.noise;
+        save_tokens(outputs, &Generated { tokens, noise, times: Times::default() })?;
+    }
+    Ok((times, Some(tiles)))
+}
+
+/// Writes tokens and noise, where they are wanted.
+fn save_tokens(outputs: &Outputs, generated: &Generated) -> Result<()> {
+    let Some(path) = &outputs.tokens else { return Ok(()) };
+    let [tokens, noise] = [&generated.tokens, &generated.noise].map(|array| candle::to_tensor(array.view()));
+    tensors::write(path, &[("tokens", tokens?), ("noise", noise?)], Default::default())
+}
+
 /// Decodes and writes image by image, so that the memory of one is enough.
 fn decode(engine: &dyn Engine, generated: &Generated, paths: &[PathBuf], time: &mut Duration) -> Result<()> {
     let mut progress = Progress::new("decoded", paths.len(), "images");
     for (row, path) in paths.iter().enumerate() {
-        decode_to(engine, generated.tokens.slice(s![row..=row, .., ..]), path, time)?;
+        decode_to(engine, generated.tokens.index_axis(Axis(0), row), None, path, time)?;
         progress.at(row + 1);
     }
     Ok(())
 }
 
-/// Decodes the tokens `[1, N, E]` of one image and writes it.
-fn decode_to(engine: &dyn Engine, tokens: ArrayView3<f32>, path: &Path, time: &mut Duration) -> Result<()> {
-    let images = timed(time, || engine.decode_tokens(tokens))?;
-    if images.iter().any(|value| !value.is_finite()) {
-        let path = path.display();
-        let problem = format!("the image for {path} has values that are not finite: its precision does not fit");
-        return Err(Error::run(engine.name(), problem));
-    }
-    picture::write_png(path, images.index_axis(Axis(0), 0))
+/// Decodes the tokens `[N, E]` of one image and writes it.
+fn decode_to(
+    engine: &dyn Engine,
+    tokens: ArrayView2<f32>,
+    tiling: Option<Tiling>,
+    path: &Path,
+    time: &mut Duration,
+) -> Result<()> {
+    let Some(tiling) = tiling else {
+        let images = timed(time, || engine.decode_tokens(tokens.insert_axis(Axis(0))))?;
+        if images.iter().any(|value| !value.is_finite()) {
+            let path = path.display();
+            let problem = format!("the image for {path} has values that are not finite: its precision does not fit");
+            return Err(Error::run(engine.name(), problem));
+        }
+        return picture::write_png(path, images.index_axis(Axis(0), 0));
+    };
+    let (width, height) = engine.config().image_size(tokens.dim().0);
+    let beside =
+        files::temporary(0o666).tempfile_in(files::folder(path)).map_err(|error| Error::run(path.display(), error))?;
+    let mut canvas = Canvas::open(beside.path(), width, height)?;
+    timed(time, || decode_tiles(engine, tiling, tokens, |strip| canvas.write(strip.x, strip.pixels.view())))?;
+    canvas.write_png(path)
 }

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::Arguments;
 use super::outputs::Outputs;
+use crate::memory;
 
 /// A finished run.
 #[derive(Debug, Serialize)]
@@ -32,11 +33,27 @@ pub struct Report {
     height: usize,
     /// Images in the order of the classes, then the tokens.
     files: Vec<String>,
+    /// Where images were decoded in tiles.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tiles: Option<Tiles>,
+    /// Largest resident size of the process; 0 where the system does not tell.
+    peak_bytes: u64,
     seconds: Seconds,
     /// Without loading.
     images_per_second: f64,
     /// Generated tokens of all images, without loading, encoding and decoding.
     tokens_per_second: f64,
+}
+
+/// How long images were decoded.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Tiles {
+    /// Tokens of a tile.
+    pub tile: usize,
+    /// Tokens that neighbours share.
+    pub overlap: usize,
+    /// Tokens of all images that earlier runs had done.
+    pub resumed_tokens: usize,
 }
 
 /// Seconds spent in each stage.
@@ -95,11 +112,13 @@ impl Report {
         request: &Request,
         prefix_tokens: usize,
         outputs: &Outputs,
+        tiles: Option<Tiles>,
         seconds: Seconds,
     ) -> Self {
         let (width, height) = engine.config().image_size(request.tokens);
         let images = request.labels.len();
-        let generated = images * (request.tokens - prefix_tokens);
+        let resumed = tiles.map_or(0, |tiles| tiles.resumed_tokens);
+        let generated = (images * (request.tokens - prefix_tokens)).saturating_sub(resumed);
         Self {
             engine: arguments.engine.display().to_string(),
             backend: engine.name().to_string(),
@@ -110,6 +129,8 @@ impl Report {
             width,
             height,
             files: outputs.all().map(|path| path.display().to_string()).collect(),
+            tiles,
+            peak_bytes: memory::peak(),
             images_per_second: images as f64 / seconds.total,
             tokens_per_second: generated as f64 / (seconds.prefill + seconds.transformer_step + seconds.flow_sampler),
             seconds,
@@ -149,9 +170,19 @@ impl Report {
         }
         let size = format!("{} × {} pixels", self.width, self.height);
         let _ = writeln!(text, "{images} × {size}: {:.3} images/s", self.images_per_second);
-        let generated = images * (tokens - prefix_tokens);
+        let resumed = self.tiles.map_or(0, |tiles| tiles.resumed_tokens);
+        let generated = (images * (tokens - prefix_tokens)).saturating_sub(resumed);
         let _ =
             writeln!(text, "{generated} tokens generated: {:.3} tokens/s without decoding\n", self.tokens_per_second);
+        if let Some(Tiles { tile, overlap, resumed_tokens }) = self.tiles {
+            let _ = writeln!(
+                text,
+                "decoded in tiles of {tile} tokens, {overlap} shared; {resumed_tokens} tokens were done before"
+            );
+        }
+        if self.peak_bytes > 0 {
+            let _ = writeln!(text, "peak memory {} MB\n", self.peak_bytes >> 20);
+        }
         text + "wrote " + &self.files.join(", ")
     }
 }

@@ -1,0 +1,257 @@
+//! Images too long to be decoded at once: tiles are decoded while tokens are generated, and what is done is kept on disk, so
+//! that a run that was interrupted goes on where it stopped.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use eqim::batch::{Batch, Image, Sampling};
+use eqim::canvas::Canvas;
+use eqim::engine::Engine;
+use eqim::generate::{Noise, Request, Schedule, Times, timed};
+use eqim::solver::Solver;
+use eqim::tiles::{TileDecoder, Tiling};
+use eqim::{Error, Result, files};
+use ndarray::{Array1, Array2, Array3, Axis, concatenate, s};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::cli;
+
+/// What an unfinished image is made from: only a run of the same goes on with it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Record {
+    class: Option<usize>,
+    seed: Option<u64>,
+    tokens: usize,
+    cfg: f32,
+    cfg_schedule: Schedule,
+    solver: Solver,
+    steps: usize,
+    tile: usize,
+    overlap: usize,
+    /// What runs the model, since another engine's tokens differ in their last digits.
+    backend: String,
+    threads: Option<usize>,
+    /// SHA-256 of the weights.
+    weights: String,
+    /// SHA-256 of the tokens and the noise that were given.
+    given: String,
+}
+
+/// What a run is told beside the request.
+pub struct Context<'a> {
+    /// What runs the model.
+    pub engine: &'a dyn Engine,
+    /// SHA-256 of its weights.
+    pub weights: &'a str,
+    /// Threads that were asked for.
+    pub threads: Option<usize>,
+    /// How images are decoded.
+    pub tiling: Tiling,
+    /// Whether to give all tokens in the end.
+    pub keep_tokens: bool,
+}
+
+/// Where the time of an image went.
+pub struct Streamed {
+    /// Generation.
+    pub times: Times,
+    /// Decoding and writing.
+    pub decoder: Duration,
+    /// Tokens that an earlier run had done.
+    pub resumed: usize,
+    /// All tokens, `[N, E]`, where they were asked for.
+    pub tokens: Option<Array2<f32>>,
+}
+
+/// Generates image `row` of a request into a PNG at `path`. `progress` is told the number of tokens known so far.
+///
+/// # Errors
+/// [`Error::Input`] where an unfinished image of other settings lies; [`Error::Run`] for a run that failed: what it had done
+/// is kept beside `path`.
+pub fn run(
+    context: &Context,
+    request: &Request,
+    row: usize,
+    path: &Path,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Streamed> {
+    let Context { engine, tiling, .. } = *context;
+    let config = engine.config();
+    request.check(config)?;
+    let mut work = Work::open(partial(path), &record(context, request, row), config.generator.embed)?;
+    let (width, height) = config.image_size(request.tokens);
+    let mut canvas = Canvas::open(&work.folder.join("pixels.rgb"), width, height)?;
+    let done = (0..tiling.count(request.tokens)).take_while(|&tile| tiling.end(tile, request.tokens) <= work.known);
+    let done = done.count();
+    work.forget_after(done.checked_sub(1).map_or(0, |last| tiling.end(last, request.tokens)))?;
+    let known = work.known;
+    let mut streamed = Streamed { times: Times::default(), decoder: Duration::ZERO, resumed: known, tokens: None };
+    if known > 0 {
+        cli::note(format_args!("{}: goes on after {known} of {} tokens", path.display(), request.tokens));
+    }
+    if known < request.tokens {
+        let mut decoder = match done {
+            0 => TileDecoder::new(engine, tiling, request.tokens),
+            _ => TileDecoder::from_tile(engine, tiling, request.tokens, done - 1),
+        };
+        for token in work.read(if done == 0 { 0 } else { tiling.begin(done - 1, request.tokens) })?.rows() {
+            timed(&mut streamed.decoder, || decoder.push(token))?;
+        }
+        let mut batch = Batch::new(engine, Sampling::new(config, request))?;
+        batch.admit(vec![(row, image(engine, request, row, &mut work)?)])?;
+        let mut position = known.saturating_sub(reach(engine));
+        let mut new: Vec<Array1<f32>> = vec![];
+        while position < request.tokens {
+            for (_, token) in batch.advance()? {
+                let token = token?;
+                if position >= known {
+                    let strip = timed(&mut streamed.decoder, || decoder.push(token.view()))?;
+                    new.push(token);
+                    if let Some(strip) = strip {
+                        timed(&mut streamed.decoder, || canvas.write(strip.x, strip.pixels.view()))?;
+                        work.append(&new)?;
+                        new.clear();
+                    }
+                    progress(position + 1);
+                }
+            }
+            position += 1;
+        }
+        streamed.times = batch.times;
+    }
+    if context.keep_tokens {
+        streamed.tokens = Some(work.read(0)?);
+    }
+    timed(&mut streamed.decoder, || canvas.write_png(path))?;
+    work.remove()?;
+    Ok(streamed)
+}
+
+/// Tokens back to which a token's condition reaches: a window a block.
+fn reach(engine: &dyn Engine) -> usize {
+    let g = &engine.config().generator;
+    g.depth * g.window + 1
+}
+
+/// The image that is left to do: tokens known before are passed through the transformer again, as far back as it looks.
+fn image(engine: &dyn Engine, request: &Request, row: usize, work: &mut Work) -> Result<Image> {
+    let mut image = Image::streamed(engine.config(), request, row);
+    let (known, given) = (work.known, image.prefix.dim().0);
+    image.begin = known.saturating_sub(reach(engine));
+    let before = work.read(image.begin)?;
+    let rest = image.prefix.slice(s![known.min(given).., ..]);
+    image.prefix = concatenate(Axis(0), &[before.view(), rest]).map_err(|error| Error::run("tokens", error))?;
+    for _ in given..known {
+        image.noise.next(engine.config().generator.embed)?;
+    }
+    Ok(image)
+}
+
+/// The folder of an image that is not finished.
+fn partial(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".partial");
+    name.into()
+}
+
+fn record(context: &Context, request: &Request, row: usize) -> Record {
+    let Tiling { tile, overlap } = context.tiling;
+    let mut hash = Sha256::new();
+    let mut add = |values: Option<&Array3<f32>>| {
+        let values = values.map(|values| values.index_axis(Axis(0), row).to_owned());
+        values.iter().flatten().for_each(|value| hash.update(value.to_le_bytes()));
+    };
+    add(request.prefix.as_ref());
+    let seed = match &request.noise {
+        Noise::Seed(seed) => Some(*seed),
+        Noise::Given(noise) => {
+            add(Some(noise));
+            None
+        }
+    };
+    Record {
+        class: request.labels[row],
+        seed,
+        tokens: request.tokens,
+        cfg: request.cfg,
+        cfg_schedule: request.schedule,
+        solver: request.solver,
+        steps: request.steps,
+        tile,
+        overlap,
+        backend: context.engine.name().into(),
+        threads: context.threads,
+        weights: context.weights.into(),
+        given: hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+    }
+}
+
+/// The folder of an unfinished image: `run.json`, and the tokens whose tiles are done.
+struct Work {
+    folder: PathBuf,
+    tokens: File,
+    /// Tokens in the file.
+    known: usize,
+    embed: usize,
+}
+
+impl Work {
+    fn open(folder: PathBuf, record: &Record, embed: usize) -> Result<Self> {
+        let description = folder.join("run.json");
+        if folder.exists() {
+            let found = std::fs::read(&description).ok().and_then(|text| serde_json::from_slice::<Record>(&text).ok());
+            if found.as_ref() != Some(record) {
+                let problem = "holds an unfinished image of another run: remove it, or name another --output";
+                return Err(Error::input(folder.display(), problem));
+            }
+        } else {
+            // The folder appears with its description.
+            let beside = files::temporary(0o777).tempdir_in(files::folder(&folder));
+            let beside = beside.map_err(|error| Error::run(folder.display(), error))?;
+            files::write_json(&beside.path().join("run.json"), record)?;
+            std::fs::rename(beside.keep(), &folder).map_err(|error| Error::run(folder.display(), error))?;
+        }
+        let path = folder.join("tokens.f32");
+        let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+        let tokens = opened.map_err(|error| Error::run(path.display(), error))?;
+        let bytes = tokens.metadata().map_err(|error| Error::run(path.display(), error))?.len();
+        Ok(Self { folder, tokens, known: bytes as usize / (4 * embed), embed })
+    }
+
+    fn failed(&self) -> impl Fn(std::io::Error) -> Error {
+        let path = self.folder.join("tokens.f32");
+        move |error| Error::run(path.display(), error)
+    }
+
+    /// Drops the tokens after the first `known`, whose tile was not finished.
+    fn forget_after(&mut self, known: usize) -> Result<()> {
+        self.known = known;
+        self.tokens.set_len((4 * self.embed * known) as u64).map_err(self.failed())
+    }
+
+    /// Tokens from `begin` on, `[n, E]`.
+    fn read(&mut self, begin: usize) -> Result<Array2<f32>> {
+        let mut bytes = vec![0; 4 * self.embed * (self.known - begin)];
+        let from = SeekFrom::Start((4 * self.embed * begin) as u64);
+        let read = self.tokens.seek(from).and_then(|_| self.tokens.read_exact(&mut bytes));
+        read.map_err(self.failed())?;
+        let values = bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+        Array2::from_shape_vec((self.known - begin, self.embed), values).map_err(|error| Error::run("tokens", error))
+    }
+
+    /// Adds tokens whose tile is on disk.
+    fn append(&mut self, tokens: &[Array1<f32>]) -> Result<()> {
+        let bytes: Vec<u8> = tokens.iter().flatten().flat_map(|value| value.to_le_bytes()).collect();
+        let written = self.tokens.seek(SeekFrom::End(0)).and_then(|_| self.tokens.write_all(&bytes));
+        written.and_then(|()| self.tokens.sync_data()).map_err(self.failed())?;
+        self.known += tokens.len();
+        Ok(())
+    }
+
+    fn remove(self) -> Result<()> {
+        std::fs::remove_dir_all(&self.folder).map_err(|error| Error::run(self.folder.display(), error))
+    }
+}

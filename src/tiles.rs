@@ -1,0 +1,170 @@
+//! Long images decoded in parts. The decoder normalizes over a whole image and attends to all of it, which takes memory that
+//! grows with the square of the width; a tile is decoded as an image of its own, and neighbours fade into each other.
+
+use std::collections::VecDeque;
+
+use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, Axis, concatenate, s};
+
+use crate::engine::Engine;
+use crate::{Error, Result};
+
+/// How an image is cut into tiles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiling {
+    /// Tokens of a tile.
+    pub tile: usize,
+    /// Tokens that a tile shares with the one before it.
+    pub overlap: usize,
+}
+
+impl Default for Tiling {
+    fn default() -> Self {
+        Self { tile: 64, overlap: 16 }
+    }
+}
+
+impl Tiling {
+    /// Checks that tiles make progress.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the flag.
+    pub fn check(&self) -> Result<()> {
+        if self.overlap == 0 || 2 * self.overlap > self.tile {
+            let problem = format!("is {}, expected 1 to {}: half of --tile {}", self.overlap, self.tile / 2, self.tile);
+            return Err(Error::input("--overlap", problem));
+        }
+        Ok(())
+    }
+
+    /// From one tile to the next.
+    fn step(&self) -> usize {
+        self.tile - self.overlap
+    }
+
+    /// Tiles of an image of `tokens`.
+    pub fn count(&self, tokens: usize) -> usize {
+        1 + tokens.saturating_sub(self.tile).div_ceil(self.step())
+    }
+
+    /// First token of tile `index`. The last tile is as long as the others, and so begins earlier than their distance says.
+    pub fn begin(&self, index: usize, tokens: usize) -> usize {
+        (index * self.step()).min(tokens.saturating_sub(self.tile))
+    }
+
+    /// Tokens that have to be known before tile `index` can be decoded.
+    pub fn end(&self, index: usize, tokens: usize) -> usize {
+        (index * self.step() + self.tile).min(tokens)
+    }
+}
+
+/// Columns of an image that are done.
+#[derive(Clone, Debug)]
+pub struct Strip {
+    /// The tile that completed them.
+    pub index: usize,
+    /// Pixels to the left of them.
+    pub x: usize,
+    /// `[3, height, width]` in about -1..1.
+    pub pixels: Array3<f32>,
+}
+
+/// Decodes an image whose tokens come one after another.
+pub struct TileDecoder<'a> {
+    engine: &'a dyn Engine,
+    tiling: Tiling,
+    /// Tokens of the image.
+    tokens: usize,
+    /// Tokens that came.
+    known: usize,
+    /// The last of them, a tile's.
+    recent: VecDeque<Array1<f32>>,
+    /// The next tile.
+    index: usize,
+    /// The last tile's share of what it has in common with the next, `[3, height, width]`.
+    fading: Option<Array3<f32>>,
+}
+
+impl<'a> TileDecoder<'a> {
+    /// A decoder for an image of `tokens`.
+    pub fn new(engine: &'a dyn Engine, tiling: Tiling, tokens: usize) -> Self {
+        let recent = VecDeque::with_capacity(tiling.tile);
+        Self { engine, tiling, tokens, known: 0, recent, index: 0, fading: None }
+    }
+
+    /// A decoder that begins with tile `index`, whose first token is the next to push. Its first strip lacks what fades in
+    /// from the tile before it; all others are as if the first had not been left out.
+    pub fn from_tile(engine: &'a dyn Engine, tiling: Tiling, tokens: usize, index: usize) -> Self {
+        Self { known: tiling.begin(index, tokens), index, ..Self::new(engine, tiling, tokens) }
+    }
+
+    /// Takes the next token `[E]`, as it was generated; gives the columns that it completes.
+    ///
+    /// # Errors
+    /// When the engine fails, or a pixel is not finite.
+    pub fn push(&mut self, token: ArrayView1<f32>) -> Result<Option<Strip>> {
+        if self.recent.len() == self.tiling.tile {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(token.to_owned());
+        self.known += 1;
+        if self.known < self.tiling.end(self.index, self.tokens) {
+            return Ok(None);
+        }
+        self.decode().map(Some)
+    }
+
+    /// Decodes the next tile.
+    fn decode(&mut self) -> Result<Strip> {
+        let rows: Vec<_> = self.recent.iter().map(|token| token.view().insert_axis(Axis(0))).collect();
+        let tile: Array2<f32> = concatenate(Axis(0), &rows).map_err(|error| Error::run("tile", error))?;
+        let begin = self.known - tile.dim().0;
+        let pixels = self.engine.decode_tokens(tile.insert_axis(Axis(0)).view())?.index_axis_move(Axis(0), 0);
+        if pixels.iter().any(|value| !value.is_finite()) {
+            let problem = "a pixel is not finite: the precision does not fit the model";
+            return Err(Error::run(self.engine.name(), problem));
+        }
+        let width = self.engine.config().tokenizer.token_width();
+        let first = self.index * self.tiling.step();
+        let mut pixels = pixels.slice_move(s![.., .., (first - begin) * width..]);
+        let ramp = ramp(self.tiling.overlap * width);
+        if let Some(fading) = self.fading.take() {
+            let mut shared = pixels.slice_mut(s![.., .., ..ramp.len()]);
+            shared *= &ramp;
+            shared += &fading;
+        }
+        if self.known < self.tokens {
+            let cut = pixels.dim().2 - ramp.len();
+            self.fading = Some(&pixels.slice(s![.., .., cut..]) * &ramp.mapv(|share| 1.0 - share));
+            pixels = pixels.slice_move(s![.., .., ..cut]);
+        }
+        let strip = Strip { index: self.index, x: first * width, pixels };
+        self.index += 1;
+        Ok(strip)
+    }
+}
+
+/// Shares of the right one of two tiles: half a period of a cosine, so that the far ends, where a tile lacks its
+/// neighbours, hardly count.
+fn ramp(width: usize) -> Array1<f32> {
+    let share = |x| (1.0 - (std::f64::consts::PI * (x as f64 + 0.5) / width as f64).cos()) / 2.0;
+    (0..width).map(|x| share(x) as f32).collect()
+}
+
+/// Decodes the known tokens `[N, E]` of an image; `strip` is told its columns from left to right.
+///
+/// # Errors
+/// When the engine fails, or a pixel is not finite; those of `strip`.
+pub fn decode_tiles(
+    engine: &dyn Engine,
+    tiling: Tiling,
+    tokens: ArrayView2<f32>,
+    mut strip: impl FnMut(Strip) -> Result<()>,
+) -> Result<()> {
+    let mut decoder = TileDecoder::new(engine, tiling, tokens.dim().0);
+    for token in tokens.rows() {
+        if let Some(done) = decoder.push(token)? {
+            strip(done)?;
+        }
+    }
+    Ok(())
+}
