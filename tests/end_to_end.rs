@@ -217,7 +217,7 @@ fn a_report_for_programs() {
     let run = place.run(&format!("{line} --save-tokens saved.safetensors")).succeeded();
     let mut report: Value = serde_json::from_str(&run.stdout).unwrap();
     let seconds = report.as_object_mut().unwrap().remove("seconds").unwrap();
-    for key in ["images_per_second", "tokens_per_second"] {
+    for key in ["images_per_second", "tokens_per_second", "peak_bytes"] {
         let rate = report.as_object_mut().unwrap().remove(key).unwrap();
         assert!(rate.as_f64().unwrap() > 0.0, "{key}: {rate}");
     }

@@ -47,6 +47,9 @@ struct Record {
     solver: Solver,
     steps: usize,
     prefix: Option<PathBuf>,
+    /// Tokens of a tile, and those that two share, where it was decoded in tiles.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tiles: Option<(usize, usize)>,
     /// SHA-256 of the weights.
     weights: String,
 }
@@ -266,6 +269,7 @@ impl Job {
         own.steps = line.steps.or(own.steps);
         own.prefix = line.prefix.or(own.prefix);
         let (request, prefix) = inputs::request(&own, &bundle.manifest.model)?;
+        let tiles = inputs::tiling(&own, request.tokens)?.map(|tiling| (tiling.tile, tiling.overlap));
         let record = Record {
             class: request.labels[0],
             seed: own.seed,
@@ -275,6 +279,7 @@ impl Job {
             solver: request.solver,
             steps: request.steps,
             prefix: own.prefix,
+            tiles,
             weights: bundle.manifest.weights.sha256.clone(),
         };
         Ok(Self { id, record, request, prefix })

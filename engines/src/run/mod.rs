@@ -92,7 +92,7 @@ fn stream(
     decoder: &mut Duration,
 ) -> Result<(Times, Option<Tiles>)> {
     let Tiling { tile, overlap } = context.tiling;
-    let mut tiles = Tiles { tile, overlap, resumed_tokens: 0 };
+    let mut tiles = Tiles { tile, overlap, count: context.tiling.count(request.tokens), resumed_tokens: 0 };
     let mut times = Times::default();
     let mut rows = vec![];
     for (row, path) in outputs.images.iter().enumerate() {

@@ -52,6 +52,8 @@ pub struct Tiles {
     pub tile: usize,
     /// Tokens that neighbours share.
     pub overlap: usize,
+    /// Tiles of an image.
+    pub count: usize,
     /// Tokens of all images that earlier runs had done.
     pub resumed_tokens: usize,
 }
@@ -154,7 +156,7 @@ impl Report {
             ("prefill", Some(seconds.prefill), 1),
             ("transformer step", Some(seconds.transformer_step), tokens - 1),
             ("flow sampler", Some(seconds.flow_sampler), tokens - prefix_tokens),
-            ("decoder", Some(seconds.decoder), images),
+            ("decoder", Some(seconds.decoder), images * self.tiles.map_or(1, |tiles| tiles.count)),
         ];
         let mut text = format!("{} on {}, loaded in {:.2} s\n\n", self.engine, self.backend, seconds.load);
         text += "stage              calls     total s    mean ms   share\n";
@@ -174,7 +176,7 @@ impl Report {
         let generated = (images * (tokens - prefix_tokens)).saturating_sub(resumed);
         let _ =
             writeln!(text, "{generated} tokens generated: {:.3} tokens/s without decoding\n", self.tokens_per_second);
-        if let Some(Tiles { tile, overlap, resumed_tokens }) = self.tiles {
+        if let Some(Tiles { tile, overlap, resumed_tokens, .. }) = self.tiles {
             let _ = writeln!(
                 text,
                 "decoded in tiles of {tile} tokens, {overlap} shared; {resumed_tokens} tokens were done before"
