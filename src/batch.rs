@@ -47,7 +47,7 @@ impl Image {
         let given = |tokens: &Array3<f32>| tokens.index_axis(Axis(0), row).to_owned();
         let noise = match &request.noise {
             Noise::Given(noise) => Draws::Given(given(noise).rows().into_iter().map(|row| row.to_owned()).collect()),
-            Noise::Seed(seed) => Draws::Seed { random: TorchRng::new(*seed), rows, row },
+            Noise::Seed(seed) => Draws::Seed { random: Box::new(TorchRng::new(*seed)), rows, row },
         };
         Self {
             label: request.labels[row].unwrap_or(config.generator.unconditional()) as i64,
@@ -67,7 +67,7 @@ pub enum Draws {
     /// Drawn when it is needed: row `row` of the `torch.randn(rows, E)` of every token.
     Seed {
         /// Draws it.
-        random: TorchRng,
+        random: Box<TorchRng>,
         /// Images that are drawn for together.
         rows: usize,
         /// This one.

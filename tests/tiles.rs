@@ -73,8 +73,8 @@ fn tiles_are_close_to_the_whole_and_have_no_seams() {
     let difference = (&found - &whole).mapv(|value| value.abs() * 127.5);
     let (mean, largest) = (difference.mean().unwrap(), difference.iter().copied().fold(0.0, f32::max));
     println!("of 255: mean {mean}, largest {largest}");
-    // Twice what docs/long.md reports for 256 tokens.
-    assert!(mean < 1.2 && largest < 8.0, "mean {mean}, largest {largest}");
+    // Measured: 0.46 and 1.8 (docs/long.md), on an image that stays one landscape.
+    assert!(mean < 0.7 && largest < 3.0, "mean {mean}, largest {largest}");
     let (step, width) = (tiling.tile - tiling.overlap, engine.config().tokenizer.token_width());
     let shared = |x: usize| x / width >= step && x / width % step < tiling.overlap && x / width < 112 - tiling.overlap;
     let ((inside, outside), (exact_inside, exact_outside)) = (gradients(&found, shared), gradients(&whole, shared));

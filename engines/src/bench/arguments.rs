@@ -15,7 +15,8 @@ Examples:
   eqim-bench --engine bundle --tokens 16,64 --batch 1,4
   eqim-bench --engine fp32 --engine int8 --cfg 7 --stage flow --duration 10
   eqim-bench --engine fp32 --engine int8 --cfg 7 --pytorch EquivariantModeling --python python3 --iterations 1
-  eqim-bench --engine bundle --solvers";
+  eqim-bench --engine bundle --solvers
+  eqim-bench --engine bundle --tiling --tokens 512";
 
 /// Measure how fast bundles run, against each other, the machine's limits and the reference.
 ///
@@ -43,6 +44,10 @@ pub struct Arguments {
     /// Instead, print how far every solver lies from 1000 and from 100 steps of euler, by evaluations of the flow head
     #[arg(long, conflicts_with_all = ["reference", "pytorch", "stage", "tail"])]
     pub solvers: bool,
+
+    /// Instead, print how far images decoded in tiles lie from images decoded as a whole, over tile and overlap
+    #[arg(long, conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers"])]
+    pub tiling: bool,
 
     /// What is measured: whole images, or one stage by itself
     #[arg(long, value_enum, value_name = "STAGE", default_value_t, conflicts_with_all = ["reference", "pytorch", "tail"])]

@@ -9,6 +9,7 @@ mod reference;
 mod report;
 mod solvers;
 mod statistics;
+mod tiling;
 
 use std::time::{Duration, Instant};
 
@@ -44,10 +45,15 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let spinner = Spinner::new();
     let contestants = contestants(arguments, bundles, &spinner)?;
     let mut report = Report { machine: machine()?, ..Report::default() };
-    if arguments.solvers {
+    if arguments.solvers || arguments.tiling {
         let Some(Contestant::Bundle(_, engine, _)) = contestants.first() else { return Ok(()) };
         let request = request(arguments, &config, arguments.batch[0], arguments.tokens[0]);
-        report.solvers = solvers::solve(engine.as_ref(), &request, &mut |what| spinner.show(what))?;
+        let show = &mut |what| spinner.show(what);
+        if arguments.solvers {
+            report.solvers = solvers::solve(engine.as_ref(), &request, show)?;
+        } else {
+            report.tiles = tiling::try_tiles(engine.as_ref(), &request, show)?;
+        }
     } else {
         for &batch in &arguments.batch {
             for &tokens in &arguments.tokens {

@@ -8,6 +8,7 @@ use super::contest::Agreement;
 use super::limit::{Effort, Machine};
 use super::solvers::Solved;
 use super::statistics::{Summary, milliseconds};
+use super::tiling::Tiled;
 
 /// Everything measured.
 #[derive(Debug, Default, Serialize)]
@@ -19,6 +20,9 @@ pub struct Report {
     /// What `--solvers` found.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub solvers: Vec<Solved>,
+    /// What `--tiling` found.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tiles: Vec<Tiled>,
 }
 
 /// All contestants on the same work.
@@ -116,6 +120,7 @@ impl Report {
             case.text(&mut text);
         }
         Solved::table(&self.solvers, &mut text);
+        Tiled::table(&self.tiles, &mut text);
         text.trim_end().to_string()
     }
 
@@ -141,6 +146,7 @@ impl Report {
             text.push('\n');
         }
         Solved::table(&self.solvers, &mut text);
+        Tiled::table(&self.tiles, &mut text);
         text
     }
 }
