@@ -160,6 +160,7 @@ fn a_disk_that_is_full_keeps_what_is_done() {
     let problem = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{problem}");
     assert!(problem.contains("full.png.partial") && problem.contains("cannot be written"), "{problem}");
+    assert!(problem.contains("what is done is kept"), "{problem}");
     assert!(place.path("full.png.partial").is_dir() && !place.path("full.png").exists());
     place.run(&format!("eqim-run {LINE} full.png")).succeeded();
     assert!(place.read("whole.png") == place.read("full.png"), "the files differ");

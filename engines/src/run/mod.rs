@@ -97,7 +97,15 @@ fn stream(
     let mut rows = vec![];
     for (row, path) in outputs.images.iter().enumerate() {
         let mut progress = Progress::new("generated and decoded", request.tokens, "tokens");
-        let streamed = stream::run(context, request, row, path, &mut |done| progress.at(done))?;
+        let streamed =
+            stream::run(context, request, row, path, &mut |done| progress.at(done)).inspect_err(|error| {
+                if error.exit_code() == 1 {
+                    cli::note(format_args!(
+                        "{}: what is done is kept, the same command goes on from there",
+                        path.display()
+                    ));
+                }
+            })?;
         times.prefill.0.extend(streamed.times.prefill.0);
         times.step.0.extend(streamed.times.step.0);
         times.flow.0.extend(streamed.times.flow.0);
