@@ -682,7 +682,7 @@ fn run_flags() {
         ("-o same.png --save-tokens ./same.png", "same.png"),
         ("--save-tokens bundle/model.safetensors", "--engine"),
         ("-o bundle/out.png", "--engine"),
-        ("--tokens 30000", "--tokens"),
+        ("--tile none --tokens 30000", "--tokens"),
     ];
     for (flags, mention) in cases {
         place.refused(&format!("eqim-run --engine bundle {flags}"), &[mention]);
