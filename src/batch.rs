@@ -5,6 +5,7 @@ use std::collections::{HashMap, VecDeque};
 
 use ndarray::{Array1, Array2, Array3, Axis, concatenate};
 
+use crate::condition::{Condition, Label};
 use crate::engine::{Engine, Row, Session};
 use crate::generate::{Noise, Request, Rollout, Times, check_finite};
 use crate::random::TorchRng;
@@ -14,8 +15,8 @@ use crate::{Config, Error, Result};
 /// One image to generate.
 #[derive(Clone, Debug)]
 pub struct Image {
-    /// Its class.
-    pub label: i64,
+    /// Its class, or its classes along the way.
+    pub label: Label,
     /// Position of the first token; not 0 where an earlier run is carried on, whose last tokens are the prefix then.
     pub begin: usize,
     /// Tokens that are given, `[n, E]`, n from 0.
@@ -29,8 +30,8 @@ pub struct Image {
 impl Image {
     /// The images of a rollout.
     pub fn all(rollout: &Rollout) -> Vec<Self> {
-        let image = |row| Self {
-            label: rollout.labels[row],
+        let image = |row: usize| Self {
+            label: rollout.labels[row].clone(),
             begin: 0,
             prefix: rollout.prefix.index_axis(Axis(0), row).to_owned(),
             noise: Draws::Given(
@@ -50,7 +51,7 @@ impl Image {
             Noise::Seed(seed) => Draws::Seed { random: Box::new(TorchRng::new(*seed)), rows, row },
         };
         Self {
-            label: request.labels[row].unwrap_or(config.generator.unconditional()) as i64,
+            label: request.labels[row].clone(),
             begin: 0,
             prefix: request.prefix.as_ref().map_or_else(|| Array2::zeros((0, embed)), given),
             noise,
@@ -125,6 +126,8 @@ struct Active {
     image: Image,
     /// Position of the next token.
     next: usize,
+    /// What the next token is conditioned on.
+    condition: Condition,
     /// The token before it, `[E]`.
     last: Array1<f32>,
 }
@@ -172,31 +175,35 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
     /// Makes the batch consist of the images at the places `kept`, and of new ones after them.
     fn arrange(&mut self, kept: &[usize], new: Vec<(usize, Image)>) -> Result<()> {
         let before = self.images.len();
-        let labels: Vec<i64> = new.iter().map(|(_, image)| image.label).collect();
+        let generator = &self.engine.config().generator;
+        let (embed, none) = (generator.embed, generator.unconditional());
+        let begin = |(number, image): (usize, Image)| {
+            let (next, condition) = (image.begin, image.label.condition(image.begin, none));
+            Active { number, image, next, condition, last: Array1::zeros(embed) }
+        };
+        let new: Vec<Active> = new.into_iter().map(begin).collect();
         let mut rows = vec![];
         for stream in 0..self.streams() {
-            rows.extend(kept.iter().map(|place| Row::Kept(stream * before + place)));
-            let label =
-                |&label| Row::New(if stream == 0 { label } else { self.sampling.unconditional.unwrap_or(label) });
-            rows.extend(labels.iter().map(label));
+            let unconditional = self.sampling.unconditional.filter(|_| stream > 0).map(Condition::of);
+            let condition = |active: &Active| unconditional.unwrap_or(active.condition);
+            let was =
+                |&place: &usize| Row { kept: Some(stream * before + place), condition: condition(&self.images[place]) };
+            rows.extend(kept.iter().map(was));
+            rows.extend(new.iter().map(|active| Row::new(condition(active))));
         }
         let begun = self.times.prefill.time(|| self.session.arrange(&rows))?;
         let mut begun = begun.rows().into_iter();
         let mut z = Array2::zeros((rows.len(), self.z.dim().1));
         for (mut z, row) in z.rows_mut().into_iter().zip(&rows) {
-            match *row {
-                Row::Kept(row) => z.assign(&self.z.row(row)),
-                Row::New(_) => z.assign(&begun.next().ok_or_else(|| Error::run("batch", "too few conditions"))?),
+            match row.kept {
+                Some(row) => z.assign(&self.z.row(row)),
+                None => z.assign(&begun.next().ok_or_else(|| Error::run("batch", "too few conditions"))?),
             }
         }
         self.z = z;
         let mut images: Vec<Option<Active>> = self.images.drain(..).map(Some).collect();
         self.images.extend(kept.iter().filter_map(|&place| images[place].take()));
-        let embed = self.engine.config().generator.embed;
-        self.images.extend(new.into_iter().map(|(number, image)| {
-            let next = image.begin;
-            Active { number, image, next, last: Array1::zeros(embed) }
-        }));
+        self.images.extend(new);
         Ok(())
     }
 
@@ -207,13 +214,16 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
     /// When the engine fails.
     pub fn advance(&mut self) -> Result<Vec<Next>> {
         self.sample()?;
-        let mut tokens = vec![];
-        let mut kept = vec![];
+        let none = self.engine.config().generator.unconditional();
+        let (mut tokens, mut kept, mut changed) = (vec![], vec![], false);
         for (place, active) in self.images.iter_mut().enumerate() {
             let finite = check_finite(self.engine.name(), active.next, active.last.view());
             active.next += 1;
             if finite.is_ok() && active.next < active.image.guidance.len() {
                 kept.push(place);
+                let condition = active.image.label.condition(active.next, none);
+                changed |= condition != active.condition;
+                active.condition = condition;
             }
             tokens.push((active.number, finite.map(|()| active.last.clone())));
         }
@@ -221,7 +231,7 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
             self.images.clear();
             return Ok(tokens);
         }
-        if kept.len() < self.images.len() {
+        if changed || kept.len() < self.images.len() {
             self.arrange(&kept, vec![])?;
         }
         self.step()?;

@@ -1,11 +1,9 @@
 //! The engine that runs the model on Candle: no native library, and the yardstick of the others.
 
-use std::iter::zip;
-
 use candle_core::{DType, Device, Tensor};
 use ndarray::{Array, Array2, Array3, Array4, ArrayView, ArrayView2, ArrayView3, ArrayView4, Dimension};
 
-use crate::engine::{Classes, Engine, Row, Session, arranged};
+use crate::engine::{Classes, Engine, Row, Session};
 use crate::model::Stage;
 use crate::ops::eager::Eager;
 use crate::solver::Tableau;
@@ -123,8 +121,7 @@ impl<R: Runner> Engine for StageEngine<R> {
     }
 
     fn session(&self) -> Result<Box<dyn Session + '_>> {
-        let (labels, classes) = (vec![], Classes::default());
-        Ok(Box::new(StageSession { engine: self, labels, classes, past: vec![], cross: vec![] }))
+        Ok(Box::new(StageSession { engine: self, classes: Classes::default(), past: vec![], cross: vec![] }))
     }
 
     fn sample(
@@ -150,7 +147,6 @@ impl<R: Runner> Engine for StageEngine<R> {
 
 struct StageSession<'a, R> {
     engine: &'a StageEngine<R>,
-    labels: Vec<i64>,
     /// The prefill's outputs for one label.
     classes: Classes<Vec<Tensor>>,
     past: Vec<Tensor>,
@@ -163,31 +159,37 @@ fn by_row(outputs: &[Tensor], rows: usize) -> Result<Vec<Vec<Tensor>>> {
     (0..rows).map(row).collect()
 }
 
+/// Output `index` of the prefill, of one class or of two by the share of the second.
+fn mixed(known: (&Vec<Tensor>, Option<(&Vec<Tensor>, f32)>), index: usize) -> candle_core::Result<Tensor> {
+    match known {
+        (one, None) => Ok(one[index].clone()),
+        (one, Some((other, share))) => &one[index] + ((&other[index] - &one[index])? * f64::from(share))?,
+    }
+}
+
 impl<R: Runner> Session for StageSession<'_, R> {
     fn arrange(&mut self, rows: &[Row]) -> Result<Array2<f32>> {
         let engine = self.engine;
         let g = &engine.config.generator;
-        let labels = arranged(&self.labels, rows);
-        self.classes.update(&labels, |new| by_row(&engine.run(Stage::Prefill, &[integers(new)?])?, new.len()))?;
+        self.classes.update(rows, |new| by_row(&engine.run(Stage::Prefill, &[integers(new)?])?, new.len()))?;
         let empty = Tensor::zeros((1, g.heads, g.window, g.head_dim()), DType::F32, &Device::Cpu)?;
         let past = |cache: usize| {
-            let row = |row: &Row| match *row {
-                Row::Kept(row) => self.past[cache].narrow(0, row, 1),
-                Row::New(_) => Ok(empty.clone()),
+            let row = |row: &Row| match row.kept {
+                Some(row) => self.past[cache].narrow(0, row, 1),
+                None => Ok(empty.clone()),
             };
             Ok(Tensor::cat(&rows.iter().map(row).collect::<candle_core::Result<Vec<_>>>()?, 0)?)
         };
-        let known = labels.iter().map(|&label| self.classes.get(label)).collect::<Result<Vec<_>>>()?;
-        let output = |index: usize, known: &[&Vec<Tensor>]| {
-            Ok(Tensor::cat(&known.iter().map(|outputs| &outputs[index]).collect::<Vec<_>>(), 0)?)
+        let output = |index: usize, rows: &[Row]| {
+            let row = |row: &Row| Ok(mixed(self.classes.get(row.condition)?, index)?);
+            Ok(Tensor::cat(&rows.iter().map(row).collect::<Result<Vec<_>>>()?, 0)?)
         };
         let caches = 2 * g.depth;
         let past = (0..caches).map(past).collect::<Result<_>>()?;
-        let cross = (1..=caches).map(|index| output(index, &known)).collect::<Result<_>>()?;
-        let new: Vec<&Vec<Tensor>> =
-            zip(rows, &known).filter(|(row, _)| row.is_new()).map(|(_, &known)| known).collect();
+        let cross = (1..=caches).map(|index| output(index, rows)).collect::<Result<_>>()?;
+        let new: Vec<Row> = rows.iter().copied().filter(|row| row.kept.is_none()).collect();
         let z = if new.is_empty() { Array2::zeros((0, g.dim)) } else { to_array(&output(0, &new)?)? };
-        (self.labels, self.past, self.cross) = (labels, past, cross);
+        (self.past, self.cross) = (past, cross);
         Ok(z)
     }
 

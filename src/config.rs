@@ -20,6 +20,9 @@ pub struct Config {
 pub struct GeneratorConfig {
     /// Number of classes; the label of this value is the unconditional one.
     pub class_num: usize,
+    /// What command lines may call the classes beside their numbers, where anybody has said.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub class_names: Vec<String>,
     /// Condition tokens in front of the image tokens (`buffer_size`).
     pub buffer: usize,
     /// Latent width of a token, `E`.
@@ -91,6 +94,12 @@ pub struct Level {
     pub attention: bool,
 }
 
+/// Whether command lines can call a class so: they put ',' and ':' between names, and read numbers and `none` first.
+pub fn is_class_name(name: &str) -> bool {
+    let reserved = name.is_empty() || name == "none" || name.parse::<u64>().is_ok();
+    !reserved && name.trim() == name && !name.contains([',', ':'])
+}
+
 impl GeneratorConfig {
     /// Width of an attention head, `hd`.
     pub fn head_dim(&self) -> usize {
@@ -102,7 +111,44 @@ impl GeneratorConfig {
         self.class_num
     }
 
+    /// The class of this number or name; `None` for `none`, no class.
+    ///
+    /// # Errors
+    /// A sentence that says what was expected, for whoever knows the flag.
+    pub fn class(&self, text: &str) -> Result<Option<usize>, String> {
+        if text == "none" {
+            return Ok(None);
+        }
+        let named = || self.class_names.iter().position(|name| name == text);
+        let class = text.parse().ok().filter(|&class: &usize| class < self.class_num).or_else(named);
+        class.map(Some).ok_or_else(|| {
+            let names = match &self.class_names[..] {
+                [] => String::new(),
+                names if names.len() <= MOST_NAMES => format!(" ({})", names.join(", ")),
+                [first, .., last] => format!(" ({first} … {last})"),
+                [only] => format!(" ({only})"),
+            };
+            format!("{text:?} is no class: expected 0 to {}{names} or none", self.class_num - 1)
+        })
+    }
+
+    /// Checks the names of classes.
+    fn check_names(&self) -> Result<()> {
+        let (names, bad) = (&self.class_names, |problem| Err(Error::input("class_names", problem)));
+        if !names.is_empty() && names.len() != self.class_num {
+            return bad(format!("are {}, expected one for each of {} classes", names.len(), self.class_num));
+        }
+        if let Some(name) = names.iter().find(|name| !is_class_name(name)) {
+            return bad(format!("has {name:?}, expected names without ',' and ':' that are no number and not none"));
+        }
+        match names.iter().enumerate().find(|(index, name)| names[..*index].contains(name)) {
+            Some((_, name)) => bad(format!("has {name:?} twice")),
+            None => Ok(()),
+        }
+    }
+
     fn check(&self) -> Result<()> {
+        self.check_names()?;
         let sizes = [
             ("class_num", self.class_num, WIDEST),
             ("buffer", self.buffer, LONGEST),
@@ -217,6 +263,9 @@ const WIDEST: usize = 1 << 20;
 const LONGEST: usize = 1 << 16;
 const DEEPEST: usize = 1 << 10;
 
+/// Most names of classes that an error lists.
+const MOST_NAMES: usize = 12;
+
 /// Groups of every group normalization of the published tokenizer.
 pub const GROUPS: usize = 32;
 
@@ -297,6 +346,7 @@ impl Preset {
         let class_num = if self == Self::PlacesLarge { 30 } else { 1000 };
         let generator = GeneratorConfig {
             class_num,
+            class_names: vec![],
             buffer: 16,
             embed: 256,
             dim,

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4};
 
+use crate::condition::Condition;
 use crate::generate::{self, Rollout, Times};
 use crate::solver::Tableau;
 use crate::{Config, Error, Result};
@@ -29,7 +30,7 @@ pub trait Engine {
     /// When the backend fails.
     fn start(&self, labels: &[i64]) -> Result<(Box<dyn Session + '_>, Array2<f32>)> {
         let mut session = self.session()?;
-        let rows: Vec<Row> = labels.iter().map(|&label| Row::New(label)).collect();
+        let rows: Vec<Row> = labels.iter().map(|&label| Row::new(Condition::of(label))).collect();
         let z = session.arrange(&rows)?;
         Ok((session, z))
     }
@@ -79,19 +80,19 @@ pub trait Engine {
     }
 }
 
-/// Where a row of a batch comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Row {
-    /// It was this row of the batch before.
-    Kept(usize),
-    /// It begins with this label.
-    New(i64),
+/// A row of a batch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Row {
+    /// The row of the batch before that it was; `None` for one that begins.
+    pub kept: Option<usize>,
+    /// What it is conditioned on from now on.
+    pub condition: Condition,
 }
 
 impl Row {
-    /// Whether it begins.
-    pub fn is_new(&self) -> bool {
-        matches!(self, Self::New(_))
+    /// A row that begins.
+    pub fn new(condition: Condition) -> Self {
+        Self { kept: None, condition }
     }
 }
 
@@ -99,7 +100,8 @@ impl Row {
 /// each has its own position.
 pub trait Session {
     /// Makes the batch consist of these rows; gives the conditions `[new rows, D]` of the first tokens of those that begin.
-    /// What depends on a class alone is computed once for all rows of the batch that have it.
+    /// What depends on a class alone is computed once for all rows of the batch that have it. Where a row fades from one class
+    /// to another, all that it knows of them, the keys and values of cross-attention, is mixed by their shares.
     ///
     /// # Errors
     /// When the backend fails.
@@ -124,11 +126,12 @@ impl<C> Default for Classes<C> {
 }
 
 impl<C> Classes<C> {
-    /// Forgets classes that are not among `labels`, and computes those that are new, all at once.
+    /// Forgets classes that are not among those of `rows`, and computes those that are new, all at once.
     ///
     /// # Errors
     /// Those of `compute`, which is given labels and gives one value for each.
-    pub fn update(&mut self, labels: &[i64], compute: impl FnOnce(&[i64]) -> Result<Vec<C>>) -> Result<()> {
+    pub fn update(&mut self, rows: &[Row], compute: impl FnOnce(&[i64]) -> Result<Vec<C>>) -> Result<()> {
+        let labels: Vec<i64> = rows.iter().flat_map(|row| row.condition.labels()).collect();
         self.0.retain(|label, _| labels.contains(label));
         let mut new: Vec<i64> = labels.iter().copied().filter(|label| !self.0.contains_key(label)).collect();
         new.sort_unstable();
@@ -139,20 +142,24 @@ impl<C> Classes<C> {
         Ok(())
     }
 
-    /// What a class is known by.
+    /// What the classes of a condition are known by, and the share of the second.
     ///
     /// # Errors
     /// [`Error::Run`] for a label that was not among the last ones.
-    pub fn get(&self, label: i64) -> Result<&C> {
-        self.0.get(&label).ok_or_else(|| Error::run("batch", format!("class {label} was not computed")))
+    pub fn get(&self, condition: Condition) -> Result<(&C, Option<(&C, f32)>)> {
+        let known = |label| {
+            let missing = || Error::run("batch", format!("class {label} was not computed"));
+            self.0.get(&label).ok_or_else(missing)
+        };
+        let one = known(condition.label)?;
+        match condition.fading {
+            Some((label, share)) => Ok((one, Some((known(label)?, share)))),
+            None => Ok((one, None)),
+        }
     }
 }
 
-/// Labels of the rows of a batch that is arranged anew.
-pub fn arranged(labels: &[i64], rows: &[Row]) -> Vec<i64> {
-    let label = |row: &Row| match *row {
-        Row::Kept(row) => labels[row],
-        Row::New(label) => label,
-    };
-    rows.iter().map(label).collect()
+/// `a`, of which `share` has become `b`.
+pub fn faded(a: f32, b: f32, share: f32) -> f32 {
+    a + share * (b - a)
 }

@@ -6,6 +6,7 @@ use ndarray::{Array2, Array3, ArrayView, Axis, Dimension, s};
 use serde::{Deserialize, Serialize};
 
 use crate::batch::{Batch, Image, Sampling};
+use crate::condition::{Condition, Label};
 use crate::engine::Engine;
 use crate::random::TorchRng;
 use crate::solver::Solver;
@@ -34,8 +35,8 @@ pub enum Noise {
 /// One batch of images to generate.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// One label a row; `None` is unconditional.
-    pub labels: Vec<Option<usize>>,
+    /// One a row.
+    pub labels: Vec<Label>,
     /// Length in tokens, the prefix included.
     pub tokens: usize,
     /// Classifier-free guidance; 1 is none.
@@ -124,11 +125,9 @@ impl Request {
         if rows == 0 {
             return Err(Error::input("--class", "names no class, expected at least one"));
         }
-        for label in self.labels.iter().flatten() {
-            if *label >= generator.class_num {
-                let last = generator.class_num - 1;
-                return Err(Error::input("--class", format!("is {label}, expected 0 to {last} or none")));
-            }
+        if let Some(class) = self.labels.iter().flat_map(Label::classes).find(|&class| class >= generator.class_num) {
+            let last = generator.class_num - 1;
+            return Err(Error::input("--class", format!("is {class}, expected 0 to {last} or none")));
         }
         if self.tokens < 2 {
             let problem = format!("is {}, expected at least 2: the decoder mirrors at the image's edges", self.tokens);
@@ -140,6 +139,7 @@ impl Request {
         if !(1..=MOST_STEPS).contains(&self.steps) {
             return Err(Error::input("--steps", format!("is {}, expected 1 to {MOST_STEPS}", self.steps)));
         }
+        self.labels.iter().try_for_each(|label| label.check(self.tokens))?;
         let given = self.prefix_tokens();
         if given >= self.tokens {
             let problem =
@@ -180,8 +180,8 @@ impl Request {
 /// A batch on its way into an engine: checked, and everything random drawn.
 #[derive(Clone, Debug)]
 pub struct Rollout {
-    /// One label a row: those of the B images, and with guidance as many unconditional ones after them.
-    pub labels: Vec<i64>,
+    /// One an image.
+    pub labels: Vec<Label>,
     /// Length in tokens, the prefix included.
     pub tokens: usize,
     /// Tokens that are given, `[B, n, E]`, n from 0.
@@ -202,12 +202,6 @@ impl Rollout {
     pub fn new(config: &Config, request: &Request) -> Result<Self> {
         request.check(config)?;
         let (batch, embed) = (request.labels.len(), config.generator.embed);
-        let sampling = Sampling::new(config, request);
-        let none = config.generator.unconditional();
-        let mut labels: Vec<i64> = request.labels.iter().map(|label| label.unwrap_or(none) as i64).collect();
-        if let Some(unconditional) = sampling.unconditional {
-            labels.extend(vec![unconditional; batch]);
-        }
         let noise = match &request.noise {
             Noise::Given(noise) => noise.clone(),
             Noise::Seed(seed) => {
@@ -221,13 +215,22 @@ impl Rollout {
             }
         };
         Ok(Self {
-            labels,
+            labels: request.labels.clone(),
             tokens: request.tokens,
             prefix: request.prefix.clone().unwrap_or_else(|| Array3::zeros((batch, 0, embed))),
             noise,
             guidance: (0..request.tokens).map(|index| request.guidance(index)).collect(),
-            sampling,
+            sampling: Sampling::new(config, request),
         })
+    }
+
+    /// What all rows are conditioned on at token `index`: those of the B images, and with guidance as many unconditional ones
+    /// after them.
+    pub fn conditions(&self, config: &Config, index: usize) -> Vec<Condition> {
+        let none = config.generator.unconditional();
+        let unconditional = self.sampling.unconditional.map(|label| vec![Condition::of(label); self.labels.len()]);
+        let images = self.labels.iter().map(|label| label.condition(index, none));
+        images.chain(unconditional.into_iter().flatten()).collect()
     }
 
     /// Images of the batch.

@@ -7,6 +7,7 @@ pub mod batch;
 pub mod candle;
 pub mod canvas;
 pub mod checkpoint;
+pub mod condition;
 pub mod config;
 pub mod engine;
 mod error;

@@ -21,7 +21,7 @@ const CLOSE: f32 = 1e-5;
 fn requests(engine: &dyn Engine, guided: bool) -> Vec<Request> {
     let embed = engine.config().generator.embed;
     let request = |seed: u64, label: Option<usize>, tokens: usize, given: usize| Request {
-        labels: vec![label],
+        labels: vec![label.into()],
         tokens,
         cfg: if guided { 1.5 + seed as f32 } else { 1.0 },
         schedule: if seed.is_multiple_of(2) { Schedule::Linear } else { Schedule::Constant },

@@ -65,7 +65,7 @@ fn a_long_image_goes_on_without_seams_or_collapse() {
     let engine = engine();
     for (class, seed) in [(2, 22), (3, 23)] {
         let request = Request {
-            labels: vec![Some(class)],
+            labels: vec![Some(class).into()],
             tokens: 256,
             cfg: 1.0,
             schedule: Schedule::Linear,

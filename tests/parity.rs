@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor};
 use common::{ACTIVATION, Fixture, NOISE, SAMPLING, all, close, close_array};
 use eqim::candle::tableau_tensors;
 use eqim::checkpoint::{self, Hints, Shapes, WeightSet};
+use eqim::condition::Label;
 use eqim::config::Preset;
 use eqim::engine::Engine;
 use eqim::generate::{Noise, generate};
@@ -198,7 +199,7 @@ fn conditions_of_sampling_runs() {
             let tokens: Array3<f32> = fixture.array(&format!("{run}/tokens"));
             let unconditional = engine.config().generator.unconditional();
             let request = fixture.request(&run);
-            let label = |label: &Option<usize>| label.unwrap_or(unconditional) as i64;
+            let label = |label: &Label| label.condition(0, unconditional).label;
             let mut labels: Vec<i64> = request.labels.iter().map(label).collect();
             let streams = expected.dim().0 / labels.len();
             labels.resize(expected.dim().0, unconditional as i64);

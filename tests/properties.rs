@@ -7,6 +7,7 @@ use common::ACTIVATION;
 use eqim::Config;
 use eqim::candle::{CandleEngine, to_array, to_tensor};
 use eqim::checkpoint::WeightSet;
+use eqim::condition::Label;
 use eqim::config::{GROUPS, GeneratorConfig, Level, TokenizerConfig, Tower};
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
@@ -39,6 +40,7 @@ fn engines() -> impl Strategy<Value = CandleEngine> {
         let config = Config {
             generator: GeneratorConfig {
                 class_num: 3,
+                class_names: vec![],
                 buffer: 3,
                 embed,
                 dim,
@@ -202,6 +204,7 @@ proptest! {
         let prefix = (given > 0).then(|| normal(!seed, (rows, given, embed)));
         let schedule = if linear { Schedule::Linear } else { Schedule::Constant };
         let noise = Noise::Seed(seed);
+        let labels = labels.into_iter().map(Label::One).collect();
         let request = Request { labels, tokens, cfg, schedule, solver, steps, prefix: prefix.clone(), noise };
         let mut reported = vec![];
         let first = generate(&engine, &request, |known| reported.push(known)).unwrap();

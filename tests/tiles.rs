@@ -24,7 +24,7 @@ fn demo() -> CandleEngine {
 
 fn landscape(engine: &CandleEngine, tokens: usize) -> Array2<f32> {
     let request = Request {
-        labels: vec![Some(2)],
+        labels: vec![Some(2).into()],
         tokens,
         cfg: 1.0,
         schedule: Schedule::Linear,

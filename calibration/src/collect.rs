@@ -131,7 +131,7 @@ impl Runner for Watching<'_> {
 /// The guided rollout number `index` of a calibration.
 fn request(config: &Config, samples: &Samples, index: usize) -> Request {
     Request {
-        labels: vec![Some(index % config.generator.class_num)],
+        labels: vec![Some(index % config.generator.class_num).into()],
         tokens: samples.tokens,
         cfg: samples.cfg,
         schedule: Schedule::Linear,

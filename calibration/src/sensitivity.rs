@@ -117,7 +117,7 @@ const IMAGES: usize = 8;
 /// A batch of guided images, as long as the calibration's.
 fn request(config: &Config, samples: &Samples) -> Request {
     Request {
-        labels: (0..IMAGES).map(|row| Some(row % config.generator.class_num)).collect(),
+        labels: (0..IMAGES).map(|row| Some(row % config.generator.class_num).into()).collect(),
         tokens: samples.tokens,
         cfg: samples.cfg,
         schedule: Schedule::Linear,

@@ -87,6 +87,11 @@ impl Precision {
             Self::Bf16 => safetensors::Dtype::BF16,
         }
     }
+
+    /// Bytes of a value.
+    pub fn bytes(self) -> usize {
+        self.dtype().bitsize() / 8
+    }
 }
 
 impl std::fmt::Display for Precision {

@@ -10,6 +10,7 @@ use candle_core::{Device as CandleDevice, Tensor};
 use eqim::batch::{Image, generate_all};
 use eqim::candle::CandleEngine;
 use eqim::checkpoint::{self, Hints, WeightSet};
+use eqim::condition::{Label, Span};
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Rollout, Schedule, generate};
 use eqim::model::{Axis, Kind, Port, Stage};
@@ -232,7 +233,7 @@ fn both() -> Result<Both> {
 
 fn request(labels: &[Option<usize>], tokens: usize, cfg: f32) -> Request {
     Request {
-        labels: labels.to_vec(),
+        labels: labels.iter().map(|&class| class.into()).collect(),
         tokens,
         cfg,
         schedule: Schedule::Linear,
@@ -274,6 +275,19 @@ fn rollouts_equal_those_of_candle() -> Result<()> {
         assert!(found.times.flow.total() > found.times.prefill.total());
         assert!(memory.borrow().is_empty(), "memory is held after the rollout");
     }
+    Ok(())
+}
+
+#[test]
+fn classes_change_and_fade_along_the_way() -> Result<()> {
+    let Both { mock, candle, memory, .. } = both()?;
+    let span = |class, begin, end| Span { class, begin, end };
+    let mut request = request(&[Some(0), Some(1), None], 9, 3.0);
+    request.labels[1] = Label::Spans(vec![span(Some(1), 0, Some(4)), span(Some(2), 4, None)]);
+    request.labels[2] = Label::Spans(vec![span(None, 0, Some(7)), span(Some(3), 2, None)]);
+    let found = generate(&mock, &request, |_| {})?;
+    assert_close(&found.tokens, &generate(&candle, &request, |_| {})?.tokens);
+    assert!(memory.borrow().is_empty(), "memory is held after the rollout");
     Ok(())
 }
 

@@ -102,7 +102,7 @@ pub fn measure(
 ) -> Result<Drift> {
     let steps = reference.config().generator.steps.min(MOST_STEPS);
     let request = |tokens| Request {
-        labels: vec![Some(0)],
+        labels: vec![Some(0).into()],
         tokens,
         cfg: CFG,
         schedule: Schedule::Constant,

@@ -251,7 +251,7 @@ fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<Duration> {
 }
 
 fn request(class: usize, tokens: usize, schedule: Schedule, steps: usize, seed: u64) -> Request {
-    let (labels, solver, noise) = (vec![Some(class)], Solver::Euler, Noise::Seed(seed));
+    let (labels, solver, noise) = (vec![Some(class).into()], Solver::Euler, Noise::Seed(seed));
     Request { labels, tokens, cfg: CFG, schedule, solver, steps, prefix: None, noise }
 }
 

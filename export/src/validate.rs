@@ -299,7 +299,7 @@ fn worst(found: &[ArrayD<f32>], expected: &[ArrayD<f32>]) -> f32 {
 fn guided_rollout(engine: &dyn Engine, reference: &CandleEngine, atol: f32) -> Result<(Check, Array3<f32>)> {
     let generator = &reference.config().generator;
     let request = Request {
-        labels: vec![Some(0), None],
+        labels: vec![Some(0).into(), None.into()],
         tokens: 2 * generator.window + 3,
         cfg: 3.0,
         schedule: Schedule::Linear,

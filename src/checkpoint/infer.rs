@@ -37,6 +37,7 @@ pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<Gener
     let steps = hints.steps.or(stored.steps).or(preset.map(|_| Preset::STEPS));
     let config = GeneratorConfig {
         class_num: size(shapes, "class_emb.weight", 2, 0)?,
+        class_names: vec![],
         buffer: size(shapes, "encoder_pos_embed_learned", 3, 1)?,
         embed: size(shapes, "z_proj.weight", 2, 1)?,
         dim: size(shapes, "z_proj.weight", 2, 0)?,

@@ -70,8 +70,10 @@ impl Fixture {
         let meta = &self.meta["sampling"][run];
         let number = |key: &str| meta[key].as_u64().unwrap() as usize;
         let labels = match self.expected.get(&format!("{run}/labels")) {
-            Some(labels) => labels.to_vec1::<i64>().unwrap().into_iter().map(|label| Some(label as usize)).collect(),
-            None => vec![None; number("batch")],
+            Some(labels) => {
+                labels.to_vec1::<i64>().unwrap().into_iter().map(|label| Some(label as usize).into()).collect()
+            }
+            None => vec![None.into(); number("batch")],
         };
         Request {
             labels,

@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use eqim::candle::CandleEngine;
 use eqim::checkpoint::{self, StoredConfig};
-use eqim::config::GeneratorConfig;
+use eqim::config::{GeneratorConfig, is_class_name};
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
 use eqim::model::{Stage, flow, parameters_of, transformer};
@@ -119,6 +119,9 @@ impl GeneratorTask {
         let open = |photos: &Photos| Latents::open(cache, &encoder, photos, crops, recipe.views, plan.seed);
         let (training, held_out) = (open(&training)?, open(&held_out)?);
         recipe.model.class_num = classes.len();
+        // A folder that no command line could name is known by its number, and so are all then.
+        let named = classes.iter().all(|name| is_class_name(name));
+        recipe.model.class_names = if named { classes.clone() } else { vec![] };
         recipe.model.embed = encoder.config.embed;
         recipe.model.vae_norm = 1.0 / training.deviation(posterior_std)?;
 
@@ -270,7 +273,7 @@ impl Task for GeneratorTask {
     fn picture(&self) -> Result<Array3<f32>> {
         let engine = self.engine()?;
         let request = Request {
-            labels: (0..self.classes.len().min(5)).map(Some).collect(),
+            labels: (0..self.classes.len().min(5)).map(|class| Some(class).into()).collect(),
             tokens: 2 * self.recipe.plan.tokens,
             cfg: PREVIEW_CFG,
             schedule: Schedule::Constant,

@@ -370,6 +370,7 @@ fn demo() -> Recipe {
     };
     let generator = GeneratorConfig {
         class_num: 5,
+        class_names: vec![],
         buffer: 8,
         embed: tokenizer.embed,
         dim: 144,

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use eqim::condition::{Condition, Label};
 use eqim::engine::{Engine, Row};
 use eqim::generate::{Calls, Generated, Request, Times, generate};
 use eqim::model::Stage;
@@ -141,9 +142,9 @@ pub fn stage_times(
     let config: &Config = engine.config();
     let g = &config.generator;
     let (batch, guided) = (request.labels.len(), request.cfg != 1.0);
-    let mut labels: Vec<i64> = request.labels.iter().map(|label| label.unwrap_or(0) as i64).collect();
+    let mut labels: Vec<i64> = request.labels.iter().flat_map(Label::classes).map(|class| class as i64).collect();
     labels.extend(vec![g.unconditional() as i64; if guided { batch } else { 0 }]);
-    let rows: Vec<Row> = labels.iter().map(|&label| Row::New(label)).collect();
+    let rows: Vec<Row> = labels.iter().map(|&label| Row::new(Condition::of(label))).collect();
     let wave =
         |rows: usize, width: usize| Array2::from_shape_fn((rows, width), |(row, i)| ((row * width + i) as f32).sin());
     let mut calls = Calls::default();

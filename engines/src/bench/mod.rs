@@ -156,7 +156,7 @@ fn request(arguments: &Arguments, config: &Config, batch: usize, tokens: usize) 
         Array3::from_shape_fn((batch, given, g.embed), |(b, n, e)| values[(b * given + n) * g.embed + e])
     });
     Request {
-        labels: (0..batch).map(|row| Some(row % g.class_num)).collect(),
+        labels: (0..batch).map(|row| Some(row % g.class_num).into()).collect(),
         tokens,
         cfg: arguments.cfg,
         schedule: Schedule::Linear,

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
+use eqim::condition::Label;
 use eqim::generate::{Calls, Times};
 use eqim::{Error, Result};
 use ndarray::Array3;
@@ -95,7 +96,7 @@ impl PyTorch {
         }
         let request = &work.request;
         let line = json!({
-            "labels": request.labels.iter().flatten().collect::<Vec<_>>(),
+            "labels": request.labels.iter().flat_map(Label::classes).collect::<Vec<_>>(),
             "tokens": request.tokens,
             "cfg": request.cfg,
             "steps": request.steps,

@@ -64,13 +64,15 @@ impl Engine for Reference {
     fn rollout(&self, rollout: &Rollout, progress: &mut dyn FnMut(usize)) -> Result<(Array3<f32>, Times)> {
         let g = &self.config().generator;
         let (n, batch) = (rollout.tokens, rollout.batch());
-        let labels = Tensor::from_slice(&rollout.labels, rollout.labels.len(), &Device::Cpu)?;
+        let labels: Vec<i64> = rollout.conditions(self.config(), 0).iter().map(|condition| condition.label).collect();
+        let streams = labels.len() / batch;
+        let labels = Tensor::from_slice(&labels, labels.len(), &Device::Cpu)?;
         let mut tokens = Array3::zeros((batch, n, g.embed));
         tokens.slice_mut(s![.., ..rollout.given(), ..]).assign(&rollout.prefix);
         let mut times = Times::default();
         for index in rollout.given()..n {
             let z = times.step.time(|| -> Result<Array3<f32>> {
-                let streams = vec![tokens.view(); rollout.labels.len() / batch];
+                let streams = vec![tokens.view(); streams];
                 let rows = to_tensor(concatenate(Axis(0), &streams).map_err(shape)?.view())?;
                 let rows = rows.reshape(((), g.embed))?;
                 let z = transformer::teacher_forced(&mut Eager::new(self.0.weights()), g, &labels, &rows, n, 0)?;

@@ -6,25 +6,45 @@ use std::iter::zip;
 use std::mem::swap;
 use std::rc::Rc;
 
-use eqim::engine::{Classes, Engine, Row, Session, arranged};
+use eqim::engine::{Classes, Engine, Row, Session, faded};
 use eqim::model::{Port, Stage};
 use eqim::{Error, Result};
-use ndarray::{Array2, ArrayView2, Ix2};
+use half::f16;
+use ndarray::{Array1, Array2, ArrayView2, Ix2};
 use ort::memory::Allocator;
 use ort::session::IoBinding;
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor};
 
 use super::{OrtEngine, failed, float_output, integer_input};
 
-/// What caches are made of.
-pub(super) trait Element: PrimitiveTensorElementType + Copy + Debug + Default + 'static {}
+/// What tensors are made of.
+pub(super) trait Value: PrimitiveTensorElementType + Copy + Debug + Default + 'static {}
 
-impl<T: PrimitiveTensorElementType + Copy + Debug + Default + 'static> Element for T {}
+impl<T: PrimitiveTensorElementType + Copy + Debug + Default + 'static> Value for T {}
+
+/// What caches are made of.
+pub(super) trait Element: Value {
+    /// This value, of which `share` has become `other`.
+    fn faded(self, other: Self, share: f32) -> Self;
+}
+
+impl Element for f32 {
+    fn faded(self, other: Self, share: f32) -> Self {
+        faded(self, other, share)
+    }
+}
+
+impl Element for f16 {
+    fn faded(self, other: Self, share: f32) -> Self {
+        Self::from_f32(faded(self.to_f32(), other.to_f32(), share))
+    }
+}
 
 /// A batch whose caches are of `T`.
 pub(super) struct OrtSession<'a, T: Element> {
     engine: &'a OrtEngine,
-    labels: Vec<i64>,
+    /// Rows of the batch.
+    rows: usize,
     classes: Classes<Class>,
     /// Nothing while there are no rows.
     bound: Option<Bound<T>>,
@@ -50,7 +70,7 @@ struct Bound<T: Element> {
 impl<'a, T: Element> OrtSession<'a, T> {
     /// A batch without rows.
     pub(super) fn new(engine: &'a OrtEngine) -> Self {
-        Self { engine, labels: vec![], classes: Classes::default(), bound: None }
+        Self { engine, rows: 0, classes: Classes::default(), bound: None }
     }
 
     /// Keys and values of the last tokens, of rows that were in the batch before.
@@ -58,9 +78,10 @@ impl<'a, T: Element> OrtSession<'a, T> {
         let cache = |(index, port): (usize, &Port)| {
             let mut tensor = zeros(port, rows.len())?;
             for (to, row) in rows.iter().enumerate() {
-                if let (Row::Kept(from), Some(bound)) = (*row, &self.bound) {
+                if let (Some(from), Some(bound)) = (row.kept, &self.bound) {
                     let values = bound.past[index].extract_tensor().1;
-                    copy_row((values, from, self.labels.len()), (&mut tensor, to, rows.len()));
+                    let target = row_mut(&mut tensor, to, rows.len());
+                    target.copy_from_slice(row_of(values, from, self.rows));
                 }
             }
             Ok(tensor)
@@ -69,25 +90,28 @@ impl<'a, T: Element> OrtSession<'a, T> {
     }
 
     /// Keys and values of the classes of a batch.
-    fn cross(&self, ports: &[Port], labels: &[i64]) -> Result<Vec<Tensor<T>>> {
+    fn cross(&self, ports: &[Port], rows: &[Row]) -> Result<Vec<Tensor<T>>> {
         let cache = |(index, port): (usize, &Port)| {
-            let mut tensor = zeros(port, labels.len())?;
-            for (to, &label) in labels.iter().enumerate() {
-                let class = self.classes.get(label)?;
-                let (shape, values) = class.outputs[index + 1].try_extract_tensor().map_err(failed(&port.name))?;
-                copy_row((values, class.row, shape[0] as usize), (&mut tensor, to, labels.len()));
+            let mut tensor = zeros(port, rows.len())?;
+            for (to, row) in rows.iter().enumerate() {
+                let (class, fading) = self.classes.get(row.condition)?;
+                let target: &mut [T] = row_mut(&mut tensor, to, rows.len());
+                target.copy_from_slice(class.output(index + 1)?);
+                if let Some((other, share)) = fading {
+                    zip(target, other.output::<T>(index + 1)?).for_each(|(to, &other)| *to = to.faded(other, share));
+                }
             }
             Ok(tensor)
         };
         ports.iter().enumerate().map(cache).collect()
     }
 
-    /// Binds a step of rows with these labels.
-    fn bind(&self, labels: &[i64], rows: &[Row]) -> Result<Bound<T>> {
+    /// Binds a step of these rows.
+    fn bind(&self, rows: &[Row]) -> Result<Bound<T>> {
         let config = self.engine.config();
         let (inputs, outputs) = (Stage::Step.inputs(config), Stage::Step.outputs(config));
         let (past, cross) = inputs[2..].split_at(2 * config.generator.depth);
-        let cross_values = self.cross(cross, labels)?;
+        let cross_values = self.cross(cross, rows)?;
         let mut bound = Bound {
             token: zeros(&inputs[0], rows.len())?,
             position: zeros(&inputs[1], rows.len())?,
@@ -118,6 +142,19 @@ impl<'a, T: Element> OrtSession<'a, T> {
     }
 }
 
+impl Class {
+    /// Its row of output `index`, a cache.
+    fn output<T: Element>(&self, index: usize) -> Result<&[T]> {
+        let (shape, values) = self.outputs[index].try_extract_tensor().map_err(failed("prefill"))?;
+        Ok(row_of(values, self.row, shape[0] as usize))
+    }
+
+    /// The condition of a first token, `[D]`.
+    fn z(&self) -> Result<Array1<f32>> {
+        Ok(float_output::<Ix2>(&self.outputs[0])?.row(self.row).to_owned())
+    }
+}
+
 impl OrtEngine {
     fn prefill(&self, labels: &[i64]) -> Result<Vec<Class>> {
         let outputs = Rc::new(self.run(Stage::Prefill, &[integer_input(labels)?.into()])?);
@@ -126,33 +163,40 @@ impl OrtEngine {
 }
 
 /// Zeros for a port of `rows` rows.
-fn zeros<T: Element>(port: &Port, rows: usize) -> Result<Tensor<T>> {
+fn zeros<T: Value>(port: &Port, rows: usize) -> Result<Tensor<T>> {
     let shape: Vec<usize> = port.shape.iter().map(|axis| axis.size(|_| rows)).collect();
     let mut tensor = Tensor::new(&Allocator::default(), shape).map_err(failed(&port.name))?;
     tensor.extract_tensor_mut().1.fill(T::default());
     Ok(tensor)
 }
 
-/// Copies row `from.1` of `from.2` to row `to.1` of `to.2`.
-fn copy_row<T: Element>(from: (&[T], usize, usize), to: (&mut Tensor<T>, usize, usize)) {
-    let (source, target) = (from.0, to.0.extract_tensor_mut().1);
-    let length = target.len() / to.2;
-    debug_assert_eq!(source.len() / from.2, length);
-    target[to.1 * length..][..length].copy_from_slice(&source[from.1 * length..][..length]);
+/// Row `row` of `rows`.
+fn row_of<T>(values: &[T], row: usize, rows: usize) -> &[T] {
+    let length = values.len() / rows;
+    &values[row * length..][..length]
+}
+
+/// Row `row` of `rows`, to be written.
+fn row_mut<T: Element>(tensor: &mut Tensor<T>, row: usize, rows: usize) -> &mut [T] {
+    let values = tensor.extract_tensor_mut().1;
+    let length = values.len() / rows;
+    &mut values[row * length..][..length]
 }
 
 impl<T: Element> Session for OrtSession<'_, T> {
     fn arrange(&mut self, rows: &[Row]) -> Result<Array2<f32>> {
-        let labels = arranged(&self.labels, rows);
-        self.classes.update(&labels, |new| self.engine.prefill(new))?;
-        self.bound = Some(self.bind(&labels, rows)?);
-        let new: Vec<i64> = zip(rows, &labels).filter(|(row, _)| row.is_new()).map(|(_, &label)| label).collect();
+        self.classes.update(rows, |new| self.engine.prefill(new))?;
+        self.bound = Some(self.bind(rows)?);
+        self.rows = rows.len();
+        let new: Vec<&Row> = rows.iter().filter(|row| row.kept.is_none()).collect();
         let mut z = Array2::zeros((new.len(), self.engine.config().generator.dim));
-        for (&label, mut z) in zip(&new, z.rows_mut()) {
-            let class = self.classes.get(label)?;
-            z.assign(&float_output::<Ix2>(&class.outputs[0])?.row(class.row));
+        for (row, mut z) in zip(new, z.rows_mut()) {
+            let (class, fading) = self.classes.get(row.condition)?;
+            z.assign(&class.z()?);
+            if let Some((other, share)) = fading {
+                zip(&mut z, &other.z()?).for_each(|(to, &other)| *to = faded(*to, other, share));
+            }
         }
-        self.labels = labels;
         Ok(z)
     }
 
@@ -164,7 +208,6 @@ impl<T: Element> Session for OrtSession<'_, T> {
         bound.bindings.swap(0, 1);
         swap(&mut bound.past, &mut bound.present);
         let z = bound.z.extract_tensor().1.to_vec();
-        Array2::from_shape_vec((self.labels.len(), z.len() / self.labels.len()), z)
-            .map_err(|error| Error::run("z", error))
+        Array2::from_shape_vec((self.rows, z.len() / self.rows), z).map_err(|error| Error::run("z", error))
     }
 }

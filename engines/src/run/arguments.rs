@@ -22,9 +22,11 @@ Examples:
   eqim-run --engine bundle --class 3 -o image.png
   eqim-run --engine bundle --class 3,0,none --seed 7 --cfg 4 --width 512 -o image.png
   eqim-run --engine bundle --prefix photo.jpg --tokens 48 -o longer.png
+  eqim-run --engine bundle --classes 1:0-40,4:32- --tokens 80 -o changing.png
   eqim-run --engine bundle --jobs jobs.jsonl --max-batch 8 -o images
 
-The second writes image-0.png, image-1.png and image-2.png; the third carries a photo on to its right.";
+The second writes image-0.png, image-1.png and image-2.png; the third carries a photo on to its right; in the fourth class 1
+fades into class 4 over tokens 32 to 39.";
 
 /// Generate images with a bundle that eqim-export wrote.
 ///
@@ -37,9 +39,14 @@ pub struct Arguments {
     #[arg(long, value_name = "BUNDLE")]
     pub engine: PathBuf,
 
-    /// Classes, separated by commas, one image each; `none` is an image of no class
+    /// Classes by number or name, separated by commas, one image each; `none` is an image of no class
     #[arg(long = "class", value_name = "CLASSES", value_delimiter = ',', default_value = "none", value_parser = class)]
-    pub classes: Vec<Option<usize>>,
+    pub classes: Vec<String>,
+
+    /// Classes along the way of one image instead, as CLASS:BEGIN-END of tokens, the last END left out: forest:0-40,water:40-.
+    /// Where two share tokens, forest:0-40,water:32-, the first fades into the second
+    #[arg(long = "classes", value_name = "CLASS:BEGIN-END,…", conflicts_with = "classes", value_parser = Spans::parse)]
+    pub spans: Option<Spans>,
 
     /// Number that the noise is drawn from, the same noise as after torch.manual_seed
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = seed)]
@@ -125,6 +132,13 @@ pub struct Arguments {
     pub json: bool,
 }
 
+impl Arguments {
+    /// How many images a run makes.
+    pub fn images(&self) -> usize {
+        if self.spans.is_some() { 1 } else { self.classes.len() }
+    }
+}
+
 /// What `--tile` says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tile {
@@ -145,10 +159,31 @@ fn tokens_of_overlap(text: &str) -> Result<usize, String> {
     within(text, 1..=MOST_TOKENS)
 }
 
-fn class(text: &str) -> Result<Option<usize>, String> {
+fn class(text: &str) -> Result<String, String> {
     match text.trim() {
-        "none" => Ok(None),
-        number => number.parse().map(Some).map_err(|_| "expected class numbers or `none`, separated by commas".into()),
+        "" => Err("expected classes by number or name, or `none`, separated by commas".into()),
+        class => Ok(class.into()),
+    }
+}
+
+/// What `--classes` says: classes as they are written, and their tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spans(pub Vec<(String, usize, Option<usize>)>);
+
+impl Spans {
+    /// `CLASS:BEGIN-END,…`, for clap.
+    ///
+    /// # Errors
+    /// A sentence that says what is expected.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let span = |part: &str| {
+            let (class, tokens) = part.trim().rsplit_once(':')?;
+            let (begin, end) = tokens.split_once('-')?;
+            let end = if end.is_empty() { None } else { Some(end.parse().ok()?) };
+            Some((class.trim().to_string(), begin.parse().ok()?, end)).filter(|(class, ..)| !class.is_empty())
+        };
+        let spans: Option<_> = text.split(',').map(span).collect();
+        spans.map(Self).ok_or_else(|| "expected CLASS:BEGIN-END,… as in forest:0-40,water:40-".into())
     }
 }
 
@@ -227,13 +262,24 @@ mod tests {
 
     #[test]
     fn classes() {
-        assert_eq!(parse(&[]).unwrap().classes, [None]);
-        assert_eq!(parse(&["--class", "3,0,none"]).unwrap().classes, [Some(3), Some(0), None]);
-        assert_eq!(parse(&["--class", "3, 0"]).unwrap().classes, [Some(3), Some(0)]);
-        for bad in ["", "x", "3,", ",", "-1", "3;0", "1.5", "99999999999999999999999"] {
+        assert_eq!(parse(&[]).unwrap().classes, ["none"]);
+        assert_eq!(parse(&["--class", "3,0,none"]).unwrap().classes, ["3", "0", "none"]);
+        assert_eq!(parse(&["--class", "3, sea ice"]).unwrap().classes, ["3", "sea ice"]);
+        for bad in ["", "3,", ","] {
             let error = parse(&["--class", bad]).unwrap_err();
-            assert!(error.contains("--class") && error.contains("class numbers"), "{bad}: {error}");
+            assert!(error.contains("--class") && error.contains("by number or name"), "{bad}: {error}");
         }
+    }
+
+    #[test]
+    fn classes_along_the_way() {
+        let spans = parse(&["--classes", "forest:0-40, sea ice:32-"]).unwrap().spans.unwrap();
+        assert_eq!(spans.0, [("forest".into(), 0, Some(40)), ("sea ice".into(), 32, None)]);
+        for bad in ["", "forest", "forest:", "forest:0", ":0-4", "forest:a-4", "forest:0-4,", "forest:0-4-8", "0-4"] {
+            let error = parse(&["--classes", bad]).unwrap_err();
+            assert!(error.contains("'--classes") && error.contains("CLASS:BEGIN-END"), "{bad}: {error}");
+        }
+        assert!(parse(&["--classes", "1:0-", "--class", "1"]).is_err());
     }
 
     #[test]

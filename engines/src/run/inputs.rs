@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use candle_core::DType;
+use eqim::condition::{Label, Span};
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request};
 use eqim::tensors::TensorFile;
@@ -10,7 +11,7 @@ use eqim::tiles::Tiling;
 use eqim::{Config, Error, Result, candle, picture};
 use ndarray::{Array3, Axis, Ix3};
 
-use super::arguments::{Arguments, MOST_TOKENS, Tile, tokens_of_width};
+use super::arguments::{Arguments, MOST_TOKENS, Spans, Tile, tokens_of_width};
 use crate::cli;
 
 /// Length of an image unless told otherwise: square, in the published models.
@@ -36,10 +37,11 @@ pub enum Prefix {
 /// # Errors
 /// [`Error::Input`] naming the flag, and the file, that does not fit the model.
 pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Option<Prefix>)> {
-    let rows = arguments.classes.len();
+    let labels = labels(arguments, config)?;
+    let rows = labels.len();
     let mut request = Request {
-        labels: arguments.classes.clone(),
-        tokens: length(arguments, config)?,
+        labels,
+        tokens: length(arguments, rows, config)?,
         cfg: arguments.cfg,
         schedule: arguments.cfg_schedule,
         solver: arguments.solver,
@@ -64,6 +66,18 @@ pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Optio
         request.noise = Noise::Given(noise);
     }
     Ok((request, prefix))
+}
+
+/// The class of each image.
+fn labels(arguments: &Arguments, config: &Config) -> Result<Vec<Label>> {
+    let class = |flag: &str, text: &str| config.generator.class(text).map_err(|problem| Error::input(flag, problem));
+    let Some(Spans(spans)) = &arguments.spans else {
+        return arguments.classes.iter().map(|text| Ok(class("--class", text)?.into())).collect();
+    };
+    let span = |(text, begin, end): &(String, usize, Option<usize>)| {
+        Ok(Span { class: class("--classes", text)?, begin: *begin, end: *end })
+    };
+    Ok(vec![Label::Spans(spans.iter().map(span).collect::<Result<_>>()?)])
 }
 
 /// How images of `tokens` are decoded: in tiles, or as a whole.
@@ -112,7 +126,7 @@ pub fn check_memory(request: &Request, config: &Config, tiling: Option<Tiling>) 
 }
 
 /// The images' length in tokens.
-fn length(arguments: &Arguments, config: &Config) -> Result<usize> {
+fn length(arguments: &Arguments, images: usize, config: &Config) -> Result<usize> {
     let (flag, tokens) = match arguments.width {
         Some(width) => {
             let tokens = tokens_of_width(width, config.tokenizer.token_width());
@@ -120,7 +134,6 @@ fn length(arguments: &Arguments, config: &Config) -> Result<usize> {
         }
         None => ("--tokens", arguments.tokens.unwrap_or(TOKENS)),
     };
-    let images = arguments.classes.len();
     if tokens > MOST_TOKENS / images {
         let problem = format!("asks for {images} × {tokens} tokens, expected at most {MOST_TOKENS} in a run");
         return Err(Error::input(flag, problem));

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use eqim::batch::{Image, Sampling, generate_all};
+use eqim::condition::Label;
 use eqim::engine::Engine;
 use eqim::generate::{Request, Rollout, Schedule};
 use eqim::solver::Solver;
@@ -15,6 +16,7 @@ use ndarray::Array2;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::arguments::Spans;
 use super::inputs::{self, Prefix};
 use super::{Arguments, decode_to, options, outputs};
 use crate::bundle::Bundle;
@@ -25,7 +27,8 @@ use crate::cli::{self, Progress};
 #[serde(deny_unknown_fields, default)]
 struct Line {
     id: Option<String>,
-    class: Option<usize>,
+    class: Option<Class>,
+    classes: Option<String>,
     seed: Option<u64>,
     tokens: Option<usize>,
     width: Option<usize>,
@@ -36,10 +39,18 @@ struct Line {
     prefix: Option<PathBuf>,
 }
 
+/// A class by number or name.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Class {
+    Number(usize),
+    Name(String),
+}
+
 /// What an image was made from: it stands beside the image, so that a run that goes on knows what is done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Record {
-    class: Option<usize>,
+    class: Label,
     seed: u64,
     tokens: usize,
     cfg: f32,
@@ -153,7 +164,7 @@ fn alike(jobs: Vec<Job>) -> Vec<Vec<Job>> {
 fn batches(engine: &dyn Engine, jobs: Vec<Job>, arguments: &Arguments, desk: &RefCell<&mut Desk>) -> Result<()> {
     let (config, most) = (engine.config(), arguments.max_batch);
     let mut together = jobs[0].request.clone();
-    together.labels = vec![None; most.min(jobs.len())];
+    together.labels = vec![Label::One(None); most.min(jobs.len())];
     inputs::check_memory(&together, config, inputs::tiling(arguments, together.tokens)?)
         .map_err(|error| Error::input("--max-batch", error))?;
     let sampling = Sampling::new(config, &jobs[0].request);
@@ -255,7 +266,19 @@ fn check_id(id: &str) -> Result<()> {
 impl Job {
     fn new(arguments: &Arguments, bundle: &Bundle, id: String, line: Line) -> Result<Self> {
         let mut own = arguments.clone();
-        own.classes = line.class.map_or(own.classes, |class| vec![Some(class)]);
+        if line.class.is_some() && line.classes.is_some() {
+            return Err(Error::input("class", "and classes are given, expected one of them"));
+        }
+        if let Some(class) = line.class {
+            let class = match class {
+                Class::Number(number) => number.to_string(),
+                Class::Name(name) => name,
+            };
+            (own.classes, own.spans) = (vec![class], None);
+        }
+        if let Some(classes) = line.classes {
+            own.spans = Some(Spans::parse(&classes).map_err(|problem| Error::input("classes", problem))?);
+        }
         own.seed = line.seed.unwrap_or(own.seed);
         if line.tokens.is_some() && line.width.is_some() {
             return Err(Error::input("tokens", "and width are given, expected one of them"));
@@ -271,7 +294,7 @@ impl Job {
         let (request, prefix) = inputs::request(&own, &bundle.manifest.model)?;
         let tiles = inputs::tiling(&own, request.tokens)?.map(|tiling| (tiling.tile, tiling.overlap));
         let record = Record {
-            class: request.labels[0],
+            class: request.labels[0].clone(),
             seed: own.seed,
             tokens: request.tokens,
             cfg: request.cfg,

@@ -23,7 +23,7 @@ impl Outputs {
     /// # Errors
     /// [`Error::Input`] naming the flag, and the file or folder that cannot be written.
     pub fn check(arguments: &Arguments) -> Result<Self> {
-        let images = numbered(arguments.output.as_deref().unwrap_or(Path::new("image.png")), arguments.classes.len())?;
+        let images = numbered(arguments.output.as_deref().unwrap_or(Path::new("image.png")), arguments.images())?;
         let outputs = Self { images, tokens: arguments.save_tokens.clone() };
         for path in &outputs.images {
             writable("--output", path)?;

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::time::Duration;
 
+use eqim::condition::Label;
 use eqim::engine::Engine;
 use eqim::generate::{Request, Times};
 use eqim::{Error, Result};
@@ -19,8 +20,8 @@ pub struct Report {
     engine: String,
     /// What ran it.
     backend: String,
-    /// One an image; `null` is none.
-    classes: Vec<Option<usize>>,
+    /// One an image; `null` is none, a list is of classes along the way.
+    classes: Vec<Label>,
     /// `null` when the noise was given.
     seed: Option<u64>,
     /// Length of an image, its prefix included.

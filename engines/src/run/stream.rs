@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use eqim::batch::{Batch, Image, Sampling};
 use eqim::canvas::Canvas;
+use eqim::condition::Label;
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, Times, timed};
 use eqim::solver::Solver;
@@ -22,7 +23,7 @@ use crate::cli;
 /// What an unfinished image is made from: only a run of the same goes on with it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Record {
-    class: Option<usize>,
+    class: Label,
     seed: Option<u64>,
     tokens: usize,
     cfg: f32,
@@ -173,7 +174,7 @@ fn record(context: &Context, request: &Request, row: usize) -> Record {
         }
     };
     Record {
-        class: request.labels[row],
+        class: request.labels[row].clone(),
         seed,
         tokens: request.tokens,
         cfg: request.cfg,

@@ -7,15 +7,18 @@ use std::mem::take;
 use std::rc::Rc;
 use std::time::Instant;
 
-use eqim::engine::{Classes, Engine, Row, Session, arranged};
-use eqim::generate::{Rollout, Times, check_finite};
+use eqim::condition::Label;
+use eqim::engine::{Classes, Engine, Row, Session, faded};
+use eqim::generate::{Rollout, Times, check_finite, token_by_token};
 use eqim::model::{Axis, BATCH, Port, Stage};
 use eqim::solver::Tableau;
 use eqim::{Config, Error, Result};
+use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, Axis as ArrayAxis, Dimension, s};
 
 use super::device::{ALIGNMENT, Address, Binding, Device};
 use super::{EngineSet, Profile};
+use crate::bundle::Precision;
 
 /// The engines of a bundle on a device.
 pub struct TrtEngine<D: Device> {
@@ -26,7 +29,7 @@ pub struct TrtEngine<D: Device> {
     device: D,
     config: Config,
     profiles: [BTreeMap<String, Profile>; Stage::ALL.len()],
-    cache_bytes: usize,
+    caches: Precision,
     name: String,
 }
 
@@ -103,7 +106,7 @@ impl<D: Device> TrtEngine<D> {
             device,
             config: set.model.clone(),
             profiles,
-            cache_bytes: record(Stage::Step)?.precision.dtype().bitsize() / 8,
+            caches: record(Stage::Step)?.precision,
         };
         for stage in [Stage::Prefill, Stage::Step, Stage::Flow, Stage::Decode] {
             *engine.contexts[stage as usize].borrow_mut() = Some(engine.device.load(stage)?);
@@ -277,7 +280,7 @@ impl<'a, D: Device> Caches<'a, D> {
     fn empty(engine: &'a TrtEngine<D>, rows: usize) -> Result<Self> {
         let generator = &engine.config.generator;
         let cache = |length: usize| -> Result<Vec<Buffer<D>>> {
-            let bytes = rows * generator.heads * length * generator.head_dim() * engine.cache_bytes;
+            let bytes = rows * generator.heads * length * generator.head_dim() * engine.caches.bytes();
             (0..2 * generator.depth).map(|_| engine.allocate(bytes)).collect()
         };
         Ok(Self {
@@ -320,7 +323,6 @@ impl<'a, D: Device> Caches<'a, D> {
 /// A batch whose rows begin and end at any time.
 struct TrtSession<'a, D: Device> {
     engine: &'a TrtEngine<D>,
-    labels: Vec<i64>,
     classes: Classes<Class<'a, D>>,
     caches: Option<Caches<'a, D>>,
 }
@@ -341,6 +343,29 @@ impl<'a, D: Device> TrtSession<'a, D> {
         Ok((0..labels.len()).map(class).collect())
     }
 
+    /// Writes the keys and values of two classes, mixed by the share of the second, to row `to.1` of `to.2`. The host mixes:
+    /// no engine does.
+    fn mix_rows(
+        &self,
+        (a, b): (&Class<'a, D>, &Class<'a, D>),
+        share: f32,
+        to: (&[Buffer<D>], usize, usize),
+    ) -> Result<()> {
+        let engine = self.engine;
+        for (cache, target) in to.0.iter().enumerate() {
+            let bytes = target.bytes / to.2;
+            let read = |class: &Class<D>| -> Result<Vec<u8>> {
+                let mut values = vec![0; bytes];
+                let address = class.caches.cross[cache].address + (class.row * bytes) as u64;
+                engine.spanned(Work::Download, |device| device.download(address, &mut values))?;
+                Ok(values)
+            };
+            let mixed = mixed(engine.caches, &read(a)?, &read(b)?, share);
+            engine.upload(&mixed, target.address + (to.1 * bytes) as u64)?;
+        }
+        Ok(())
+    }
+
     fn copy_row(&self, from: (&[Buffer<D>], usize, usize), to: (&[Buffer<D>], usize, usize)) -> Result<()> {
         for (source, target) in zip(from.0, to.0) {
             let bytes = target.bytes / to.2;
@@ -351,28 +376,51 @@ impl<'a, D: Device> TrtSession<'a, D> {
     }
 }
 
+/// Values of caches, as bytes, of which `share` has become others.
+fn mixed(precision: Precision, a: &[u8], b: &[u8], share: f32) -> Vec<u8> {
+    fn each<const N: usize>(a: &[u8], b: &[u8], mix: impl Fn([u8; N], [u8; N]) -> [u8; N]) -> Vec<u8> {
+        zip(a.as_chunks().0, b.as_chunks().0).flat_map(|(&a, &b)| mix(a, b)).collect()
+    }
+    match precision {
+        Precision::Fp32 => each(a, b, |a, b| faded(f32::from_le_bytes(a), f32::from_le_bytes(b), share).to_le_bytes()),
+        Precision::Fp16 => each(a, b, |a, b| {
+            let [a, b] = [a, b].map(|bytes| f16::from_le_bytes(bytes).to_f32());
+            f16::from_f32(faded(a, b, share)).to_le_bytes()
+        }),
+        Precision::Bf16 => each(a, b, |a, b| {
+            let [a, b] = [a, b].map(|bytes| bf16::from_le_bytes(bytes).to_f32());
+            bf16::from_f32(faded(a, b, share)).to_le_bytes()
+        }),
+    }
+}
+
 impl<D: Device> Session for TrtSession<'_, D> {
     fn arrange(&mut self, rows: &[Row]) -> Result<Array2<f32>> {
         let engine = self.engine;
         engine.forget();
-        let (count, before) = (rows.len(), self.labels.len());
+        let count = rows.len();
         engine.check(Stage::Prefill, &|_| count)?;
         engine.check(Stage::Step, &|_| count)?;
-        let labels = arranged(&self.labels, rows);
-        self.classes.update(&labels, |new| Self::prefill(engine, new))?;
+        self.classes.update(rows, |new| Self::prefill(engine, new))?;
         let caches = Caches::empty(engine, count)?;
         let mut z = vec![];
-        for (to, (row, &label)) in zip(rows, &labels).enumerate() {
-            let class = self.classes.get(label)?;
-            self.copy_row((&class.caches.cross, class.row, class.caches.rows), (&caches.cross, to, count))?;
-            match (*row, &self.caches) {
-                (Row::Kept(from), Some(old)) => self.copy_row((&old.past, from, before), (&caches.past, to, count))?,
-                _ => z.extend_from_slice(&class.z),
+        for (to, row) in rows.iter().enumerate() {
+            let (class, fading) = self.classes.get(row.condition)?;
+            match fading {
+                None => {
+                    self.copy_row((&class.caches.cross, class.row, class.caches.rows), (&caches.cross, to, count))?;
+                }
+                Some((other, share)) => self.mix_rows((class, other), share, (&caches.cross, to, count))?,
+            }
+            match (row.kept, &self.caches, fading) {
+                (Some(from), Some(old), _) => self.copy_row((&old.past, from, old.rows), (&caches.past, to, count))?,
+                (_, _, None) => z.extend_from_slice(&class.z),
+                (_, _, Some((other, share))) => z.extend(zip(&class.z, &other.z).map(|(&a, &b)| faded(a, b, share))),
             }
         }
         // The caches before are let go only when they have been copied.
         engine.device.wait(&engine.device.mark()?)?;
-        (self.labels, self.caches) = (labels, Some(caches));
+        self.caches = Some(caches);
         let dim = engine.config.generator.dim;
         Array2::from_shape_vec((z.len() / dim, dim), z).map_err(|error| Error::run("z", error))
     }
@@ -396,7 +444,7 @@ impl<D: Device> Engine for TrtEngine<D> {
     }
 
     fn session(&self) -> Result<Box<dyn Session + '_>> {
-        Ok(Box::new(TrtSession { engine: self, labels: vec![], classes: Classes::default(), caches: None }))
+        Ok(Box::new(TrtSession { engine: self, classes: Classes::default(), caches: None }))
     }
 
     fn sample(
@@ -437,13 +485,18 @@ impl<D: Device> Engine for TrtEngine<D> {
     }
 
     /// One upload, one download, and between them nothing but work handed over: a token is waited for only when the
-    /// next one is on its way.
+    /// next one is on its way. Images whose classes change along the way go through a session instead, since the host mixes
+    /// classes.
     fn rollout(&self, rollout: &Rollout, progress: &mut dyn FnMut(usize)) -> Result<(Array3<f32>, Times)> {
+        if rollout.labels.iter().any(|label| matches!(label, Label::Spans(_))) {
+            return token_by_token(self, rollout, progress);
+        }
         self.forget();
-        let (rows, batch, evaluations) =
-            (rollout.labels.len(), rollout.batch(), rollout.sampling.tableau.evaluations());
+        let conditions = rollout.conditions(&self.config, 0);
+        let labels: Vec<i64> = conditions.iter().map(|condition| condition.label).collect();
+        let (rows, batch, evaluations) = (labels.len(), rollout.batch(), rollout.sampling.tableau.evaluations());
         self.check_rollout(rows, batch, evaluations)?;
-        let placed = Placed::new(rollout);
+        let placed = Placed::new(rollout, &labels);
         let inputs = self.uploaded(&placed.arena.0)?;
         let at = |place: u64| inputs.address + place;
         let bytes = 4 * batch * self.config.generator.embed;
@@ -516,10 +569,10 @@ struct Placed {
 }
 
 impl Placed {
-    fn new(rollout: &Rollout) -> Self {
-        let (rows, batch) = (rollout.labels.len(), rollout.batch());
+    fn new(rollout: &Rollout, labels: &[i64]) -> Self {
+        let (rows, batch) = (labels.len(), rollout.batch());
         let mut arena = Arena::default();
-        let labels = arena.push(integer_bytes(&rollout.labels));
+        let labels = arena.push(integer_bytes(labels));
         let times = arena.push(float_bytes(&rollout.sampling.tableau.times));
         let updates = arena.push(float_bytes(&rollout.sampling.tableau.updates));
         let positions = (0..rollout.tokens).map(|index| arena.push(integer_bytes(&vec![index as i64; rows]))).collect();

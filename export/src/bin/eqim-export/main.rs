@@ -47,6 +47,10 @@ struct Onnx {
     source: Source,
     #[command(flatten)]
     hints: HintArguments,
+    /// Text file of the classes' names, one a line in their order, for command lines that name classes [default: those of the
+    /// checkpoint, where eqim-train wrote it]
+    #[arg(long, value_name = "FILE")]
+    class_names: Option<PathBuf>,
     /// Which weights of the checkpoints to take
     #[arg(long, value_enum, default_value_t = WeightsArgument::Ema)]
     weights: WeightsArgument,
@@ -208,7 +212,12 @@ fn export(arguments: &Onnx) -> Result<()> {
         DtypeArgument::Fp32 => Precision::Fp32,
         DtypeArgument::Fp16 => Precision::Fp16,
     };
-    let (config, weights) = load(arguments)?;
+    let (mut config, weights) = load(arguments)?;
+    if let Some(file) = &arguments.class_names {
+        let text = std::fs::read_to_string(file).map_err(|error| Error::input(file.display(), error))?;
+        config.generator.class_names = text.lines().map(|line| line.trim().to_string()).collect();
+        config.check().map_err(|error| Error::input(format!("--class-names {}", file.display()), error))?;
+    }
     let options = Options { precision, opset: arguments.opset, policy: None };
     let draft = match arguments.int8.policy(&config, &weights, arguments.flavour)? {
         Some(policy) => int8::draft(arguments, &config, &weights, options, policy, library.as_deref())?,
