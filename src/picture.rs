@@ -1,12 +1,13 @@
 //! Images in and out: PNG and JPEG files against arrays `[3, height, width]` in -1..1.
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Cursor};
 use std::path::Path;
 
 use image::imageops::{self, FilterType};
 use image::{ImageDecoder, ImageError, ImageFormat, ImageReader, RgbImage};
 use ndarray::{Array3, ArrayView3};
+use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, files};
 
@@ -28,7 +29,21 @@ pub fn write_png(path: &Path, image: ArrayView3<f32>) -> Result<()> {
     let pixels = RgbImage::from_fn(width as u32, height as u32, |x, y| {
         image::Rgb([0, 1, 2].map(|channel| to_byte(image[[channel, y as usize, x as usize]])))
     });
-    files::write_beside(path, |beside| pixels.save_with_format(beside, ImageFormat::Png).map_err(failed))
+    // In memory first: saved to a file, the end of a picture that a full disk cuts off would be lost without an error.
+    let mut bytes = Cursor::new(vec![]);
+    pixels.write_to(&mut bytes, ImageFormat::Png).map_err(failed)?;
+    files::write(path, bytes.get_ref())
+}
+
+/// A side of a picture.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// Its first columns.
+    Left,
+    /// Its last ones.
+    #[default]
+    Right,
 }
 
 /// A picture that was read, and what was done to it.
@@ -60,12 +75,12 @@ pub fn load(path: &Path) -> Result<RgbImage> {
     Ok(image.to_rgb8())
 }
 
-/// Reads a PNG or JPEG, scaled to `height` with its proportions kept. Its width is cut on the left to a multiple of
-/// `multiple`, so that its right edge stays.
+/// Reads a PNG or JPEG, scaled to `height` with its proportions kept. Its width is cut to a multiple of `multiple` so that
+/// the side `kept` stays.
 ///
 /// # Errors
 /// [`Error::Input`] when it is none, or after scaling narrower than `2 · multiple` or wider than [`WIDEST`].
-pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Picture> {
+pub fn read(path: &Path, height: usize, multiple: usize, kept: Side) -> Result<Picture> {
     let bad = |problem: String| Error::input(path.display(), problem);
     let image = load(path)?;
     let original = (image.width(), image.height());
@@ -80,8 +95,9 @@ pub fn read(path: &Path, height: usize, multiple: usize) -> Result<Picture> {
     let same = original.1 as usize == height;
     let resized = || imageops::resize(&image, scaled as u32, height as u32, FilterType::Lanczos3);
     let pixels = if same { image } else { resized() };
+    let cut = if kept == Side::Right { scaled - width } else { 0 };
     let pixels = Array3::from_shape_fn((3, height, width), |(channel, y, x)| {
-        let pixel = pixels.get_pixel((x + scaled - width) as u32, y as u32);
+        let pixel = pixels.get_pixel((x + cut) as u32, y as u32);
         f32::from(pixel[channel]) / 127.5 - 1.0
     });
     Ok(Picture { pixels, original, scaled })

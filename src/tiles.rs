@@ -2,6 +2,7 @@
 //! grows with the square of the width; a tile is decoded as an image of its own, and neighbours fade into each other.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, Axis, concatenate, s};
 
@@ -49,6 +50,12 @@ impl Tiling {
     /// First token of tile `index`. The last tile is as long as the others, and so begins earlier than their distance says.
     pub fn begin(&self, index: usize, tokens: usize) -> usize {
         (index * self.step()).min(tokens.saturating_sub(self.tile))
+    }
+
+    /// Tokens whose columns tile `index` completes.
+    pub fn completes(&self, index: usize, tokens: usize) -> Range<usize> {
+        let last = index + 1 == self.count(tokens);
+        index * self.step()..if last { tokens } else { (index + 1) * self.step() }
     }
 
     /// Tokens that have to be known before tile `index` can be decoded.
@@ -145,7 +152,7 @@ impl<'a> TileDecoder<'a> {
 
 /// Shares of the right one of two tiles: half a period of a cosine, so that the far ends, where a tile lacks its
 /// neighbours, hardly count.
-fn ramp(width: usize) -> Array1<f32> {
+pub fn ramp(width: usize) -> Array1<f32> {
     let share = |x| (1.0 - (std::f64::consts::PI * (x as f64 + 0.5) / width as f64).cos()) / 2.0;
     (0..width).map(|x| share(x) as f32).collect()
 }

@@ -7,7 +7,7 @@ use eqim::candle::CandleEngine;
 use eqim::checkpoint;
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
-use eqim::picture;
+use eqim::picture::{self, Side};
 use eqim::solver::Solver;
 use ndarray::{Array3, Axis, s};
 
@@ -22,7 +22,8 @@ fn engine() -> CandleEngine {
 
 fn psnr(engine: &CandleEngine, photo: &str) -> f64 {
     let tokenizer = &engine.config().tokenizer;
-    let picture = picture::read(&file(photo), tokenizer.image_height(), tokenizer.token_width()).unwrap().pixels;
+    let picture =
+        picture::read(&file(photo), tokenizer.image_height(), tokenizer.token_width(), Side::Right).unwrap().pixels;
     let latents = engine.encode(picture.view().insert_axis(Axis(0))).unwrap();
     let found = engine.decode(latents.view()).unwrap().mapv(|value| value.clamp(-1.0, 1.0));
     let squares = (&found.index_axis(Axis(0), 0) - &picture).mapv(|value| f64::from(value).powi(2));

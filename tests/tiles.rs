@@ -149,6 +149,28 @@ fn an_interrupted_run_goes_on_to_the_same_file() {
     assert!(!place.path("killed.png.partial").exists());
 }
 
+/// The limit of a shell on the size of a file ends the run after some tiles of a folder.
+#[cfg(unix)]
+#[test]
+fn a_folder_of_tiles_goes_on() {
+    let place = Workplace::with_bundle(&Fixture::open(fixtures()));
+    // Long enough for the tokens to reach the limit before any tile does.
+    let line = LINE.replace("--tokens 60", "--tokens 150");
+    place.run(&format!("eqim-run {line} whole/")).succeeded();
+    let limited = format!("trap '' XFSZ; ulimit -f 4; exec {} {line} part/", program("eqim-run").display());
+    let output = Command::new("bash").args(["-c", &limited]).current_dir(place.path("")).output().unwrap();
+    let problem = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{problem}");
+    assert!(place.listing_of("part.partial").iter().any(|name| name.ends_with(".png")), "no tile was done");
+    assert!(problem.contains("what is done is kept") && !place.path("part").exists(), "{problem}");
+    let finished = place.run(&format!("eqim-run {line} part/")).succeeded();
+    assert!(finished.stderr.contains("goes on after"), "{}", finished.stderr);
+    assert_eq!(place.listing_of("part"), place.listing_of("whole"));
+    for name in place.listing_of("whole") {
+        assert!(place.read(&format!("part/{name}")) == place.read(&format!("whole/{name}")), "{name}");
+    }
+}
+
 /// The limit of a shell on the size of files stands for a full disk.
 #[cfg(unix)]
 #[test]

@@ -10,9 +10,10 @@ use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, generate};
 use eqim::model::Stage;
 use eqim::ops::eager::Eager;
+use eqim::picture::{self, Side};
 use eqim::solver::Solver;
 use eqim::weights::Weights;
-use eqim::{Config, Error, Result, files, picture};
+use eqim::{Config, Error, Result, files};
 use ndarray::{Array4, Axis, s};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -89,7 +90,7 @@ pub fn hashes(folder: &Path, pictures: &[PathBuf]) -> Result<BTreeMap<String, St
 /// [`Error::Input`] when it is none, or of another height without `resize`.
 pub fn read_picture(path: &Path, config: &Config, tokens: usize, resize: bool) -> Result<Array4<f32>> {
     let (height, token) = (config.tokenizer.image_height(), config.tokenizer.token_width());
-    let picture = picture::read(path, height, token)?;
+    let picture = picture::read(path, height, token, Side::Right)?;
     if picture.original.1 as usize != height && !resize {
         let problem = format!(
             "is {} pixels high, the model's images are {height}: scale it, or give --resize",

@@ -9,6 +9,7 @@ use eqim::model::tokenizer::{self, Semantics};
 use eqim::model::{Stage, parameters_of};
 use eqim::ops::cost::Cost;
 use eqim::ops::eager::{Eager, Training};
+use eqim::picture::{self, Side};
 use eqim::tensors::TensorFile;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, candle};
@@ -147,7 +148,7 @@ impl TokenizerTask {
     /// A photograph at the model's height, `[3, height, width]`.
     fn whole_picture(&self, path: &Path) -> Result<Array3<f32>> {
         let model = &self.recipe.model;
-        Ok(eqim::picture::read(path, model.image_height(), model.token_width())?.pixels)
+        Ok(picture::read(path, model.image_height(), model.token_width(), Side::Right)?.pixels)
     }
 
     /// Peak signal-to-noise ratio in dB of each photograph's reconstruction by the averaged weights, over all its pixels

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use clap::Parser;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use eqim::generate::{MOST_STEPS, Schedule};
+use eqim::picture::Side;
 use eqim::solver::Solver;
 
 use super::jobs::Shard;
@@ -80,6 +81,15 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     pub prefix: Option<PathBuf>,
 
+    /// Where the beginning is continued. The model goes from left to right: to the left it continues the mirrored picture, and the
+    /// result is mirrored back
+    #[arg(long, value_name = "SIDE", default_value = "right", value_parser = sides())]
+    pub direction: Side,
+
+    /// Keep the columns of the picture of --prefix as they are, up to an edge of two tokens where they fade into the model's
+    #[arg(long)]
+    pub keep_prefix_pixels: bool,
+
     /// Noise of the generated tokens instead of a seed's: `noise` [images, tokens, E] of a .safetensors
     #[arg(long, value_name = "FILE", conflicts_with = "seed")]
     pub noise: Option<PathBuf>,
@@ -97,13 +107,13 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     pub save_tokens: Option<PathBuf>,
 
-    /// Image to write; several are numbered: image-0.png, image-1.png. With --jobs, the folder of all images [default:
-    /// image.png]
-    #[arg(short, long, value_name = "PNG")]
+    /// Image to write; several are numbered: image-0.png, image-1.png. A name that ends in / is a folder of tiles with an
+    /// index.json, for images wider than programs open. With --jobs, the folder of all images [default: image.png]
+    #[arg(short, long, value_name = "PNG or FOLDER/")]
     pub output: Option<PathBuf>,
 
     /// Make an image for every line of this file instead, each a JSON object: `{"id": "a", "class": 3, "seed": 7, "tokens": 32}`;
-    /// also width, cfg, cfg_schedule, solver, steps, prefix. What a line leaves out is as the flags say. Images that are there
+    /// also classes, width, cfg, cfg_schedule, solver, steps, prefix, direction, keep_prefix_pixels. What a line leaves out is as the flags say. Images that are there
     /// already are left as they are
     #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["noise", "save_tokens", "json"], requires = "output")]
     pub jobs: Option<PathBuf>,
@@ -219,6 +229,10 @@ fn batch(text: &str) -> Result<usize, String> {
 
 fn threads(text: &str) -> Result<usize, String> {
     within(text, 1..=1024)
+}
+
+fn sides() -> impl TypedValueParser<Value = Side> {
+    PossibleValuesParser::new(["left", "right"]).map(|name| if name == "left" { Side::Left } else { Side::Right })
 }
 
 fn schedules() -> impl TypedValueParser<Value = Schedule> {

@@ -6,12 +6,15 @@ use candle_core::DType;
 use eqim::condition::{Label, Span};
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request};
+use eqim::picture::{self, Side};
 use eqim::tensors::TensorFile;
 use eqim::tiles::Tiling;
-use eqim::{Config, Error, Result, candle, picture};
+use eqim::{Config, Error, Result, candle};
 use ndarray::{Array3, Axis, Ix3};
 
 use super::arguments::{Arguments, MOST_TOKENS, Spans, Tile, tokens_of_width};
+use super::finish::Finish;
+use super::outputs;
 use crate::cli;
 
 /// Length of an image unless told otherwise: square, in the published models.
@@ -28,15 +31,28 @@ const MOST_BYTES: u64 = 16 << 30;
 pub enum Prefix {
     /// Tokens `[1 or B, n, E]`.
     Tokens(Array3<f32>),
-    /// Pixels `[3, height, width]`.
+    /// Pixels `[3, height, width]`, in the order of generation.
     Picture(Array3<f32>),
 }
 
-/// The request that the flags describe, and the beginning that it lacks until an engine is there to encode it.
+/// What the flags describe.
+#[derive(Debug)]
+pub struct Inputs {
+    /// The request.
+    pub request: Request,
+    /// The beginning that it lacks until an engine is there to encode it.
+    pub prefix: Option<Prefix>,
+    /// How its images are finished.
+    pub finish: Finish,
+    /// How they are decoded: in tiles, or as a whole.
+    pub tiling: Option<Tiling>,
+}
+
+/// Checks the flags, and reads the files that they name.
 ///
 /// # Errors
 /// [`Error::Input`] naming the flag, and the file, that does not fit the model.
-pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Option<Prefix>)> {
+pub fn read(arguments: &Arguments, config: &Config) -> Result<Inputs> {
     let labels = labels(arguments, config)?;
     let rows = labels.len();
     let mut request = Request {
@@ -50,9 +66,16 @@ pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Optio
         noise: Noise::Seed(arguments.seed),
     };
     request.check(config)?;
-    check_memory(&request, config, tiling(arguments, request.tokens)?)?;
-    let prefix = arguments.prefix.as_deref().map(|path| Prefix::read(path, rows, request.tokens, config));
-    let prefix = prefix.transpose()?;
+    let tiling = tiling(arguments, request.tokens)?;
+    check_memory(&request, config, tiling)?;
+    let prefix = match &arguments.prefix {
+        Some(path) => Some(Prefix::read(path, rows, request.tokens, config, arguments.direction)?),
+        None if arguments.direction == Side::Left => {
+            return Err(Error::input("--direction left", "needs --prefix: what is to be continued"));
+        }
+        None => None,
+    };
+    let finish = finish(arguments, prefix.as_ref(), config)?;
     if let Some(path) = &arguments.noise {
         let given = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
         let file = TensorFile::open(path).map_err(about("--noise"))?;
@@ -65,7 +88,19 @@ pub fn request(arguments: &Arguments, config: &Config) -> Result<(Request, Optio
         }
         request.noise = Noise::Given(noise);
     }
-    Ok((request, prefix))
+    Ok(Inputs { request, prefix, finish, tiling })
+}
+
+/// How images are finished.
+fn finish(arguments: &Arguments, prefix: Option<&Prefix>, config: &Config) -> Result<Finish> {
+    let kept = match prefix {
+        Some(Prefix::Picture(pixels)) if arguments.keep_prefix_pixels => Some(pixels.clone()),
+        _ if arguments.keep_prefix_pixels => {
+            return Err(Error::input("--keep-prefix-pixels", "needs a PNG or JPEG as --prefix: tokens have no pixels"));
+        }
+        _ => None,
+    };
+    Ok(Finish { kept, side: arguments.direction, token_width: config.tokenizer.token_width() })
 }
 
 /// The class of each image.
@@ -83,11 +118,17 @@ fn labels(arguments: &Arguments, config: &Config) -> Result<Vec<Label>> {
 /// How images of `tokens` are decoded: in tiles, or as a whole.
 ///
 /// # Errors
-/// [`Error::Input`] for tiles that overlap by more than half.
+/// [`Error::Input`] for tiles that overlap by more than half, or are missing.
 pub fn tiling(arguments: &Arguments, tokens: usize) -> Result<Option<Tiling>> {
     let tile = match arguments.tile {
         Some(Tile::Tokens(tile)) => tile,
-        None if tokens > MOST_WHOLE => Tiling::default().tile,
+        Some(Tile::Whole) if outputs::is_folder(arguments.output.as_deref()) => {
+            return Err(Error::input(
+                "--tile none",
+                "has no tiles for the folder of --output: name a PNG, or leave it out",
+            ));
+        }
+        None if tokens > MOST_WHOLE || outputs::is_folder(arguments.output.as_deref()) => Tiling::default().tile,
         Some(Tile::Whole) | None => return Ok(None),
     };
     let tiling = Tiling { tile, overlap: arguments.overlap.unwrap_or(tile / 4) };
@@ -142,10 +183,10 @@ fn length(arguments: &Arguments, images: usize, config: &Config) -> Result<usize
 }
 
 impl Prefix {
-    fn read(path: &Path, rows: usize, tokens: usize, config: &Config) -> Result<Self> {
+    fn read(path: &Path, rows: usize, tokens: usize, config: &Config, side: Side) -> Result<Self> {
         let flag = "--prefix";
         let prefix = if picture::is_picture(path).map_err(about(flag))? {
-            Self::read_picture(path, config)?
+            Self::read_picture(path, config, side)?
         } else {
             let neither = |error| Error::Input(format!("{}; nor is it a PNG or JPEG", about(flag)(error)));
             let file = TensorFile::open(path).map_err(neither)?;
@@ -160,18 +201,23 @@ impl Prefix {
         Ok(prefix)
     }
 
-    fn read_picture(path: &Path, config: &Config) -> Result<Self> {
+    fn read_picture(path: &Path, config: &Config, side: Side) -> Result<Self> {
         let token_width = config.tokenizer.token_width();
-        let read = picture::read(path, config.tokenizer.image_height(), token_width).map_err(about("--prefix"))?;
+        let height = config.tokenizer.image_height();
+        let mut read = picture::read(path, height, token_width, side).map_err(about("--prefix"))?;
         let (width, height) = read.original;
         let (_, scaled_height, kept) = read.pixels.dim();
         cli::note(format_args!(
-            "prefix {}: {width}×{height} pixels, scaled to {}×{scaled_height}, {} cut on the left: {} tokens",
+            "prefix {}: {width}×{height} pixels, scaled to {}×{scaled_height}, {} cut on the {}: {} tokens",
             path.display(),
             read.scaled,
             read.scaled - kept,
+            if side == Side::Right { "left" } else { "right" },
             kept / token_width,
         ));
+        if side == Side::Left {
+            read.pixels.invert_axis(Axis(2));
+        }
         Ok(Self::Picture(read.pixels))
     }
 

@@ -9,7 +9,9 @@ use eqim::batch::{Image, Sampling, generate_all};
 use eqim::condition::Label;
 use eqim::engine::Engine;
 use eqim::generate::{Request, Rollout, Schedule};
+use eqim::picture::Side;
 use eqim::solver::Solver;
+use eqim::tiles::Tiling;
 use eqim::{Error, Result, files};
 use eqim_calibration::Flavour;
 use ndarray::Array2;
@@ -17,7 +19,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::arguments::Spans;
-use super::inputs::{self, Prefix};
+use super::finish::Finish;
+use super::inputs::{self, Inputs, Prefix};
 use super::{Arguments, decode_to, options, outputs};
 use crate::bundle::Bundle;
 use crate::cli::{self, Progress};
@@ -37,6 +40,8 @@ struct Line {
     solver: Option<Solver>,
     steps: Option<usize>,
     prefix: Option<PathBuf>,
+    direction: Option<Side>,
+    keep_prefix_pixels: Option<bool>,
 }
 
 /// A class by number or name.
@@ -58,11 +63,22 @@ struct Record {
     solver: Solver,
     steps: usize,
     prefix: Option<PathBuf>,
+    #[serde(default)]
+    direction: Side,
+    #[serde(default)]
+    keep_prefix_pixels: bool,
     /// Tokens of a tile, and those that two share, where it was decoded in tiles.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     tiles: Option<(usize, usize)>,
     /// SHA-256 of the weights.
     weights: String,
+}
+
+impl Record {
+    /// How the image is decoded.
+    fn tiling(&self) -> Option<Tiling> {
+        self.tiles.map(|(tile, overlap)| Tiling { tile, overlap })
+    }
 }
 
 /// A job that can run.
@@ -71,6 +87,7 @@ struct Job {
     record: Record,
     request: Request,
     prefix: Option<Prefix>,
+    finish: Finish,
 }
 
 /// One of the parts in which machines share the jobs.
@@ -165,18 +182,19 @@ fn batches(engine: &dyn Engine, jobs: Vec<Job>, arguments: &Arguments, desk: &Re
     let (config, most) = (engine.config(), arguments.max_batch);
     let mut together = jobs[0].request.clone();
     together.labels = vec![Label::One(None); most.min(jobs.len())];
-    inputs::check_memory(&together, config, inputs::tiling(arguments, together.tokens)?)
+    inputs::check_memory(&together, config, jobs[0].record.tiling())
         .map_err(|error| Error::input("--max-batch", error))?;
     let sampling = Sampling::new(config, &jobs[0].request);
-    let names: Vec<(String, Record)> = jobs.iter().map(|job| (job.id.clone(), job.record.clone())).collect();
+    let named = |job: &Job| (job.id.clone(), job.record.clone(), job.finish.clone());
+    let names: Vec<(String, Record, Finish)> = jobs.iter().map(named).collect();
     let images = jobs.into_iter().enumerate().filter_map(|(number, job)| match job.image(engine) {
         Ok(image) => Some(Ok((number, image))),
         Err(error) => desk.borrow_mut().finish(&names[number].0, Err(error)).err().map(Err),
     });
     generate_all(engine, sampling, images, most, |(number, tokens)| {
         let desk = &mut *desk.borrow_mut();
-        let (id, record) = &names[number];
-        let written = tokens.and_then(|tokens| write(engine, arguments, (desk.folder, id), record, tokens));
+        let (id, record, finish) = &names[number];
+        let written = tokens.and_then(|tokens| write(engine, (desk.folder, id), record, finish, tokens));
         desk.finish(id, written)
     })
 }
@@ -184,15 +202,13 @@ fn batches(engine: &dyn Engine, jobs: Vec<Job>, arguments: &Arguments, desk: &Re
 /// Decodes a job's tokens `[N, E]` and writes its image, then its record.
 fn write(
     engine: &dyn Engine,
-    arguments: &Arguments,
     (folder, id): (&Path, &str),
     record: &Record,
+    finish: &Finish,
     tokens: Array2<f32>,
 ) -> Result<PathBuf> {
     let path = image_path(folder, id);
-    let mut time = Duration::ZERO;
-    let tiling = inputs::tiling(arguments, tokens.dim().0)?;
-    decode_to(engine, tokens.view(), tiling, &path, &mut time)?;
+    decode_to(engine, tokens.view(), record.tiling(), finish, &path, &mut Duration::default())?;
     files::write_json(&record_path(folder, id), record)?;
     Ok(path)
 }
@@ -291,8 +307,12 @@ impl Job {
         own.solver = line.solver.unwrap_or(own.solver);
         own.steps = line.steps.or(own.steps);
         own.prefix = line.prefix.or(own.prefix);
-        let (request, prefix) = inputs::request(&own, &bundle.manifest.model)?;
-        let tiles = inputs::tiling(&own, request.tokens)?.map(|tiling| (tiling.tile, tiling.overlap));
+        own.direction = line.direction.unwrap_or(own.direction);
+        own.keep_prefix_pixels = line.keep_prefix_pixels.unwrap_or(own.keep_prefix_pixels);
+        // The folder of all images is no folder of tiles.
+        own.output = None;
+        let Inputs { request, prefix, finish, tiling } = inputs::read(&own, &bundle.manifest.model)?;
+        let tiles = tiling.map(|tiling| (tiling.tile, tiling.overlap));
         let record = Record {
             class: request.labels[0].clone(),
             seed: own.seed,
@@ -302,10 +322,12 @@ impl Job {
             solver: request.solver,
             steps: request.steps,
             prefix: own.prefix,
+            direction: own.direction,
+            keep_prefix_pixels: own.keep_prefix_pixels,
             tiles,
             weights: bundle.manifest.weights.sha256.clone(),
         };
-        Ok(Self { id, record, request, prefix })
+        Ok(Self { id, record, request, prefix, finish })
     }
 
     /// Whether its image is there already, made from the same.

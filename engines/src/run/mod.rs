@@ -1,6 +1,7 @@
 //! `eqim-run`: images from a bundle.
 
 mod arguments;
+mod finish;
 mod inputs;
 mod jobs;
 mod outputs;
@@ -15,7 +16,7 @@ pub(crate) use arguments::{MOST_TOKENS, solvers, within};
 use eqim::canvas::Canvas;
 use eqim::engine::Engine;
 use eqim::generate::{Generated, Request, Rollout, Times, generate, timed};
-use eqim::tiles::{Tiling, decode_tiles};
+use eqim::tiles::{Strip, Tiling, decode_tiles};
 use eqim::{Error, Result, candle, files, picture, tensors};
 pub(crate) use inputs::check_memory;
 use ndarray::{ArrayView2, Axis, concatenate};
@@ -23,7 +24,8 @@ use ndarray::{ArrayView2, Axis, concatenate};
 use crate::bundle::Bundle;
 use crate::cli::{self, Progress};
 use crate::{Backend, Options};
-use inputs::Prefix;
+use finish::Finish;
+use inputs::{Inputs, Prefix};
 use outputs::Outputs;
 use report::{Report, Seconds, Tiles};
 use stream::Context;
@@ -40,7 +42,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let outputs = Outputs::check(arguments)?;
     let bundle = Bundle::open(&arguments.engine)?;
     let config = &bundle.manifest.model;
-    let (mut request, prefix) = inputs::request(arguments, config)?;
+    let Inputs { mut request, prefix, finish, tiling } = inputs::read(arguments, config)?;
+    let width = config.image_size(request.tokens).0;
+    outputs.images.iter().try_for_each(|path| outputs::check_width(path, width))?;
     let prefix_tokens = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
 
     let (mut load, mut encoder, mut decoder) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
@@ -49,14 +53,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if let Some(prefix) = prefix {
         request.prefix = Some(timed(&mut encoder, || prefix.encode(engine.as_ref(), request.labels.len()))?);
     }
-    let tiling = inputs::tiling(arguments, request.tokens)?;
     let (times, tiles) = match tiling {
         None => {
             let mut progress = Progress::new("generated", request.tokens, "tokens");
             let generated = generate(engine.as_ref(), &request, |done| progress.at(done))?;
             drop(progress);
             save_tokens(&outputs, &generated)?;
-            decode(engine.as_ref(), &generated, &outputs.images, &mut decoder)?;
+            decode(engine.as_ref(), &generated, &finish, &outputs.images, &mut decoder)?;
             (generated.times, None)
         }
         Some(tiling) => {
@@ -65,6 +68,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
                 weights: &bundle.manifest.weights.sha256,
                 threads: arguments.threads,
                 tiling,
+                finish: &finish,
                 keep_tokens: outputs.tokens.is_some(),
             };
             stream(&context, &request, &outputs, &mut decoder)?
@@ -130,10 +134,16 @@ fn save_tokens(outputs: &Outputs, generated: &Generated) -> Result<()> {
 }
 
 /// Decodes and writes image by image, so that the memory of one is enough.
-fn decode(engine: &dyn Engine, generated: &Generated, paths: &[PathBuf], time: &mut Duration) -> Result<()> {
+fn decode(
+    engine: &dyn Engine,
+    generated: &Generated,
+    finish: &Finish,
+    paths: &[PathBuf],
+    time: &mut Duration,
+) -> Result<()> {
     let mut progress = Progress::new("decoded", paths.len(), "images");
     for (row, path) in paths.iter().enumerate() {
-        decode_to(engine, generated.tokens.index_axis(Axis(0), row), None, path, time)?;
+        decode_to(engine, generated.tokens.index_axis(Axis(0), row), None, finish, path, time)?;
         progress.at(row + 1);
     }
     Ok(())
@@ -144,22 +154,27 @@ fn decode_to(
     engine: &dyn Engine,
     tokens: ArrayView2<f32>,
     tiling: Option<Tiling>,
+    finish: &Finish,
     path: &Path,
     time: &mut Duration,
 ) -> Result<()> {
+    let (width, height) = engine.config().image_size(tokens.dim().0);
     let Some(tiling) = tiling else {
-        let images = timed(time, || engine.decode_tokens(tokens.insert_axis(Axis(0))))?;
-        if images.iter().any(|value| !value.is_finite()) {
+        let image = timed(time, || engine.decode_tokens(tokens.insert_axis(Axis(0))))?.index_axis_move(Axis(0), 0);
+        if image.iter().any(|value| !value.is_finite()) {
             let path = path.display();
             let problem = format!("the image for {path} has values that are not finite: its precision does not fit");
             return Err(Error::run(engine.name(), problem));
         }
-        return picture::write_png(path, images.index_axis(Axis(0), 0));
+        return picture::write_png(path, finish.columns(0, image, width).1.view());
     };
-    let (width, height) = engine.config().image_size(tokens.dim().0);
     let beside =
         files::temporary(0o666).tempfile_in(files::folder(path)).map_err(|error| Error::run(path.display(), error))?;
     let mut canvas = Canvas::open(beside.path(), width, height)?;
-    timed(time, || decode_tiles(engine, tiling, tokens, |strip| canvas.write(strip.x, strip.pixels.view())))?;
+    let write = |strip: Strip| {
+        let (x, pixels) = finish.columns(strip.x, strip.pixels, width);
+        canvas.write(x, pixels.view())
+    };
+    timed(time, || decode_tiles(engine, tiling, tokens, write))?;
     canvas.write_png(path)
 }

@@ -63,6 +63,36 @@ pub fn prepare_folder(folder: &Path, bundle: &Path) -> Result<()> {
     writable("--output", &folder.join("image.png"))
 }
 
+/// Whether an output is named as a folder of tiles.
+pub fn is_folder(output: Option<&Path>) -> bool {
+    output.is_some_and(|path| path.as_os_str().as_encoded_bytes().ends_with(b"/"))
+}
+
+/// Checks that an image of `width` pixels can be written as it is named. Readers on libpng's default limits stop at a million.
+///
+/// # Errors
+/// [`Error::Input`] for a PNG wider than the format allows.
+pub fn check_width(path: &Path, width: usize) -> Result<()> {
+    if is_folder(Some(path)) {
+        return Ok(());
+    }
+    let tiles = format!("name a folder, {}/, for tiles and an index", path.with_extension("").display());
+    if width > WIDEST_PNG {
+        let problem = format!("is {width} pixels wide, and a PNG holds at most {WIDEST_PNG}: {tiles}");
+        return Err(Error::input(format!("--output {}", path.display()), problem));
+    }
+    if width > WIDEST_OPENED {
+        let effect = format!("many programs open PNGs of at most {WIDEST_OPENED}");
+        tracing::warn!("{}: the image is {width} pixels wide, and {effect}: {tiles}", path.display());
+    }
+    Ok(())
+}
+
+/// Widest PNG that the format allows.
+const WIDEST_PNG: usize = i32::MAX as usize;
+/// Widest PNG that libpng reads unless told otherwise.
+const WIDEST_OPENED: usize = 1_000_000;
+
 /// Where a path leads, however it is spelled.
 fn place(path: &Path) -> Option<PathBuf> {
     Some(folder(path).canonicalize().ok()?.join(path.file_name()?))
@@ -70,6 +100,15 @@ fn place(path: &Path) -> Option<PathBuf> {
 
 /// Names of `count` images: `path` itself for one, else with a number before its extension.
 fn numbered(path: &Path, count: usize) -> Result<Vec<PathBuf>> {
+    if is_folder(Some(path)) {
+        let Some(name) = path.file_name() else { return Err(not_png(path)) };
+        let numbered = |number| {
+            let mut name = OsString::from(name);
+            name.push(if count == 1 { "/".into() } else { format!("-{number}/") });
+            path.with_file_name(name)
+        };
+        return Ok((0..count).map(numbered).collect());
+    }
     let (Some(stem), Some(extension)) = (path.file_stem(), path.extension()) else {
         return Err(not_png(path));
     };
@@ -89,13 +128,20 @@ fn numbered(path: &Path, count: usize) -> Result<Vec<PathBuf>> {
 }
 
 fn not_png(path: &Path) -> Error {
-    Error::input(format!("--output {}", path.display()), "is written as a PNG: expected a name that ends in .png")
+    Error::input(
+        format!("--output {}", path.display()),
+        "is written as a PNG or as tiles: expected a name that ends in .png, or in / for a folder",
+    )
 }
 
 /// Checks that a file can be put in place at `path`.
 fn writable(flag: &str, path: &Path) -> Result<()> {
     let bad = |problem: String| Error::input(format!("{flag} {}", path.display()), problem);
-    if path.file_name().is_none() || path.exists() && !path.is_file() {
+    if is_folder(Some(path)) {
+        if path.exists() {
+            return Err(bad("exists: remove it first, or name another".into()));
+        }
+    } else if path.file_name().is_none() || path.exists() && !path.is_file() {
         return Err(bad("is not a file".into()));
     }
     let folder = folder(path);
@@ -117,6 +163,11 @@ mod tests {
         let name = |path: &str, count| numbered(Path::new(path), count).unwrap();
         assert_eq!(name("out.png", 1), [Path::new("out.png")]);
         assert_eq!(name("a/b.c.PNG", 2), [Path::new("a/b.c-0.PNG"), Path::new("a/b.c-1.PNG")]);
+        assert_eq!(name("a/long/", 1)[0].to_str(), Some("a/long/"));
+        assert_eq!(
+            name("long/", 2).iter().map(|path| path.to_str().unwrap()).collect::<Vec<_>>(),
+            ["long-0/", "long-1/"]
+        );
         for bad in ["out", "out.jpg", "", "/", ".png", "out.png.txt"] {
             assert!(numbered(Path::new(bad), 1).is_err(), "{bad}");
         }

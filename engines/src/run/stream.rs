@@ -11,13 +11,16 @@ use eqim::canvas::Canvas;
 use eqim::condition::Label;
 use eqim::engine::Engine;
 use eqim::generate::{Noise, Request, Schedule, Times, timed};
+use eqim::picture::{self, Side};
 use eqim::solver::Solver;
 use eqim::tiles::{TileDecoder, Tiling};
 use eqim::{Error, Result, files};
-use ndarray::{Array1, Array2, Array3, Axis, concatenate, s};
+use ndarray::{Array1, Array2, Array3, ArrayView3, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::finish::Finish;
+use super::outputs::is_folder;
 use crate::cli;
 
 /// What an unfinished image is made from: only a run of the same goes on with it.
@@ -32,12 +35,13 @@ struct Record {
     steps: usize,
     tile: usize,
     overlap: usize,
+    direction: Side,
     /// What runs the model, since another engine's tokens differ in their last digits.
     backend: String,
     threads: Option<usize>,
     /// SHA-256 of the weights.
     weights: String,
-    /// SHA-256 of the tokens and the noise that were given.
+    /// SHA-256 of the tokens, the noise and the columns that were given.
     given: String,
 }
 
@@ -51,6 +55,8 @@ pub struct Context<'a> {
     pub threads: Option<usize>,
     /// How images are decoded.
     pub tiling: Tiling,
+    /// How they are finished.
+    pub finish: &'a Finish,
     /// Whether to give all tokens in the end.
     pub keep_tokens: bool,
 }
@@ -67,7 +73,7 @@ pub struct Streamed {
     pub tokens: Option<Array2<f32>>,
 }
 
-/// Generates image `row` of a request into a PNG at `path`. `progress` is told the number of tokens known so far.
+/// Generates image `row` of a request into a PNG at `path`, or tiles in a folder there. `progress` is told the number of tokens known so far.
 ///
 /// # Errors
 /// [`Error::Input`] where an unfinished image of other settings lies; [`Error::Run`] for a run that failed: what it had done
@@ -79,12 +85,12 @@ pub fn run(
     path: &Path,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Streamed> {
-    let Context { engine, tiling, .. } = *context;
+    let Context { engine, tiling, finish, .. } = *context;
     let config = engine.config();
     request.check(config)?;
     let mut work = Work::open(partial(path), &record(context, request, row), config.generator.embed)?;
     let (width, height) = config.image_size(request.tokens);
-    let mut canvas = Canvas::open(&work.folder.join("pixels.rgb"), width, height)?;
+    let mut sink = Sink::open(path, &work.folder, width, height)?;
     let done = (0..tiling.count(request.tokens)).take_while(|&tile| tiling.end(tile, request.tokens) <= work.known);
     let done = done.count();
     work.forget_after(done.checked_sub(1).map_or(0, |last| tiling.end(last, request.tokens)))?;
@@ -112,7 +118,10 @@ pub fn run(
                     let strip = timed(&mut streamed.decoder, || decoder.push(token.view()))?;
                     new.push(token);
                     if let Some(strip) = strip {
-                        timed(&mut streamed.decoder, || canvas.write(strip.x, strip.pixels.view()))?;
+                        timed(&mut streamed.decoder, || {
+                            let (x, columns) = finish.columns(strip.x, strip.pixels, width);
+                            sink.write(x, columns.view())
+                        })?;
                         work.append(&new)?;
                         new.clear();
                     }
@@ -126,9 +135,81 @@ pub fn run(
     if context.keep_tokens {
         streamed.tokens = Some(work.read(0)?);
     }
-    timed(&mut streamed.decoder, || canvas.write_png(path))?;
-    work.remove()?;
+    match sink {
+        Sink::Png(mut canvas) => {
+            timed(&mut streamed.decoder, || canvas.write_png(path))?;
+            work.remove()?;
+        }
+        Sink::Tiles(_) => {
+            let tiles = (0..tiling.count(request.tokens)).map(|index| {
+                let tokens = tiling.completes(index, request.tokens);
+                let (begin, end) = (tokens.start * finish.token_width, tokens.end * finish.token_width);
+                let x = if finish.side == Side::Left { width - end } else { begin };
+                Tile { file: tile_name(x), x, width: end - begin }
+            });
+            let mut tiles: Vec<Tile> = tiles.collect();
+            tiles.sort_unstable_by_key(|tile| tile.x);
+            work.publish(path, &Index { width, height, tiles })?;
+        }
+    }
     Ok(streamed)
+}
+
+/// Where finished columns go.
+enum Sink {
+    /// To a file that becomes a PNG.
+    Png(Canvas),
+    /// To a PNG each, in this folder.
+    Tiles(PathBuf),
+}
+
+impl Sink {
+    fn open(path: &Path, folder: &Path, width: usize, height: usize) -> Result<Self> {
+        if is_folder(Some(path)) {
+            return Ok(Self::Tiles(folder.to_path_buf()));
+        }
+        Ok(Self::Png(Canvas::open(&folder.join("pixels.rgb"), width, height)?))
+    }
+
+    /// Writes columns `[3, height, n]` at pixel `x`, down to the disk.
+    fn write(&mut self, x: usize, columns: ArrayView3<f32>) -> Result<()> {
+        match self {
+            Self::Png(canvas) => canvas.write(x, columns),
+            Self::Tiles(folder) => {
+                let path = folder.join(tile_name(x));
+                picture::write_png(&path, columns)?;
+                let synced = File::open(&path).and_then(|file| file.sync_data());
+                synced.map_err(|error| Error::run(path.display(), error))
+            }
+        }
+    }
+}
+
+/// What `index.json` of a folder of tiles says.
+#[derive(Debug, Serialize)]
+struct Index {
+    /// Pixels of the image.
+    width: usize,
+    /// Pixels of the image.
+    height: usize,
+    /// From left to right, side by side.
+    tiles: Vec<Tile>,
+}
+
+/// Columns of an image.
+#[derive(Debug, Serialize)]
+struct Tile {
+    /// A PNG in the folder.
+    file: String,
+    /// Pixels to the left of it.
+    x: usize,
+    /// Pixels.
+    width: usize,
+}
+
+/// Files sort as their columns do.
+fn tile_name(x: usize) -> String {
+    format!("{x:010}.png")
 }
 
 /// Tokens back to which a token's condition reaches: a window a block.
@@ -153,26 +234,28 @@ fn image(engine: &dyn Engine, request: &Request, row: usize, work: &mut Work) ->
 
 /// The folder of an image that is not finished.
 fn partial(path: &Path) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
+    let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".partial");
-    name.into()
+    path.with_file_name(name)
 }
 
 fn record(context: &Context, request: &Request, row: usize) -> Record {
     let Tiling { tile, overlap } = context.tiling;
     let mut hash = Sha256::new();
-    let mut add = |values: Option<&Array3<f32>>| {
-        let values = values.map(|values| values.index_axis(Axis(0), row).to_owned());
+    let mut add = |values: Option<ArrayView3<f32>>| {
         values.iter().flatten().for_each(|value| hash.update(value.to_le_bytes()));
     };
-    add(request.prefix.as_ref());
+    let of_row = |values: &Array3<f32>| values.slice(s![row..=row, .., ..]).to_owned();
+    let prefix = request.prefix.as_ref().map(of_row);
+    add(prefix.as_ref().map(|prefix| prefix.view()));
     let seed = match &request.noise {
         Noise::Seed(seed) => Some(*seed),
         Noise::Given(noise) => {
-            add(Some(noise));
+            add(Some(of_row(noise).view()));
             None
         }
     };
+    add(context.finish.kept.as_ref().map(|kept| kept.view()));
     Record {
         class: request.labels[row].clone(),
         seed,
@@ -183,6 +266,7 @@ fn record(context: &Context, request: &Request, row: usize) -> Record {
         steps: request.steps,
         tile,
         overlap,
+        direction: context.finish.side,
         backend: context.engine.name().into(),
         threads: context.threads,
         weights: context.weights.into(),
@@ -249,6 +333,16 @@ impl Work {
         let written = self.tokens.seek(SeekFrom::End(0)).and_then(|_| self.tokens.write_all(&bytes));
         written.and_then(|()| self.tokens.sync_data()).map_err(self.failed())?;
         self.known += tokens.len();
+        Ok(())
+    }
+
+    /// Makes the folder a finished image's: with an index, under its own name, without what a run needs to go on.
+    fn publish(self, path: &Path, index: &Index) -> Result<()> {
+        files::write_json(&self.folder.join("index.json"), index)?;
+        std::fs::rename(&self.folder, path).map_err(|error| Error::run(path.display(), error))?;
+        for file in ["run.json", "tokens.f32"] {
+            std::fs::remove_file(path.join(file)).map_err(|error| Error::run(path.display(), error))?;
+        }
         Ok(())
     }
 
