@@ -3,6 +3,7 @@
 //! The model is written once, in [`model`], over the primitives of [`ops::Ops`]. What runs it, counts it or lowers it
 //! to ONNX is an interpreter of those primitives. [`generate`] drives any [`engine::Engine`] token by token.
 
+pub mod animation;
 pub mod batch;
 pub mod candle;
 pub mod canvas;

@@ -5,7 +5,7 @@ use std::io::{BufReader, Cursor};
 use std::path::Path;
 
 use image::imageops::{self, FilterType};
-use image::{ImageDecoder, ImageError, ImageFormat, ImageReader, RgbImage};
+use image::{ExtendedColorType, ImageDecoder, ImageError, ImageFormat, ImageReader, RgbImage};
 use ndarray::{Array3, ArrayView3};
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +19,11 @@ pub fn to_byte(value: f32) -> u8 {
     ((value + 1.0) / 2.0 * 255.0).clamp(0.0, 255.0).round_ties_even() as u8
 }
 
+/// Pixels of `image [3, height, width]` as bytes, row by row: red, green, blue.
+pub fn bytes(image: ArrayView3<f32>) -> Vec<u8> {
+    image.permuted_axes([1, 2, 0]).iter().map(|&value| to_byte(value)).collect()
+}
+
 /// Writes `image [3, height, width]` as a PNG, replacing `path` when all of it is written.
 ///
 /// # Errors
@@ -26,13 +31,18 @@ pub fn to_byte(value: f32) -> u8 {
 pub fn write_png(path: &Path, image: ArrayView3<f32>) -> Result<()> {
     let (_, height, width) = image.dim();
     let failed = |error: image::ImageError| Error::run(path.display(), format!("cannot be written: {error}"));
-    let pixels = RgbImage::from_fn(width as u32, height as u32, |x, y| {
-        image::Rgb([0, 1, 2].map(|channel| to_byte(image[[channel, y as usize, x as usize]])))
-    });
     // In memory first: saved to a file, the end of a picture that a full disk cuts off would be lost without an error.
-    let mut bytes = Cursor::new(vec![]);
-    pixels.write_to(&mut bytes, ImageFormat::Png).map_err(failed)?;
-    files::write(path, bytes.get_ref())
+    let mut file = Cursor::new(vec![]);
+    image::write_buffer_with_format(
+        &mut file,
+        &bytes(image),
+        width as u32,
+        height as u32,
+        ExtendedColorType::Rgb8,
+        ImageFormat::Png,
+    )
+    .map_err(failed)?;
+    files::write(path, file.get_ref())
 }
 
 /// A side of a picture.

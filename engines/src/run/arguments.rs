@@ -107,6 +107,12 @@ pub struct Arguments {
     #[arg(long, value_name = "FILE")]
     pub save_tokens: Option<PathBuf>,
 
+    /// Also write what each token means to this new folder: the image after each, in the places of random ones, first those
+    /// generated, then those that the encoder makes of the picture of --prefix, else of the image itself; as frames and
+    /// animated PNGs, and each token's time and norm as JSON
+    #[arg(long, value_name = "FOLDER")]
+    pub trace: Option<PathBuf>,
+
     /// Image to write; several are numbered: image-0.png, image-1.png. A name that ends in / is a folder of tiles with an
     /// index.json, for images wider than programs open. With --jobs, the folder of all images [default: image.png]
     #[arg(short, long, value_name = "PNG or FOLDER/")]
@@ -115,7 +121,7 @@ pub struct Arguments {
     /// Make an image for every line of this file instead, each a JSON object: `{"id": "a", "class": 3, "seed": 7, "tokens": 32}`;
     /// also classes, width, cfg, cfg_schedule, solver, steps, prefix, direction, keep_prefix_pixels. What a line leaves out is as the flags say. Images that are there
     /// already are left as they are
-    #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["noise", "save_tokens", "json"], requires = "output")]
+    #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["noise", "save_tokens", "json", "trace"], requires = "output")]
     pub jobs: Option<PathBuf>,
 
     /// Most jobs at once

@@ -7,6 +7,7 @@ mod jobs;
 mod outputs;
 mod report;
 mod stream;
+mod trace;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -29,6 +30,7 @@ use inputs::{Inputs, Prefix};
 use outputs::Outputs;
 use report::{Report, Seconds, Tiles};
 use stream::Context;
+use trace::Traced;
 
 /// Generates images as the command line says.
 ///
@@ -43,6 +45,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let bundle = Bundle::open(&arguments.engine)?;
     let config = &bundle.manifest.model;
     let Inputs { mut request, prefix, finish, tiling } = inputs::read(arguments, config)?;
+    if arguments.trace.is_some() && tiling.is_some() {
+        let problem = "decodes every frame as a whole: leave --tile out, and ask for a shorter image";
+        return Err(Error::input("--trace", problem));
+    }
     let width = config.image_size(request.tokens).0;
     outputs.images.iter().try_for_each(|path| outputs::check_width(path, width))?;
     let prefix_tokens = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
@@ -60,6 +66,17 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             drop(progress);
             save_tokens(&outputs, &generated)?;
             decode(engine.as_ref(), &generated, &finish, &outputs.images, &mut decoder)?;
+            if let Some(folder) = &outputs.trace {
+                let traced = Traced {
+                    engine: engine.as_ref(),
+                    request: &request,
+                    generated: &generated,
+                    has_picture: encoded,
+                    side: arguments.direction,
+                    seed: arguments.seed,
+                };
+                trace::write(&traced, folder)?;
+            }
             (generated.times, None)
         }
         Some(tiling) => {

@@ -15,6 +15,8 @@ pub struct Outputs {
     pub images: Vec<PathBuf>,
     /// Tokens and noise.
     pub tokens: Option<PathBuf>,
+    /// A folder of what each token means.
+    pub trace: Option<PathBuf>,
 }
 
 impl Outputs {
@@ -24,7 +26,7 @@ impl Outputs {
     /// [`Error::Input`] naming the flag, and the file or folder that cannot be written.
     pub fn check(arguments: &Arguments) -> Result<Self> {
         let images = numbered(arguments.output.as_deref().unwrap_or(Path::new("image.png")), arguments.images())?;
-        let outputs = Self { images, tokens: arguments.save_tokens.clone() };
+        let outputs = Self { images, tokens: arguments.save_tokens.clone(), trace: arguments.trace.clone() };
         for path in &outputs.images {
             writable("--output", path)?;
         }
@@ -41,12 +43,15 @@ impl Outputs {
                 return Err(Error::input(format!("--save-tokens {}", path.display()), "is written by --output too"));
             }
         }
+        if let Some(path) = &outputs.trace {
+            new_folder("--trace", path)?;
+        }
         Ok(outputs)
     }
 
     /// All files.
     pub fn all(&self) -> impl Iterator<Item = &PathBuf> {
-        self.images.iter().chain(&self.tokens)
+        self.images.iter().chain(&self.tokens).chain(&self.trace)
     }
 }
 
@@ -138,12 +143,25 @@ fn not_png(path: &Path) -> Error {
 fn writable(flag: &str, path: &Path) -> Result<()> {
     let bad = |problem: String| Error::input(format!("{flag} {}", path.display()), problem);
     if is_folder(Some(path)) {
-        if path.exists() {
-            return Err(bad("exists: remove it first, or name another".into()));
-        }
-    } else if path.file_name().is_none() || path.exists() && !path.is_file() {
+        return new_folder(flag, path);
+    }
+    if path.file_name().is_none() || path.exists() && !path.is_file() {
         return Err(bad("is not a file".into()));
     }
+    can_be_written(flag, path)
+}
+
+/// Checks that a folder can be put in place at `path`.
+fn new_folder(flag: &str, path: &Path) -> Result<()> {
+    if path.exists() {
+        return Err(Error::input(format!("{flag} {}", path.display()), "exists: remove it first, or name another"));
+    }
+    can_be_written(flag, path)
+}
+
+/// Checks the folder that `path` is in.
+fn can_be_written(flag: &str, path: &Path) -> Result<()> {
+    let bad = |problem: String| Error::input(format!("{flag} {}", path.display()), problem);
     let folder = folder(path);
     if !folder.is_dir() {
         return Err(bad(format!("there is no folder {}: create it first", folder.display())));
