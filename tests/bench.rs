@@ -2,8 +2,18 @@
 
 mod common;
 
-use common::bins::Workplace;
-use common::{Fixture, fixtures};
+use candle_core::{Device, Tensor};
+use common::bins::{Workplace, export_line};
+use common::{ACTIVATION, Fixture, fixtures};
+use eqim::candle::{to_array, to_tensor};
+use eqim::checkpoint::WeightSet;
+use eqim::engine::Engine;
+use eqim::model::{flow, transformer};
+use eqim::ops::eager::Eager;
+use eqim::picture::{Side, read};
+use eqim::random::TorchRng;
+use image::RgbImage;
+use ndarray::{Array2, Array3, Axis, s};
 use serde_json::Value;
 
 fn workplace() -> Workplace {
@@ -137,4 +147,103 @@ fn lines_that_cannot_be_measured_are_refused() {
     ] {
         place.refused(format!("eqim-bench {line}").trim_end(), mentions);
     }
+}
+
+/// Pictures in folders of classes, high as the fixture's images and `widths` tokens wide.
+fn photographs(place: &Workplace, widths: &[(&str, u32)]) {
+    place.run("eqim-run --engine bundle --class 0 --tokens 2 -o small.png").succeeded();
+    let (token, height) = image::open(place.path("small.png")).unwrap().to_rgb8().dimensions();
+    for (number, (class, tokens)) in widths.iter().enumerate() {
+        std::fs::create_dir_all(place.path(&format!("photos/{class}"))).unwrap();
+        let wave = |x: u32, y: u32, c: u32| (x * (3 + c) + y * 11 + x * y % (29 + number as u32)) as u8;
+        let photo = RgbImage::from_fn(tokens * token / 2, height, |x, y| image::Rgb([0, 1, 2].map(|c| wave(x, y, c))));
+        photo.save(place.path(&format!("photos/{class}/{number}.png"))).unwrap();
+    }
+}
+
+/// The loss at every position of one picture, by the model's teacher-forced pass instead of the engine's steps.
+fn losses(place: &Workplace, picture: &str, class: i64, positions: usize) -> Vec<f64> {
+    let engine = Fixture::open(fixtures()).engine(WeightSet::Ema);
+    let (g, token) = (&engine.config().generator, engine.config().tokenizer.token_width());
+    let pixels =
+        read(&place.path(picture), engine.config().tokenizer.image_height(), token, Side::Left).unwrap().pixels;
+    let width = pixels.dim().2;
+    let mirrored = ndarray::concatenate![Axis(2), pixels, pixels.slice(s![.., .., ..;-1])];
+    let views: Vec<Array3<f32>> = (0..8)
+        .map(|view| {
+            let place = |x: usize| (2 * width * view / 8 + x) % (2 * width);
+            let columns: Vec<usize> = (0..(positions + 2) * token).map(place).collect();
+            engine.encode(mirrored.select(Axis(2), &columns).view().insert_axis(Axis(0))).unwrap() * g.vae_norm as f32
+        })
+        .collect();
+    let mut random = TorchRng::new(6);
+    let noise: Vec<Array2<f32>> =
+        (0..8).map(|_| Array2::from_shape_vec((8, g.embed), random.randn(8 * g.embed)).unwrap()).collect();
+    let mut sums = vec![0.0; positions];
+    for (view, tokens) in views.iter().enumerate() {
+        let tokens = tokens.slice(s![0, ..positions, ..]);
+        let mut o = Eager::new(engine.weights());
+        let labels = Tensor::new(&[class], &Device::Cpu).unwrap();
+        let z = transformer::teacher_forced(&mut o, g, &labels, &to_tensor(tokens).unwrap(), positions, 0).unwrap();
+        for (time, noise) in noise.iter().enumerate() {
+            let t = (time as f32 + 0.5) / 8.0;
+            let velocity = &noise.row(view) - &tokens;
+            let at = to_tensor((&tokens + &velocity * t).view()).unwrap();
+            let times = Tensor::full(t, positions, &Device::Cpu).unwrap();
+            let found: Array2<f32> = to_array(&flow::velocity(&mut o, g, &at, &times, &z).unwrap()).unwrap();
+            for (sum, error) in sums.iter_mut().zip((found - velocity).rows()) {
+                *sum += f64::from(error.dot(&error)) / (g.embed * 64) as f64;
+            }
+        }
+    }
+    sums
+}
+
+#[test]
+fn equivariance_of_the_tokenizer_and_of_positions() {
+    let place = Workplace::new(&Fixture::open(fixtures()));
+    place.write("names.txt", "a\nsea\nwood\nb\nc\n");
+    let export = format!("{} --no-validate -o bundle", export_line(&Fixture::open(fixtures())));
+    place.run(&format!("{export} --class-names names.txt")).succeeded();
+    photographs(&place, &[("sea", 18)]);
+    let line = format!(
+        "eqim-bench --engine bundle --equivariance --images photos --trained 6 --positions 25 --seed 6 {QUICK}"
+    );
+    let run = place.run(&format!("{line} --plot plot.png --export-markdown bench.md")).succeeded();
+    assert!(run.stdout.contains("1 pictures, their classes by the names of their folders"), "{}", run.stdout);
+    let found = json(&place)["equivariance"].clone();
+
+    let expected = losses(&place, "photos/sea/0.png", 1, 25);
+    let positions = found["loss"].as_array().unwrap();
+    assert_eq!(positions.len(), 25);
+    for (position, expected) in positions.iter().zip(&expected) {
+        let loss = position["loss"].as_f64().unwrap();
+        assert!((loss - expected).abs() <= f64::from(ACTIVATION) * expected, "{position}, expected {expected}");
+    }
+    let bands = found["bands"].as_array().unwrap();
+    let ranges: Vec<_> = bands.iter().map(|band| (band["first"].as_u64(), band["last"].as_u64())).collect();
+    assert_eq!(ranges.first(), Some(&(Some(0), Some(0))));
+    assert_eq!(ranges.last(), Some(&(Some(21), Some(24))));
+    let mean = expected[21..].iter().sum::<f64>() / 4.0;
+    assert!((bands.last().unwrap()["loss"].as_f64().unwrap() - mean).abs() <= f64::from(ACTIVATION) * mean);
+
+    let shifts = found["shifts"].as_array().unwrap();
+    let whole = shifts.iter().find(|shift| shift["tokens"] == 1.0).unwrap();
+    assert!(whole["all"].as_f64().unwrap() < whole["unshifted"].as_f64().unwrap(), "tokens follow: {whole}");
+    let plot = image::open(place.path("plot.png")).unwrap();
+    assert_eq!((plot.width(), plot.height()), (1200, 1600));
+    let markdown = String::from_utf8(place.read("bench.md")).unwrap();
+    assert!(markdown.contains("| never seen |") && markdown.contains("| not shifted |"), "{markdown}");
+
+    // Pictures in more folders than there are names are of no class, and too narrow ones are named.
+    photographs(&place, &[("sea", 18), ("sky", 6)]);
+    let run = place.run(&line).succeeded();
+    assert!(run.stdout.contains("2 pictures, their classes by none"), "{}", run.stdout);
+    let refused = |flags: &str, mention: &str| {
+        place.run(&format!("eqim-bench --engine bundle {flags}")).failed(2, &[mention]);
+    };
+    refused("--equivariance --images photos --trained 18", "no picture that is wider than");
+    refused("--equivariance --images bundle", "holds no PNG or JPEG");
+    refused("--equivariance", "--images");
+    refused("--images photos", "--equivariance");
 }

@@ -66,7 +66,7 @@ pub fn pictures(folder: &Path) -> Result<Vec<PathBuf>> {
         }
     }
     if found.is_empty() {
-        return Err(bad("holds no PNG or JPEG: calibration needs pictures as the model will meet".into()));
+        return Err(bad("holds no PNG or JPEG, expected pictures as the model will meet".into()));
     }
     found.sort();
     Ok(found)

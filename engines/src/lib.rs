@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod bundle;
+pub mod chart;
 pub mod cli;
 pub mod memory;
 pub mod native;

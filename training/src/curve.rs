@@ -1,398 +1,48 @@
 //! Loss curves: a picture of the metrics of a training run.
 
-use std::error;
-use std::ops::Range;
 use std::path::Path;
 
-use eqim::{Error, Result, files};
-use image::{ImageFormat, RgbImage, imageops};
-use plotters::coord::Shift;
-use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
-use plotters::prelude::*;
-use plotters::style::register_font;
+use eqim::Result;
+use eqim_engines::chart::{self, Chart, Series};
 
 use crate::metrics::Record;
 
-/// Width of a picture.
-pub const WIDTH: u32 = 1200;
-/// Height of a picture.
-pub const HEIGHT: u32 = 800;
-
-/// Drawn this many times larger and scaled down: plotters draws thick lines with jagged edges.
-const FINE: u32 = 2;
-/// What plotters looks our font up by.
-const FONT: &str = "DejaVu Sans";
-/// Told apart by the colour-blind too (Okabe and Ito).
-const COLOURS: [RGBColor; 7] = [
-    RGBColor(0, 114, 178),
-    RGBColor(213, 94, 0),
-    RGBColor(0, 158, 115),
-    RGBColor(204, 121, 167),
-    RGBColor(230, 159, 0),
-    RGBColor(86, 180, 233),
-    RGBColor(0, 0, 0),
-];
-/// A series of so few values shows each as a dot, as the line of a single one has no length.
-const DOTS: usize = 40;
-
-type Drawn<T = ()> = Result<T, Box<dyn error::Error>>;
-type Canvas<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
-type Chart<'a, 'b> = ChartContext<'a, BitMapBackend<'b>, Cartesian2d<Axis, Axis>>;
-
-/// Draws the values of these names over the steps, replacing `path` by a PNG of [`WIDTH`] × [`HEIGHT`]: each as a thin
-/// line, and smoothed as a thick one. The axis of the values is logarithmic when all are positive. What is missing in a
-/// record or not finite is left out; where nothing is left, the chart is empty.
+/// Draws the values of these names over the steps, replacing `path` by a PNG: each as a thin line, and smoothed as a thick
+/// one. What is missing in a record is left out.
 ///
 /// # Errors
-/// [`Error::Run`] when it cannot be drawn or written.
+/// Those of [`chart::draw`].
 pub fn draw(path: &Path, title: &str, records: &[Record], names: &[&str]) -> Result<()> {
-    let failed = |problem: String| Error::run(path.display(), problem);
-    let mut pixels = RgbImage::new(FINE * WIDTH, FINE * HEIGHT);
-    let plot = Plot::new(records, names);
-    plot.paint(&mut pixels, title).map_err(|error| failed(format!("cannot be drawn: {error}")))?;
-    let pixels = imageops::thumbnail(&pixels, WIDTH, HEIGHT);
-    files::write_beside(path, |beside| {
-        let written = pixels.save_with_format(beside, ImageFormat::Png);
-        written.map_err(|error| failed(format!("cannot be written: {error}")))
-    })
+    let y = if let [name] = names { name } else { "value" };
+    let series = names.iter().map(|name| series(records, name)).collect();
+    chart::draw(path, &[Chart { title, x: "step", y, series }])
 }
 
-/// An axis with ticks of our choice.
-struct Axis {
-    range: Range<f64>,
-    ticks: Vec<f64>,
-}
-
-impl Ranged for Axis {
-    type FormatOption = DefaultFormatting;
-    type ValueType = f64;
-
-    fn map(&self, place: &f64, (first, last): (i32, i32)) -> i32 {
-        let part = (place - self.range.start) / (self.range.end - self.range.start);
-        first + (part * f64::from(last - first)).round() as i32
-    }
-
-    fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
-        // Lines between the ticks are not drawn.
-        if hint.weight().allow_light_points() { vec![] } else { self.ticks.clone() }
-    }
-
-    fn range(&self) -> Range<f64> {
-        self.range.clone()
-    }
-}
-
-/// How values lie along their axis.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Scale {
-    Linear,
-    Logarithmic,
-}
-
-impl Scale {
-    fn place(self, value: f64) -> f64 {
-        match self {
-            Self::Linear => value,
-            Self::Logarithmic => value.log10(),
-        }
-    }
-
-    fn value(self, place: f64) -> f64 {
-        match self {
-            Self::Linear => place,
-            Self::Logarithmic => 10f64.powf(place),
-        }
-    }
-
-    /// Places for about eight labels.
-    fn ticks(self, range: &Range<f64>) -> Vec<f64> {
-        match self {
-            Self::Linear => round_numbers(range),
-            Self::Logarithmic => round_exponents(range),
-        }
-    }
-}
-
-/// The values of one name, as `(step, place)`.
-struct Series<'a> {
-    name: &'a str,
-    colour: RGBColor,
-    points: Vec<(f64, f64)>,
-}
-
-impl<'a> Series<'a> {
-    fn new(records: &[Record], name: &'a str, colour: RGBColor) -> Self {
-        let value = |record: &Record| record.values.get(name).copied().flatten().filter(|value| value.is_finite());
-        let points = records.iter().filter_map(|record| Some((record.step as f64, value(record)?))).collect();
-        Self { name, colour, points }
-    }
-
-    /// The moving average: exponential with a window that grows with the series, at first the mean of what there is.
-    fn smoothed(&self) -> impl Iterator<Item = (f64, f64)> {
-        let window = (self.points.len() as f64 / 100.0).max(4.0);
-        let mut mean = 0.0;
-        self.points.iter().enumerate().map(move |(index, &(step, place))| {
-            let weight = 1.0 / window.min(index as f64 + 1.0);
-            mean = (1.0 - weight) * mean + weight * place;
-            (step, mean)
-        })
-    }
-
-    fn paint(&self, chart: &mut Chart) -> Drawn {
-        let (points, thin) = (self.points.iter().copied(), self.colour.mix(0.45).stroke_width(1));
-        chart.draw_series(LineSeries::new(points.clone(), thin))?;
-        if self.points.len() <= DOTS {
-            chart.draw_series(points.map(|point| Circle::new(point, 3 * FINE, self.colour.filled())))?;
-        }
-        let thick = self.colour.stroke_width(2 * FINE);
-        let legend = chart.draw_series(LineSeries::new(self.smoothed(), thick))?.label(self.name);
-        let length = 24 * FINE as i32;
-        legend.legend(move |(x, y)| PathElement::new([(x, y), (x + length, y)], thick));
-        Ok(())
-    }
-}
-
-/// What is drawn, and the axis that it shares.
-struct Plot<'a> {
-    scale: Scale,
-    label: &'a str,
-    series: Vec<Series<'a>>,
-}
-
-impl<'a> Plot<'a> {
-    fn new(records: &[Record], names: &[&'a str]) -> Self {
-        // By its place in `names`: a name keeps its colour when its first value comes late.
-        let coloured = names.iter().zip(COLOURS.into_iter().cycle());
-        let mut series: Vec<Series> = coloured.map(|(name, colour)| Series::new(records, name, colour)).collect();
-        series.retain(|series| !series.points.is_empty());
-        let positive = series.iter().flat_map(|series| &series.points).all(|&(_, value)| value > 0.0);
-        let scale = if positive && !series.is_empty() { Scale::Logarithmic } else { Scale::Linear };
-        for (_, value) in series.iter_mut().flat_map(|series| &mut series.points) {
-            *value = scale.place(*value);
-        }
-        let label = if let [name] = names { name } else { "value" };
-        Self { scale, label, series }
-    }
-
-    fn paint(&self, pixels: &mut RgbImage, title: &str) -> Drawn {
-        register_font(FONT, FontStyle::Normal, dejavu::sans::regular()).map_err(|_| "the font cannot be read")?;
-        let size = pixels.dimensions();
-        let canvas = BitMapBackend::with_buffer(pixels, size).into_drawing_area();
-        canvas.fill(&WHITE)?;
-        let mut chart = self.chart(&canvas, title)?;
-        self.paint_axes(&mut chart)?;
-        for series in &self.series {
-            series.paint(&mut chart)?;
-        }
-        if !self.series.is_empty() {
-            paint_legend(&mut chart)?;
-        }
-        drop(chart);
-        Ok(canvas.present()?)
-    }
-
-    fn chart<'c, 'b>(&self, canvas: &'c Canvas<'b>, title: &str) -> Drawn<Chart<'c, 'b>> {
-        let points = || self.series.iter().flat_map(|series| &series.points);
-        let steps = extent(points().map(|point| point.0), 0.0);
-        let places = extent(points().map(|point| point.1), 0.05);
-        let (step_ticks, place_ticks) = (Scale::Linear.ticks(&steps), self.scale.ticks(&places));
-        let mut builder = ChartBuilder::on(canvas);
-        builder.margin(16 * FINE).margin_right(32 * FINE).caption(title, font(22));
-        builder.x_label_area_size(52 * FINE).y_label_area_size(84 * FINE);
-        Ok(builder
-            .build_cartesian_2d(Axis { range: steps, ticks: step_ticks }, Axis { range: places, ticks: place_ticks })?)
-    }
-
-    fn paint_axes(&self, chart: &mut Chart) -> Drawn {
-        let label = match self.scale {
-            Scale::Linear => self.label.to_string(),
-            Scale::Logarithmic => format!("{} (logarithmic)", self.label),
-        };
-        let (step_label, place_label) = (|step: &f64| number(*step), |place: &f64| number(self.scale.value(*place)));
-        let mut mesh = chart.configure_mesh();
-        mesh.bold_line_style(BLACK.mix(0.12).stroke_width(FINE)).axis_style(BLACK.mix(0.6).stroke_width(FINE));
-        mesh.label_style(font(15)).axis_desc_style(font(17)).set_all_tick_mark_size(5 * FINE);
-        mesh.x_desc("step").x_label_formatter(&step_label);
-        mesh.y_desc(label).y_label_formatter(&place_label);
-        Ok(mesh.draw()?)
-    }
-}
-
-fn paint_legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>) -> Drawn {
-    let mut legend = chart.configure_series_labels();
-    legend.position(SeriesLabelPosition::UpperRight).margin(12 * FINE).legend_area_size(32 * FINE);
-    legend.background_style(WHITE.mix(0.85)).border_style(BLACK.mix(0.3).stroke_width(FINE)).label_font(font(16));
-    Ok(legend.draw()?)
-}
-
-fn font(size: u32) -> (&'static str, u32) {
-    (FONT, size * FINE)
-}
-
-/// The range of an axis that shows all `places`, with `margin` times its length around.
-fn extent(places: impl Iterator<Item = f64>, margin: f64) -> Range<f64> {
-    let Some((low, high)) = places.fold(None, |found: Option<(f64, f64)>, place| {
-        Some(found.map_or((place, place), |(low, high)| (low.min(place), high.max(place))))
-    }) else {
-        return 0.0..1.0;
-    };
-    // An axis has a length, also for a constant.
-    let (length, least) = (high - low, low.abs().max(1.0) * 1e-9);
-    let around = if length > least { margin * length } else { 0.05 * low.abs().max(1.0) };
-    low - around..high + around
-}
-
-/// Multiples of 1, 2 or 5 times a power of ten.
-fn round_numbers(range: &Range<f64>) -> Vec<f64> {
-    let rough = (range.end - range.start) / 8.0;
-    let power = 10f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0, 10.0].map(|factor| factor * power).into_iter().find(|&step| step >= rough);
-    let step = step.unwrap_or(rough);
-    let (first, last) = ((range.start / step).ceil() as i64, (range.end / step).floor() as i64);
-    (first..=last).map(|multiple| multiple as f64 * step).collect()
-}
-
-/// Exponents of round numbers: of powers of ten where there are enough of them, of ever more between where not.
-fn round_exponents(range: &Range<f64>) -> Vec<f64> {
-    let stride = ((range.end - range.start) / 10.0).ceil().max(1.0) as usize;
-    let (first, last) = (range.start.floor() as i32, range.end.ceil() as i32);
-    let factors: [&[f64]; 3] = [&[1.0], &[1.0, 2.0, 5.0], &[1.0, 2.0, 3.0, 4.0, 6.0, 8.0]];
-    let ticks = factors.into_iter().map(|factors| {
-        let exponents = (first..=last).step_by(stride).map(f64::from);
-        let ticks = exponents.flat_map(|exponent| factors.iter().map(move |factor| exponent + factor.log10()));
-        ticks.filter(|tick| range.contains(tick)).collect::<Vec<_>>()
-    });
-    let values = Scale::Logarithmic.value(range.start)..Scale::Logarithmic.value(range.end);
-    let enough = ticks.into_iter().find(|ticks| ticks.len() >= 5);
-    enough.unwrap_or_else(|| round_numbers(&values).into_iter().map(f64::log10).collect())
-}
-
-/// A label: without the last digits, which are those of rounding errors.
-fn number(value: f64) -> String {
-    let value = format!("{value:.9e}").parse().unwrap_or(value);
-    match value.abs() {
-        0.0 | 1e-3..1e7 => value.to_string(),
-        _ => format!("{value:e}"),
-    }
+fn series<'a>(records: &[Record], name: &'a str) -> Series<'a> {
+    let value = |record: &Record| record.values.get(name).copied().flatten();
+    let points = records.iter().filter_map(|record| Some((record.step as f64, value(record)?))).collect();
+    Series { name, points, noisy: true }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
-    use std::fs;
+    use std::collections::BTreeMap;
 
     use super::*;
 
-    fn record(step: usize, values: &[(&str, f64)]) -> Record {
-        Record { step, values: values.iter().map(|&(name, value)| (name.to_string(), Some(value))).collect() }
-    }
-
-    fn records(values: &[f64]) -> Vec<Record> {
-        values.iter().enumerate().map(|(index, &value)| record(10 * index + 10, &[("loss", value)])).collect()
-    }
-
-    /// A falling curve with noise, and beside it one that is measured rarely.
-    fn noisy(count: usize) -> Vec<Record> {
-        let mut state = 1u32;
-        let mut noise = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            f64::from(state) / f64::from(u32::MAX) - 0.5
-        };
-        let decay = |index: usize| 0.05 + (-(index as f64) / (count as f64 / 6.0)).exp();
-        let at = |index: usize| record(index + 1, &[("loss", decay(index) * noise().exp())]);
-        let mut records: Vec<Record> = (0..count).map(at).collect();
-        for (index, record) in records.iter_mut().enumerate().step_by(count / 20) {
-            record.values.insert("validation_loss".into(), Some(1.2 * decay(index)));
-        }
-        records
-    }
-
-    fn drawn(records: &[Record], names: &[&str]) -> RgbImage {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("loss.png");
-        draw(&path, "a title", records, names).unwrap();
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
-        image::open(path).unwrap().to_rgb8()
-    }
-
-    fn has_colour(image: &RgbImage, colour: RGBColor) -> bool {
-        image.pixels().any(|pixel| pixel.0 == [colour.0, colour.1, colour.2])
-    }
-
     #[test]
-    fn curves_of_all_kinds_are_drawn() {
-        let cases: [&[f64]; 9] = [
-            &[0.5],
-            &[0.0],
-            &[-3.0, -3.0, -3.0],
-            &[0.25; 100],
-            &[1e-9, 1e-9],
-            &[3.0, f64::NAN, 2.0, f64::INFINITY, 1.0],
-            &[1.0, 0.0, -1.0],
-            &[1e-30, 1e30],
-            &[1000.001, 1000.002],
+    fn records_that_lack_a_name_are_left_out() {
+        let record = |step, values: &[(&str, Option<f64>)]| Record {
+            step,
+            values: values.iter().map(|&(name, value)| (name.to_string(), value)).collect::<BTreeMap<_, _>>(),
+        };
+        let records = [
+            record(1, &[("loss", Some(3.0))]),
+            record(2, &[("loss", None), ("validation_loss", Some(4.0))]),
+            record(3, &[("loss", Some(2.0))]),
         ];
-        for case in cases {
-            let image = drawn(&records(case), &["loss"]);
-            assert_eq!(image.dimensions(), (WIDTH, HEIGHT), "{case:?}");
-            assert!(has_colour(&image, COLOURS[0]), "{case:?}");
-        }
-    }
-
-    #[test]
-    fn a_chart_without_values_is_empty() {
-        let missing = Record { step: 1, values: BTreeMap::from([("loss".into(), None)]) };
-        for records in [vec![], records(&[f64::NAN, f64::NAN]), vec![missing]] {
-            let image = drawn(&records, &["loss", "l1"]);
-            assert_eq!(image.dimensions(), (WIDTH, HEIGHT));
-            assert!(image.pixels().map(|pixel| pixel.0).collect::<BTreeSet<_>>().len() > 1);
-            assert!(!has_colour(&image, COLOURS[0]));
-        }
-    }
-
-    #[test]
-    fn a_name_that_some_records_lack_is_drawn() {
-        let image = drawn(&noisy(500), &["loss", "absent", "validation_loss"]);
-        assert!(has_colour(&image, COLOURS[0]) && has_colour(&image, COLOURS[2]));
-        assert!(!has_colour(&image, COLOURS[1]));
-    }
-
-    #[test]
-    fn a_picture_that_cannot_be_written_is_named() {
-        let error = draw(Path::new("/no/such/folder/loss.png"), "", &[], &[]).unwrap_err();
-        assert!(matches!(&error, Error::Run(text) if text.contains("/no/such/folder/loss.png")), "{error}");
-    }
-
-    #[test]
-    fn positive_values_have_a_logarithmic_axis() {
-        let scale = |values: &[f64]| Plot::new(&records(values), &["loss"]).scale;
-        assert_eq!(scale(&[1.0, f64::NAN, 0.1]), Scale::Logarithmic);
-        assert_eq!(scale(&[1.0, 0.0]), Scale::Linear);
-    }
-
-    #[test]
-    fn ticks_are_round() {
-        let ticks = |scale: Scale, range: Range<f64>| {
-            let range = scale.place(range.start)..scale.place(range.end);
-            scale.ticks(&range).into_iter().map(|tick| number(scale.value(tick))).collect::<Vec<_>>()
-        };
-        assert_eq!(ticks(Scale::Linear, -0.1..1.1), ["0", "0.2", "0.4", "0.6", "0.8", "1"]);
-        assert_eq!(ticks(Scale::Logarithmic, 0.03..1.2), ["0.05", "0.1", "0.2", "0.5", "1"]);
-        assert_eq!(ticks(Scale::Logarithmic, 1e-6..0.02), ["1e-6", "1e-5", "1e-4", "0.001", "0.01"]);
-        assert_eq!(
-            ticks(Scale::Logarithmic, 0.61..0.69),
-            ["0.61", "0.62", "0.63", "0.64", "0.65", "0.66", "0.67", "0.68", "0.69"]
-        );
-        for exponent in 1..300 {
-            let range = 10f64.powi(-exponent)..3.0 * 10f64.powi(exponent);
-            assert!((4..=40).contains(&ticks(Scale::Logarithmic, range).len()), "{exponent}");
-        }
-    }
-
-    #[test]
-    fn smoothing_starts_as_the_mean() {
-        let series = Series::new(&records(&[4.0, 2.0, 0.0]), "loss", BLACK);
-        let smoothed: Vec<f64> = series.smoothed().map(|point| point.1).collect();
-        assert_eq!(smoothed, [4.0, 3.0, 2.0]);
+        assert_eq!(series(&records, "loss").points, [(1.0, 3.0), (3.0, 2.0)]);
+        assert_eq!(series(&records, "validation_loss").points, [(2.0, 4.0)]);
+        assert_eq!(series(&records, "absent").points, []);
     }
 }

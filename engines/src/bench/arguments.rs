@@ -16,7 +16,8 @@ Examples:
   eqim-bench --engine fp32 --engine int8 --cfg 7 --stage flow --duration 10
   eqim-bench --engine fp32 --engine int8 --cfg 7 --pytorch EquivariantModeling --python python3 --iterations 1
   eqim-bench --engine bundle --solvers
-  eqim-bench --engine bundle --tiling --tokens 512";
+  eqim-bench --engine bundle --tiling --tokens 512
+  eqim-bench --engine bundle --equivariance --images photos --plot equivariance.png";
 
 /// Measure how fast bundles run, against each other, the machine's limits and the reference.
 ///
@@ -48,6 +49,26 @@ pub struct Arguments {
     /// Instead, print how far images decoded in tiles lie from images decoded as a whole, over tile and overlap
     #[arg(long, conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers"])]
     pub tiling: bool,
+
+    /// Instead, print how equivariant the model is on the pictures of --images: tokens of shifted images, the loss by position
+    #[arg(long, requires = "images", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers", "tiling"])]
+    pub equivariance: bool,
+
+    /// Folder of pictures for --equivariance; its folders are classes, by name or else in their order
+    #[arg(long, value_name = "FOLDER", requires = "equivariance")]
+    pub images: Option<PathBuf>,
+
+    /// Tokens of the images that the model was trained on
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = trained, requires = "equivariance")]
+    pub trained: usize,
+
+    /// Positions that the loss is measured at
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = positions, requires = "equivariance")]
+    pub positions: usize,
+
+    /// Draw what --equivariance finds into this PNG
+    #[arg(long, value_name = "PNG", requires = "equivariance")]
+    pub plot: Option<PathBuf>,
 
     /// What is measured: whole images, or one stage by itself
     #[arg(long, value_enum, value_name = "STAGE", default_value_t, conflicts_with_all = ["reference", "pytorch", "tail"])]
@@ -145,6 +166,14 @@ impl Measured {
 
 fn tokens(text: &str) -> Result<usize, String> {
     within(text, 2..=MOST_TOKENS)
+}
+
+fn trained(text: &str) -> Result<usize, String> {
+    within(text, 2..=4096)
+}
+
+fn positions(text: &str) -> Result<usize, String> {
+    within(text, 2..=4096)
 }
 
 fn batch(text: &str) -> Result<usize, String> {

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod contest;
+mod equivariance;
 mod limit;
 mod probe;
 mod pytorch;
@@ -28,6 +29,7 @@ use crate::onnxruntime::Runtime;
 use crate::run::check_memory;
 use crate::{Options, memory, native};
 use contest::{Contestant, Image, Work};
+use equivariance::Subject;
 use limit::Machine;
 use pytorch::PyTorch;
 use reference::Reference;
@@ -45,12 +47,16 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let spinner = Spinner::new();
     let contestants = contestants(arguments, bundles, &spinner)?;
     let mut report = Report { machine: machine()?, ..Report::default() };
-    if arguments.solvers || arguments.tiling {
+    if arguments.solvers || arguments.tiling || arguments.equivariance {
         let Some(Contestant::Bundle(_, engine, _)) = contestants.first() else { return Ok(()) };
         let request = request(arguments, &config, arguments.batch[0], arguments.tokens[0]);
         let show = &mut |what| spinner.show(what);
         if arguments.solvers {
             report.solvers = solvers::solve(engine.as_ref(), &request, show)?;
+        } else if let Some(images) = &arguments.images {
+            let &Arguments { trained, positions, seed, .. } = arguments;
+            let subject = Subject { engine: engine.as_ref(), images, trained, positions, seed };
+            report.equivariance = Some(equivariance::measure(&subject, show)?);
         } else {
             report.tiles = tiling::try_tiles(engine.as_ref(), &request, show)?;
         }
@@ -63,6 +69,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     }
     spinner.finish();
     cli::print(report.text())?;
+    if let (Some(path), Some(found)) = (&arguments.plot, &report.equivariance) {
+        found.draw(path, &arguments.engines[0].display().to_string())?;
+    }
     if let Some(path) = &arguments.export_json {
         files::write_json(path, &report)?;
     }

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use serde::Serialize;
 
 use super::contest::Agreement;
+use super::equivariance::Equivariance;
 use super::limit::{Effort, Machine};
 use super::solvers::Solved;
 use super::statistics::{Summary, milliseconds};
@@ -23,6 +24,9 @@ pub struct Report {
     /// What `--tiling` found.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tiles: Vec<Tiled>,
+    /// What `--equivariance` found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub equivariance: Option<Equivariance>,
 }
 
 /// All contestants on the same work.
@@ -121,6 +125,7 @@ impl Report {
         }
         Solved::table(&self.solvers, &mut text);
         Tiled::table(&self.tiles, &mut text);
+        self.equivariance.iter().for_each(|found| found.table(&mut text));
         text.trim_end().to_string()
     }
 
@@ -147,6 +152,7 @@ impl Report {
         }
         Solved::table(&self.solvers, &mut text);
         Tiled::table(&self.tiles, &mut text);
+        self.equivariance.iter().for_each(|found| found.table(&mut text));
         text
     }
 }
