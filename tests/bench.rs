@@ -247,3 +247,26 @@ fn equivariance_of_the_tokenizer_and_of_positions() {
     refused("--equivariance", "--images");
     refused("--images photos", "--equivariance");
 }
+
+#[test]
+fn tiles_of_generated_images_and_of_photographs() {
+    let place = workplace();
+    let line = format!("eqim-bench --engine bundle --tiling --tokens 40 --cfg 1 --steps 2 {QUICK}");
+    place.run(&line).succeeded();
+    let tiles = |found: &Value| -> Vec<(u64, u64)> {
+        let tiles = found["tiling"]["tiles"].as_array().unwrap().iter();
+        tiles.map(|tile| (tile["tile"].as_u64().unwrap(), tile["overlap"].as_u64().unwrap())).collect()
+    };
+    let generated = json(&place);
+    assert_eq!(tiles(&generated), [(40, 0), (16, 2), (16, 4), (16, 8), (32, 4), (32, 8), (32, 16)]);
+    assert!(generated["tiling"]["tiles"][1]["mean"].as_f64().unwrap() > 0.0);
+    assert!(generated["tiling"]["tiles"][1]["psnr"].is_null());
+
+    photographs(&place, &[("a", 12), ("b", 9)]);
+    let run = place.run(&format!("{line} --images photos")).succeeded();
+    assert!(run.stdout.contains("2 pictures side by side; each decoded alone: "), "{}", run.stdout);
+    let found = json(&place);
+    assert_eq!(tiles(&found), [(21, 0), (16, 2), (16, 4), (16, 8)]);
+    assert!(found["tiling"]["tiles"].as_array().unwrap().iter().all(|tile| tile["psnr"].as_f64().unwrap() > 0.0));
+    place.run("eqim-bench --engine bundle --tiling --equivariance --images photos").failed(2, &["--equivariance"]);
+}

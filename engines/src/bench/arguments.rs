@@ -47,15 +47,16 @@ pub struct Arguments {
     pub solvers: bool,
 
     /// Instead, print how far images decoded in tiles lie from images decoded as a whole, over tile and overlap
-    #[arg(long, conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers"])]
+    #[arg(long, group = "of_images", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers"])]
     pub tiling: bool,
 
     /// Instead, print how equivariant the model is on the pictures of --images: tokens of shifted images, the loss by position
-    #[arg(long, requires = "images", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers", "tiling"])]
+    #[arg(long, group = "of_images", requires = "images", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers"])]
     pub equivariance: bool,
 
-    /// Folder of pictures for --equivariance; its folders are classes, by name or else in their order
-    #[arg(long, value_name = "FOLDER", requires = "equivariance")]
+    /// Folder of pictures. For --equivariance its folders are classes, by name or else in their order; for --tiling, all
+    /// pictures side by side are decoded instead of a generated image
+    #[arg(long, value_name = "FOLDER", requires = "of_images")]
     pub images: Option<PathBuf>,
 
     /// Tokens of the images that the model was trained on

@@ -4,6 +4,7 @@ mod arguments;
 mod contest;
 mod equivariance;
 mod limit;
+mod photos;
 mod probe;
 mod pytorch;
 mod reference;
@@ -53,12 +54,12 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         let show = &mut |what| spinner.show(what);
         if arguments.solvers {
             report.solvers = solvers::solve(engine.as_ref(), &request, show)?;
+        } else if arguments.tiling {
+            report.tiling = Some(tiling::try_tiles(engine.as_ref(), &request, arguments.images.as_deref(), show)?);
         } else if let Some(images) = &arguments.images {
             let &Arguments { trained, positions, seed, .. } = arguments;
             let subject = Subject { engine: engine.as_ref(), images, trained, positions, seed };
             report.equivariance = Some(equivariance::measure(&subject, show)?);
-        } else {
-            report.tiles = tiling::try_tiles(engine.as_ref(), &request, show)?;
         }
     } else {
         for &batch in &arguments.batch {

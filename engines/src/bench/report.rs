@@ -9,7 +9,7 @@ use super::equivariance::Equivariance;
 use super::limit::{Effort, Machine};
 use super::solvers::Solved;
 use super::statistics::{Summary, milliseconds};
-use super::tiling::Tiled;
+use super::tiling::Tilings;
 
 /// Everything measured.
 #[derive(Debug, Default, Serialize)]
@@ -22,8 +22,8 @@ pub struct Report {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub solvers: Vec<Solved>,
     /// What `--tiling` found.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub tiles: Vec<Tiled>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tiling: Option<Tilings>,
     /// What `--equivariance` found.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub equivariance: Option<Equivariance>,
@@ -124,7 +124,7 @@ impl Report {
             case.text(&mut text);
         }
         Solved::table(&self.solvers, &mut text);
-        Tiled::table(&self.tiles, &mut text);
+        self.tiling.iter().for_each(|found| found.table(&mut text));
         self.equivariance.iter().for_each(|found| found.table(&mut text));
         text.trim_end().to_string()
     }
@@ -151,7 +151,7 @@ impl Report {
             text.push('\n');
         }
         Solved::table(&self.solvers, &mut text);
-        Tiled::table(&self.tiles, &mut text);
+        self.tiling.iter().for_each(|found| found.table(&mut text));
         self.equivariance.iter().for_each(|found| found.table(&mut text));
         text
     }

@@ -5,15 +5,13 @@ mod positions;
 mod shifts;
 
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use eqim::engine::Engine;
-use eqim::picture::{self, Side};
-use eqim::{Config, Error, Result};
-use eqim_calibration::pictures;
-use ndarray::Array3;
+use eqim::{Error, Result};
 use serde::Serialize;
 
+use super::photos::{Photo, photos};
 use crate::chart::{self, Chart, Series};
 use positions::{Band, Position};
 use shifts::Shift;
@@ -47,14 +45,6 @@ pub struct Equivariance {
     pub bands: Vec<Band>,
 }
 
-/// A picture as the tokenizer takes it, and its class.
-struct Photo {
-    path: PathBuf,
-    /// `[3, height, width]` in -1..1.
-    pixels: Array3<f32>,
-    class: Option<usize>,
-}
-
 /// Measures; `progress` is told what is next.
 ///
 /// # Errors
@@ -65,37 +55,6 @@ pub fn measure(subject: &Subject, progress: &mut dyn FnMut(String)) -> Result<Eq
     let shifts = shifts::measure(subject, &photos, progress)?;
     let (loss, bands) = positions::measure(subject, &photos, progress)?;
     Ok(Equivariance { images: photos.len(), classes, shifts, loss, bands })
-}
-
-/// The pictures of a folder, and how they got their classes.
-fn photos(folder: &Path, config: &Config) -> Result<(Vec<Photo>, &'static str)> {
-    let paths = pictures(folder)?;
-    let class_of = |path: &Path| -> Option<String> {
-        let inside = path.strip_prefix(folder).ok()?.components().next()?;
-        let name = inside.as_os_str().to_str()?;
-        folder.join(name).is_dir().then(|| name.to_string())
-    };
-    let mut folders: Vec<String> = paths.iter().filter_map(|path| class_of(path)).collect();
-    folders.sort();
-    folders.dedup();
-    let generator = &config.generator;
-    let named = !folders.is_empty() && folders.iter().all(|name| generator.class_names.contains(name));
-    let how = match named {
-        true => "the names of their folders",
-        false if folders.len() == generator.class_num => "the order of their folders",
-        false => "none: their folders are not the model's classes",
-    };
-    let known = if named { &generator.class_names } else { &folders };
-    let class = |path: &Path| {
-        let name = class_of(path).filter(|_| named || folders.len() == generator.class_num)?;
-        known.iter().position(|known| *known == name)
-    };
-    let (height, multiple) = (config.tokenizer.image_height(), config.tokenizer.token_width());
-    let read = |path: PathBuf| {
-        let pixels = picture::read(&path, height, multiple, Side::Left)?.pixels;
-        Ok(Photo { class: class(&path), pixels, path })
-    };
-    Ok((paths.into_iter().map(read).collect::<Result<_>>()?, how))
 }
 
 impl Equivariance {
