@@ -10,11 +10,11 @@ use anyhow::{Context, Result};
 use crate::command::run;
 use crate::setup;
 
-const EXPORT: &str =
-    "onnx --generator assets/demo/model.safetensors --tokenizer assets/demo/model.safetensors -o demo/bundle";
+const EXPORT: &str = "onnx --generator assets/demo/model.safetensors --tokenizer assets/demo/model.safetensors \
+                      --class-names assets/demo/classes.txt -o demo/bundle";
 
 /// What is drawn, and how.
-const PICTURES: [(&str, &str, &str); 3] = [
+const PICTURES: [(&str, &str, &str); 4] = [
     ("a 256×256 image", "image.png", "--class 3 --seed 23 --tokens 16"),
     ("a 256×2048 image", "long.png", "--class 2 --seed 22 --tokens 128"),
     (
@@ -22,6 +22,7 @@ const PICTURES: [(&str, &str, &str); 3] = [
         "outpainted.png",
         "--class 2 --seed 1 --tokens 80 --prefix assets/photos/mountain/aitzgorri_by_aitzol_berasategi.jpg",
     ),
+    ("a forest that becomes water", "changing.png", "--classes forest:0-40,water:24- --seed 5 --tokens 80 --cfg 3"),
 ];
 
 /// Builds the programs, exports the demo model and draws pictures with it.
