@@ -66,6 +66,9 @@ pub struct Seconds {
     #[serde(skip_serializing_if = "Option::is_none")]
     encoder: Option<f64>,
     prefill: f64,
+    /// How often conditions were computed: again where classes change along the way.
+    #[serde(skip)]
+    prefills: usize,
     transformer_step: f64,
     flow_sampler: f64,
     decoder: f64,
@@ -94,6 +97,7 @@ impl Seconds {
             load: load.as_secs_f64(),
             encoder: encoder.map(|time| time.as_secs_f64()),
             prefill: times.prefill.total().as_secs_f64(),
+            prefills: times.prefill.0.len(),
             transformer_step: times.step.total().as_secs_f64(),
             flow_sampler: times.flow.total().as_secs_f64(),
             decoder: decoder.as_secs_f64(),
@@ -154,7 +158,7 @@ impl Report {
         let images = self.classes.len();
         let stages = [
             ("encoder", seconds.encoder, 1),
-            ("prefill", Some(seconds.prefill), 1),
+            ("prefill", Some(seconds.prefill), seconds.prefills.max(1)),
             ("transformer step", Some(seconds.transformer_step), tokens - 1),
             ("flow sampler", Some(seconds.flow_sampler), tokens - prefix_tokens),
             ("decoder", Some(seconds.decoder), images * self.tiles.map_or(1, |tiles| tiles.count)),

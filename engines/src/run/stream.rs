@@ -91,22 +91,14 @@ pub fn run(
     let mut work = Work::open(partial(path), &record(context, request, row), config.generator.embed)?;
     let (width, height) = config.image_size(request.tokens);
     let mut sink = Sink::open(path, &work.folder, width, height)?;
-    let done = (0..tiling.count(request.tokens)).take_while(|&tile| tiling.end(tile, request.tokens) <= work.known);
-    let done = done.count();
-    work.forget_after(done.checked_sub(1).map_or(0, |last| tiling.end(last, request.tokens)))?;
+    let done = work.forget_unfinished(tiling, request.tokens)?;
     let known = work.known;
     let mut streamed = Streamed { times: Times::default(), decoder: Duration::ZERO, resumed: known, tokens: None };
     if known > 0 {
         cli::note(format_args!("{}: goes on after {known} of {} tokens", path.display(), request.tokens));
     }
     if known < request.tokens {
-        let mut decoder = match done {
-            0 => TileDecoder::new(engine, tiling, request.tokens),
-            _ => TileDecoder::from_tile(engine, tiling, request.tokens, done - 1),
-        };
-        for token in work.read(if done == 0 { 0 } else { tiling.begin(done - 1, request.tokens) })?.rows() {
-            timed(&mut streamed.decoder, || decoder.push(token))?;
-        }
+        let mut decoder = timed(&mut streamed.decoder, || decoder(context, request.tokens, done, &mut work))?;
         let mut batch = Batch::new(engine, Sampling::new(config, request))?;
         batch.admit(vec![(row, image(engine, request, row, &mut work)?)])?;
         let mut position = known.saturating_sub(reach(engine));
@@ -140,19 +132,20 @@ pub fn run(
             timed(&mut streamed.decoder, || canvas.write_png(path))?;
             work.remove()?;
         }
-        Sink::Tiles(_) => {
-            let tiles = (0..tiling.count(request.tokens)).map(|index| {
-                let tokens = tiling.completes(index, request.tokens);
-                let (begin, end) = (tokens.start * finish.token_width, tokens.end * finish.token_width);
-                let x = if finish.side == Side::Left { width - end } else { begin };
-                Tile { file: tile_name(x), x, width: end - begin }
-            });
-            let mut tiles: Vec<Tile> = tiles.collect();
-            tiles.sort_unstable_by_key(|tile| tile.x);
-            work.publish(path, &Index { width, height, tiles })?;
-        }
+        Sink::Tiles(_) => work.publish(path, &Index::new(context, request.tokens))?,
     }
     Ok(streamed)
+}
+
+/// A decoder of what comes after the first `done` tiles: it has seen the tokens of the last of them.
+fn decoder<'a>(context: &Context<'a>, tokens: usize, done: usize, work: &mut Work) -> Result<TileDecoder<'a>> {
+    let Context { engine, tiling, .. } = *context;
+    let Some(last) = done.checked_sub(1) else { return Ok(TileDecoder::new(engine, tiling, tokens)) };
+    let mut decoder = TileDecoder::from_tile(engine, tiling, tokens, last);
+    for token in work.read(tiling.begin(last, tokens))?.rows() {
+        decoder.push(token)?;
+    }
+    Ok(decoder)
 }
 
 /// Where finished columns go.
@@ -205,6 +198,23 @@ struct Tile {
     x: usize,
     /// Pixels.
     width: usize,
+}
+
+impl Index {
+    /// The index of an image of `tokens`.
+    fn new(context: &Context, tokens: usize) -> Self {
+        let Context { engine, tiling, finish, .. } = *context;
+        let (width, height) = engine.config().image_size(tokens);
+        let tile = |index| {
+            let columns = tiling.completes(index, tokens);
+            let (begin, end) = (columns.start * finish.token_width, columns.end * finish.token_width);
+            let x = if finish.side == Side::Left { width - end } else { begin };
+            Tile { file: tile_name(x), x, width: end - begin }
+        };
+        let mut tiles: Vec<Tile> = (0..tiling.count(tokens)).map(tile).collect();
+        tiles.sort_unstable_by_key(|tile| tile.x);
+        Self { width, height, tiles }
+    }
 }
 
 /// Files sort as their columns do.
@@ -311,10 +321,13 @@ impl Work {
         move |error| Error::run(path.display(), error)
     }
 
-    /// Drops the tokens after the first `known`, whose tile was not finished.
-    fn forget_after(&mut self, known: usize) -> Result<()> {
-        self.known = known;
-        self.tokens.set_len((4 * self.embed * known) as u64).map_err(self.failed())
+    /// Drops the tokens of an image of `tokens` whose tile was not finished; gives the number of tiles that are.
+    fn forget_unfinished(&mut self, tiling: Tiling, tokens: usize) -> Result<usize> {
+        let known = self.known;
+        let done = (0..tiling.count(tokens)).take_while(|&tile| tiling.end(tile, tokens) <= known).count();
+        self.known = done.checked_sub(1).map_or(0, |last| tiling.end(last, tokens));
+        self.tokens.set_len((4 * self.embed * self.known) as u64).map_err(self.failed())?;
+        Ok(done)
     }
 
     /// Tokens from `begin` on, `[n, E]`.

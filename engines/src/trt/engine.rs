@@ -584,3 +584,19 @@ impl Placed {
         Self { arena, labels, times, updates, positions, guidance, noise, prefix }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn caches_of_every_precision_are_mixed() {
+        let (a, b) = ([1.0f32, -2.0, 0.5], [3.0f32, 2.0, 0.5]);
+        let expected = [1.5f32, -1.0, 0.5];
+        assert_eq!(mixed(Precision::Fp32, &float_bytes(&a), &float_bytes(&b), 0.25), float_bytes(&expected));
+        let halves = |values: [f32; 3]| values.map(|value| f16::from_f32(value).to_le_bytes()).concat();
+        assert_eq!(mixed(Precision::Fp16, &halves(a), &halves(b), 0.25), halves(expected));
+        let brains = |values: [f32; 3]| values.map(|value| bf16::from_f32(value).to_le_bytes()).concat();
+        assert_eq!(mixed(Precision::Bf16, &brains(a), &brains(b), 0.25), brains(expected));
+    }
+}
