@@ -187,3 +187,21 @@ fn a_disk_that_is_full_keeps_what_is_done() {
     place.run(&format!("eqim-run {LINE} full.png")).succeeded();
     assert!(place.read("whole.png") == place.read("full.png"), "the files differ");
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_does_not_grow_with_the_width() {
+    let place = Workplace::with_bundle(&Fixture::open(fixtures()));
+    let peak = |tokens: usize| {
+        let line = format!(
+            "eqim-run --engine bundle --tokens {tokens} --tile 16 --steps 1 --threads 1 --json -o {tokens}.png"
+        );
+        let report: serde_json::Value = serde_json::from_str(&place.run(&line).succeeded().stdout).unwrap();
+        let width = image::image_dimensions(place.path(&format!("{tokens}.png"))).unwrap().0;
+        assert_eq!(report["width"], width);
+        report["peak_bytes"].as_f64().unwrap()
+    };
+    let (short, long) = (peak(1500), peak(6000));
+    println!("peak of 1500 tokens {short}, of 6000 {long}");
+    assert!(short > 0.0 && long < 1.1 * short, "{short}, {long}");
+}
