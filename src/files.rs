@@ -59,7 +59,8 @@ pub fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
 /// # Errors
 /// [`Error::Run`] when it cannot be written.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    write_beside(path, |beside| std::fs::write(beside, bytes).map_err(|error| Error::run(path.display(), error)))
+    let failed = |error| Error::run(path.display(), format!("cannot be written: {error}"));
+    write_beside(path, |beside| std::fs::write(beside, bytes).map_err(failed))
 }
 
 /// Replaces a file by a value as JSON, for people to read too.
