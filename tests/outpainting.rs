@@ -140,6 +140,9 @@ fn a_folder_of_tiles_holds_the_same_columns() {
         std::fs::remove_dir_all(place.path("tiles")).unwrap();
     }
     place.refused(&format!("{RUN} --tile none -o tiles/"), &["--tile none", "name a PNG"]);
+    for taken in ["whole.png/", "bundle/", "./", "no/such/"] {
+        place.refused(&format!("{RUN} -o {taken}"), &["--output"]);
+    }
     // Short images too: one tile.
     place.run(&format!("{RUN} -o short/")).succeeded();
     place.run(&format!("{RUN} -o short.png")).succeeded();

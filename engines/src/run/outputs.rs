@@ -153,7 +153,8 @@ fn writable(flag: &str, path: &Path) -> Result<()> {
 
 /// Checks that a folder can be put in place at `path`.
 fn new_folder(flag: &str, path: &Path) -> Result<()> {
-    if path.exists() {
+    // Without a slash at its end, after which a file would not be found.
+    if path.components().as_path().symlink_metadata().is_ok() {
         return Err(Error::input(format!("{flag} {}", path.display()), "exists: remove it first, or name another"));
     }
     can_be_written(flag, path)
