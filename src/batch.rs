@@ -126,10 +126,15 @@ struct Active {
     image: Image,
     /// Position of the next token.
     next: usize,
-    /// What the next token is conditioned on.
-    condition: Condition,
     /// The token before it, `[E]`.
     last: Array1<f32>,
+}
+
+impl Active {
+    /// What the token at `position` is conditioned on; `none` is the label of no class.
+    fn condition(&self, position: usize, none: usize) -> Condition {
+        self.image.label.condition(position, none)
+    }
 }
 
 /// The next token `[E]` of an image, by the number that it came with, or why there is none.
@@ -178,14 +183,14 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
         let generator = &self.engine.config().generator;
         let (embed, none) = (generator.embed, generator.unconditional());
         let begin = |(number, image): (usize, Image)| {
-            let (next, condition) = (image.begin, image.label.condition(image.begin, none));
-            Active { number, image, next, condition, last: Array1::zeros(embed) }
+            let next = image.begin;
+            Active { number, image, next, last: Array1::zeros(embed) }
         };
         let new: Vec<Active> = new.into_iter().map(begin).collect();
         let mut rows = vec![];
         for stream in 0..self.streams() {
             let unconditional = self.sampling.unconditional.filter(|_| stream > 0).map(Condition::of);
-            let condition = |active: &Active| unconditional.unwrap_or(active.condition);
+            let condition = |active: &Active| unconditional.unwrap_or_else(|| active.condition(active.next, none));
             let was =
                 |&place: &usize| Row { kept: Some(stream * before + place), condition: condition(&self.images[place]) };
             rows.extend(kept.iter().map(was));
@@ -221,9 +226,7 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
             active.next += 1;
             if finite.is_ok() && active.next < active.image.guidance.len() {
                 kept.push(place);
-                let condition = active.image.label.condition(active.next, none);
-                changed |= condition != active.condition;
-                active.condition = condition;
+                changed |= active.condition(active.next, none) != active.condition(active.next - 1, none);
             }
             tokens.push((active.number, finite.map(|()| active.last.clone())));
         }

@@ -124,9 +124,8 @@ impl GeneratorConfig {
         class.map(Some).ok_or_else(|| {
             let names = match &self.class_names[..] {
                 [] => String::new(),
-                names if names.len() <= MOST_NAMES => format!(" ({})", names.join(", ")),
-                [first, .., last] => format!(" ({first} … {last})"),
-                [only] => format!(" ({only})"),
+                [first, .., last] if self.class_names.len() > MOST_NAMES => format!(" ({first} … {last})"),
+                names => format!(" ({})", names.join(", ")),
             };
             format!("{text:?} is no class: expected 0 to {}{names} or none", self.class_num - 1)
         })

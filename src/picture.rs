@@ -30,18 +30,18 @@ pub fn bytes(image: ArrayView3<f32>) -> Vec<u8> {
 /// [`Error::Run`] when it cannot be written.
 pub fn write_png(path: &Path, image: ArrayView3<f32>) -> Result<()> {
     let (_, height, width) = image.dim();
-    let failed = |error: image::ImageError| Error::run(path.display(), format!("cannot be written: {error}"));
+    write_rgb(path, &bytes(image), (width as u32, height as u32))
+}
+
+/// Writes pixels, row by row in red, green and blue, as a PNG of a width and height, replacing `path` when all of it is written.
+///
+/// # Errors
+/// [`Error::Run`] when it cannot be written.
+pub fn write_rgb(path: &Path, pixels: &[u8], (width, height): (u32, u32)) -> Result<()> {
     // In memory first: saved to a file, the end of a picture that a full disk cuts off would be lost without an error.
     let mut file = Cursor::new(vec![]);
-    image::write_buffer_with_format(
-        &mut file,
-        &bytes(image),
-        width as u32,
-        height as u32,
-        ExtendedColorType::Rgb8,
-        ImageFormat::Png,
-    )
-    .map_err(failed)?;
+    image::write_buffer_with_format(&mut file, pixels, width, height, ExtendedColorType::Rgb8, ImageFormat::Png)
+        .map_err(|error| Error::run(path.display(), format!("cannot be written: {error}")))?;
     files::write(path, file.get_ref())
 }
 

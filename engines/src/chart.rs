@@ -4,8 +4,8 @@ use std::error;
 use std::ops::Range;
 use std::path::Path;
 
-use eqim::{Error, Result, files};
-use image::{ExtendedColorType, ImageFormat, RgbImage, imageops};
+use eqim::{Error, Result, picture};
+use image::{RgbImage, imageops};
 use plotters::coord::Shift;
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
 use plotters::prelude::*;
@@ -67,16 +67,12 @@ type Area<'a, 'b> = ChartContext<'a, BitMapBackend<'b>, Cartesian2d<Axis, Axis>>
 /// # Errors
 /// [`Error::Run`] when they cannot be drawn or written.
 pub fn draw(path: &Path, charts: &[Chart]) -> Result<()> {
-    let failed = |problem: String| Error::run(path.display(), problem);
     let height = HEIGHT * charts.len() as u32;
     let mut pixels = RgbImage::new(FINE * WIDTH, FINE * height);
-    paint(&mut pixels, charts).map_err(|error| failed(format!("cannot be drawn: {error}")))?;
+    let drawn = paint(&mut pixels, charts);
+    drawn.map_err(|error| Error::run(path.display(), format!("cannot be drawn: {error}")))?;
     let pixels = imageops::thumbnail(&pixels, WIDTH, height);
-    let mut file = std::io::Cursor::new(vec![]);
-    let written =
-        image::write_buffer_with_format(&mut file, &pixels, WIDTH, height, ExtendedColorType::Rgb8, ImageFormat::Png);
-    written.map_err(|error| failed(format!("cannot be written: {error}")))?;
-    files::write(path, file.get_ref())
+    picture::write_rgb(path, &pixels, (WIDTH, height))
 }
 
 fn paint(pixels: &mut RgbImage, charts: &[Chart]) -> Drawn {

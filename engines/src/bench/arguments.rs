@@ -60,11 +60,11 @@ pub struct Arguments {
     pub images: Option<PathBuf>,
 
     /// Tokens of the images that the model was trained on
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = trained, requires = "equivariance")]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = tokens_of_row, requires = "equivariance")]
     pub trained: usize,
 
     /// Positions that the loss is measured at
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = positions, requires = "equivariance")]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = tokens_of_row, requires = "equivariance")]
     pub positions: usize,
 
     /// Draw what --equivariance finds into this PNG
@@ -169,11 +169,7 @@ fn tokens(text: &str) -> Result<usize, String> {
     within(text, 2..=MOST_TOKENS)
 }
 
-fn trained(text: &str) -> Result<usize, String> {
-    within(text, 2..=4096)
-}
-
-fn positions(text: &str) -> Result<usize, String> {
+fn tokens_of_row(text: &str) -> Result<usize, String> {
     within(text, 2..=4096)
 }
 

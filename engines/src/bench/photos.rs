@@ -33,16 +33,14 @@ pub fn photos(folder: &Path, config: &Config) -> Result<(Vec<Photo>, &'static st
     folders.dedup();
     let generator = &config.generator;
     let named = !folders.is_empty() && folders.iter().all(|name| generator.class_names.contains(name));
-    let how = match named {
-        true => "the names of their folders",
-        false if folders.len() == generator.class_num => "the order of their folders",
-        false => "none: their folders are not the model's classes",
+    let (known, how): (&[String], _) = if named {
+        (&generator.class_names, "the names of their folders")
+    } else if folders.len() == generator.class_num {
+        (&folders, "the order of their folders")
+    } else {
+        (&[], "none: their folders are not the model's classes")
     };
-    let known = if named { &generator.class_names } else { &folders };
-    let class = |path: &Path| {
-        let name = class_of(path).filter(|_| named || folders.len() == generator.class_num)?;
-        known.iter().position(|known| *known == name)
-    };
+    let class = |path: &Path| class_of(path).and_then(|name| known.iter().position(|known| *known == name));
     let (height, multiple) = (config.tokenizer.image_height(), config.tokenizer.token_width());
     let read = |path: PathBuf| {
         let pixels = picture::read(&path, height, multiple, Side::Left)?.pixels;

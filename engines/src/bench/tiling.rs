@@ -8,6 +8,7 @@ use eqim::engine::Engine;
 use eqim::generate::{Request, generate, timed};
 use eqim::tiles::{Tiling, decode_tiles};
 use eqim::{Error, Result};
+use eqim_calibration::quality;
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis, concatenate, s};
 use serde::Serialize;
 
@@ -83,7 +84,7 @@ impl Row {
         let count = tokens.len();
         let tokens = concatenate(Axis(0), &tokens).map_err(|error| Error::run("tokens", error))?;
         let (pixels, decoded) = (pixels?, decoded?);
-        let alone = Some((count, psnr(decoded.view(), pixels.view())));
+        let alone = psnr(&decoded, &pixels).map(|psnr| (count, psnr));
         Ok(Self { tokens, photographs: Some(pixels), alone })
     }
 }
@@ -94,10 +95,9 @@ fn beside(images: &[Array3<f32>]) -> Result<Array3<f32>> {
     concatenate(Axis(2), &images).map_err(|error| Error::run("images", error))
 }
 
-/// Peak signal-to-noise ratio of images in -1..1, dB.
-fn psnr(found: ArrayView3<f32>, expected: ArrayView3<f32>) -> f32 {
-    let squares = (&found - &expected).mapv(|value| value * value);
-    10.0 * (4.0 / squares.mean().unwrap_or(0.0)).log10()
+/// Peak signal-to-noise ratio of an image to photographs, dB; `None` for an image that equals them.
+fn psnr(found: &Array3<f32>, expected: &Array3<f32>) -> Option<f32> {
+    quality::psnr(found.view().insert_axis(Axis(0)), expected.view().insert_axis(Axis(0)))
 }
 
 /// Tries tiles on the first image of a request, or on the pictures of a folder side by side; `progress` is told what is next.
@@ -115,7 +115,7 @@ pub fn try_tiles(
         Some(folder) => Row::photographs(engine, folder)?,
         None => Row::generated(engine, request)?,
     };
-    let psnr = |image: &Array3<f32>| photographs.as_ref().map(|expected| psnr(image.view(), expected.view()));
+    let psnr = |image: &Array3<f32>| photographs.as_ref().and_then(|expected| psnr(image, expected));
     progress("decoding the whole image".into());
     let whole = Tiling { tile: tokens.dim().0, overlap: 1 };
     let (exact, seconds) = decode(engine, whole, tokens.view())?;

@@ -119,8 +119,8 @@ pub struct Arguments {
     pub output: Option<PathBuf>,
 
     /// Make an image for every line of this file instead, each a JSON object: `{"id": "a", "class": 3, "seed": 7, "tokens": 32}`;
-    /// also classes, width, cfg, cfg_schedule, solver, steps, prefix, direction, keep_prefix_pixels. What a line leaves out is as the flags say. Images that are there
-    /// already are left as they are
+    /// also classes, width, cfg, cfg_schedule, solver, steps, prefix, direction, keep_prefix_pixels. What a line leaves out is
+    /// as the flags say. Images that are there already are left as they are
     #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["noise", "save_tokens", "json", "trace"], requires = "output")]
     pub jobs: Option<PathBuf>,
 

@@ -116,10 +116,7 @@ fn labels(arguments: &Arguments, config: &Config) -> Result<Vec<Label>> {
 }
 
 /// How images of `tokens` are decoded: in tiles, or as a whole.
-///
-/// # Errors
-/// [`Error::Input`] for tiles that overlap by more than half, or are missing.
-pub fn tiling(arguments: &Arguments, tokens: usize) -> Result<Option<Tiling>> {
+fn tiling(arguments: &Arguments, tokens: usize) -> Result<Option<Tiling>> {
     let tile = match arguments.tile {
         Some(Tile::Tokens(tile)) => tile,
         Some(Tile::Whole) if outputs::is_folder(arguments.output.as_deref()) => {

@@ -15,7 +15,7 @@ use eqim::picture::{self, Side};
 use eqim::solver::Solver;
 use eqim::tiles::{TileDecoder, Tiling};
 use eqim::{Error, Result, files};
-use ndarray::{Array1, Array2, Array3, ArrayView3, Axis, concatenate, s};
+use ndarray::{Array1, Array2, ArrayView3, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -73,7 +73,8 @@ pub struct Streamed {
     pub tokens: Option<Array2<f32>>,
 }
 
-/// Generates image `row` of a request into a PNG at `path`, or tiles in a folder there. `progress` is told the number of tokens known so far.
+/// Generates image `row` of a request into a PNG at `path`, or tiles in a folder there. `progress` is told the number of
+/// tokens known so far.
 ///
 /// # Errors
 /// [`Error::Input`] where an unfinished image of other settings lies; [`Error::Run`] for a run that failed: what it had done
@@ -252,20 +253,20 @@ fn partial(path: &Path) -> PathBuf {
 fn record(context: &Context, request: &Request, row: usize) -> Record {
     let Tiling { tile, overlap } = context.tiling;
     let mut hash = Sha256::new();
-    let mut add = |values: Option<ArrayView3<f32>>| {
-        values.iter().flatten().for_each(|value| hash.update(value.to_le_bytes()));
-    };
-    let of_row = |values: &Array3<f32>| values.slice(s![row..=row, .., ..]).to_owned();
-    let prefix = request.prefix.as_ref().map(of_row);
-    add(prefix.as_ref().map(|prefix| prefix.view()));
+    let mut add = |values: ArrayView3<f32>| values.iter().for_each(|value| hash.update(value.to_le_bytes()));
+    if let Some(prefix) = &request.prefix {
+        add(prefix.slice(s![row..=row, .., ..]));
+    }
     let seed = match &request.noise {
         Noise::Seed(seed) => Some(*seed),
         Noise::Given(noise) => {
-            add(Some(of_row(noise).view()));
+            add(noise.slice(s![row..=row, .., ..]));
             None
         }
     };
-    add(context.finish.kept.as_ref().map(|kept| kept.view()));
+    if let Some(kept) = &context.finish.kept {
+        add(kept.view());
+    }
     Record {
         class: request.labels[row].clone(),
         seed,

@@ -1,7 +1,6 @@
 //! The flow loss at every position of a row of tokens, those included that training never saw.
 
-use eqim::condition::Condition;
-use eqim::engine::{Engine, Row};
+use eqim::engine::Engine;
 use eqim::random::TorchRng;
 use eqim::solver::Tableau;
 use ndarray::{Array2, Array3, ArrayView2, Axis, concatenate, s};
@@ -55,17 +54,15 @@ pub fn measure(
     photos: &[Photo],
     progress: &mut dyn FnMut(String),
 ) -> Result<(Vec<Position>, Vec<Band>)> {
-    let none = subject.engine.config().generator.unconditional();
-    let rows = photos.len() * VIEWS;
-    let mut losses = Array2::zeros((rows, subject.positions));
-    let mut row = 0;
+    let g = &subject.engine.config().generator;
+    let mut losses = Array2::zeros((photos.len() * VIEWS, subject.positions));
+    // The same noise at every position, so that only what is to be predicted differs from one to the next.
+    let noise = noise(subject.seed, VIEWS, g.embed)?;
     for (index, photo) in photos.iter().enumerate() {
         progress(format!("the loss of picture {} of {}", index + 1, photos.len()));
-        let label = photo.class.unwrap_or(none) as i64;
-        let tokens = views(subject, photo)?;
-        let found = row_losses(subject, label, &tokens)?;
-        losses.slice_mut(s![row..row + VIEWS, ..]).assign(&found);
-        row += VIEWS;
+        let label = photo.class.unwrap_or(g.unconditional()) as i64;
+        let found = row_losses(subject.engine, label, &views(subject, photo)?, &noise)?;
+        losses.slice_mut(s![index * VIEWS..(index + 1) * VIEWS, ..]).assign(&found);
     }
     if losses.iter().any(|loss| !loss.is_finite()) {
         return Err(Error::run("flow loss", "is not finite: the precision does not fit the model"));
@@ -75,7 +72,7 @@ pub fn measure(
         Position { position, loss, error }
     };
     let positions = losses.columns().into_iter().enumerate().map(position).collect();
-    Ok((positions, bands(losses.view(), subject.trained, subject.engine.config().generator.window)))
+    Ok((positions, bands(losses.view(), subject.trained, g.window)))
 }
 
 /// Tokens `[VIEWS, N, E]` of a picture that is mirrored at its ends as often as it takes, from places all along it.
@@ -98,16 +95,13 @@ fn views(subject: &Subject, photo: &Photo) -> Result<Array3<f32>> {
 }
 
 /// The loss of rows of tokens `[rows, N, E]` at every position, `[rows, N]`: each token is predicted from those before it.
-fn row_losses(subject: &Subject, label: i64, tokens: &Array3<f32>) -> Result<Array2<f64>> {
-    let (rows, count, embed) = tokens.dim();
-    let mut session = subject.engine.session()?;
-    let mut z = session.arrange(&vec![Row::new(Condition::of(label)); rows])?;
+fn row_losses(engine: &dyn Engine, label: i64, tokens: &Array3<f32>, noise: &[Array2<f32>]) -> Result<Array2<f64>> {
+    let (rows, count, _) = tokens.dim();
+    let (mut session, mut z) = engine.start(&vec![label; rows])?;
     let mut losses = Array2::zeros((rows, count));
-    // The same noise at every position, so that only what is to be predicted differs from one to the next.
-    let noise = noise(subject.seed, rows, embed)?;
     for position in 0..count {
         let token = tokens.index_axis(Axis(1), position);
-        let found = token_losses(subject.engine, z.view(), token, &noise)?;
+        let found = token_losses(engine, z.view(), token, noise)?;
         losses.column_mut(position).assign(&ndarray::Array1::from(found));
         if position + 1 < count {
             z = session.step(token, &vec![position as i64; rows])?;
