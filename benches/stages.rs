@@ -5,11 +5,11 @@ use std::hint::black_box;
 use std::path::Path;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use eqim::candle::CandleEngine;
+use eqim::bundle::Precision;
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::engine::Engine;
-use eqim::solver::{Solver, Tableau};
-use eqim_engines::bundle::Precision;
+use eqim::engine::candle::CandleEngine;
+use eqim::request::solver::{Solver, Tableau};
 use eqim_engines::native::find_onnxruntime;
 use eqim_engines::onnxruntime::OrtEngine;
 use eqim_export::lower::NEWEST_OPSET;

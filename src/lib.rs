@@ -3,12 +3,8 @@
 //! The model is written once, in [`model`], over the primitives of [`ops::Ops`]. What runs it, counts it or lowers it
 //! to ONNX is an interpreter of those primitives. [`generate`] drives any [`engine::Engine`] token by token.
 
-pub mod animation;
-pub mod batch;
-pub mod candle;
-pub mod canvas;
+pub mod bundle;
 pub mod checkpoint;
-pub mod condition;
 pub mod config;
 pub mod engine;
 mod error;
@@ -17,10 +13,7 @@ pub mod generate;
 pub mod model;
 pub mod ops;
 pub mod picture;
-pub mod random;
-pub mod solver;
-pub mod tensors;
-pub mod tiles;
+pub mod request;
 pub mod weights;
 
 pub use config::Config;

@@ -4,12 +4,13 @@ mod common;
 
 use common::bins::Workplace;
 use common::{Fixture, fixtures};
-use eqim::batch::{Image, generate_all};
+use eqim::bundle::Bundle;
 use eqim::checkpoint::WeightSet;
 use eqim::engine::Engine;
-use eqim::generate::{Noise, Request, Rollout, Schedule, generate};
-use eqim::solver::Solver;
-use eqim_engines::bundle::Bundle;
+use eqim::generate::batch::{Image, generate_all};
+use eqim::generate::generate;
+use eqim::request::solver::Solver;
+use eqim::request::{Noise, Request, Rollout, Schedule};
 use eqim_engines::native::find_onnxruntime;
 use eqim_engines::onnxruntime::OrtEngine;
 use ndarray::{Array2, Array3, Axis};

@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use eqim::candle::CandleEngine;
 use eqim::checkpoint;
 use eqim::engine::Engine;
-use eqim::generate::{Noise, Request, Schedule, generate};
+use eqim::engine::candle::CandleEngine;
+use eqim::generate::generate;
 use eqim::picture::{self, Side};
-use eqim::solver::Solver;
+use eqim::request::solver::Solver;
+use eqim::request::{Noise, Request, Schedule};
 use ndarray::{Array3, Axis, s};
 
 fn file(name: &str) -> PathBuf {

@@ -8,11 +8,11 @@ use std::process::{Command, Stdio};
 use candle_core::Tensor;
 use common::bins::{Workplace, export_line, program};
 use common::{ACTIVATION, Fixture, SAMPLING, all, close, fixtures};
-use eqim::candle::CandleEngine;
 use eqim::checkpoint;
+use eqim::checkpoint::tensors::{self, TensorFile};
 use eqim::engine::Engine;
-use eqim::solver::Solver;
-use eqim::tensors::{self, TensorFile};
+use eqim::engine::candle::CandleEngine;
+use eqim::request::solver::Solver;
 use image::RgbImage;
 use ndarray::{Array3, Array4};
 use serde_json::Value;
@@ -186,7 +186,7 @@ fn a_picture_is_continued() {
             f32::from(picture.get_pixel(x as u32, y as u32)[channel]) / 127.5 - 1.0
         });
         let prefix = engine.encode(pixels.view()).unwrap() * engine.config().generator.vae_norm as f32;
-        let prefix = eqim::candle::to_tensor(prefix.view()).unwrap();
+        let prefix = eqim::engine::candle::to_tensor(prefix.view()).unwrap();
         for backend in BACKENDS {
             let line = format!("eqim-run --engine bundle --backend {backend} --prefix begun.png --class 0,none");
             place.run(&format!("{line} --tokens 9 --save-tokens saved.safetensors -o out.png")).succeeded();

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use common::bins::Workplace;
 use common::{Fixture, all, fixtures};
 use eqim::checkpoint::CONFIG_KEY;
-use eqim::tensors::{self, TensorFile};
+use eqim::checkpoint::tensors::{self, TensorFile};
 use serde_json::{Value, json};
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;

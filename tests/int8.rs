@@ -8,15 +8,16 @@ use std::process::Command;
 use candle_core::{Device, Tensor};
 use common::bins::{Workplace, export_line};
 use common::{Fixture, all, fixtures};
-use eqim::candle::CandleEngine;
+use eqim::bundle::Flavour;
+use eqim::bundle::Precision;
 use eqim::checkpoint::WeightSet;
+use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
+use eqim::picture::folder::pictures;
 use eqim::weights::Weights;
 use eqim_calibration::{
-    Collection, Estimator, Flavour, Policy, Preview, Samples, Scheme, Table, fingerprint, hashes, pictures, plan,
-    quantized,
+    Collection, Estimator, Policy, Preview, Samples, Scheme, Table, fingerprint, hashes, plan, quantized,
 };
-use eqim_engines::bundle::Precision;
 use eqim_engines::native::find_onnxruntime;
 use eqim_export::lower::NEWEST_OPSET;
 use eqim_export::validate::validate_preview;

@@ -4,19 +4,20 @@ mod common;
 
 use candle_core::{Device, Tensor};
 use common::{ACTIVATION, Fixture, NOISE, SAMPLING, all, close, close_array};
-use eqim::candle::tableau_tensors;
 use eqim::checkpoint::{self, Hints, Shapes, WeightSet};
-use eqim::condition::Label;
 use eqim::config::Preset;
 use eqim::engine::Engine;
-use eqim::generate::{Noise, generate};
+use eqim::engine::candle::tableau_tensors;
+use eqim::generate::generate;
 use eqim::model::tokenizer::{self, Semantics};
 use eqim::model::{flow, parameters, transformer};
 use eqim::ops::Ops;
 use eqim::ops::eager::Eager;
 use eqim::picture::to_byte;
-use eqim::random::TorchRng;
-use eqim::solver::{Solver, Tableau};
+use eqim::request::Noise;
+use eqim::request::condition::Label;
+use eqim::request::random::TorchRng;
+use eqim::request::solver::{Solver, Tableau};
 use ndarray::{Array3, Axis, Ix3, Ix4, concatenate};
 
 fn dims(fixture: &Fixture, key: &str) -> Vec<usize> {
@@ -173,7 +174,7 @@ fn sampling_runs_from_the_seed_alone() {
             close_array(&fixture, &format!("{run}/noise"), &generated.noise, NOISE);
             close_array(&fixture, &format!("{run}/tokens"), &generated.tokens, SAMPLING);
 
-            let given = eqim::generate::Request { noise: Noise::Given(noise), ..request };
+            let given = eqim::request::Request { noise: Noise::Given(noise), ..request };
             let given = generate(&engine, &given, |_| {}).unwrap();
             close_array(&fixture, &format!("{run}/tokens"), &given.tokens, SAMPLING);
 

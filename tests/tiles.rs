@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use common::bins::{Workplace, program};
 use common::{Fixture, fixtures};
-use eqim::candle::CandleEngine;
 use eqim::checkpoint;
 use eqim::engine::Engine;
-use eqim::generate::{Noise, Request, Schedule, generate};
-use eqim::solver::Solver;
-use eqim::tiles::{TileDecoder, Tiling, decode_tiles};
+use eqim::engine::candle::CandleEngine;
+use eqim::generate::generate;
+use eqim::generate::tiles::{TileDecoder, Tiling, decode_tiles};
+use eqim::request::solver::Solver;
+use eqim::request::{Noise, Request, Schedule};
 use ndarray::{Array2, Array3, Axis, s};
 
 fn demo() -> CandleEngine {

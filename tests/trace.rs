@@ -66,7 +66,7 @@ fn tokens_take_the_places_of_random_ones() {
 fn norms_are_those_of_the_saved_tokens() {
     let place = Workplace::with_bundle(&Fixture::open(fixtures()));
     place.run(&format!("{RUN} --class 1 -o image.png --trace trace --save-tokens run.safetensors")).succeeded();
-    let mut file = eqim::tensors::TensorFile::open(&place.path("run.safetensors")).unwrap();
+    let mut file = eqim::checkpoint::tensors::TensorFile::open(&place.path("run.safetensors")).unwrap();
     for (key, of) in [("norm", "tokens"), ("noise_norm", "noise")] {
         let rows = file.read(of).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
         let norms = rows.iter().map(|row| row.iter().map(|value| f64::from(value * value)).sum::<f64>().sqrt());

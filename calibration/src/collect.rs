@@ -5,13 +5,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use eqim::candle::{Runner, StageEngine};
 use eqim::engine::Engine;
-use eqim::generate::{Noise, Request, Schedule, generate};
+use eqim::engine::candle::{Runner, StageEngine};
+use eqim::generate::generate;
 use eqim::model::Stage;
 use eqim::ops::eager::Eager;
 use eqim::picture::{self, Side};
-use eqim::solver::Solver;
+use eqim::request::solver::Solver;
+use eqim::request::{Noise, Request, Schedule};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, files};
 use ndarray::{Array4, Axis, s};
@@ -21,8 +22,7 @@ use sha2::{Digest, Sha256};
 use crate::estimate::Estimator;
 use crate::histogram::Histogram;
 use crate::observe::{Observe, Seen};
-use crate::sensitivity::Damage;
-use crate::table::{Entry, FORMAT, Range, Samples, Table, hexadecimal};
+use crate::table::{Damage, Entry, FORMAT, Range, Samples, Table, hexadecimal};
 
 /// Calibration that may not be complete: what its state file holds.
 #[derive(Debug, Serialize, Deserialize)]
@@ -43,33 +43,6 @@ pub struct Collection {
 struct Watched {
     input: Histogram,
     output: Histogram,
-}
-
-/// Pictures of a folder, by name.
-///
-/// # Errors
-/// [`Error::Input`] for a folder that cannot be read or holds none.
-pub fn pictures(folder: &Path) -> Result<Vec<PathBuf>> {
-    let bad = |problem: String| Error::input(folder.display(), problem);
-    let mut found = vec![];
-    let mut folders = vec![folder.to_path_buf()];
-    while let Some(folder) = folders.pop() {
-        let entries =
-            std::fs::read_dir(&folder).map_err(|error| bad(format!("cannot be read as a folder: {error}")))?;
-        for path in entries.flatten().map(|entry| entry.path()) {
-            let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
-            if path.is_dir() {
-                folders.push(path);
-            } else if ["png", "jpg", "jpeg"].iter().any(|known| extension == *known) {
-                found.push(path);
-            }
-        }
-    }
-    if found.is_empty() {
-        return Err(bad("holds no PNG or JPEG, expected pictures as the model will meet".into()));
-    }
-    found.sort();
-    Ok(found)
 }
 
 /// SHA-256 of every picture's file, by its name in `folder`.

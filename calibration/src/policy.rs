@@ -7,34 +7,13 @@
 
 use std::collections::BTreeSet;
 
-use clap::ValueEnum;
+use eqim::bundle::Flavour;
 use eqim::model::Stage;
 use eqim::{Error, Result};
 use regex::Regex;
-use serde::{Deserialize, Serialize};
 
 use crate::int8::Affine;
 use crate::table::Table;
-
-/// What the INT8 graphs are for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Flavour {
-    /// TensorRT: explicit `QuantizeLinear` and `DequantizeLinear`, symmetric, which any runtime can run.
-    #[value(name = "tensorrt")]
-    TensorRt,
-    /// ONNX Runtime on a CPU: integer operators, some of which TensorRT does not have.
-    Cpu,
-}
-
-impl std::fmt::Display for Flavour {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::TensorRt => "tensorrt",
-            Self::Cpu => "cpu",
-        })
-    }
-}
 
 /// How one product with a weight runs.
 #[derive(Clone, Copy, Debug, PartialEq)]

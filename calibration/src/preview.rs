@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::Tensor;
-use eqim::candle::{Runner, StageEngine};
+use eqim::engine::candle::{Runner, StageEngine};
 use eqim::model::Stage;
 use eqim::ops::eager::Eager;
 use eqim::weights::Weights;

@@ -89,7 +89,7 @@ impl<'a, O: Int8> Quantize<'a, O> {
 pub fn plan(config: &Config, policy: &Policy) -> Result<BTreeMap<Stage, Plan>> {
     let mut plans = BTreeMap::new();
     for stage in Stage::ALL {
-        let inputs = Cost::inputs(config, stage, 1, 2, 1);
+        let inputs = stage.input_shapes(config, 1, 2, 1);
         let mut quantize = Quantize::new(Cost::default(), policy, stage);
         stage.run(&mut quantize, config, &inputs)?;
         plans.insert(stage, quantize.chosen);

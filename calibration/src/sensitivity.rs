@@ -3,64 +3,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use eqim::candle::CandleEngine;
 use eqim::engine::Engine;
-use eqim::generate::{Generated, Noise, Request, Schedule, generate};
+use eqim::engine::candle::CandleEngine;
+use eqim::generate::generate;
 use eqim::model::Stage;
-use eqim::solver::Solver;
+use eqim::picture::quality::{psnr, relative_error};
+use eqim::request::solver::Solver;
+use eqim::request::{Generated, Noise, Request, Schedule};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use ndarray::{Array3, Array4, Axis};
-use serde::{Deserialize, Serialize};
 
 use crate::collect::Collection;
-use crate::policy::{Flavour, Policy, Scheme};
+use crate::policy::{Policy, Scheme};
 use crate::preview::Preview;
-use crate::quality::{psnr, relative_error};
 use crate::quantize::plan;
-use crate::table::Samples;
-
-/// What a sensitivity search found.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Sensitivity {
-    /// What the scopes were quantized for.
-    pub flavour: Flavour,
-    /// Least PSNR that was asked for, dB.
-    pub min_psnr: f32,
-    /// The worst image's PSNR with everything in INT8 but `keep`, dB; `null` for equal images.
-    pub psnr: Option<f32>,
-    /// Scopes to leave out of INT8, the worst.
-    pub keep: BTreeSet<String>,
-    /// Every scope quantized alone, the worst first.
-    pub scopes: Vec<Ranked>,
-}
-
-/// One scope of the ranking.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Ranked {
-    /// The scope.
-    pub scope: String,
-    /// What quantizing it alone does.
-    #[serde(flatten)]
-    pub damage: Damage,
-}
-
-/// What quantizing does to a few images, the worst of them.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Damage {
-    /// Relative error of the tokens.
-    pub token_error: f32,
-    /// PSNR, dB; `null` for equal images.
-    pub psnr: Option<f32>,
-}
-
-impl Damage {
-    /// A key that grows with the damage: the image first, then the tokens.
-    fn severity(self) -> (f32, f32) {
-        (-self.psnr.unwrap_or(f32::INFINITY), self.token_error)
-    }
-}
+use crate::table::{Damage, Ranked, Samples, Sensitivity};
 
 /// A model, its images in FP32, and what is tried on it.
 pub struct Search<'a> {

@@ -1,8 +1,9 @@
 //! The calibration table: ranges of activations by scope, as sorted JSON.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use eqim::bundle::Flavour;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, files};
 use serde::{Deserialize, Serialize};
@@ -11,7 +12,6 @@ use sha2::{Digest, Sha256};
 use crate::estimate::{Estimator, LEVELS};
 use crate::histogram::Histogram;
 use crate::int8::{Affine, representable};
-use crate::sensitivity::Sensitivity;
 
 /// Version of the format that this code writes and reads.
 pub const FORMAT: u32 = 1;
@@ -35,6 +35,48 @@ pub struct Table {
     /// What quantizing costs, scope by scope, where it was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sensitivity: Option<Sensitivity>,
+}
+
+/// What a sensitivity search found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sensitivity {
+    /// What the scopes were quantized for.
+    pub flavour: Flavour,
+    /// Least PSNR that was asked for, dB.
+    pub min_psnr: f32,
+    /// The worst image's PSNR with everything in INT8 but `keep`, dB; `null` for equal images.
+    pub psnr: Option<f32>,
+    /// Scopes to leave out of INT8, the worst.
+    pub keep: BTreeSet<String>,
+    /// Every scope quantized alone, the worst first.
+    pub scopes: Vec<Ranked>,
+}
+
+/// One scope of the ranking.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Ranked {
+    /// The scope.
+    pub scope: String,
+    /// What quantizing it alone does.
+    #[serde(flatten)]
+    pub damage: Damage,
+}
+
+/// What quantizing does to a few images, the worst of them.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Damage {
+    /// Relative error of the tokens.
+    pub token_error: f32,
+    /// PSNR, dB; `null` for equal images.
+    pub psnr: Option<f32>,
+}
+
+impl Damage {
+    /// A key that grows with the damage: the image first, then the tokens.
+    pub fn severity(self) -> (f32, f32) {
+        (-self.psnr.unwrap_or(f32::INFINITY), self.token_error)
+    }
 }
 
 /// What the model was watched on.

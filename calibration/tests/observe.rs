@@ -1,12 +1,12 @@
 //! The decorator changes nothing of what it watches.
 
 use candle_core::{Device, Tensor};
-use eqim::candle::tableau_tensors;
 use eqim::config::{Config, Preset};
+use eqim::engine::candle::tableau_tensors;
 use eqim::model::flow;
 use eqim::ops::cost::Cost;
 use eqim::ops::eager::Eager;
-use eqim::solver::{Solver, Tableau};
+use eqim::request::solver::{Solver, Tableau};
 use eqim::weights::Weights;
 use eqim_calibration::{Observe, Ranges, Seen};
 

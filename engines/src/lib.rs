@@ -1,14 +1,8 @@
-//! Bundles, the engines that run them, and what the command lines share.
+//! The engines that run bundles: ONNX Runtime, TensorRT, and the choice among them.
 
-pub mod bench;
-pub mod bundle;
-pub mod chart;
-pub mod cli;
-pub mod memory;
 pub mod native;
 pub mod onnxruntime;
 mod open;
-pub mod run;
 pub mod trt;
 
 pub use open::{Backend, Options, open};

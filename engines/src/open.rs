@@ -1,14 +1,14 @@
 //! From a bundle to an engine.
 
 use clap::ValueEnum;
-use eqim::candle::CandleEngine;
 use eqim::engine::Engine;
+use eqim::engine::candle::CandleEngine;
 use eqim::{Error, Result, checkpoint};
 
-use crate::bundle::Bundle;
 use crate::native;
 use crate::onnxruntime::OrtEngine;
 use crate::trt::{self, EngineSet};
+use eqim::bundle::Bundle;
 
 /// What runs a bundle.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]

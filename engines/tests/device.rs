@@ -7,18 +7,19 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use candle_core::{Device as CandleDevice, Tensor};
-use eqim::batch::{Image, generate_all};
-use eqim::candle::CandleEngine;
+use eqim::bundle::{FileRecord, Precision};
 use eqim::checkpoint::{self, Hints, WeightSet};
-use eqim::condition::{Label, Span};
 use eqim::engine::Engine;
-use eqim::generate::{Noise, Request, Rollout, Schedule, generate};
+use eqim::engine::candle::CandleEngine;
+use eqim::generate::batch::{Image, generate_all};
+use eqim::generate::generate;
 use eqim::model::{Axis, Kind, Port, Stage};
 use eqim::ops::eager::Eager;
-use eqim::solver::{Solver, Tableau};
+use eqim::request::condition::{Label, Span};
+use eqim::request::solver::{Solver, Tableau};
+use eqim::request::{Noise, Request, Rollout, Schedule};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
-use eqim_engines::bundle::{FileRecord, Precision};
 use eqim_engines::trt::{
     ALIGNMENT, Address, Binding, Device, EngineRecord, EngineSet, Profile, SIDECAR_FORMAT, TrtEngine,
 };

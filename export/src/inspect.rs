@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
 
+use eqim::bundle::{Bundle, Manifest};
 use eqim::model::{Axis, Port, Stage};
-use eqim::ops::cost::{Cost, Row};
+use eqim::ops::cost::Row;
 use eqim::{Error, Result, files};
-use eqim_engines::bundle::{Bundle, Manifest};
 use eqim_engines::trt::{self, EngineSet, FOLDER, Target};
 use prost::Message;
 use serde::Serialize;
@@ -88,8 +88,7 @@ fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<
     count_operators(&graph, &mut operators);
     let sizes: HashMap<&str, u64> = graph.initializer.iter().filter_map(stored_bytes).collect();
 
-    let mut cost = Cost::default();
-    cost.stage(&bundle.manifest.model, stage, 1, tokens, steps)?;
+    let cost = stage.cost(&bundle.manifest.model, 1, tokens, steps)?;
     let mut scopes: BTreeMap<String, Row> = BTreeMap::new();
     for (scope, row) in cost.rows() {
         *scopes.entry(top_level(scope)).or_default() += *row;

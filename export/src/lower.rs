@@ -6,12 +6,12 @@
 
 use std::collections::{HashMap, HashSet};
 
+use eqim::bundle::{Precision, WEIGHTS_FILE};
+use eqim::checkpoint::tensors::TensorFile;
 use eqim::model::{Axis, Kind, Port, Stage};
 use eqim::ops::{Binary, Dim, Ops, Turn, Unary, scoped};
-use eqim::tensors::TensorFile;
 use eqim::{Config, Error, Result};
 use eqim_calibration::{Policy, Quantize};
-use eqim_engines::bundle::{Precision, WEIGHTS_FILE};
 
 mod int8;
 

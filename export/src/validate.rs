@@ -4,18 +4,19 @@
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use eqim::candle::tableau_tensors;
-use eqim::candle::{CandleEngine, StageEngine, to_array};
+use eqim::bundle::{Bundle, Precision};
 use eqim::engine::Engine;
-use eqim::generate::{Noise, Request, Schedule, generate};
+use eqim::engine::candle::tableau_tensors;
+use eqim::engine::candle::{CandleEngine, StageEngine, to_array};
+use eqim::generate::generate;
 use eqim::model::{BATCH, Kind, Port, Stage, transformer};
 use eqim::ops::eager::Eager;
-use eqim::random::TorchRng;
-use eqim::solver::{Solver, Tableau};
+use eqim::picture::quality::relative_error;
+use eqim::request::random::TorchRng;
+use eqim::request::solver::{Solver, Tableau};
+use eqim::request::{Noise, Request, Schedule};
 use eqim::{Config, Error, Result};
-use eqim_calibration::quality::relative_error;
 use eqim_calibration::{Preview, Ranges};
-use eqim_engines::bundle::{Bundle, Precision};
 use eqim_engines::onnxruntime::{DynValue, OrtEngine, Runtime, float_input, float_output, integer_input};
 use half::f16;
 use ndarray::{Array2, Array3, ArrayD, Axis as ArrayAxis, IxDyn, s};

@@ -5,16 +5,16 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
+use eqim::bundle::{
+    Bundle, CALIBRATION_FILE, CONFIG_FILE, FORMAT, FileRecord, GraphRecord, Manifest, Precision, WEIGHTS_FILE,
+};
+use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, StoredConfig};
 use eqim::files::{self, folder};
 use eqim::model::Stage;
-use eqim::tensors::TensorFile;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use eqim_calibration::plan;
-use eqim_engines::bundle::{
-    Bundle, CALIBRATION_FILE, CONFIG_FILE, FORMAT, FileRecord, GraphRecord, Manifest, Precision, WEIGHTS_FILE,
-};
 use eqim_engines::trt;
 use prost::Message;
 use tempfile::TempDir;

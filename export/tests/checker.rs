@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use candle_core::{DType, Device, Tensor};
-use eqim::candle::CandleEngine;
+use eqim::bundle::{Bundle, Precision, WEIGHTS_FILE};
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::engine::Engine;
+use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
-use eqim_engines::bundle::{Bundle, Precision, WEIGHTS_FILE};
 use eqim_export::lower::{NEWEST_OPSET, OLDEST_OPSET};
 use eqim_export::onnx::{self, DataType, Graph, Model};
 use eqim_export::write::{Options, draft};

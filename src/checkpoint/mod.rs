@@ -2,6 +2,7 @@
 
 mod infer;
 mod pickle;
+pub mod tensors;
 mod torch;
 
 use std::collections::{BTreeMap, HashMap};
@@ -12,11 +13,11 @@ use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 pub use infer::{Shapes, generator as infer_generator, tokenizer as infer_tokenizer};
+use tensors::{TensorFile, Values};
 use torch::TorchFile;
 
 use crate::config::{GeneratorConfig, Preset, TokenizerConfig};
 use crate::model::Stage;
-use crate::tensors::{self, TensorFile, Values};
 use crate::weights::Weights;
 use crate::{Config, Error, Result, files};
 

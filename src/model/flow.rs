@@ -109,7 +109,7 @@ pub fn guide<O: Ops>(o: &mut O, config: &GeneratorConfig, v: &O::Tensor, guidanc
 }
 
 /// Samples a token `[B, E]` from `noise [B, E]`, evaluating the velocity at `times [S]` and moving after each evaluation as
-/// `updates [S, 2, 3]` say (see [`Tableau`](crate::solver::Tableau)).
+/// `updates [S, 2, 3]` say (see [`Tableau`](crate::request::solver::Tableau)).
 ///
 /// `z [G·B, D]` holds the conditions of B rows, and with guidance those of the unconditional stream after them (G = 2);
 /// both streams share the token. The modulations of all times are one matrix product each, outside the loop.

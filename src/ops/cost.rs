@@ -3,8 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Binary, Dim, Ops, Turn, Unary, position, scoped};
-use crate::model::{Axis, BATCH, Stage};
-use crate::{Config, Error, Result};
+use crate::{Error, Result};
 
 /// Shape of a tensor that is never computed.
 pub type Shape = Vec<usize>;
@@ -48,24 +47,6 @@ impl Default for Cost {
 }
 
 impl Cost {
-    /// Counts one graph at a batch of `batch` rows without guidance, `tokens` columns and `steps` Euler steps.
-    ///
-    /// # Errors
-    /// When the configuration is not consistent.
-    pub fn stage(&mut self, config: &Config, stage: Stage, batch: usize, tokens: usize, steps: usize) -> Result<()> {
-        let inputs = Self::inputs(config, stage, batch, tokens, steps);
-        stage.run(self, config, &inputs).map(drop)
-    }
-
-    /// Shapes of a stage's inputs at these sizes.
-    pub fn inputs(config: &Config, stage: Stage, batch: usize, tokens: usize, steps: usize) -> Vec<Shape> {
-        let (width, _) = config.image_size(tokens);
-        let sizes = [(BATCH, batch), ("rows", batch), ("evaluations", steps), ("tokens", tokens), ("width", width)];
-        let known = |name: &str| sizes.iter().find(|(known, _)| *known == name).map_or(1, |(_, size)| *size);
-        let size = |axis: &Axis| axis.size(known);
-        stage.inputs(config).iter().map(|port| port.shape.iter().map(size).collect()).collect()
-    }
-
     /// Names and shapes of all weights that were used, in the order of first use.
     pub fn into_parameters(self) -> Vec<(String, Shape)> {
         self.parameters

@@ -7,11 +7,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
-use eqim::candle::CandleEngine;
+use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, Hints, WeightSet};
-use eqim::generate::{Noise, Request, Schedule};
-use eqim::solver::Solver;
-use eqim::tensors::TensorFile;
+use eqim::engine::candle::CandleEngine;
+use eqim::request::solver::Solver;
+use eqim::request::{Noise, Request, Schedule};
 use ndarray::{Array, Dimension};
 use serde_json::Value;
 
@@ -62,7 +62,7 @@ impl Fixture {
     }
 
     pub fn array<D: Dimension>(&self, key: &str) -> Array<f32, D> {
-        eqim::candle::to_array(&self.tensor(key).to_dtype(DType::F32).unwrap()).unwrap()
+        eqim::engine::candle::to_array(&self.tensor(key).to_dtype(DType::F32).unwrap()).unwrap()
     }
 
     /// The request of a sampling run, with its noise from the seed.
@@ -107,5 +107,5 @@ pub fn close(fixture: &Fixture, key: &str, found: &Tensor, tolerance: f32) {
 /// Asserts the same of arrays.
 #[track_caller]
 pub fn close_array<D: Dimension>(fixture: &Fixture, key: &str, found: &Array<f32, D>, tolerance: f32) {
-    close(fixture, key, &eqim::candle::to_tensor(found.view()).unwrap(), tolerance);
+    close(fixture, key, &eqim::engine::candle::to_tensor(found.view()).unwrap(), tolerance);
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use eqim::Result;
-use eqim_engines::chart::{self, Chart, Series};
+use eqim_cli::chart::{self, Chart, Series};
 
 use crate::metrics::Record;
 

@@ -1,13 +1,12 @@
 //! Photographs to train on: found in folders, decoded ahead, cut into crops.
 
 use std::collections::HashMap;
-use std::ffi::OsStr;
-use std::fs::read_dir;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 
+use eqim::picture::folder::{Classes, classes};
 use eqim::{Error, Result, picture};
 use image::RgbImage;
 use image::imageops::{self, FilterType};
@@ -66,8 +65,6 @@ pub struct Photos {
     pub skipped: Vec<(PathBuf, String)>,
 }
 
-const EXTENSIONS: [&str; 3] = ["jpg", "jpeg", "png"];
-
 impl Photos {
     /// Looks through `folder`, whose sub-folders are the classes, for PNGs and JPEGs at least `height` pixels high, and
     /// `width` wide when scaled to that height. Others of them are skipped with a reason; other files and hidden ones
@@ -76,23 +73,20 @@ impl Photos {
     /// # Errors
     /// [`Error::Input`] when the folder cannot be read or has no such picture.
     pub fn open(folder: &Path, height: usize, width: usize) -> Result<Self> {
-        let mut photos = Self { classes: vec![], photos: vec![], skipped: vec![] };
-        let (folders, files) = entries(folder)?;
-        for class in folders {
-            let mut files = vec![];
-            gather(&class, &mut files)?;
-            if files.is_empty() {
-                continue;
-            }
-            photos.classes.push(class.file_name().unwrap_or_default().to_string_lossy().into_owned());
-            photos.take(files, (height, width));
-        }
-        if photos.classes.is_empty() {
-            photos.classes.push(String::new());
-            photos.take(files, (height, width));
-        } else if let Some(file) = files.first() {
-            let problem = "lies beside the folders of classes: put it into one of them, or remove the folders";
+        let Classes { names, pictures } = classes(folder)?;
+        let loose = pictures.iter().find(|(_, class)| class.is_none());
+        if let Some((file, _)) = loose.filter(|_| !names.is_empty()) {
+            let problem = "lies next to the folders of classes: put it into one of them, or remove the folders";
             return Err(Error::input(file.display(), problem));
+        }
+        let classes = if names.is_empty() { vec![String::new()] } else { names };
+        let mut photos = Self { classes, photos: vec![], skipped: vec![] };
+        let check = |(path, class): (PathBuf, Option<usize>)| (check(&path, (height, width)), path, class.unwrap_or(0));
+        for (usable, path, class) in pictures.into_par_iter().map(check).collect::<Vec<_>>() {
+            match usable {
+                Ok(()) => photos.photos.push(Photo { path, class }),
+                Err(error) => photos.skipped.push((path, error.to_string())),
+            }
         }
         if photos.photos.is_empty() {
             let reason = match photos.skipped.first() {
@@ -104,18 +98,6 @@ impl Photos {
             return Err(Error::input(folder.display(), format!("has no PNG or JPEG to train on{reason}")));
         }
         Ok(photos)
-    }
-
-    fn take(&mut self, files: Vec<PathBuf>, least: (usize, usize)) {
-        let class = self.classes.len() - 1;
-        let checked: Vec<(PathBuf, Result<()>)> =
-            files.into_par_iter().map(|path| (path.clone(), check(&path, least))).collect();
-        for (path, usable) in checked {
-            match usable {
-                Ok(()) => self.photos.push(Photo { path, class }),
-                Err(error) => self.skipped.push((path, error.to_string())),
-            }
-        }
     }
 
     /// Holds out `count` photographs, drawn by `seed`: those to train on, and those held out.
@@ -146,35 +128,6 @@ impl Photos {
         }
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
-}
-
-/// The folders in `folder` and the pictures directly in it, both sorted.
-fn entries(folder: &Path) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
-    let bad = |error: std::io::Error| Error::input(folder.display(), format!("cannot be read as a folder: {error}"));
-    let (mut folders, mut files) = (vec![], vec![]);
-    for entry in read_dir(folder).map_err(bad)? {
-        let path = entry.map_err(bad)?.path();
-        let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-        let extension = path.extension().unwrap_or(OsStr::new("")).to_string_lossy().to_lowercase();
-        if hidden {
-            continue;
-        }
-        if path.is_dir() {
-            folders.push(path);
-        } else if EXTENSIONS.contains(&extension.as_str()) {
-            files.push(path);
-        }
-    }
-    folders.sort();
-    files.sort();
-    Ok((folders, files))
-}
-
-/// All pictures in `folder` and the folders in it.
-fn gather(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
-    let (folders, mut here) = entries(folder)?;
-    files.append(&mut here);
-    folders.iter().try_for_each(|folder| gather(folder, files))
 }
 
 /// Whether a picture can be decoded and is large enough.

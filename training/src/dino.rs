@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use candle_core::{D, DType, Device, Tensor};
-use eqim::tensors::TensorFile;
+use eqim::checkpoint::tensors::TensorFile;
 use eqim::{Error, Result};
 
 /// DINOv2's vision transformer without registers.

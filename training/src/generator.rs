@@ -3,15 +3,16 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use eqim::candle::CandleEngine;
+use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, StoredConfig};
 use eqim::config::{GeneratorConfig, is_class_name};
 use eqim::engine::Engine;
-use eqim::generate::{Noise, Request, Schedule, generate};
+use eqim::engine::candle::CandleEngine;
+use eqim::generate::generate;
 use eqim::model::{Stage, flow, parameters_of, transformer};
 use eqim::ops::eager::{Dropout, Eager, Training};
-use eqim::solver::Solver;
-use eqim::tensors::TensorFile;
+use eqim::request::solver::Solver;
+use eqim::request::{Noise, Request, Schedule};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use ndarray::{Array3, Axis, concatenate};

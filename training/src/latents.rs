@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
+use eqim::checkpoint::tensors::{self, TensorFile};
 use eqim::config::TokenizerConfig;
+use eqim::engine::candle;
 use eqim::model::tokenizer;
 use eqim::ops::eager::Eager;
-use eqim::tensors::{self, TensorFile};
 use eqim::weights::Weights;
-use eqim::{Error, Result, candle, files, picture};
-use eqim_engines::cli::Progress;
+use eqim::{Error, Result, files, picture};
+use eqim_cli::Progress;
 use ndarray::Axis;
 use rand::Rng;
 use sha2::{Digest, Sha256};

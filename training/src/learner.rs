@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
-use eqim::tensors::TensorFile;
+use eqim::checkpoint::tensors::TensorFile;
 use eqim::weights::Weights;
 use eqim::{Error, Result};
 use rayon::prelude::*;

@@ -1,6 +1,5 @@
 //! Training in Candle: the tokenizer and the generator from folders of photographs.
 
-pub mod command;
 pub mod curve;
 pub mod data;
 pub mod dino;

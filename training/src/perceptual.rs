@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use eqim::tensors::TensorFile;
+use eqim::checkpoint::tensors::TensorFile;
 use eqim::{Error, Result};
 
 /// VGG16 up to its fifth block, and the weights of its features.
@@ -118,7 +118,7 @@ mod tests {
         }
         stored.retain(|(name, _)| name != leave_out);
         let stored: Vec<(&str, Tensor)> = stored.iter().map(|(name, tensor)| (name.as_str(), tensor.clone())).collect();
-        eqim::tensors::write(path, &stored, HashMap::new()).unwrap();
+        eqim::checkpoint::tensors::write(path, &stored, HashMap::new()).unwrap();
     }
 
     #[test]

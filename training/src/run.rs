@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
-use eqim::tensors::{self, TensorFile};
+use eqim::checkpoint::tensors::{self, TensorFile};
 use eqim::{Error, Result, picture};
-use eqim_engines::cli;
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use ndarray::Array3;
 use serde::{Deserialize, Serialize};
@@ -255,7 +254,7 @@ impl Pace {
         let speed = values.get("images_per_second").copied().unwrap_or_default();
         let text = format!("{}, {speed:.1} images/s, {} left", losses.join(", "), HumanDuration(left));
         if self.bar.is_hidden() {
-            cli::note(format_args!("step {done}/{}: {text}", self.plan.steps));
+            eqim_cli::note(format_args!("step {done}/{}: {text}", self.plan.steps));
         } else {
             self.bar.set_message(text);
         }

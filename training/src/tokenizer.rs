@@ -3,16 +3,17 @@
 use std::path::Path;
 
 use candle_core::{Device, Tensor, Var};
+use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, StoredConfig};
 use eqim::config::{GeneratorConfig, Preset, TokenizerConfig};
+use eqim::engine::candle;
 use eqim::model::tokenizer::{self, Semantics};
 use eqim::model::{Stage, parameters_of};
 use eqim::ops::cost::Cost;
 use eqim::ops::eager::{Eager, Training};
 use eqim::picture::{self, Side};
-use eqim::tensors::TensorFile;
 use eqim::weights::Weights;
-use eqim::{Config, Error, Result, candle};
+use eqim::{Config, Error, Result};
 use ndarray::{Array3, Array4, ArrayView3, Axis, concatenate, s};
 use sha2::{Digest, Sha256};
 

@@ -5,7 +5,7 @@ use eqim::model::Stage;
 use eqim::{Error, Result};
 
 use super::EngineSet;
-use crate::bundle::Bundle;
+use eqim::bundle::Bundle;
 
 const MISSING: &str = "this program was built without TensorRT: build it with `cargo build --release --features \
                        eqim-engines/tensorrt`, or run on --backend ort";

@@ -17,7 +17,7 @@ use super::device::{Address, Binding, Device};
 use super::flavour::{self, Cache};
 use super::library::{self, Library};
 use super::{EngineSet, FOLDER, TrtEngine};
-use crate::bundle::Bundle;
+use eqim::bundle::Bundle;
 
 /// Whether a driver and a GPU are here.
 ///

@@ -7,18 +7,19 @@ use std::mem::take;
 use std::rc::Rc;
 use std::time::Instant;
 
-use eqim::condition::Label;
 use eqim::engine::{Classes, Engine, Row, Session, faded};
-use eqim::generate::{Rollout, Times, check_finite, token_by_token};
 use eqim::model::{Axis, BATCH, Port, Stage};
-use eqim::solver::Tableau;
+use eqim::request::condition::Label;
+use eqim::request::solver::Tableau;
+use eqim::request::timing::Times;
+use eqim::request::{Rollout, check_finite};
 use eqim::{Config, Error, Result};
 use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, Axis as ArrayAxis, Dimension, s};
 
 use super::device::{ALIGNMENT, Address, Binding, Device};
 use super::{EngineSet, Profile};
-use crate::bundle::Precision;
+use eqim::bundle::Precision;
 
 /// The engines of a bundle on a device.
 pub struct TrtEngine<D: Device> {
@@ -487,9 +488,13 @@ impl<D: Device> Engine for TrtEngine<D> {
     /// One upload, one download, and between them nothing but work handed over: a token is waited for only when the
     /// next one is on its way. Images whose classes change along the way go through a session instead, since the host mixes
     /// classes.
-    fn rollout(&self, rollout: &Rollout, progress: &mut dyn FnMut(usize)) -> Result<(Array3<f32>, Times)> {
+    fn fused_rollout(
+        &self,
+        rollout: &Rollout,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<Option<(Array3<f32>, Times)>> {
         if rollout.labels.iter().any(|label| matches!(label, Label::Spans(_))) {
-            return token_by_token(self, rollout, progress);
+            return Ok(None);
         }
         self.forget();
         let conditions = rollout.conditions(&self.config, 0);
@@ -537,7 +542,7 @@ impl<D: Device> Engine for TrtEngine<D> {
         progress(rollout.tokens);
         let values = self.downloaded(&tokens)?;
         let times = self.taken()?;
-        Ok((self.gathered(rollout, &values, slot / 4)?, times))
+        Ok(Some((self.gathered(rollout, &values, slot / 4)?, times)))
     }
 }
 

@@ -8,7 +8,7 @@ use eqim::{Config, Error, Result, files};
 use serde::{Deserialize, Serialize};
 
 use super::Target;
-use crate::bundle::{Bundle, FileRecord, Precision};
+use eqim::bundle::{Bundle, FileRecord, Precision};
 
 /// Folder of a bundle that its TensorRT engines are in.
 pub const FOLDER: &str = "trt";

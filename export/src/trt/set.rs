@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use eqim::bundle::{Bundle, FileRecord, Precision};
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Error, Result, files};
 use eqim_calibration::Policy;
-use eqim_engines::bundle::{Bundle, FileRecord, Precision};
-use eqim_engines::memory::{forget_peak, peak};
+use eqim_cli::memory::{forget_peak, peak};
 use eqim_engines::trt::{EngineRecord, EngineSet, FOLDER, SIDECAR_FILE, SIDECAR_FORMAT, Target, file_name};
 use tempfile::TempDir;
 

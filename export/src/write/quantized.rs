@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use candle_core::Tensor;
+use eqim::bundle::{FileRecord, Precision, Quantization};
+use eqim::checkpoint::tensors::Values;
 use eqim::checkpoint::{self, StoredConfig};
 use eqim::model::Stage;
-use eqim::tensors::Values;
 use eqim::weights::Weights;
 use eqim::{Config, Result};
 use eqim_calibration::int8::{Rounded, round_bias, round_weight};
 use eqim_calibration::{Plan, Policy, Scheme, levels};
-use eqim_engines::bundle::{FileRecord, Precision, Quantization};
 use safetensors::Dtype;
 
 use super::convert;

@@ -3,16 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use eqim::bundle::Bundle;
+use eqim::bundle::Flavour;
 use eqim::model::Stage;
+use eqim::picture::folder::pictures;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, checkpoint, files};
 use eqim_calibration::policy::{STAGES, stage_named};
 use eqim_calibration::{
-    Collection, Estimator, Flavour, Policy, Samples, Sensitivity, Table, fingerprint, hashes, pictures, quantized,
-    search,
+    Collection, Estimator, Policy, Samples, Sensitivity, Table, fingerprint, hashes, quantized, search,
 };
-use eqim_engines::bundle::Bundle;
-use eqim_engines::cli;
 
 /// Watch a model work on pictures and rollouts, and write the ranges of its activations: what INT8 is scaled by.
 ///
@@ -97,7 +97,7 @@ pub fn run(arguments: &Calibrate) -> Result<()> {
     table.write(&arguments.output)?;
     // The table is complete without it.
     let _ = std::fs::remove_file(&state);
-    cli::print(format_args!(
+    eqim_cli::print(format_args!(
         "The ranges of {} scopes were saved at: {}",
         table.scopes.len(),
         arguments.output.display()
@@ -140,7 +140,7 @@ fn collect(
     if collection.done() > 0 {
         super::say(format_args!("going on after {} of {} samples", collection.done(), collection.total()));
     }
-    let mut progress = cli::Progress::new("calibrated", collection.total(), "pictures and rollouts");
+    let mut progress = eqim_cli::Progress::new("calibrated", collection.total(), "pictures and rollouts");
     while collection.done() < collection.total() {
         collection.next(config, weights, pictures)?;
         collection.save(state)?;
@@ -159,7 +159,7 @@ fn rank(
 ) -> Result<Sensitivity> {
     let stages = if arguments.stages.is_empty() { STAGES.to_vec() } else { arguments.stages.clone() };
     let policy = Policy::new(arguments.flavour, stages, table.clone());
-    let mut progress = cli::Progress::new("looked at", quantized(config, &policy)?.len(), "scopes");
+    let mut progress = eqim_cli::Progress::new("looked at", quantized(config, &policy)?.len(), "scopes");
     let found = search(config, weights, &policy, arguments.min_psnr, collection, |done| progress.at(done))?;
     drop(progress);
     super::say(format_args!("{:<56}{:>12}{:>12}", "scope alone in INT8", "token error", "PSNR, dB"));

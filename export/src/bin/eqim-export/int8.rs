@@ -3,13 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use eqim::candle::CandleEngine;
+use eqim::bundle::Flavour;
+use eqim::bundle::Precision;
+use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use eqim_calibration::policy::{STAGES, patterns, stage_named};
-use eqim_calibration::{Flavour, Policy, Preview, Table, fingerprint, plan};
-use eqim_engines::bundle::Precision;
+use eqim_calibration::{Policy, Preview, Table, fingerprint, plan};
 use eqim_export::quantization::{self, LEAST_SPEEDUP, Pair, Report, Settings, Times};
 use eqim_export::validate::validate_preview;
 use eqim_export::write::{self, Draft, Options};

@@ -8,14 +8,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use eqim::candle::CandleEngine;
+use eqim::bundle::Flavour;
+use eqim::bundle::{Bundle, Precision};
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::config::Preset;
+use eqim::engine::candle::CandleEngine;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
-use eqim_calibration::Flavour;
-use eqim_engines::bundle::{Bundle, Precision};
-use eqim_engines::{cli, native};
+use eqim_engines::native;
 use eqim_export::inspect::inspect;
 use eqim_export::lower::{NEWEST_OPSET, OLDEST_OPSET};
 use eqim_export::validate::{default_tolerance, validate};
@@ -171,7 +171,7 @@ fn tolerance(text: &str) -> Result<f32, String> {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    cli::main(|| match &arguments.command {
+    eqim_cli::main(|| match &arguments.command {
         Command::Onnx(onnx) => export(onnx),
         Command::Calibrate(arguments) => calibrate::run(arguments),
         Command::Trt(arguments) => trt::run(arguments),
@@ -224,7 +224,7 @@ fn export(arguments: &Onnx) -> Result<()> {
         None => float(arguments, config, weights, options, library)?,
     };
     let bundle = draft.publish()?;
-    cli::print(format_args!("The ONNX export succeeded and the bundle was saved at: {}", bundle.folder.display()))
+    eqim_cli::print(format_args!("The ONNX export succeeded and the bundle was saved at: {}", bundle.folder.display()))
 }
 
 /// A bundle without INT8, validated where there is a library to run it.
@@ -244,7 +244,7 @@ fn float(
 
 /// Reports progress; the export goes on when nobody listens.
 fn say(text: impl std::fmt::Display) {
-    let _ = cli::print(text);
+    let _ = eqim_cli::print(text);
 }
 
 fn without_validation(problem: String) -> Error {
@@ -271,7 +271,7 @@ fn show(arguments: &Inspect) -> Result<()> {
     let inspection = inspect(&bundle, arguments.tokens as usize, steps)?;
     if arguments.json {
         let json = serde_json::to_string_pretty(&inspection).map_err(|error| Error::run("--json", error))?;
-        return cli::print(json);
+        return eqim_cli::print(json);
     }
-    cli::print(inspection.text().trim_end())
+    eqim_cli::print(inspection.text().trim_end())
 }

@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{ArgGroup, Args};
-use eqim::candle::CandleEngine;
+use eqim::bundle::Flavour;
+use eqim::bundle::{Bundle, Precision};
+use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Error, Result, checkpoint};
-use eqim_calibration::Flavour;
-use eqim_engines::bundle::{Bundle, Precision};
+use eqim_engines::native;
 use eqim_engines::trt::{EngineRecord, EngineSet, FOLDER, Target};
-use eqim_engines::{cli, native};
 use eqim_export::drift::{self, Drift};
 use eqim_export::quantization::Pair;
 use eqim_export::trt::{self, Limits, Shapes, Support};
@@ -156,7 +156,7 @@ pub fn run(arguments: &Trt) -> Result<()> {
             (None, None)
         }
     };
-    let spinner = Arc::new(cli::Spinner::new());
+    let spinner = Arc::new(eqim_cli::Spinner::new());
     let watch = Arc::clone(&spinner);
     let progress = move |stage: Stage, phase: &str| watch.show(format!("building {}: {phase}", stage.name()));
     let done = |stage: Stage, engine: &EngineRecord| {
@@ -169,7 +169,7 @@ pub fn run(arguments: &Trt) -> Result<()> {
     let table = table(&built.set);
     trt::publish(built, &bundle, drift.as_ref(), report.as_ref())?;
     super::say(table);
-    cli::print(format_args!("The engines were saved at: {}", bundle.folder.join(FOLDER).display()))
+    eqim_cli::print(format_args!("The engines were saved at: {}", bundle.folder.join(FOLDER).display()))
 }
 
 /// Shows the support report; fails when anything is not supported.

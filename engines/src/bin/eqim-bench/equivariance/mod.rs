@@ -1,0 +1,111 @@
+//! `eqim-bench --equivariance`: how far a model is from the promise of its name. The tokenizer's half: whether the tokens of a
+//! shifted image are the shifted tokens. The generator's: whether every position is the same task.
+
+mod positions;
+mod shifts;
+
+use std::fmt::Write;
+use std::path::Path;
+
+use eqim::engine::Engine;
+use eqim::{Error, Result};
+use serde::Serialize;
+
+use super::photos::{Photo, photos};
+use eqim_cli::chart::{self, Chart, Series};
+use positions::{Band, Position};
+use shifts::Shift;
+
+/// What is measured on.
+pub struct Subject<'a> {
+    /// The model.
+    pub engine: &'a dyn Engine,
+    /// A folder of pictures; its folders are classes, where they are as many as the model's or have their names.
+    pub images: &'a Path,
+    /// Tokens of the images that the model was trained on.
+    pub trained: usize,
+    /// Positions that the loss is measured at.
+    pub positions: usize,
+    /// Number that noise is drawn from.
+    pub seed: u64,
+}
+
+/// What was found.
+#[derive(Debug, Serialize)]
+pub struct Equivariance {
+    /// Pictures that were read.
+    pub images: usize,
+    /// How they got their classes.
+    pub classes: &'static str,
+    /// The tokenizer, by shift.
+    pub shifts: Vec<Shift>,
+    /// The flow loss, by position.
+    pub loss: Vec<Position>,
+    /// The same, by what training has seen of a position.
+    pub bands: Vec<Band>,
+}
+
+/// Measures; `progress` is told what is next.
+///
+/// # Errors
+/// [`Error::Input`] for pictures that cannot be used; when the engine fails.
+pub fn measure(subject: &Subject, progress: &mut dyn FnMut(String)) -> Result<Equivariance> {
+    let config = subject.engine.config();
+    let (photos, classes) = photos(subject.images, config)?;
+    let shifts = shifts::measure(subject, &photos, progress)?;
+    let (loss, bands) = positions::measure(subject, &photos, progress)?;
+    Ok(Equivariance { images: photos.len(), classes, shifts, loss, bands })
+}
+
+impl Equivariance {
+    /// Tables in Markdown, which people read too.
+    pub fn table(&self, text: &mut String) {
+        let Self { images, classes, shifts, bands, .. } = self;
+        let _ = writeln!(text, "{images} pictures, their classes by {classes}\n");
+        let _ = writeln!(text, "Tokens of the shifted image against shifted tokens, as a part of their norm:\n");
+        let _ = writeln!(text, "| shift, pixels | tokens | images | all | inside | not shifted |");
+        let _ = writeln!(text, "|---:|---:|---:|---:|---:|---:|");
+        for Shift { pixels, tokens, images, all, inside, unshifted } in shifts {
+            let inside = inside.map_or("".into(), |inside| format!("{inside:.4}"));
+            let _ = writeln!(text, "| {pixels} | {tokens} | {images} | {all:.4} | {inside} | {unshifted:.4} |");
+        }
+        let _ = writeln!(text, "\nThe flow loss by position:\n");
+        let _ = writeln!(text, "| positions | in training | loss | ± | against those that training sees in full |");
+        let _ = writeln!(text, "|---|---|---:|---:|---:|");
+        for Band { first, last, what, loss, error, ratio } in bands {
+            let _ = writeln!(text, "| {first} to {last} | {what} | {loss:.4} | {error:.4} | {ratio:.4} |");
+        }
+    }
+
+    /// Draws both halves into a PNG.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn draw(&self, path: &Path, title: &str) -> Result<()> {
+        let shifted = |name, value: &dyn Fn(&Shift) -> Option<f64>| {
+            let points = self.shifts.iter().filter_map(|shift| Some((shift.tokens, value(shift)?))).collect();
+            Series { name, points, noisy: false }
+        };
+        let losses = self.bands.iter().map(|band| {
+            let here = self.loss.iter().filter(|position| (band.first..=band.last).contains(&position.position));
+            let points = here.map(|position| (position.position as f64, position.loss)).collect();
+            Series { name: band.what, points, noisy: false }
+        });
+        let titles =
+            [format!("{title}: tokens of shifted images"), format!("{title}: is every position the same task?")];
+        let charts = [
+            Chart {
+                title: &titles[0],
+                x: "shift in tokens",
+                y: "distance from shifted tokens, as a part of their norm",
+                series: vec![
+                    shifted("all tokens", &|shift| Some(shift.all)),
+                    shifted("inside: away from edges", &|shift| shift.inside),
+                    shifted("had tokens not been shifted", &|shift| Some(shift.unshifted)),
+                ],
+            },
+            Chart { title: &titles[1], x: "position", y: "flow loss", series: losses.collect() },
+        ];
+        chart::draw(path, &charts)
+    }
+}

@@ -1,0 +1,382 @@
+//! `eqim-bench`: how fast bundles run, and for the same numbers.
+
+mod arguments;
+mod contest;
+mod equivariance;
+mod photos;
+mod probe;
+mod pytorch;
+mod reference;
+mod report;
+mod roofline;
+mod solvers;
+mod statistics;
+mod tiling;
+mod workload;
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use arguments::Arguments;
+use clap::Parser;
+use eqim::engine::candle::CandleEngine;
+use eqim::model::Stage;
+use eqim::request::random::TorchRng;
+use eqim::request::solver::Solver;
+use eqim::request::timing::Calls;
+use eqim::request::{Noise, Request, Schedule};
+use eqim::{Config, Error, Result, checkpoint, files};
+use ndarray::Array3;
+
+use contest::Contestant;
+use eqim::bundle::Bundle;
+use eqim::generate::memory::check_memory;
+use eqim_cli::Spinner;
+use eqim_cli::memory;
+use eqim_engines::onnxruntime::Runtime;
+use eqim_engines::{Options, native};
+use equivariance::Subject;
+use pytorch::PyTorch;
+use reference::Reference;
+use report::{Case, Measurement, Report, StageMeasurement};
+use roofline::Machine;
+use statistics::Summary;
+use workload::{Image, Work};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    eqim_cli::main(|| run(&arguments))
+}
+
+/// Measures as the command line says.
+///
+/// # Errors
+/// [`Error::Input`] for what cannot be measured; [`Error::Run`] when something fails, or tokens do not agree.
+fn run(arguments: &Arguments) -> Result<()> {
+    let bundles = arguments.engines.iter().map(|folder| Bundle::open(folder)).collect::<Result<Vec<_>>>()?;
+    let config = bundles[0].manifest.model.clone();
+    check(arguments, &bundles)?;
+    let spinner = Spinner::new();
+    let contestants = contestants(arguments, bundles, &spinner)?;
+    let mut report = Report { machine: machine()?, ..Report::default() };
+    if arguments.solvers || arguments.tiling || arguments.equivariance {
+        let Some(Contestant::Bundle(_, engine, _)) = contestants.first() else { return Ok(()) };
+        let request = request(arguments, &config, arguments.batch[0], arguments.tokens[0]);
+        let show = &mut |what| spinner.show(what);
+        if arguments.solvers {
+            report.solvers = solvers::solve(engine.as_ref(), &request, show)?;
+        } else if arguments.tiling {
+            report.tiling = Some(tiling::try_tiles(engine.as_ref(), &request, arguments.images.as_deref(), show)?);
+        } else if let Some(images) = &arguments.images {
+            let &Arguments { trained, positions, seed, .. } = arguments;
+            let subject = Subject { engine: engine.as_ref(), images, trained, positions, seed };
+            report.equivariance = Some(equivariance::measure(&subject, show)?);
+        }
+    } else {
+        for &batch in &arguments.batch {
+            for &tokens in &arguments.tokens {
+                report.cases.push(case(arguments, &contestants, &mut report.machine, (batch, tokens), &spinner)?);
+            }
+        }
+    }
+    spinner.finish();
+    eqim_cli::print(report.text())?;
+    if let (Some(path), Some(found)) = (&arguments.plot, &report.equivariance) {
+        found.draw(path, &arguments.engines[0].display().to_string())?;
+    }
+    if let Some(path) = &arguments.export_json {
+        files::write_json(path, &report)?;
+    }
+    if let Some(path) = &arguments.export_markdown {
+        files::write(path, report.markdown().as_bytes())?;
+    }
+    let differs = |result: &&Measurement| result.agreement.is_some_and(|agreement| !agreement.agrees);
+    match report.cases.iter().flat_map(|case| &case.results).find(differs) {
+        Some(result) => Err(Error::run(&result.name, "its tokens are not those that it is compared with: see above")),
+        None => Ok(()),
+    }
+}
+
+/// Checks that all that is asked for can be measured together.
+fn check(arguments: &Arguments, bundles: &[Bundle]) -> Result<()> {
+    let first = &bundles[0].manifest;
+    for bundle in &bundles[1..] {
+        if bundle.manifest.model != first.model {
+            return Err(Error::input(bundle.folder.display(), "is of another model than the first --engine"));
+        }
+    }
+    if (arguments.reference || arguments.pytorch.is_some()) && !first.is_fp32() {
+        let problem = "gives the reference its weights, expected a bundle in FP32: name that first";
+        return Err(Error::input(bundles[0].folder.display(), problem));
+    }
+    for &tokens in &arguments.tokens {
+        if arguments.tail.is_some_and(|tail| tail >= tokens) {
+            return Err(Error::input("--tail", format!("leaves nothing to be given of {tokens} tokens")));
+        }
+        for &batch in &arguments.batch {
+            let request = request(arguments, &first.model, batch, tokens);
+            request.check(&first.model)?;
+            if arguments.tail.is_none() {
+                check_memory(&request, &first.model, None)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All that take part, what is measured against first.
+fn contestants(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) -> Result<Vec<Contestant>> {
+    let mut all = vec![];
+    let first = &bundles[0];
+    if let (Some(checkout), Some(python)) = (&arguments.pytorch, &arguments.python) {
+        spinner.show("starting PyTorch".into());
+        let embed = first.manifest.model.generator.embed;
+        all.push(Contestant::PyTorch(PyTorch::start(
+            checkout,
+            python,
+            &first.folder,
+            arguments.threads.last().copied(),
+            embed,
+        )?));
+    }
+    if arguments.reference {
+        let (config, weights) = checkpoint::load_safetensors(&first.weights_path())?;
+        all.push(Contestant::Reference(Box::new(Reference(CandleEngine::new(config, weights)))));
+    }
+    let threads: Vec<Option<usize>> = match arguments.threads.as_slice() {
+        [] => vec![None],
+        some => some.iter().copied().map(Some).collect(),
+    };
+    for bundle in bundles {
+        spinner.show(format!("loading {}", bundle.folder.display()));
+        for &threads in &threads {
+            let engine =
+                eqim_engines::open(&bundle, Options { backend: arguments.backend, threads, cuda_graph: false })?;
+            all.push(Contestant::Bundle(Box::new(bundle.clone()), engine, threads));
+        }
+    }
+    Ok(all)
+}
+
+/// What this machine can do, where ONNX Runtime is there to tell.
+fn machine() -> Result<Option<Machine>> {
+    match native::find_onnxruntime() {
+        Ok(library) => Machine::measure(Runtime::load(&library)?).map(Some),
+        Err(problem) => {
+            tracing::warn!("{problem}; the machine's limits are not measured");
+            Ok(None)
+        }
+    }
+}
+
+/// The images of a case: classes in turn, and noise of one seed.
+fn request(arguments: &Arguments, config: &Config, batch: usize, tokens: usize) -> Request {
+    let g = &config.generator;
+    let given = arguments.tail.map(|tail| tokens.saturating_sub(tail));
+    let prefix = given.map(|given| {
+        let values = TorchRng::new(!arguments.seed).randn(batch * given * g.embed);
+        Array3::from_shape_fn((batch, given, g.embed), |(b, n, e)| values[(b * given + n) * g.embed + e])
+    });
+    Request {
+        labels: (0..batch).map(|row| Some(row % g.class_num).into()).collect(),
+        tokens,
+        cfg: arguments.cfg,
+        schedule: Schedule::Linear,
+        solver: arguments.solver,
+        steps: arguments.steps.unwrap_or(g.steps),
+        prefix,
+        noise: Noise::Seed(arguments.seed),
+    }
+}
+
+/// Times of one contestant's batches.
+#[derive(Default)]
+struct Times {
+    prefill: Calls,
+    step: Calls,
+    flow: Calls,
+    decode: Calls,
+    total: Calls,
+    first: Calls,
+    peak: u64,
+    tokens: Option<Array3<f32>>,
+}
+
+impl Times {
+    fn add(&mut self, image: Image, whole: bool) {
+        let Image { tokens, times, decode, total } = image;
+        if whole && let Some(flow) = times.flow.0.first() {
+            let before =
+                times.prefill.total() + if times.prefill.0.is_empty() { times.step.0[0] } else { Duration::ZERO };
+            self.first.0.push(before + *flow);
+        }
+        self.prefill.0.extend(times.prefill.0);
+        self.step.0.extend(times.step.0);
+        self.flow.0.extend(times.flow.0);
+        self.decode.0.extend(decode.0);
+        self.total.0.push(total);
+        self.tokens = Some(tokens);
+    }
+}
+
+/// Measures all contestants on the same work, in turn.
+fn case(
+    arguments: &Arguments,
+    contestants: &[Contestant],
+    machine: &mut Option<Machine>,
+    (batch, tokens): (usize, usize),
+    spinner: &Spinner,
+) -> Result<Case> {
+    let Some(Contestant::Bundle(bundle, ..)) = contestants.iter().find(|it| !it.is_reference()) else {
+        return Err(Error::run("bench", "no bundle takes part"));
+    };
+    let config = bundle.manifest.model.clone();
+    let ours = request(arguments, &config, batch, tokens);
+    let own_way = arguments.solver == Solver::Euler;
+    let theirs = Request {
+        solver: Solver::Euler,
+        steps: if own_way { ours.steps } else { config.generator.steps },
+        ..ours.clone()
+    };
+    let work = |contestant: &Contestant| Work {
+        request: if contestant.is_reference() { theirs.clone() } else { ours.clone() },
+        seed: arguments.seed,
+        decode: arguments.tail.is_none(),
+    };
+    let mut all: Vec<Times> = contestants.iter().map(|_| Times::default()).collect();
+    match arguments.stage.stage() {
+        Some(stage) => {
+            for (contestant, times) in contestants.iter().zip(&mut all) {
+                spinner.show(format!("{}: {}", contestant.name(), stage.name()));
+                memory::forget_peak();
+                one_stage(arguments, contestant, stage, &ours, times)?;
+                times.peak = memory::peak();
+            }
+        }
+        None => {
+            for contestant in contestants {
+                spinner.show(format!("{}: warming up", contestant.name()));
+                warm_up(arguments, contestant, &work(contestant))?;
+            }
+            let start = Instant::now();
+            let mut rounds = 0;
+            while rounds < arguments.iterations || start.elapsed() < Duration::from_secs(arguments.duration) {
+                for (contestant, times) in contestants.iter().zip(&mut all) {
+                    spinner.show(format!("{}: batch {batch}, {tokens} tokens, round {rounds}", contestant.name()));
+                    memory::forget_peak();
+                    let image = contestant.run(&work(contestant))?;
+                    match arguments.tail {
+                        Some(tail) => times.add(image.last(tail), false),
+                        None => times.add(image, true),
+                    }
+                    times.peak = times.peak.max(memory::peak());
+                }
+                rounds += 1;
+            }
+        }
+    }
+    let generated = arguments.tail.unwrap_or(tokens);
+    let evaluations = ours.solver.evaluations(ours.steps);
+    let results = measurements(arguments, contestants, all, machine, (&ours, own_way))?;
+    Ok(Case { batch, tokens, generated, cfg: ours.cfg, solver: ours.solver.to_string(), evaluations, results })
+}
+
+/// Runs short images until the time for it is over: first runs allocate, and read what is on disk.
+fn warm_up(arguments: &Arguments, contestant: &Contestant, work: &Work) -> Result<()> {
+    let request = Request { tokens: 2, prefix: None, ..work.request.clone() };
+    let short = Work { request, ..work.clone() };
+    let start = Instant::now();
+    loop {
+        contestant.run(&short)?;
+        if start.elapsed() >= Duration::from_millis(arguments.warm_up) {
+            return Ok(());
+        }
+    }
+}
+
+fn one_stage(
+    arguments: &Arguments,
+    contestant: &Contestant,
+    stage: Stage,
+    request: &Request,
+    times: &mut Times,
+) -> Result<()> {
+    let Contestant::Bundle(_, engine, _) = contestant else { return Ok(()) };
+    let start = Instant::now();
+    let warm_up = Duration::from_millis(arguments.warm_up);
+    contest::stage_times(engine.as_ref(), stage, request, |calls| calls.0.is_empty() || start.elapsed() < warm_up)?;
+    let start = Instant::now();
+    let duration = Duration::from_secs(arguments.duration);
+    let calls = contest::stage_times(engine.as_ref(), stage, request, |calls| {
+        calls.0.len() < arguments.iterations || start.elapsed() < duration
+    })?;
+    match stage {
+        Stage::Prefill => times.prefill = calls,
+        Stage::Step => times.step = calls,
+        Stage::Flow => times.flow = calls,
+        Stage::Decode | Stage::Encode => times.decode = calls,
+    }
+    Ok(())
+}
+
+/// Sums up what all contestants took. Ratios are to the first.
+fn measurements(
+    arguments: &Arguments,
+    contestants: &[Contestant],
+    all: Vec<Times>,
+    machine: &mut Option<Machine>,
+    (request, own_way): (&Request, bool),
+) -> Result<Vec<Measurement>> {
+    let rounds = all[0].total.0.len().max(1) as f64;
+    let mut results: Vec<Measurement> = vec![];
+    for (index, (contestant, times)) in contestants.iter().zip(&all).enumerate() {
+        let mut stages = vec![];
+        let calls = [
+            (Stage::Prefill, &times.prefill),
+            (Stage::Step, &times.step),
+            (Stage::Flow, &times.flow),
+            (Stage::Decode, &times.decode),
+        ];
+        for (stage, calls) in calls {
+            let Some(call) = Summary::new(&calls.0, &arguments.percentiles) else { continue };
+            let effort = match (contestant, machine.as_mut()) {
+                (Contestant::Bundle(bundle, ..), Some(machine)) => Some(effort(bundle, machine, stage, request)?),
+                _ => None,
+            };
+            stages.push(StageMeasurement { stage: stage.name(), calls: call.count as f64 / rounds, call, effort });
+        }
+        let batch = Summary::new(&times.total.0, &arguments.percentiles);
+        let exactly = own_way || !contestants[0].is_reference();
+        let agreement = match (&all[0].tokens, &times.tokens) {
+            (Some(expected), Some(found)) if index > 0 => Some(contestant.agreement(found, expected, exactly)),
+            _ => None,
+        };
+        let ratio = match (agreement, &batch, results.first().and_then(|first| first.batch.as_ref())) {
+            (Some(agreement), Some(batch), Some(first)) if agreement.agrees => Some(first.median / batch.median),
+            _ => None,
+        };
+        results.push(Measurement {
+            name: contestant.name(),
+            is_reference: contestant.is_reference(),
+            first_token: Summary::new(&times.first.0, &arguments.percentiles),
+            batch,
+            stages,
+            peak_bytes: times.peak,
+            agreement,
+            ratio,
+        });
+    }
+    Ok(results)
+}
+
+/// What a call of a stage does: an image at a time is decoded, and a class computed once.
+fn effort(bundle: &Bundle, machine: &mut Machine, stage: Stage, request: &Request) -> Result<roofline::Effort> {
+    let (batch, guided) = (request.labels.len(), request.cfg != 1.0);
+    let classes = batch.min(bundle.manifest.model.generator.class_num);
+    let rows = match stage {
+        Stage::Prefill => classes + usize::from(guided),
+        Stage::Step | Stage::Flow => batch * if guided { 2 } else { 1 },
+        Stage::Decode | Stage::Encode => 1,
+    };
+    machine.effort(bundle, stage, rows, request.tokens, request.solver.evaluations(request.steps))
+}

@@ -1,0 +1,42 @@
+//! The pictures that models are measured on.
+
+use std::path::{Path, PathBuf};
+
+use eqim::picture::folder::{Classes, classes};
+use eqim::picture::{self, Side};
+use eqim::{Config, Result};
+use ndarray::Array3;
+
+/// A picture as the tokenizer takes it, and its class.
+pub struct Photo {
+    /// Its file.
+    pub path: PathBuf,
+    /// `[3, height, width]` in -1..1.
+    pub pixels: Array3<f32>,
+    /// `None` where its folder is no class.
+    pub class: Option<usize>,
+}
+
+/// The pictures of a folder, and how they got their classes.
+///
+/// # Errors
+/// [`Error::Input`] for a folder without pictures, or one that cannot be read.
+pub fn photos(folder: &Path, config: &Config) -> Result<(Vec<Photo>, &'static str)> {
+    let Classes { names, pictures } = classes(folder)?;
+    let generator = &config.generator;
+    let named = !names.is_empty() && names.iter().all(|name| generator.class_names.contains(name));
+    let (known, how): (&[String], _) = if named {
+        (&generator.class_names, "the names of their folders")
+    } else if names.len() == generator.class_num {
+        (&names, "the order of their folders")
+    } else {
+        (&[], "none: their folders are not the model's classes")
+    };
+    let class = |index: Option<usize>| index.and_then(|index| known.iter().position(|known| *known == names[index]));
+    let (height, multiple) = (config.tokenizer.image_height(), config.tokenizer.token_width());
+    let read = |(path, index): (PathBuf, Option<usize>)| {
+        let pixels = picture::read(&path, height, multiple, Side::Left)?.pixels;
+        Ok(Photo { class: class(index), pixels, path })
+    };
+    Ok((pictures.into_iter().map(read).collect::<Result<_>>()?, how))
+}

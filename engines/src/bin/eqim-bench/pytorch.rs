@@ -1,0 +1,130 @@
+//! The PyTorch reference in a user's own checkout, driven line by line through `benches/pytorch/reference.py`.
+
+use std::cell::RefCell;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
+
+use eqim::request::condition::Label;
+use eqim::request::timing::{Calls, Times};
+use eqim::{Error, Result};
+use ndarray::Array3;
+use serde::Deserialize;
+use serde_json::json;
+use tempfile::TempDir;
+
+use super::workload::{Image, Work};
+
+const SCRIPT: &str = include_str!("../../../../benches/pytorch/reference.py");
+
+/// A Python that holds the model.
+pub struct PyTorch {
+    child: Child,
+    pipes: RefCell<(ChildStdin, BufReader<ChildStdout>)>,
+    folder: TempDir,
+    embed: usize,
+    /// Its version and threads.
+    pub name: String,
+}
+
+/// What the script says once it is ready.
+#[derive(Deserialize)]
+struct Ready {
+    torch: String,
+    threads: usize,
+}
+
+/// What the script says after a batch, in seconds.
+#[derive(Deserialize)]
+struct Answer {
+    step: Vec<f64>,
+    flow: Vec<f64>,
+    decode: Vec<f64>,
+    total: f64,
+}
+
+impl PyTorch {
+    /// Starts it on the weights of a bundle in FP32.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a checkout or Python that is not there; [`Error::Run`] when Python fails, which says why on
+    /// standard error.
+    pub fn start(checkout: &Path, python: &Path, bundle: &Path, threads: Option<usize>, embed: usize) -> Result<Self> {
+        if !checkout.join("generator/equ_modeling.py").is_file() {
+            let problem = "has no generator/equ_modeling.py, expected a checkout of drx-code/EquivariantModeling";
+            return Err(Error::input(format!("--pytorch {}", checkout.display()), problem));
+        }
+        let failed = |error| Error::run("PyTorch", error);
+        let folder = tempfile::tempdir().map_err(failed)?;
+        let script = folder.path().join("reference.py");
+        std::fs::write(&script, SCRIPT).map_err(failed)?;
+        let mut command = Command::new(python);
+        let checkout = checkout.canonicalize().map_err(failed)?;
+        command.arg(&script).arg(checkout).arg(bundle).arg(threads.unwrap_or(0).to_string());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        command.env("PYTHONWARNINGS", "ignore");
+        let mut child =
+            command.spawn().map_err(|error| Error::input(format!("--python {}", python.display()), error))?;
+        let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(Error::run("PyTorch", "has no pipes"));
+        };
+        let pipes = RefCell::new((stdin, BufReader::new(stdout)));
+        let mut pytorch = Self { child, pipes, folder, embed, name: String::new() };
+        let Ready { torch, threads } = pytorch.receive()?;
+        pytorch.name = format!("PyTorch {torch}, {threads} threads");
+        Ok(pytorch)
+    }
+
+    fn receive<T: for<'a> Deserialize<'a>>(&self) -> Result<T> {
+        let mut line = String::new();
+        self.pipes.borrow_mut().1.read_line(&mut line).map_err(|error| Error::run("PyTorch", error))?;
+        serde_json::from_str(&line)
+            .map_err(|_| Error::run("PyTorch", format!("stopped; it said {line:?}: see its message above")))
+    }
+
+    /// Makes a batch of images.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when Python fails.
+    pub fn run(&self, work: &Work) -> Result<Image> {
+        let failed = |error: std::io::Error| Error::run("PyTorch", error);
+        let (output, prefix) = (self.folder.path().join("tokens"), self.folder.path().join("prefix"));
+        if let Some(given) = &work.request.prefix {
+            let bytes: Vec<u8> = given.iter().flat_map(|value| value.to_le_bytes()).collect();
+            std::fs::write(&prefix, bytes).map_err(failed)?;
+        }
+        let request = &work.request;
+        let line = json!({
+            "labels": request.labels.iter().flat_map(Label::classes).collect::<Vec<_>>(),
+            "tokens": request.tokens,
+            "cfg": request.cfg,
+            "steps": request.steps,
+            "seed": work.seed,
+            "prefix": request.prefix.is_some().then_some(&prefix),
+            "decode": work.decode,
+            "output": output,
+        });
+        {
+            let stdin = &mut self.pipes.borrow_mut().0;
+            writeln!(stdin, "{line}").and_then(|()| stdin.flush()).map_err(failed)?;
+        }
+        let answer: Answer = self.receive()?;
+        let bytes = std::fs::read(output).map_err(failed)?;
+        let values = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let shape = (request.labels.len(), request.tokens, self.embed);
+        let tokens = Array3::from_shape_vec(shape, values).map_err(|error| Error::run("PyTorch", error))?;
+        let calls = |seconds: &[f64]| Calls(seconds.iter().map(|&time| Duration::from_secs_f64(time)).collect());
+        let times = Times { step: calls(&answer.step), flow: calls(&answer.flow), ..Times::default() };
+        let total = Duration::from_secs_f64(answer.total);
+        Ok(Image { tokens, times, decode: calls(&answer.decode), total })
+    }
+}
+
+impl Drop for PyTorch {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,281 @@
+//! What was measured, for people and programs.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use super::contest::Agreement;
+use super::equivariance::Equivariance;
+use super::roofline::{Effort, Machine};
+use super::solvers::Solved;
+use super::statistics::{Summary, milliseconds};
+use super::tiling::Tilings;
+
+/// Everything measured.
+#[derive(Debug, Default, Serialize)]
+pub struct Report {
+    /// Nothing where ONNX Runtime is not found.
+    pub machine: Option<Machine>,
+    /// One for each batch and length.
+    pub cases: Vec<Case>,
+    /// What `--solvers` found.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub solvers: Vec<Solved>,
+    /// What `--tiling` found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tiling: Option<Tilings>,
+    /// What `--equivariance` found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub equivariance: Option<Equivariance>,
+}
+
+/// All contestants on the same work.
+#[derive(Debug, Serialize)]
+pub struct Case {
+    /// Images at once.
+    pub batch: usize,
+    /// Their length.
+    pub tokens: usize,
+    /// Tokens that are timed: the last ones.
+    pub generated: usize,
+    /// Guidance.
+    pub cfg: f32,
+    /// What our engines solve the ODE with, and its steps.
+    pub solver: String,
+    /// Evaluations of the velocity a token.
+    pub evaluations: usize,
+    /// One for each contestant.
+    pub results: Vec<Measurement>,
+}
+
+/// What one contestant did.
+#[derive(Debug, Serialize)]
+pub struct Measurement {
+    /// What it is.
+    pub name: String,
+    /// Whether it is something to be measured against.
+    pub is_reference: bool,
+    /// Seconds a batch.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch: Option<Summary>,
+    /// Seconds until a batch's first tokens are there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_token: Option<Summary>,
+    /// One for each stage that ran.
+    pub stages: Vec<StageMeasurement>,
+    /// Largest resident size of this process while it ran, bytes; PyTorch's is not in it.
+    pub peak_bytes: u64,
+    /// How its tokens lie to those it is compared with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agreement: Option<Agreement>,
+    /// How many times as fast it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratio: Option<f64>,
+}
+
+/// What one stage took.
+#[derive(Debug, Serialize)]
+pub struct StageMeasurement {
+    /// Its name.
+    pub stage: &'static str,
+    /// Seconds a call.
+    pub call: Summary,
+    /// Calls a batch.
+    pub calls: f64,
+    /// What a call does, where that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub effort: Option<Effort>,
+}
+
+impl StageMeasurement {
+    /// Which part of the limit is reached.
+    fn of_limit(&self) -> Option<f64> {
+        self.effort.map(|effort| effort.limit / self.call.median)
+    }
+}
+
+impl Measurement {
+    /// Seconds a batch that all stages take together.
+    fn in_stages(&self) -> f64 {
+        self.stages.iter().map(StageMeasurement::total).sum()
+    }
+
+    /// Everything about the times that makes them doubtful.
+    fn warnings(&self) -> Vec<String> {
+        let stages = self.stages.iter().flat_map(|stage| stage.call.warnings(stage.stage));
+        self.batch.iter().flat_map(|batch| batch.warnings("images")).chain(stages).collect()
+    }
+}
+
+impl Report {
+    /// For people.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        if let Some(machine) = &self.machine {
+            let _ = writeln!(text, "=== This machine ===");
+            let (fp32, int8) = (2e-9 * machine.gemm.fp32, 2e-9 * machine.gemm.int8);
+            let _ =
+                writeln!(text, "products of 1024 × 1024 matrices: {fp32:.0} GFLOP/s in FP32, {int8:.0} GOP/s in INT8");
+            for (megabytes, bandwidth) in &machine.read {
+                let _ = writeln!(text, "reading {megabytes} MB again and again: {:.1} GB/s", 1e-9 * bandwidth);
+            }
+        }
+        for case in &self.cases {
+            case.text(&mut text);
+        }
+        Solved::table(&self.solvers, &mut text);
+        self.tiling.iter().for_each(|found| found.table(&mut text));
+        self.equivariance.iter().for_each(|found| found.table(&mut text));
+        text.trim_end().to_string()
+    }
+
+    /// For documents.
+    pub fn markdown(&self) -> String {
+        let mut text = String::new();
+        for case in &self.cases {
+            let _ = writeln!(text, "{}\n", case.title());
+            let _ = writeln!(text, "| | s/batch | images/s | s/token | ratio | tokens differ | peak MB |");
+            let _ = writeln!(text, "|---|---|---|---|---|---|---|");
+            for result in &case.results {
+                let cells = case.row(result).join(" | ");
+                let _ = writeln!(text, "| {cells} |");
+            }
+            let _ = writeln!(text, "\n| {} |", COLUMNS.join(" | "));
+            let _ = writeln!(text, "{}|", "|---".repeat(COLUMNS.len()));
+            for result in &case.results {
+                for stage in &result.stages {
+                    let cells = stage.cells(result.in_stages()).join(" | ");
+                    let _ = writeln!(text, "| {}: {cells} |", result.name);
+                }
+            }
+            text.push('\n');
+        }
+        Solved::table(&self.solvers, &mut text);
+        self.tiling.iter().for_each(|found| found.table(&mut text));
+        self.equivariance.iter().for_each(|found| found.table(&mut text));
+        text
+    }
+}
+
+/// What stands above [`StageMeasurement::cells`].
+const COLUMNS: [&str; 8] = ["stage", "calls", "median ms", "share", "GB/s", "GFLOP/s", "limit ms", "of limit"];
+
+impl StageMeasurement {
+    /// Seconds a batch.
+    fn total(&self) -> f64 {
+        self.calls * self.call.mean
+    }
+
+    /// One cell a column; `all` is the total of all stages.
+    fn cells(&self, all: f64) -> Vec<String> {
+        let median = self.call.median;
+        let share = 100.0 * self.total() / all;
+        let mut cells =
+            vec![self.stage.into(), format!("{:.0}", self.calls), milliseconds(median), format!("{share:.1} %")];
+        if let Some((effort, of_limit)) = self.effort.zip(self.of_limit()) {
+            cells.push(format!("{:.1}", 1e-9 * effort.bytes / median));
+            cells.push(format!("{:.1}", 2e-9 * effort.multiply_adds / median));
+            cells.push(milliseconds(effort.limit));
+            cells.push(format!("{:.0} %", 100.0 * of_limit));
+        }
+        cells
+    }
+}
+
+impl Case {
+    fn title(&self) -> String {
+        let Self { batch, tokens, generated, cfg, solver, evaluations, .. } = self;
+        let timed = if generated < tokens { format!(", the last {generated} timed") } else { String::new() };
+        format!("batch {batch}, {tokens} tokens{timed}, cfg {cfg}, {solver}, {evaluations} evaluations a token")
+    }
+
+    /// Name, seconds, images and tokens a second, ratio, agreement, memory.
+    fn row(&self, result: &Measurement) -> Vec<String> {
+        let mut cells = vec![result.name.clone()];
+        match &result.batch {
+            Some(batch) => cells.extend([
+                format!("{:.3}", batch.median),
+                if self.generated == self.tokens {
+                    format!("{:.3}", self.batch as f64 / batch.median)
+                } else {
+                    String::new()
+                },
+                format!("{:.4}", self.seconds_a_token(result)),
+            ]),
+            None => cells.extend(["", "", ""].map(String::from)),
+        }
+        cells.push(result.ratio.map_or(String::new(), |ratio| format!("{ratio:.2}")));
+        cells.push(
+            result.agreement.map_or(String::new(), |it| format!("{:.1e}, {:.2} %", it.largest, 100.0 * it.relative)),
+        );
+        cells.push(format!("{:.0}", result.peak_bytes as f64 / 1e6));
+        cells
+    }
+
+    /// Without prefill and decoding, a token of the batch's.
+    fn seconds_a_token(&self, result: &Measurement) -> f64 {
+        let loops = result.stages.iter().filter(|stage| ["transformer_step", "flow_sampler"].contains(&stage.stage));
+        loops.map(|stage| stage.call.median).sum()
+    }
+
+    fn text(&self, text: &mut String) {
+        for result in &self.results {
+            let _ = writeln!(text, "\n=== Performance summary: {} ===", result.name);
+            let _ = writeln!(text, "{}", self.title());
+            if let Some(batch) = &result.batch {
+                if self.generated == self.tokens {
+                    let images = self.batch as f64 / batch.median;
+                    let tokens = (self.batch * self.tokens) as f64 / batch.median;
+                    let _ = writeln!(text, "Throughput: {images:.3} images/s, {tokens:.2} tokens/s");
+                }
+                let _ = writeln!(text, "Latency of a batch, {} times: {}", batch.count, batch.line());
+                if let Some(first) = &result.first_token {
+                    let _ = writeln!(text, "Time to the first token: {}", first.line());
+                }
+                let _ = writeln!(
+                    text,
+                    "Seconds a token, without prefill and decoding: {:.4}",
+                    self.seconds_a_token(result)
+                );
+            }
+            let _ = writeln!(text, "Peak memory: {:.0} MB", result.peak_bytes as f64 / 1e6);
+            for stage in &result.stages {
+                let _ = writeln!(text, "{}, {} times: {}", stage.stage, stage.call.count, stage.call.line());
+            }
+            let line = |cells: Vec<String>| {
+                let mut line = format!("{:<18}", cells[0]);
+                cells[1..].iter().for_each(|cell| line += &format!("{cell:>11}"));
+                line
+            };
+            let _ = writeln!(text, "\n{}", line(COLUMNS.map(String::from).to_vec()));
+            for stage in &result.stages {
+                let _ = writeln!(text, "{}", line(stage.cells(result.in_stages())));
+            }
+            for warning in result.warnings() {
+                let _ = writeln!(text, "warning: {warning}");
+            }
+        }
+        if self.results.iter().any(|result| result.agreement.is_some()) {
+            let _ = writeln!(text, "\n=== Comparison: {} ===", self.title());
+            for result in &self.results {
+                let cells = self.row(result);
+                let _ = write!(text, "{}: {} s a batch", cells[0], cells[1]);
+                if let Some(it) = result.agreement {
+                    let _ = write!(
+                        text,
+                        ", tokens differ by at most {:.1e}, {:.2} % in all",
+                        it.largest,
+                        100.0 * it.relative
+                    );
+                    match result.ratio {
+                        Some(ratio) => {
+                            let _ = write!(text, ": {ratio:.2} times as fast");
+                        }
+                        None => text.push_str(": not the same images, no ratio"),
+                    }
+                }
+                text.push('\n');
+            }
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! How far solvers of few evaluations lie from many steps of Euler's method.
+
+use std::fmt::Write;
+
+use eqim::Result;
+use eqim::engine::Engine;
+use eqim::generate::generate;
+use eqim::picture::quality::{psnr, relative_error};
+use eqim::request::Request;
+use eqim::request::solver::Solver;
+use ndarray::{Array3, Array4, s};
+use serde::Serialize;
+
+/// Evaluations that are tried.
+const EVALUATIONS: [usize; 7] = [5, 10, 15, 20, 25, 50, 100];
+/// Steps of what counts as the exact solution.
+const MANY: usize = 1000;
+
+/// What a solver of so many steps reaches.
+#[derive(Clone, Debug, Serialize)]
+pub struct Solved {
+    /// The solver.
+    pub solver: Solver,
+    /// Its steps.
+    pub steps: usize,
+    /// Evaluations of the velocity a token.
+    pub evaluations: usize,
+    /// Distance of its tokens from those of 1000 steps of Euler's method, as a part of their size.
+    pub tokens: f32,
+    /// PSNR of its image against that of 1000 steps of Euler's method, dB; nothing for the same image.
+    pub psnr_exact: Option<f32>,
+    /// PSNR against that of the reference's number of steps, dB; nothing for the same image.
+    pub psnr_default: Option<f32>,
+}
+
+/// Tries all solvers on a request; `progress` is told what is next.
+///
+/// # Errors
+/// When the engine fails.
+pub fn solve(engine: &dyn Engine, request: &Request, progress: &mut dyn FnMut(String)) -> Result<Vec<Solved>> {
+    let mut run = |solver: Solver, steps: usize| -> Result<(Array3<f32>, Array4<f32>)> {
+        progress(format!("{solver}, {steps} steps"));
+        let tokens = generate(engine, &Request { solver, steps, ..request.clone() }, |_| {})?.tokens;
+        let image = engine.decode_tokens(tokens.slice(s![..1, .., ..]))?;
+        Ok((tokens, image))
+    };
+    let (exact, exact_image) = run(Solver::Euler, MANY)?;
+    let (_, default_image) = run(Solver::Euler, engine.config().generator.steps)?;
+    let mut all = vec![];
+    for solver in Solver::ALL {
+        for evaluations in EVALUATIONS {
+            let Some(steps) = (1..=evaluations).rev().find(|&steps| solver.evaluations(steps) <= evaluations) else {
+                continue;
+            };
+            let (tokens, image) = run(solver, steps)?;
+            all.push(Solved {
+                solver,
+                steps,
+                evaluations: solver.evaluations(steps),
+                tokens: relative_error(&tokens, &exact),
+                psnr_exact: psnr(image.view(), exact_image.view()),
+                psnr_default: psnr(image.view(), default_image.view()),
+            });
+        }
+    }
+    Ok(all)
+}
+
+impl Solved {
+    /// A table in Markdown, which people read too.
+    pub fn table(all: &[Self], text: &mut String) {
+        if all.is_empty() {
+            return;
+        }
+        let _ = writeln!(
+            text,
+            "| solver | steps | evaluations | tokens from {MANY} steps | image, dB | from the default's, dB |"
+        );
+        let _ = writeln!(text, "|---|---:|---:|---:|---:|---:|");
+        for Self { solver, steps, evaluations, tokens, psnr_exact, psnr_default } in all {
+            let decibel = |value: &Option<f32>| value.map_or("same".into(), |value| format!("{value:.1}"));
+            let (exact, default) = (decibel(psnr_exact), decibel(psnr_default));
+            let _ = writeln!(
+                text,
+                "| {solver} | {steps} | {evaluations} | {:.3} % | {exact} | {default} |",
+                100.0 * tokens
+            );
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! How far images decoded in tiles lie from images decoded as a whole, and both from photographs.
+
+use std::fmt::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use eqim::engine::Engine;
+use eqim::generate::generate;
+use eqim::generate::tiles::{Tiling, decode_tiles};
+use eqim::picture::quality;
+use eqim::request::Request;
+use eqim::request::timing::timed;
+use eqim::{Error, Result};
+use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis, concatenate, s};
+use serde::Serialize;
+
+use super::photos::photos;
+
+/// Tokens of a tile that are tried.
+const TILES: [usize; 5] = [16, 32, 64, 128, 256];
+/// Shares of a tile that two have in common.
+const SHARED: [usize; 3] = [8, 4, 2];
+/// Steps of a channel from black to white.
+const LEVELS: f32 = 255.0;
+
+/// What tiles of a size cost, and how close they come.
+#[derive(Clone, Debug, Serialize)]
+pub struct Tiled {
+    /// Tokens of a tile; all for the whole image.
+    pub tile: usize,
+    /// Tokens that two share.
+    pub overlap: usize,
+    /// Largest difference of a channel from exact decoding, of 255.
+    pub largest: f32,
+    /// Mean difference of a channel, of 255.
+    pub mean: f32,
+    /// Mean step from column to column where tiles share tokens against that elsewhere, as a part of the same ratio of the
+    /// exact image.
+    pub seams: f32,
+    /// Peak signal-to-noise ratio to the photographs, dB, where the image is of some.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub psnr: Option<f32>,
+    /// Time to decode the image.
+    pub seconds: f64,
+}
+
+/// What `--tiling` finds.
+#[derive(Clone, Debug, Serialize)]
+pub struct Tilings {
+    /// Where the image is a row of photographs: how many, and the ratio, dB, of each decoded alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alone: Option<(usize, f32)>,
+    /// The whole image first.
+    pub tiles: Vec<Tiled>,
+}
+
+/// Tokens to decode.
+struct Row {
+    /// `[N, E]`.
+    tokens: Array2<f32>,
+    /// The photographs `[3, height, width]` that they are of.
+    photographs: Option<Array3<f32>>,
+    alone: Option<(usize, f32)>,
+}
+
+impl Row {
+    /// The first image of a request.
+    fn generated(engine: &dyn Engine, request: &Request) -> Result<Self> {
+        let tokens = generate(engine, request, |_| {})?.tokens.index_axis_move(Axis(0), 0);
+        Ok(Self { tokens, photographs: None, alone: None })
+    }
+
+    /// Photographs side by side, each encoded alone.
+    fn photographs(engine: &dyn Engine, folder: &Path) -> Result<Self> {
+        let (photos, _) = photos(folder, engine.config())?;
+        let (mut tokens, mut pixels, mut decoded) = (vec![], vec![], vec![]);
+        for photo in photos {
+            let latent = engine.encode(photo.pixels.view().insert_axis(Axis(0)))?;
+            decoded
+                .push(engine.decode(latent.view())?.index_axis_move(Axis(0), 0).mapv(|value| value.clamp(-1.0, 1.0)));
+            tokens.push(latent.index_axis_move(Axis(0), 0) * engine.config().generator.vae_norm as f32);
+            pixels.push(photo.pixels);
+        }
+        let [pixels, decoded] = [&pixels, &decoded].map(|images| beside(images));
+        let tokens: Vec<_> = tokens.iter().map(|tokens| tokens.view()).collect();
+        let count = tokens.len();
+        let tokens = concatenate(Axis(0), &tokens).map_err(|error| Error::run("tokens", error))?;
+        let (pixels, decoded) = (pixels?, decoded?);
+        let alone = psnr(&decoded, &pixels).map(|psnr| (count, psnr));
+        Ok(Self { tokens, photographs: Some(pixels), alone })
+    }
+}
+
+/// Images `[3, height, width]` side by side.
+fn beside(images: &[Array3<f32>]) -> Result<Array3<f32>> {
+    let images: Vec<_> = images.iter().map(|image| image.view()).collect();
+    concatenate(Axis(2), &images).map_err(|error| Error::run("images", error))
+}
+
+/// Peak signal-to-noise ratio of an image to photographs, dB; `None` for an image that equals them.
+fn psnr(found: &Array3<f32>, expected: &Array3<f32>) -> Option<f32> {
+    quality::psnr(found.view().insert_axis(Axis(0)), expected.view().insert_axis(Axis(0)))
+}
+
+/// Tries tiles on the first image of a request, or on the pictures of a folder side by side; `progress` is told what is next.
+///
+/// # Errors
+/// [`Error::Input`] for pictures that cannot be used; when the engine fails.
+pub fn try_tiles(
+    engine: &dyn Engine,
+    request: &Request,
+    images: Option<&Path>,
+    progress: &mut dyn FnMut(String),
+) -> Result<Tilings> {
+    progress("making the tokens".into());
+    let Row { tokens, photographs, alone } = match images {
+        Some(folder) => Row::photographs(engine, folder)?,
+        None => Row::generated(engine, request)?,
+    };
+    let psnr = |image: &Array3<f32>| photographs.as_ref().and_then(|expected| psnr(image, expected));
+    progress("decoding the whole image".into());
+    let whole = Tiling { tile: tokens.dim().0, overlap: 1 };
+    let (exact, seconds) = decode(engine, whole, tokens.view())?;
+    let (tile, psnr_exact) = (whole.tile, psnr(&exact));
+    let mut all = vec![Tiled { tile, overlap: 0, largest: 0.0, mean: 0.0, seams: 1.0, psnr: psnr_exact, seconds }];
+    for tile in TILES.into_iter().filter(|&tile| tile < tokens.dim().0) {
+        for overlap in SHARED.map(|share| tile / share) {
+            progress(format!("tiles of {tile}, {overlap} shared"));
+            let tiling = Tiling { tile, overlap };
+            let (image, seconds) = decode(engine, tiling, tokens.view())?;
+            let difference = (&image - &exact).mapv(|value| value.abs() * LEVELS / 2.0);
+            let shared = shared(engine, tiling, tokens.dim().0);
+            all.push(Tiled {
+                tile,
+                overlap,
+                largest: difference.iter().copied().fold(0.0, f32::max),
+                mean: difference.mean().unwrap_or(0.0),
+                seams: steps(image.view(), &shared) / steps(exact.view(), &shared),
+                psnr: psnr(&image),
+                seconds,
+            });
+        }
+    }
+    Ok(Tilings { alone, tiles: all })
+}
+
+/// An image `[3, height, width]` of tokens, in -1..1, and the seconds that it took.
+fn decode(engine: &dyn Engine, tiling: Tiling, tokens: ArrayView2<f32>) -> Result<(Array3<f32>, f64)> {
+    let (width, height) = engine.config().image_size(tokens.dim().0);
+    let mut image = Array3::zeros((3, height, width));
+    let mut time = Duration::ZERO;
+    timed(&mut time, || {
+        decode_tiles(engine, tiling, tokens, |strip| {
+            let columns = strip.x..strip.x + strip.pixels.dim().2;
+            image.slice_mut(s![.., .., columns]).assign(&strip.pixels.mapv(|value| value.clamp(-1.0, 1.0)));
+            Ok(())
+        })
+    })?;
+    Ok((image, time.as_secs_f64()))
+}
+
+/// Whether two tiles share a column of pixels, `[width]`.
+fn shared(engine: &dyn Engine, tiling: Tiling, tokens: usize) -> Vec<bool> {
+    let width = engine.config().tokenizer.token_width();
+    let mut shared = vec![false; tokens * width];
+    for index in 1..tiling.count(tokens) {
+        let end = tiling.end(index - 1, tokens) * width;
+        shared[end - tiling.overlap * width..end].fill(true);
+    }
+    shared
+}
+
+/// Mean step from column to column where tiles share them, against that elsewhere.
+fn steps(image: ArrayView3<f32>, shared: &[bool]) -> f32 {
+    let (mut sums, mut counts) = ([0.0; 2], [0.0; 2]);
+    for (x, &shared) in shared.iter().enumerate().skip(1) {
+        let step = &image.index_axis(Axis(2), x) - &image.index_axis(Axis(2), x - 1);
+        let part = usize::from(shared);
+        sums[part] += step.mapv(f32::abs).mean().unwrap_or(0.0);
+        counts[part] += 1.0;
+    }
+    sums[1] / counts[1] / (sums[0] / counts[0])
+}
+
+impl Tilings {
+    /// A table in Markdown, which people read too.
+    pub fn table(&self, text: &mut String) {
+        let (mut title, mut line) = (String::new(), "");
+        if let Some((count, psnr)) = self.alone {
+            let _ = writeln!(text, "{count} pictures side by side; each decoded alone: {psnr:.2} dB\n");
+            (title, line) = (" PSNR, dB |".into(), "---:|");
+        }
+        let columns = "| tile | shared | largest, of 255 | mean, of 255 | steps where tiles meet | decoder, s |";
+        let _ = writeln!(text, "{columns}{title}\n|---:|---:|---:|---:|---:|---:|{line}");
+        for Tiled { tile, overlap, largest, mean, seams, psnr, seconds } in &self.tiles {
+            let psnr = psnr.map_or(String::new(), |psnr| format!(" {psnr:.2} |"));
+            let _ =
+                writeln!(text, "| {tile} | {overlap} | {largest:.1} | {mean:.3} | {seams:.4} | {seconds:.2} |{psnr}");
+        }
+    }
+}

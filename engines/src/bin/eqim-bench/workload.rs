@@ -1,0 +1,42 @@
+//! What is measured: a batch of images to make, and what came of it.
+
+use std::time::Duration;
+
+use eqim::request::Request;
+use eqim::request::timing::{Calls, Times};
+use ndarray::{Array3, s};
+
+/// A batch of images to make.
+#[derive(Clone, Debug)]
+pub struct Work {
+    /// What they are.
+    pub request: Request,
+    /// What `request`'s noise is drawn from.
+    pub seed: u64,
+    /// Whether their tokens are decoded.
+    pub decode: bool,
+}
+
+/// A batch of images, and how long it took.
+pub struct Image {
+    /// `[B, N, E]`.
+    pub tokens: Array3<f32>,
+    /// Times of the stages.
+    pub times: Times,
+    /// Those of decoding.
+    pub decode: Calls,
+    /// From the classes to the last pixel.
+    pub total: Duration,
+}
+
+impl Image {
+    /// No more than the last `tail` tokens, and the time that they took.
+    pub fn last(mut self, tail: usize) -> Self {
+        let steps = &mut self.times.step.0;
+        steps.drain(..steps.len() - tail.min(steps.len()));
+        self.tokens = self.tokens.slice(s![.., -(tail as isize).., ..]).to_owned();
+        self.times.prefill = Calls::default();
+        self.total = self.times.step.total() + self.times.flow.total();
+        self
+    }
+}

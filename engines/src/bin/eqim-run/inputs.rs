@@ -1,0 +1,247 @@
+//! From flags and the files that they name to a request that fits the model.
+
+use std::path::Path;
+
+use candle_core::DType;
+use eqim::checkpoint::tensors::TensorFile;
+use eqim::engine::Engine;
+use eqim::engine::candle;
+use eqim::generate::memory::check_memory;
+use eqim::generate::tiles::Tiling;
+use eqim::picture::{self, Side};
+use eqim::request::condition::{Label, Span};
+use eqim::request::{MOST_TOKENS, Noise, Request};
+use eqim::{Config, Error, Result};
+use ndarray::{Array3, Axis, Ix3};
+
+use super::arguments::{Arguments, Spans, Tile, tokens_of_width};
+use super::finish::Finish;
+use super::outputs;
+
+/// Length of an image unless told otherwise: square, in the published models.
+const TOKENS: usize = 16;
+
+/// Longest image that is decoded as a whole unless told otherwise: beyond, attention would soon outweigh all else.
+const MOST_WHOLE: usize = 256;
+
+/// What a run begins with.
+#[derive(Debug)]
+pub enum Prefix {
+    /// Tokens `[1 or B, n, E]`.
+    Tokens(Array3<f32>),
+    /// Pixels `[3, height, width]`, in the order of generation.
+    Picture(Array3<f32>),
+}
+
+/// What the flags describe.
+#[derive(Debug)]
+pub struct Inputs {
+    /// The request.
+    pub request: Request,
+    /// The beginning that it lacks until an engine is there to encode it.
+    pub prefix: Option<Prefix>,
+    /// How its images are finished.
+    pub finish: Finish,
+    /// How they are decoded: in tiles, or as a whole.
+    pub tiling: Option<Tiling>,
+}
+
+/// Checks the flags, and reads the files that they name.
+///
+/// # Errors
+/// [`Error::Input`] naming the flag, and the file, that does not fit the model.
+pub fn read(arguments: &Arguments, config: &Config) -> Result<Inputs> {
+    let labels = labels(arguments, config)?;
+    let rows = labels.len();
+    let mut request = Request {
+        labels,
+        tokens: length(arguments, rows, config)?,
+        cfg: arguments.cfg,
+        schedule: arguments.cfg_schedule,
+        solver: arguments.solver,
+        steps: arguments.steps.unwrap_or(config.generator.steps),
+        prefix: None,
+        noise: Noise::Seed(arguments.seed),
+    };
+    request.check(config)?;
+    let tiling = tiling(arguments, request.tokens)?;
+    check_memory(&request, config, tiling)?;
+    let prefix = match &arguments.prefix {
+        Some(path) => Some(Prefix::read(path, rows, request.tokens, config, arguments.direction)?),
+        None if arguments.direction == Side::Left => {
+            return Err(Error::input("--direction left", "needs --prefix: what is to be continued"));
+        }
+        None => None,
+    };
+    let finish = finish(arguments, prefix.as_ref(), config)?;
+    if let Some(path) = &arguments.noise {
+        let given = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
+        let file = TensorFile::open(path).map_err(about("--noise"))?;
+        let noise = read_tokens("--noise", file, "noise", &[rows], config)?;
+        let (found, expected) = (noise.dim().1, request.tokens - given);
+        if found != expected {
+            let problem =
+                format!("is noise of {found} tokens, expected {expected}: the run's length without its prefix");
+            return Err(about("--noise")(Error::input(path.display(), problem)));
+        }
+        request.noise = Noise::Given(noise);
+    }
+    Ok(Inputs { request, prefix, finish, tiling })
+}
+
+/// How images are finished.
+fn finish(arguments: &Arguments, prefix: Option<&Prefix>, config: &Config) -> Result<Finish> {
+    let kept = match prefix {
+        Some(Prefix::Picture(pixels)) if arguments.keep_prefix_pixels => Some(pixels.clone()),
+        _ if arguments.keep_prefix_pixels => {
+            return Err(Error::input("--keep-prefix-pixels", "needs a PNG or JPEG as --prefix: tokens have no pixels"));
+        }
+        _ => None,
+    };
+    Ok(Finish { kept, side: arguments.direction, token_width: config.tokenizer.token_width() })
+}
+
+/// The class of each image.
+fn labels(arguments: &Arguments, config: &Config) -> Result<Vec<Label>> {
+    let class = |flag: &str, text: &str| config.generator.class(text).map_err(|problem| Error::input(flag, problem));
+    let Some(Spans(spans)) = &arguments.spans else {
+        return arguments.classes.iter().map(|text| Ok(class("--class", text)?.into())).collect();
+    };
+    let span = |(text, begin, end): &(String, usize, Option<usize>)| {
+        Ok(Span { class: class("--classes", text)?, begin: *begin, end: *end })
+    };
+    Ok(vec![Label::Spans(spans.iter().map(span).collect::<Result<_>>()?)])
+}
+
+/// How images of `tokens` are decoded: in tiles, or as a whole.
+fn tiling(arguments: &Arguments, tokens: usize) -> Result<Option<Tiling>> {
+    let tile = match arguments.tile {
+        Some(Tile::Tokens(tile)) => tile,
+        Some(Tile::Whole) if outputs::is_folder(arguments.output.as_deref()) => {
+            return Err(Error::input(
+                "--tile none",
+                "has no tiles for the folder of --output: name a PNG, or leave it out",
+            ));
+        }
+        None if tokens > MOST_WHOLE || outputs::is_folder(arguments.output.as_deref()) => Tiling::default().tile,
+        Some(Tile::Whole) | None => return Ok(None),
+    };
+    let tiling = Tiling { tile, overlap: arguments.overlap.unwrap_or(tile / 4) };
+    tiling.check()?;
+    Ok(Some(tiling))
+}
+
+/// The images' length in tokens.
+fn length(arguments: &Arguments, images: usize, config: &Config) -> Result<usize> {
+    let (flag, tokens) = match arguments.width {
+        Some(width) => {
+            let tokens = tokens_of_width(width, config.tokenizer.token_width());
+            ("--width", tokens.map_err(|problem| Error::input("--width", problem))?)
+        }
+        None => ("--tokens", arguments.tokens.unwrap_or(TOKENS)),
+    };
+    if tokens > MOST_TOKENS / images {
+        let problem = format!("asks for {images} × {tokens} tokens, expected at most {MOST_TOKENS} in a run");
+        return Err(Error::input(flag, problem));
+    }
+    Ok(tokens)
+}
+
+impl Prefix {
+    fn read(path: &Path, rows: usize, tokens: usize, config: &Config, side: Side) -> Result<Self> {
+        let flag = "--prefix";
+        let prefix = if picture::is_picture(path).map_err(about(flag))? {
+            Self::read_picture(path, config, side)?
+        } else {
+            let neither = |error| Error::Input(format!("{}; nor is it a PNG or JPEG", about(flag)(error)));
+            let file = TensorFile::open(path).map_err(neither)?;
+            Self::Tokens(read_tokens(flag, file, "tokens", &[1, rows], config)?)
+        };
+        let given = prefix.tokens(config);
+        if given >= tokens {
+            let problem =
+                format!("is {given} tokens long and the image {tokens}, so nothing is left to generate: set --tokens");
+            return Err(about(flag)(Error::input(path.display(), problem)));
+        }
+        Ok(prefix)
+    }
+
+    fn read_picture(path: &Path, config: &Config, side: Side) -> Result<Self> {
+        let token_width = config.tokenizer.token_width();
+        let height = config.tokenizer.image_height();
+        let mut read = picture::read(path, height, token_width, side).map_err(about("--prefix"))?;
+        let (width, height) = read.original;
+        let (_, scaled_height, kept) = read.pixels.dim();
+        eqim_cli::note(format_args!(
+            "prefix {}: {width}×{height} pixels, scaled to {}×{scaled_height}, {} cut on the {}: {} tokens",
+            path.display(),
+            read.scaled,
+            read.scaled - kept,
+            if side == Side::Right { "left" } else { "right" },
+            kept / token_width,
+        ));
+        if side == Side::Left {
+            read.pixels.invert_axis(Axis(2));
+        }
+        Ok(Self::Picture(read.pixels))
+    }
+
+    /// Its length in tokens.
+    pub fn tokens(&self, config: &Config) -> usize {
+        match self {
+            Self::Tokens(tokens) => tokens.dim().1,
+            Self::Picture(pixels) => pixels.dim().2 / config.tokenizer.token_width(),
+        }
+    }
+
+    /// Its tokens, `[rows, n, E]`.
+    ///
+    /// # Errors
+    /// When the encoder fails.
+    pub fn encode(self, engine: &dyn Engine, rows: usize) -> Result<Array3<f32>> {
+        let tokens = match self {
+            Self::Tokens(tokens) => tokens,
+            Self::Picture(pixels) => {
+                engine.encode(pixels.insert_axis(Axis(0)).view())? * engine.config().generator.vae_norm as f32
+            }
+        };
+        let (_, count, embed) = tokens.dim();
+        let repeated = tokens.broadcast((rows, count, embed)).map(|tokens| tokens.to_owned());
+        repeated.ok_or_else(|| Error::run(engine.name(), format!("encoded a picture as {:?}", tokens.dim())))
+    }
+}
+
+/// Reads `key` of a `.safetensors`: at least one token, as many rows as one of `rows`, finite numbers of any precision.
+fn read_tokens(flag: &str, mut file: TensorFile, key: &str, rows: &[usize], config: &Config) -> Result<Array3<f32>> {
+    let path = file.path().to_path_buf();
+    let bad = |problem: String| about(flag)(Error::input(path.display(), problem));
+    let Some((dtype, shape)) = file.tensors().get(key).map(|info| (info.dtype, info.shape.clone())) else {
+        let mut names: Vec<String> = file.tensors().into_keys().collect();
+        names.sort();
+        return Err(bad(format!("has no tensor `{key}` (it has: {})", names.join(", "))));
+    };
+    let embed = config.generator.embed;
+    if !matches!(shape[..], [batch, (1..), values] if rows.contains(&batch) && values == embed) {
+        let mut rows: Vec<String> = rows.iter().map(usize::to_string).collect();
+        rows.dedup();
+        let expected = format!("[{}, tokens, {embed}]: one row a class, {embed} values a token", rows.join(" or "));
+        return Err(bad(format!("`{key}` has shape {shape:?}, expected {expected}")));
+    }
+    let float = [DType::F32, DType::F16, DType::BF16, DType::F64];
+    if !DType::try_from(dtype).is_ok_and(|dtype| float.contains(&dtype)) {
+        return Err(bad(format!("`{key}` is of type {dtype}, expected F32, F16, BF16 or F64")));
+    }
+    let array = candle::to_array::<Ix3>(&file.read(key).map_err(about(flag))?.to_dtype(DType::F32)?)?;
+    if array.iter().any(|value| !value.is_finite()) {
+        return Err(bad(format!("`{key}` has a value that is not finite")));
+    }
+    Ok(array)
+}
+
+/// Puts the flag that named a file before what is wrong with the file.
+fn about(flag: &str) -> impl Fn(Error) -> Error {
+    move |error| match error {
+        Error::Input(problem) => Error::Input(format!("{flag} {problem}")),
+        other => other,
+    }
+}

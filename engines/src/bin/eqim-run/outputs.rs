@@ -1,0 +1,204 @@
+//! Where results go, checked before the work for them begins.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use eqim::files::folder;
+use eqim::{Error, Result};
+
+use super::arguments::Arguments;
+
+/// The files that a run writes.
+#[derive(Debug)]
+pub struct Outputs {
+    /// One image a class.
+    pub images: Vec<PathBuf>,
+    /// Tokens and noise.
+    pub tokens: Option<PathBuf>,
+    /// A folder of what each token means.
+    pub trace: Option<PathBuf>,
+}
+
+impl Outputs {
+    /// Checks that all results can be written.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the flag, and the file or folder that cannot be written.
+    pub fn check(arguments: &Arguments) -> Result<Self> {
+        let images = numbered(arguments.output.as_deref().unwrap_or(Path::new("image.png")), arguments.images())?;
+        let outputs = Self { images, tokens: arguments.save_tokens.clone(), trace: arguments.trace.clone() };
+        for path in &outputs.images {
+            writable("--output", path)?;
+        }
+        let bundle = arguments.engine.canonicalize().ok();
+        if let Some(path) = outputs.all().find(|path| bundle.is_some() && folder(path).canonicalize().ok() == bundle) {
+            return Err(Error::input(
+                path.display(),
+                "would be written into the bundle of --engine: name another folder",
+            ));
+        }
+        if let Some(path) = &outputs.tokens {
+            writable("--save-tokens", path)?;
+            if outputs.images.iter().any(|image| place(image) == place(path)) {
+                return Err(Error::input(format!("--save-tokens {}", path.display()), "is written by --output too"));
+            }
+        }
+        if let Some(path) = &outputs.trace {
+            new_folder("--trace", path)?;
+        }
+        Ok(outputs)
+    }
+
+    /// All files.
+    pub fn all(&self) -> impl Iterator<Item = &PathBuf> {
+        self.images.iter().chain(&self.tokens).chain(&self.trace)
+    }
+}
+
+/// Makes the folder of many images, where it is not there yet.
+///
+/// # Errors
+/// [`Error::Input`] for one that cannot be made or written to, or that is a bundle's.
+pub fn prepare_folder(folder: &Path, bundle: &Path) -> Result<()> {
+    let bad = |problem: String| Error::input(format!("--output {}", folder.display()), problem);
+    std::fs::create_dir_all(folder).map_err(|error| bad(format!("cannot be made: {error}")))?;
+    if folder.canonicalize().ok() == bundle.canonicalize().ok() {
+        return Err(bad("is the bundle of --engine: name another folder".into()));
+    }
+    writable("--output", &folder.join("image.png"))
+}
+
+/// Whether an output is named as a folder of tiles.
+pub fn is_folder(output: Option<&Path>) -> bool {
+    output.is_some_and(|path| path.as_os_str().as_encoded_bytes().ends_with(b"/"))
+}
+
+/// Checks that an image of `width` pixels can be written as it is named. Readers on libpng's default limits stop at a million.
+///
+/// # Errors
+/// [`Error::Input`] for a PNG wider than the format allows.
+pub fn check_width(path: &Path, width: usize) -> Result<()> {
+    if is_folder(Some(path)) {
+        return Ok(());
+    }
+    let tiles = format!("name a folder, {}/, for tiles and an index", path.with_extension("").display());
+    if width > WIDEST_PNG {
+        let problem = format!("is {width} pixels wide, and a PNG holds at most {WIDEST_PNG}: {tiles}");
+        return Err(Error::input(format!("--output {}", path.display()), problem));
+    }
+    if width > WIDEST_OPENED {
+        let effect = format!("many programs open PNGs of at most {WIDEST_OPENED}");
+        tracing::warn!("{}: the image is {width} pixels wide, and {effect}: {tiles}", path.display());
+    }
+    Ok(())
+}
+
+/// Widest PNG that the format allows.
+const WIDEST_PNG: usize = i32::MAX as usize;
+/// Widest PNG that libpng reads unless told otherwise.
+const WIDEST_OPENED: usize = 1_000_000;
+
+/// Where a path leads, however it is spelled.
+fn place(path: &Path) -> Option<PathBuf> {
+    Some(folder(path).canonicalize().ok()?.join(path.file_name()?))
+}
+
+/// Names of `count` images: `path` itself for one, else with a number before its extension.
+fn numbered(path: &Path, count: usize) -> Result<Vec<PathBuf>> {
+    if is_folder(Some(path)) {
+        let Some(name) = path.file_name() else { return Err(not_png(path)) };
+        let numbered = |number| {
+            let mut name = OsString::from(name);
+            name.push(if count == 1 { "/".into() } else { format!("-{number}/") });
+            path.with_file_name(name)
+        };
+        return Ok((0..count).map(numbered).collect());
+    }
+    let (Some(stem), Some(extension)) = (path.file_stem(), path.extension()) else {
+        return Err(not_png(path));
+    };
+    if !extension.eq_ignore_ascii_case("png") {
+        return Err(not_png(path));
+    }
+    if count == 1 {
+        return Ok(vec![path.to_path_buf()]);
+    }
+    let name = |number| {
+        let mut name = OsString::from(stem);
+        name.push(format!("-{number}."));
+        name.push(extension);
+        path.with_file_name(name)
+    };
+    Ok((0..count).map(name).collect())
+}
+
+fn not_png(path: &Path) -> Error {
+    Error::input(
+        format!("--output {}", path.display()),
+        "is written as a PNG or as tiles: expected a name that ends in .png, or in / for a folder",
+    )
+}
+
+/// Checks that a file can be put in place at `path`.
+fn writable(flag: &str, path: &Path) -> Result<()> {
+    let bad = |problem: String| Error::input(format!("{flag} {}", path.display()), problem);
+    if is_folder(Some(path)) {
+        return new_folder(flag, path);
+    }
+    if path.file_name().is_none() || path.exists() && !path.is_file() {
+        return Err(bad("is not a file".into()));
+    }
+    can_be_written(flag, path)
+}
+
+/// Checks that a folder can be put in place at `path`.
+fn new_folder(flag: &str, path: &Path) -> Result<()> {
+    // Without a slash at its end, after which a file would not be found.
+    if path.components().as_path().symlink_metadata().is_ok() {
+        return Err(Error::input(format!("{flag} {}", path.display()), "exists: remove it first, or name another"));
+    }
+    can_be_written(flag, path)
+}
+
+/// Checks the folder that `path` is in.
+fn can_be_written(flag: &str, path: &Path) -> Result<()> {
+    let bad = |problem: String| Error::input(format!("{flag} {}", path.display()), problem);
+    let folder = folder(path);
+    if !folder.is_dir() {
+        return Err(bad(format!("there is no folder {}: create it first", folder.display())));
+    }
+    // Results are renamed into place, so the folder is what has to be writable.
+    let trial = tempfile::tempfile_in(folder);
+    trial.map_err(|error| bad(format!("the folder {} cannot be written to: {error}", folder.display())))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_images() {
+        let name = |path: &str, count| numbered(Path::new(path), count).unwrap();
+        assert_eq!(name("out.png", 1), [Path::new("out.png")]);
+        assert_eq!(name("a/b.c.PNG", 2), [Path::new("a/b.c-0.PNG"), Path::new("a/b.c-1.PNG")]);
+        assert_eq!(name("a/long/", 1)[0].to_str(), Some("a/long/"));
+        assert_eq!(
+            name("long/", 2).iter().map(|path| path.to_str().unwrap()).collect::<Vec<_>>(),
+            ["long-0/", "long-1/"]
+        );
+        for bad in ["out", "out.jpg", "", "/", ".png", "out.png.txt"] {
+            assert!(numbered(Path::new(bad), 1).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn places_that_cannot_be_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let problem = |path: &Path| writable("--output", path).unwrap_err().to_string();
+        assert!(writable("--output", &folder.path().join("new.png")).is_ok());
+        assert!(problem(folder.path()).ends_with("is not a file"));
+        assert!(problem(&folder.path().join("missing/a.png")).contains("create it first"));
+        assert!(problem(Path::new("/dev/null")).ends_with("is not a file"));
+    }
+}

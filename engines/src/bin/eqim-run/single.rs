@@ -1,0 +1,147 @@
+//! A run of one batch of images.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use eqim::bundle::Bundle;
+use eqim::checkpoint::tensors;
+use eqim::engine::{Engine, candle};
+use eqim::generate::generate;
+use eqim::generate::tiles::Tiling;
+use eqim::request::timing::{Times, timed};
+use eqim::request::{Generated, Request, Rollout};
+use eqim::{Error, Result};
+use eqim_cli::Progress;
+use ndarray::{Axis, concatenate};
+
+use super::arguments::Arguments;
+use super::decode::decode_to;
+use super::finish::Finish;
+use super::inputs::{self, Inputs, Prefix};
+use super::outputs::{self, Outputs};
+use super::report::{Report, Seconds, Tiles};
+use super::stream::{self, Context};
+use super::trace::{self, Traced};
+
+/// Generates images as the flags say.
+///
+/// # Errors
+/// [`Error::Input`] naming the flag or file that cannot be used, before anything slow runs; [`Error::Run`] for a run
+/// that failed.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let outputs = Outputs::check(arguments)?;
+    let bundle = Bundle::open(&arguments.engine)?;
+    let config = &bundle.manifest.model;
+    let Inputs { mut request, prefix, finish, tiling } = inputs::read(arguments, config)?;
+    if arguments.trace.is_some() && tiling.is_some() {
+        let problem = "decodes every frame as a whole: leave --tile out, and ask for a shorter image";
+        return Err(Error::input("--trace", problem));
+    }
+    let width = config.image_size(request.tokens).0;
+    outputs.images.iter().try_for_each(|path| outputs::check_width(path, width))?;
+    let prefix_tokens = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
+
+    let (mut load, mut encoder, mut decoder) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
+    let engine = timed(&mut load, || eqim_engines::open(&bundle, arguments.options()?))?;
+    let encoded = matches!(prefix, Some(Prefix::Picture(_)));
+    if let Some(prefix) = prefix {
+        request.prefix = Some(timed(&mut encoder, || prefix.encode(engine.as_ref(), request.labels.len()))?);
+    }
+    let (times, tiles) = match tiling {
+        None => {
+            let mut progress = Progress::new("generated", request.tokens, "tokens");
+            let generated = generate(engine.as_ref(), &request, |done| progress.at(done))?;
+            drop(progress);
+            save_tokens(&outputs, &generated)?;
+            decode(engine.as_ref(), &generated, &finish, &outputs.images, &mut decoder)?;
+            if let Some(folder) = &outputs.trace {
+                let traced = Traced {
+                    engine: engine.as_ref(),
+                    request: &request,
+                    generated: &generated,
+                    has_picture: encoded,
+                    side: arguments.direction,
+                    seed: arguments.seed,
+                };
+                trace::write(&traced, folder)?;
+            }
+            (generated.times, None)
+        }
+        Some(tiling) => {
+            let context = Context {
+                engine: engine.as_ref(),
+                weights: &bundle.manifest.weights.sha256,
+                threads: arguments.threads,
+                tiling,
+                finish: &finish,
+                keep_tokens: outputs.tokens.is_some(),
+            };
+            stream(&context, &request, &outputs, &mut decoder)?
+        }
+    };
+
+    let seconds = Seconds::new(load, encoded.then_some(encoder), &times, decoder);
+    let report = Report::new(arguments, engine.as_ref(), &request, prefix_tokens, &outputs, tiles, seconds);
+    eqim_cli::print(if arguments.json { report.json()? } else { report.table() })
+}
+
+/// Generates and decodes long images one after another.
+fn stream(
+    context: &Context,
+    request: &Request,
+    outputs: &Outputs,
+    decoder: &mut Duration,
+) -> Result<(Times, Option<Tiles>)> {
+    let Tiling { tile, overlap } = context.tiling;
+    let mut tiles = Tiles { tile, overlap, count: context.tiling.count(request.tokens), resumed_tokens: 0 };
+    let mut times = Times::default();
+    let mut rows = vec![];
+    for (row, path) in outputs.images.iter().enumerate() {
+        let mut progress = Progress::new("generated and decoded", request.tokens, "tokens");
+        let streamed =
+            stream::run(context, request, row, path, &mut |done| progress.at(done)).inspect_err(|error| {
+                if error.exit_code() == 1 {
+                    eqim_cli::note(format_args!(
+                        "{}: what is done is kept, the same command goes on from there",
+                        path.display()
+                    ));
+                }
+            })?;
+        times.prefill.0.extend(streamed.times.prefill.0);
+        times.step.0.extend(streamed.times.step.0);
+        times.flow.0.extend(streamed.times.flow.0);
+        *decoder += streamed.decoder;
+        tiles.resumed_tokens += streamed.resumed;
+        rows.extend(streamed.tokens.map(|tokens| tokens.insert_axis(Axis(0))));
+    }
+    if outputs.tokens.is_some() {
+        let rows: Vec<_> = rows.iter().map(|row| row.view()).collect();
+        let tokens = concatenate(Axis(0), &rows).map_err(|error| Error::run("tokens", error))?;
+        let noise = Rollout::new(context.engine.config(), request)?.noise;
+        save_tokens(outputs, &Generated { tokens, noise, times: Times::default() })?;
+    }
+    Ok((times, Some(tiles)))
+}
+
+/// Writes tokens and noise, where they are wanted.
+fn save_tokens(outputs: &Outputs, generated: &Generated) -> Result<()> {
+    let Some(path) = &outputs.tokens else { return Ok(()) };
+    let [tokens, noise] = [&generated.tokens, &generated.noise].map(|array| candle::to_tensor(array.view()));
+    tensors::write(path, &[("tokens", tokens?), ("noise", noise?)], Default::default())
+}
+
+/// Decodes and writes image by image, so that the memory of one is enough.
+fn decode(
+    engine: &dyn Engine,
+    generated: &Generated,
+    finish: &Finish,
+    paths: &[PathBuf],
+    time: &mut Duration,
+) -> Result<()> {
+    let mut progress = Progress::new("decoded", paths.len(), "images");
+    for (row, path) in paths.iter().enumerate() {
+        decode_to(engine, generated.tokens.index_axis(Axis(0), row), None, finish, path, time)?;
+        progress.at(row + 1);
+    }
+    Ok(())
+}

@@ -1,0 +1,322 @@
+//! A bundle: a folder of small ONNX graphs, one `model.safetensors` that all of them point into, and `config.json`.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::checkpoint::tensors::TensorFile;
+use crate::model::{Port, Stage};
+use crate::{Config, Error, Result, checkpoint, files};
+
+/// Name of the file that describes a bundle.
+pub const CONFIG_FILE: &str = "config.json";
+/// Name of the file of weights.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
+/// Name of the calibration table that a bundle in INT8 was made with.
+pub const CALIBRATION_FILE: &str = "calibration.json";
+/// Version of the format that this code writes and reads.
+pub const FORMAT: u32 = 1;
+
+/// What `config.json` says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Version of the bundle's format.
+    pub format: u32,
+    /// Program and version that wrote it.
+    pub producer: String,
+    /// Precision of weights, caches and matrix products.
+    pub precision: Precision,
+    /// ONNX operator set of the graphs.
+    pub opset: i64,
+    /// The model.
+    pub model: Config,
+    /// The weights that Candle reads and the graphs point into.
+    pub weights: FileRecord,
+    /// The graphs by stage name.
+    pub graphs: BTreeMap<String, GraphRecord>,
+    /// What is in INT8, where anything is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<Quantization>,
+}
+
+impl Manifest {
+    /// Whether everything is computed in FP32.
+    pub fn is_fp32(&self) -> bool {
+        self.precision == Precision::Fp32 && self.quantization.is_none()
+    }
+}
+
+/// What of a bundle is in INT8; everything else is in its [`Precision`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Quantization {
+    /// What the graphs are for.
+    pub flavour: Flavour,
+    /// Names of the stages.
+    pub stages: Vec<String>,
+    /// Scopes in INT8.
+    pub scopes: BTreeSet<String>,
+    /// The calibration table.
+    pub calibration: FileRecord,
+}
+
+/// What the INT8 graphs are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
+#[serde(rename_all = "lowercase")]
+pub enum Flavour {
+    /// TensorRT: explicit `QuantizeLinear` and `DequantizeLinear`, symmetric, which any runtime can run.
+    #[cfg_attr(feature = "clap", value(name = "tensorrt"))]
+    TensorRt,
+    /// ONNX Runtime on a CPU: integer operators, some of which TensorRT does not have.
+    Cpu,
+}
+
+impl std::fmt::Display for Flavour {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::TensorRt => "tensorrt",
+            Self::Cpu => "cpu",
+        })
+    }
+}
+
+/// Precision of a bundle's graphs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// 32-bit floating point.
+    #[default]
+    Fp32,
+    /// 16-bit floating point; norms, softmax, the residual stream and the ODE's state in 32.
+    Fp16,
+    /// 16-bit `bfloat16`, the rest in 32 as for FP16. ONNX Runtime has no CPU kernels for it: TensorRT only.
+    Bf16,
+}
+
+impl Precision {
+    /// Type of the weights.
+    pub fn dtype(self) -> safetensors::Dtype {
+        match self {
+            Self::Fp32 => safetensors::Dtype::F32,
+            Self::Fp16 => safetensors::Dtype::F16,
+            Self::Bf16 => safetensors::Dtype::BF16,
+        }
+    }
+
+    /// Bytes of a value.
+    pub fn bytes(self) -> usize {
+        self.dtype().bitsize() / 8
+    }
+}
+
+impl std::fmt::Display for Precision {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Fp32 => "fp32",
+            Self::Fp16 => "fp16",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+/// A file of a bundle.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileRecord {
+    /// Name in the bundle's folder.
+    pub file: String,
+    /// Length.
+    pub bytes: u64,
+    /// SHA-256 in hexadecimal.
+    pub sha256: String,
+}
+
+/// A graph of a bundle.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GraphRecord {
+    /// The `.onnx` file.
+    #[serde(flatten)]
+    pub file: FileRecord,
+    /// Inputs, in order.
+    pub inputs: Vec<Port>,
+    /// Outputs, in order.
+    pub outputs: Vec<Port>,
+}
+
+/// An opened bundle: complete, and its graphs are the ones that were exported.
+#[derive(Clone, Debug)]
+pub struct Bundle {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// What its `config.json` says.
+    pub manifest: Manifest,
+}
+
+impl FileRecord {
+    /// Describes `folder/file` as it is now.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when it cannot be read.
+    pub fn of(folder: &Path, file: &str) -> Result<Self> {
+        let path = folder.join(file);
+        let failed = |error: std::io::Error| Error::input(path.display(), error);
+        let mut hash = Sha256::new();
+        let mut reader = files::open(&path)?;
+        let mut block = vec![0; 1 << 20];
+        let mut bytes = 0;
+        loop {
+            let read = reader.read(&mut block).map_err(failed)?;
+            if read == 0 {
+                break;
+            }
+            hash.update(&block[..read]);
+            bytes += read as u64;
+        }
+        let sha256 = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self { file: file.to_string(), bytes, sha256 })
+    }
+
+    /// Checks that `folder` still holds this file, contents included.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the file.
+    pub fn verify(&self, folder: &Path) -> Result<()> {
+        let found = Self::of(folder, &self.file)?;
+        if &found != self {
+            return Err(Error::input(
+                folder.join(&self.file).display(),
+                format!(
+                    "is not the file that was exported ({} bytes, sha256 {}…; its description says {} bytes, {}…): \
+                     run eqim-export again",
+                    found.bytes,
+                    &found.sha256[..12],
+                    self.bytes,
+                    self.sha256.get(..12).unwrap_or(&self.sha256),
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Bundle {
+    /// Opens a bundle and checks that it is whole. Weights are checked by their length; [`FileRecord::verify`] reads
+    /// them through.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the file that is missing, foreign or changed.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join(CONFIG_FILE);
+        let bad = |problem: String| Error::input(path.display(), problem);
+        if !folder.is_dir() {
+            return Err(Error::input(folder.display(), "is no bundle (a folder that eqim-export onnx wrote)"));
+        }
+        let text = files::read(&path)?;
+        let version: Version =
+            serde_json::from_slice(&text).map_err(|error| bad(format!("is no description of a bundle: {error}")))?;
+        if version.format != FORMAT {
+            return Err(bad(format!("is of format {}, this program reads {FORMAT}", version.format)));
+        }
+        let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
+        manifest.model.check().map_err(|error| bad(error.to_string()))?;
+        let bundle = Self { folder: folder.to_path_buf(), manifest };
+        bundle.check_files()?;
+        Ok(bundle)
+    }
+
+    fn check_files(&self) -> Result<()> {
+        let config = self.folder.join(CONFIG_FILE);
+        let table = self.manifest.quantization.iter().map(|quantization| &quantization.calibration);
+        let graphs = self.manifest.graphs.values().map(|graph| &graph.file);
+        let records = graphs.chain([&self.manifest.weights]).chain(table);
+        for record in records {
+            let plain = Path::new(&record.file).components().count() == 1 && !record.file.contains(['/', '\\']);
+            if !plain || record.file.starts_with('.') {
+                return Err(Error::input(
+                    config.display(),
+                    format!("names a file outside of the bundle: {}", record.file),
+                ));
+            }
+        }
+        for stage in Stage::ALL {
+            let graph = self.graph(stage)?;
+            let model = &self.manifest.model;
+            if graph.inputs != stage.inputs(model) || graph.outputs != stage.outputs(model) {
+                return Err(Error::input(
+                    config.display(),
+                    format!("describes a {} with other inputs or outputs: export the bundle again", stage.name()),
+                ));
+            }
+            graph.file.verify(&self.folder)?;
+        }
+        if let Some(quantization) = &self.manifest.quantization {
+            quantization.calibration.verify(&self.folder)?;
+        }
+        self.check_weights()
+    }
+
+    /// Checks the length of the weights, and that they are of the same model.
+    fn check_weights(&self) -> Result<()> {
+        let path = self.weights_path();
+        let bad = |problem: String| Err(Error::input(path.display(), problem));
+        let found = files::open(&path)?.metadata().map_err(|error| Error::input(path.display(), error))?.len();
+        let expected = self.manifest.weights.bytes;
+        if found != expected {
+            return bad(format!("has {found} bytes, {CONFIG_FILE} says {expected}: truncated?"));
+        }
+        let file = TensorFile::open(&path)?;
+        if checkpoint::stored_config(&file)? != self.manifest.model {
+            return bad(format!("was written for another model than {CONFIG_FILE}: export the bundle again"));
+        }
+        let dtype = self.manifest.precision.dtype();
+        let fits = |found: Dtype| found == dtype || self.manifest.quantization.is_some() && is_integer(found);
+        match file.tensors().into_iter().find(|(_, info)| !fits(info.dtype)) {
+            Some((name, info)) => bad(format!(
+                "tensor {name} is of type {}, and {CONFIG_FILE} says {}",
+                info.dtype, self.manifest.precision
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// What the manifest says of a stage's graph.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the bundle has none.
+    pub fn graph(&self, stage: Stage) -> Result<&GraphRecord> {
+        let missing =
+            || Error::input(self.folder.join(CONFIG_FILE).display(), format!("names no {} graph", stage.name()));
+        self.manifest.graphs.get(stage.name()).ok_or_else(missing)
+    }
+
+    /// Path of a stage's graph.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the bundle has none.
+    pub fn graph_path(&self, stage: Stage) -> Result<PathBuf> {
+        Ok(self.folder.join(&self.graph(stage)?.file.file))
+    }
+
+    /// Path of the weights.
+    pub fn weights_path(&self) -> PathBuf {
+        self.folder.join(&self.manifest.weights.file)
+    }
+}
+
+/// Whether weights in INT8, or their biases, are of a type.
+fn is_integer(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::I8 | Dtype::I32)
+}
+
+/// The one field that every version of `config.json` has.
+#[derive(Deserialize)]
+struct Version {
+    format: u32,
+}

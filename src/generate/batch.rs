@@ -1,0 +1,316 @@
+//! A batch of unequal images: each row has its own class, length, beginning and guidance, and when it is done its place goes
+//! to the next.
+
+use std::collections::{HashMap, VecDeque};
+
+use ndarray::{Array1, Array2, Array3, Axis, concatenate};
+
+use crate::engine::{Engine, Row, Session};
+use crate::request::condition::{Condition, Label};
+use crate::request::random::TorchRng;
+use crate::request::timing::Times;
+use crate::request::{Noise, Request, Rollout, Sampling, check_finite};
+use crate::{Config, Error, Result};
+
+/// One image to generate.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Its class, or its classes along the way.
+    pub label: Label,
+    /// Position of the first token; not 0 where an earlier run is carried on, whose last tokens are the prefix then.
+    pub begin: usize,
+    /// Tokens that are given, `[n, E]`, n from 0.
+    pub prefix: Array2<f32>,
+    /// What the others are sampled from.
+    pub noise: Draws,
+    /// Guidance of each token from position 0 on, `[N]`.
+    pub guidance: Vec<f32>,
+}
+
+impl Image {
+    /// The images of a rollout.
+    pub fn all(rollout: &Rollout) -> Vec<Self> {
+        let image = |row: usize| Self {
+            label: rollout.labels[row].clone(),
+            begin: 0,
+            prefix: rollout.prefix.index_axis(Axis(0), row).to_owned(),
+            noise: Draws::Given(
+                rollout.noise.index_axis(Axis(0), row).rows().into_iter().map(|row| row.to_owned()).collect(),
+            ),
+            guidance: rollout.guidance.clone(),
+        };
+        (0..rollout.batch()).map(image).collect()
+    }
+
+    /// Image `row` of a [checked](Request::check) request; noise of a seed is drawn when it is needed.
+    pub fn streamed(config: &Config, request: &Request, row: usize) -> Self {
+        let (rows, embed) = (request.labels.len(), config.generator.embed);
+        let given = |tokens: &Array3<f32>| tokens.index_axis(Axis(0), row).to_owned();
+        let noise = match &request.noise {
+            Noise::Given(noise) => Draws::Given(given(noise).rows().into_iter().map(|row| row.to_owned()).collect()),
+            Noise::Seed(seed) => Draws::Seed { random: Box::new(TorchRng::new(*seed)), rows, row },
+        };
+        Self {
+            label: request.labels[row].clone(),
+            begin: 0,
+            prefix: request.prefix.as_ref().map_or_else(|| Array2::zeros((0, embed)), given),
+            noise,
+            guidance: (0..request.tokens).map(|index| request.guidance(index)).collect(),
+        }
+    }
+}
+
+/// Noise of one image, token by token.
+#[derive(Clone, Debug)]
+pub enum Draws {
+    /// Known beforehand: one `[E]` a token.
+    Given(VecDeque<Array1<f32>>),
+    /// Drawn when it is needed: row `row` of the `torch.randn(rows, E)` of every token.
+    Seed {
+        /// Draws it.
+        random: Box<TorchRng>,
+        /// Images that are drawn for together.
+        rows: usize,
+        /// This one.
+        row: usize,
+    },
+}
+
+impl Draws {
+    /// The next token's noise, `[embed]`.
+    ///
+    /// # Errors
+    /// [`Error::Run`] when no more was given.
+    pub fn next(&mut self, embed: usize) -> Result<Array1<f32>> {
+        match self {
+            Self::Given(noise) => noise.pop_front().ok_or_else(|| Error::run("noise", "too little was given")),
+            Self::Seed { random, rows, row } => {
+                Ok(Array1::from(random.randn(*rows * embed)[*row * embed..][..embed].to_vec()))
+            }
+        }
+    }
+}
+
+/// Images on their way through an engine.
+pub struct Batch<'a, E: Engine + ?Sized> {
+    engine: &'a E,
+    sampling: Sampling,
+    session: Box<dyn Session + 'a>,
+    images: Vec<Active>,
+    /// Conditions of the images' next tokens, `[B, D]` or with guidance `[2B, D]`, unconditional rows last.
+    z: Array2<f32>,
+    /// Time spent so far.
+    pub times: Times,
+}
+
+/// An image on its way.
+struct Active {
+    number: usize,
+    image: Image,
+    /// Position of the next token.
+    next: usize,
+    /// The token before it, `[E]`.
+    last: Array1<f32>,
+}
+
+impl Active {
+    /// What the token at `position` is conditioned on; `none` is the label of no class.
+    fn condition(&self, position: usize, none: usize) -> Condition {
+        self.image.label.condition(position, none)
+    }
+}
+
+/// The next token `[E]` of an image, by the number that it came with, or why there is none.
+pub type Next = (usize, Result<Array1<f32>>);
+
+/// An image that has left a batch: the number it came with, and its tokens `[N, E]` or why there are none.
+pub type Finished = (usize, Result<Array2<f32>>);
+
+impl<'a, E: Engine + ?Sized> Batch<'a, E> {
+    /// A batch without images.
+    ///
+    /// # Errors
+    /// When the engine fails.
+    pub fn new(engine: &'a E, sampling: Sampling) -> Result<Self> {
+        let (session, z) = (engine.session()?, Array2::zeros((0, engine.config().generator.dim)));
+        Ok(Self { engine, sampling, session, images: vec![], z, times: Times::default() })
+    }
+
+    /// Images on their way.
+    pub fn len(&self) -> usize {
+        self.images.len()
+    }
+
+    /// Whether no image is on its way.
+    pub fn is_empty(&self) -> bool {
+        self.images.is_empty()
+    }
+
+    /// Rows an image.
+    fn streams(&self) -> usize {
+        if self.sampling.unconditional.is_some() { 2 } else { 1 }
+    }
+
+    /// Takes in numbered images.
+    ///
+    /// # Errors
+    /// When the engine fails.
+    pub fn admit(&mut self, new: Vec<(usize, Image)>) -> Result<()> {
+        let kept: Vec<usize> = (0..self.images.len()).collect();
+        self.arrange(&kept, new)
+    }
+
+    /// Makes the batch consist of the images at the places `kept`, and of new ones after them.
+    fn arrange(&mut self, kept: &[usize], new: Vec<(usize, Image)>) -> Result<()> {
+        let before = self.images.len();
+        let generator = &self.engine.config().generator;
+        let (embed, none) = (generator.embed, generator.unconditional());
+        let begin = |(number, image): (usize, Image)| {
+            let next = image.begin;
+            Active { number, image, next, last: Array1::zeros(embed) }
+        };
+        let new: Vec<Active> = new.into_iter().map(begin).collect();
+        let mut rows = vec![];
+        for stream in 0..self.streams() {
+            let unconditional = self.sampling.unconditional.filter(|_| stream > 0).map(Condition::of);
+            let condition = |active: &Active| unconditional.unwrap_or_else(|| active.condition(active.next, none));
+            let was =
+                |&place: &usize| Row { kept: Some(stream * before + place), condition: condition(&self.images[place]) };
+            rows.extend(kept.iter().map(was));
+            rows.extend(new.iter().map(|active| Row::new(condition(active))));
+        }
+        let begun = self.times.prefill.time(|| self.session.arrange(&rows))?;
+        let mut begun = begun.rows().into_iter();
+        let mut z = Array2::zeros((rows.len(), self.z.dim().1));
+        for (mut z, row) in z.rows_mut().into_iter().zip(&rows) {
+            match row.kept {
+                Some(row) => z.assign(&self.z.row(row)),
+                None => z.assign(&begun.next().ok_or_else(|| Error::run("batch", "too few conditions"))?),
+            }
+        }
+        self.z = z;
+        let mut images: Vec<Option<Active>> = self.images.drain(..).map(Some).collect();
+        self.images.extend(kept.iter().filter_map(|&place| images[place].take()));
+        self.images.extend(new);
+        Ok(())
+    }
+
+    /// Gives every image one token more, and passes that through the transformer. Images that have all, or whose token is not
+    /// finite, leave: the others stay in their order.
+    ///
+    /// # Errors
+    /// When the engine fails.
+    pub fn advance(&mut self) -> Result<Vec<Next>> {
+        self.sample()?;
+        let none = self.engine.config().generator.unconditional();
+        let (mut tokens, mut kept, mut changed) = (vec![], vec![], false);
+        for (place, active) in self.images.iter_mut().enumerate() {
+            let finite = check_finite(self.engine.name(), active.next, active.last.view());
+            active.next += 1;
+            if finite.is_ok() && active.next < active.image.guidance.len() {
+                kept.push(place);
+                changed |= active.condition(active.next, none) != active.condition(active.next - 1, none);
+            }
+            tokens.push((active.number, finite.map(|()| active.last.clone())));
+        }
+        if kept.is_empty() {
+            self.images.clear();
+            return Ok(tokens);
+        }
+        if changed || kept.len() < self.images.len() {
+            self.arrange(&kept, vec![])?;
+        }
+        self.step()?;
+        Ok(tokens)
+    }
+
+    /// The next token of every image: given, or sampled.
+    fn sample(&mut self) -> Result<()> {
+        let mut sampled = vec![];
+        for (place, active) in self.images.iter_mut().enumerate() {
+            match active.image.prefix.rows().into_iter().nth(active.next - active.image.begin) {
+                Some(token) => active.last.assign(&token),
+                None => sampled.push(place),
+            }
+        }
+        if sampled.is_empty() {
+            return Ok(());
+        }
+        let rows: Vec<usize> = (0..self.streams())
+            .flat_map(|stream| sampled.iter().map(move |place| (stream, place)))
+            .map(|(stream, place)| stream * self.images.len() + place)
+            .collect();
+        let z = self.z.select(Axis(0), &rows);
+        let embed = self.engine.config().generator.embed;
+        let mut noise = Array2::zeros((sampled.len(), embed));
+        let mut guidance = Vec::with_capacity(sampled.len());
+        for (mut noise, &place) in noise.rows_mut().into_iter().zip(&sampled) {
+            let active = &mut self.images[place];
+            noise.assign(&active.image.noise.next(embed)?);
+            guidance.push(active.image.guidance[active.next]);
+        }
+        let sample = || self.engine.sample(z.view(), noise.view(), &guidance, &self.sampling.tableau);
+        let tokens = self.times.flow.time(sample)?;
+        for (token, &place) in tokens.rows().into_iter().zip(&sampled) {
+            self.images[place].last.assign(&token);
+        }
+        Ok(())
+    }
+
+    /// Passes the last token of every image through the transformer.
+    fn step(&mut self) -> Result<()> {
+        let mut last = Array2::zeros((self.images.len(), self.engine.config().generator.embed));
+        for (mut token, active) in last.rows_mut().into_iter().zip(&self.images) {
+            token.assign(&active.last);
+        }
+        let positions: Vec<i64> = self.images.iter().map(|active| active.next as i64 - 1).collect();
+        let (tokens, positions) = match self.streams() {
+            1 => (last, positions),
+            _ => (concatenate![Axis(0), last, last], positions.repeat(2)),
+        };
+        self.z = self.times.step.time(|| self.session.step(tokens.view(), &positions))?;
+        Ok(())
+    }
+}
+
+/// Generates numbered images, at most `most` at once: when one is done, its place goes to the next. `finished` is told each
+/// as it leaves.
+///
+/// # Errors
+/// When the engine fails; those of `images` and `finished`.
+pub fn generate_all<E: Engine + ?Sized>(
+    engine: &E,
+    sampling: Sampling,
+    images: impl IntoIterator<Item = Result<(usize, Image)>>,
+    most: usize,
+    mut finished: impl FnMut(Finished) -> Result<()>,
+) -> Result<()> {
+    let mut images = images.into_iter();
+    let mut batch = Batch::new(engine, sampling)?;
+    let mut known: HashMap<usize, (usize, Array2<f32>)> = HashMap::new();
+    loop {
+        let new = images.by_ref().take(most.max(1) - batch.len()).collect::<Result<Vec<_>>>()?;
+        if !new.is_empty() {
+            let embed = engine.config().generator.embed;
+            known
+                .extend(new.iter().map(|(number, image)| (*number, (0, Array2::zeros((image.guidance.len(), embed))))));
+            batch.admit(new)?;
+        }
+        if batch.is_empty() {
+            return Ok(());
+        }
+        for (number, token) in batch.advance()? {
+            let Some((count, tokens)) = known.get_mut(&number) else { continue };
+            let done = token.map(|token| {
+                tokens.row_mut(*count).assign(&token);
+                *count += 1;
+                *count == tokens.dim().0
+            });
+            if matches!(done, Ok(false)) {
+                continue;
+            }
+            let tokens = known.remove(&number).map(|(_, tokens)| tokens).unwrap_or_default();
+            finished((number, done.map(|_| tokens)))?;
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! Folders of photographs: which files are pictures, and which classes their folders are.
+
+use std::path::{Path, PathBuf};
+
+use walkdir::{DirEntry, WalkDir};
+
+use crate::{Error, Result};
+
+/// Extensions of pictures.
+const EXTENSIONS: [&str; 3] = ["jpg", "jpeg", "png"];
+
+/// Paths of all pictures below `folder`, sorted. Hidden files and folders are left out.
+///
+/// # Errors
+/// [`Error::Input`] for a folder that cannot be read or that holds no picture.
+pub fn pictures(folder: &Path) -> Result<Vec<PathBuf>> {
+    let is_hidden = |entry: &DirEntry| entry.depth() > 0 && entry.file_name().to_string_lossy().starts_with('.');
+    let entries = WalkDir::new(folder).follow_links(true).sort_by_file_name().into_iter();
+    let mut found = vec![];
+    for entry in entries.filter_entry(|entry| !is_hidden(entry)) {
+        let unreadable = |error| Error::input(folder.display(), format!("cannot be read as a folder: {error}"));
+        let entry = entry.map_err(unreadable)?;
+        if is_picture(&entry) {
+            found.push(entry.into_path());
+        }
+    }
+    if found.is_empty() {
+        return Err(Error::input(folder.display(), "holds no PNG or JPEG"));
+    }
+    Ok(found)
+}
+
+/// Pictures by class.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Classes {
+    /// Names of the sub-folders that hold pictures, sorted.
+    pub names: Vec<String>,
+    /// Pictures with the index of their class, sorted by path; no index for those that lie in the folder itself.
+    pub pictures: Vec<(PathBuf, Option<usize>)>,
+}
+
+/// The pictures below `folder`. Each of its sub-folders is a class. Hidden files and folders are left out.
+///
+/// # Errors
+/// [`Error::Input`] for a folder that cannot be read or that holds no picture.
+pub fn classes(folder: &Path) -> Result<Classes> {
+    let mut found = Classes { names: vec![], pictures: vec![] };
+    for path in pictures(folder)? {
+        let inside = path.strip_prefix(folder).unwrap_or(&path);
+        let mut parts = inside.components();
+        let (first, is_nested) = (parts.next(), parts.next().is_some());
+        let class = first.filter(|_| is_nested).map(|name| name.as_os_str().to_string_lossy().into_owned());
+        if let Some(name) = class
+            && found.names.last() != Some(&name)
+        {
+            found.names.push(name);
+        }
+        found.pictures.push((path, is_nested.then(|| found.names.len() - 1)));
+    }
+    Ok(found)
+}
+
+fn is_picture(entry: &DirEntry) -> bool {
+    let extension = entry.path().extension().unwrap_or_default().to_ascii_lowercase();
+    entry.file_type().is_file() && EXTENSIONS.iter().any(|known| extension == *known)
+}

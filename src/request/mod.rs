@@ -1,0 +1,237 @@
+//! What is asked of the model: one batch of images, how its tokens are sampled, and what comes out.
+
+pub mod condition;
+pub mod random;
+pub mod solver;
+pub mod timing;
+
+use ndarray::{Array2, Array3, ArrayView, Axis, Dimension};
+use serde::{Deserialize, Serialize};
+
+use crate::{Config, Error, Result};
+use condition::{Condition, Label};
+use random::TorchRng;
+use solver::{Solver, Tableau};
+use timing::Times;
+
+/// How guidance grows along the image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Schedule {
+    /// From `1 + (cfg-1)/N` at the first token to `cfg` at the last of N.
+    #[default]
+    Linear,
+    /// `cfg` at every token.
+    Constant,
+}
+
+/// Where a run's noise comes from.
+#[derive(Clone, Debug)]
+pub enum Noise {
+    /// `torch.randn(B, E)` on the CPU for every generated token in turn, after `torch.manual_seed(seed)`.
+    Seed(u64),
+    /// Given: `[B, generated tokens, E]`.
+    Given(Array3<f32>),
+}
+
+/// One batch of images to generate.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// One a row.
+    pub labels: Vec<Label>,
+    /// Length in tokens, the prefix included.
+    pub tokens: usize,
+    /// Classifier-free guidance; 1 is none.
+    pub cfg: f32,
+    /// How guidance grows.
+    pub schedule: Schedule,
+    /// What integrates the ODE of a token.
+    pub solver: Solver,
+    /// Its steps a token.
+    pub steps: usize,
+    /// Tokens that are given, `[B, n, E]`; generation goes on after them.
+    pub prefix: Option<Array3<f32>>,
+    /// The noise that tokens are sampled from.
+    pub noise: Noise,
+}
+
+/// What a run produced.
+#[derive(Clone, Debug)]
+pub struct Generated {
+    /// All tokens, `[B, N, E]`, the prefix included.
+    pub tokens: Array3<f32>,
+    /// The noise of the generated ones, `[B, N - prefix, E]`.
+    pub noise: Array3<f32>,
+    /// Where the time went.
+    pub times: Times,
+}
+
+/// How all images of a batch are sampled.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// The label of an unconditional row beside every image's own, where there is guidance.
+    pub unconditional: Option<i64>,
+    /// How a token's ODE is integrated.
+    pub tableau: Tableau,
+}
+
+impl Sampling {
+    /// How the images of a request are sampled.
+    pub fn new(config: &Config, request: &Request) -> Self {
+        let unconditional = (request.cfg != 1.0).then(|| config.generator.unconditional() as i64);
+        Self { unconditional, tableau: Tableau::new(request.solver, request.steps) }
+    }
+}
+
+/// Most tokens of a run, over all of its images. A million tokens of 256 values and their noise take 2 GB, and their
+/// images would be 16 million pixels wide together: a larger number is a mistake.
+pub const MOST_TOKENS: usize = 1_000_000;
+
+/// Most steps a token that a run may ask for.
+pub const MOST_STEPS: usize = 100_000;
+
+impl Request {
+    fn prefix_tokens(&self) -> usize {
+        self.prefix.as_ref().map_or(0, |prefix| prefix.dim().1)
+    }
+
+    /// Checks the request against the model before anything runs.
+    ///
+    /// # Errors
+    /// [`Error::Input`] naming the flag, or the file's key, that does not fit.
+    pub fn check(&self, config: &Config) -> Result<()> {
+        let generator = &config.generator;
+        let (rows, embed) = (self.labels.len(), generator.embed);
+        if rows == 0 {
+            return Err(Error::input("--class", "names no class, expected at least one"));
+        }
+        if let Some(class) = self.labels.iter().flat_map(Label::classes).find(|&class| class >= generator.class_num) {
+            let last = generator.class_num - 1;
+            return Err(Error::input("--class", format!("is {class}, expected 0 to {last} or none")));
+        }
+        if self.tokens < 2 {
+            let problem = format!("is {}, expected at least 2: the decoder mirrors at the image's edges", self.tokens);
+            return Err(Error::input("--tokens", problem));
+        }
+        if !self.cfg.is_finite() || self.cfg < 0.0 {
+            return Err(Error::input("--cfg", format!("is {}, expected a number of at least 0", self.cfg)));
+        }
+        if !(1..=MOST_STEPS).contains(&self.steps) {
+            return Err(Error::input("--steps", format!("is {}, expected 1 to {MOST_STEPS}", self.steps)));
+        }
+        self.labels.iter().try_for_each(|label| label.check(self.tokens))?;
+        let given = self.prefix_tokens();
+        if given >= self.tokens {
+            let problem =
+                format!("holds {given} tokens and the run is {} long: nothing is left to generate", self.tokens);
+            return Err(Error::input("--prefix", problem));
+        }
+        let fits = |flag, array: &Array3<f32>, tokens| {
+            if array.dim() != (rows, tokens, embed) {
+                let (found, expected) = (array.dim(), (rows, tokens, embed));
+                return Err(Error::input(
+                    flag,
+                    format!("has shape {found:?}, expected {expected:?} (batch, tokens, E)"),
+                ));
+            }
+            if array.iter().any(|value| !value.is_finite()) {
+                return Err(Error::input(flag, "has a value that is not finite"));
+            }
+            Ok(())
+        };
+        if let Some(prefix) = &self.prefix {
+            fits("--prefix", prefix, given)?;
+        }
+        match &self.noise {
+            Noise::Given(noise) => fits("--noise", noise, self.tokens - given),
+            Noise::Seed(_) => Ok(()),
+        }
+    }
+
+    /// Guidance of token `index`, from 0.
+    pub fn guidance(&self, index: usize) -> f32 {
+        match self.schedule {
+            Schedule::Linear => (1.0 + (f64::from(self.cfg) - 1.0) * (index + 1) as f64 / self.tokens as f64) as f32,
+            Schedule::Constant => self.cfg,
+        }
+    }
+}
+
+/// A batch on its way into an engine: checked, and everything random drawn.
+#[derive(Clone, Debug)]
+pub struct Rollout {
+    /// One an image.
+    pub labels: Vec<Label>,
+    /// Length in tokens, the prefix included.
+    pub tokens: usize,
+    /// Tokens that are given, `[B, n, E]`, n from 0.
+    pub prefix: Array3<f32>,
+    /// What tokens are sampled from, `[B, N - n, E]`.
+    pub noise: Array3<f32>,
+    /// Guidance of each token, `[N]`.
+    pub guidance: Vec<f32>,
+    /// How they are sampled.
+    pub sampling: Sampling,
+}
+
+impl Rollout {
+    /// Checks a request and draws its noise.
+    ///
+    /// # Errors
+    /// [`Error::Input`] for a request that does not fit the model.
+    pub fn new(config: &Config, request: &Request) -> Result<Self> {
+        request.check(config)?;
+        let (batch, embed) = (request.labels.len(), config.generator.embed);
+        let noise = match &request.noise {
+            Noise::Given(noise) => noise.clone(),
+            Noise::Seed(seed) => {
+                let mut random = TorchRng::new(*seed);
+                let mut noise = Array3::zeros((batch, request.tokens - request.prefix_tokens(), embed));
+                for mut draw in noise.axis_iter_mut(Axis(1)) {
+                    let values = Array2::from_shape_vec((batch, embed), random.randn(batch * embed));
+                    draw.assign(&values.map_err(|error| Error::run("noise", error))?);
+                }
+                noise
+            }
+        };
+        Ok(Self {
+            labels: request.labels.clone(),
+            tokens: request.tokens,
+            prefix: request.prefix.clone().unwrap_or_else(|| Array3::zeros((batch, 0, embed))),
+            noise,
+            guidance: (0..request.tokens).map(|index| request.guidance(index)).collect(),
+            sampling: Sampling::new(config, request),
+        })
+    }
+
+    /// What all rows are conditioned on at token `index`: those of the B images, and with guidance as many unconditional ones
+    /// after them.
+    pub fn conditions(&self, config: &Config, index: usize) -> Vec<Condition> {
+        let none = config.generator.unconditional();
+        let unconditional = self.sampling.unconditional.map(|label| vec![Condition::of(label); self.labels.len()]);
+        let images = self.labels.iter().map(|label| label.condition(index, none));
+        images.chain(unconditional.into_iter().flatten()).collect()
+    }
+
+    /// Images of the batch.
+    pub fn batch(&self) -> usize {
+        self.noise.dim().0
+    }
+
+    /// Tokens that are given.
+    pub fn given(&self) -> usize {
+        self.prefix.dim().1
+    }
+}
+
+/// Checks token `index` of some rows.
+///
+/// # Errors
+/// [`Error::Run`] when a value is not finite.
+pub fn check_finite<D: Dimension>(engine: &str, index: usize, token: ArrayView<f32, D>) -> Result<()> {
+    if token.iter().all(|value| value.is_finite()) {
+        return Ok(());
+    }
+    let problem = format!("token {index} is not finite: weights or precision do not fit this cfg and step count");
+    Err(Error::run(engine, problem))
+}

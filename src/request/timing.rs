@@ -1,0 +1,54 @@
+//! Where the time of a run goes.
+
+use std::time::{Duration, Instant};
+
+/// How long each call of a stage took.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Calls(pub Vec<Duration>);
+
+impl Calls {
+    /// Does `work`, and remembers how long it took.
+    pub fn time<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let mut time = Duration::ZERO;
+        let result = timed(&mut time, work);
+        self.0.push(time);
+        result
+    }
+
+    /// The sum of all calls.
+    pub fn total(&self) -> Duration {
+        self.0.iter().sum()
+    }
+}
+
+/// Time spent in each stage.
+#[derive(Clone, Debug, Default)]
+pub struct Times {
+    /// Class-only work.
+    pub prefill: Calls,
+    /// The transformer, token by token.
+    pub step: Calls,
+    /// The flow head, token by token.
+    pub flow: Calls,
+    /// What a GPU tells beside; the stages' times are then its own.
+    pub device: Option<DeviceTimes>,
+}
+
+/// Time around the work of a GPU, as trtexec names it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DeviceTimes {
+    /// The host's, handing work to the GPU.
+    pub enqueue: Duration,
+    /// The GPU's, copying from the host.
+    pub host_to_device: Duration,
+    /// The GPU's, copying to the host.
+    pub device_to_host: Duration,
+}
+
+/// Runs `work` and adds the time it took.
+pub fn timed<T>(total: &mut Duration, work: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let result = work();
+    *total += start.elapsed();
+    result
+}

@@ -1,0 +1,258 @@
+//! Trains the tokenizer and the generator on folders of photographs.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use candle_core::Device;
+use clap::{Args, Parser, Subcommand};
+use eqim::bundle::FileRecord;
+use eqim::checkpoint::{self, WeightSet};
+use eqim::{Error, Result, files};
+use eqim_training::data::Photos;
+use eqim_training::dino::Dino;
+use eqim_training::generator::GeneratorTask;
+use eqim_training::latents::Encoder;
+use eqim_training::perceptual::Lpips;
+use eqim_training::recipe::{Base, Plan, Recipe};
+use eqim_training::run::{Output, Task, run as run_task};
+use eqim_training::tokenizer::{Teachers, TokenizerTask, mean};
+use mimalloc::MiMalloc;
+use serde::Serialize;
+
+// Every step makes and drops gigabytes of tensors: the system's allocator hands their pages back each time.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    eqim_cli::main(|| {
+        one_thread_a_tensor()?;
+        run(&arguments)
+    })
+}
+
+/// Trains the tokenizer and the generator on folders of photographs.
+#[derive(Parser)]
+#[command(name = "eqim-train", version)]
+struct Arguments {
+    #[command(subcommand)]
+    part: Part,
+}
+
+/// What to train.
+#[derive(Subcommand)]
+enum Part {
+    /// Train the tokenizer: images to columns and back.
+    Tokenizer {
+        #[command(flatten)]
+        shared: Shared,
+        /// Start from this tokenizer's weights (.safetensors of this program, or .ckpt).
+        #[arg(long, value_name = "FILE")]
+        from: Option<PathBuf>,
+        /// Weights of VGG16 and LPIPS (.safetensors), for the perceptual loss.
+        #[arg(long, value_name = "FILE")]
+        lpips: Option<PathBuf>,
+        /// Weights of a DINOv2 vision transformer (.safetensors), for the semantic loss.
+        #[arg(long, value_name = "FILE")]
+        dino: Option<PathBuf>,
+    },
+    /// Train the generator on the latents of a trained tokenizer.
+    Generator {
+        #[command(flatten)]
+        shared: Shared,
+        /// The tokenizer (.safetensors of this program, or .ckpt).
+        #[arg(long, value_name = "FILE")]
+        tokenizer: PathBuf,
+    },
+    /// Print a preset as TOML, to be changed and given to --recipe.
+    Recipe {
+        /// The preset.
+        #[arg(long, value_enum, default_value_t)]
+        preset: Base,
+    },
+}
+
+/// What both trainings are told.
+#[derive(Args)]
+struct Shared {
+    /// Photographs (.jpg, .png), in a folder for each class.
+    #[arg(long, value_name = "DIR")]
+    images: PathBuf,
+    /// Folder for the result, checkpoints, metrics and samples.
+    #[arg(short, long, value_name = "DIR")]
+    output: PathBuf,
+    /// Sizes and hyper-parameters to start from.
+    #[arg(long, value_enum, default_value_t)]
+    preset: Base,
+    /// TOML file of what differs from the preset.
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+    /// Where to train: cpu, or cuda:N in a program built with the feature cuda.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: String,
+    /// Go on from the last checkpoint in the output folder.
+    #[arg(long)]
+    resume: bool,
+    /// Optimizer steps, instead of the recipe's.
+    #[arg(long)]
+    steps: Option<usize>,
+    /// Images of a step, instead of the recipe's.
+    #[arg(long)]
+    batch_size: Option<usize>,
+    /// Seed of everything random, instead of the recipe's.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+impl Shared {
+    fn recipe(&self) -> Result<Recipe> {
+        let mut recipe = match &self.recipe {
+            Some(path) => Recipe::read(self.preset, path)?,
+            None => Recipe::new(self.preset),
+        };
+        for plan in [&mut recipe.tokenizer.plan, &mut recipe.generator.plan] {
+            plan.steps = self.steps.unwrap_or(plan.steps);
+            plan.batch_size = self.batch_size.unwrap_or(plan.batch_size);
+            plan.seed = self.seed.unwrap_or(plan.seed);
+        }
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    fn device(&self) -> Result<Device> {
+        let bad = |problem: String| Error::input("--device", format!("is {}, {problem}", self.device));
+        if self.device == "cpu" {
+            return Ok(Device::Cpu);
+        }
+        let number = self.device.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+        let number = number.ok_or_else(|| bad("expected cpu or cuda:N".into()))?;
+        Device::new_cuda(number).map_err(|error| bad(format!("which cannot be used: {error}")))
+    }
+
+    fn photos(&self, plan: &Plan, height: usize, token_width: usize) -> Result<Photos> {
+        let photos = Photos::open(&self.images, height, plan.tokens * token_width)?;
+        for (_, problem) in &photos.skipped {
+            eqim_cli::note(format_args!("skipped: {problem}"));
+        }
+        let classes = photos.classes.join(", ");
+        let (found, skipped) = (photos.photos.len(), photos.skipped.len());
+        eqim_cli::note(format_args!("{found} photographs ({skipped} skipped), classes: {classes}"));
+        Ok(photos)
+    }
+}
+
+/// Makes Candle work on a tensor with one thread: batches are divided among the cores instead, and its own threads would
+/// wait for one another between every two operations. It reads the number from the environment, once, so this starts the
+/// program over where it is not there.
+///
+/// # Errors
+/// [`Error::Run`] when the program cannot be started.
+fn one_thread_a_tensor() -> Result<()> {
+    const VARIABLE: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(VARIABLE).is_some() {
+        return Ok(());
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::process::CommandExt;
+        let failed = |error| Error::run("eqim-train", format!("cannot be started over with {VARIABLE}=1: {error}"));
+        let program = std::env::current_exe().map_err(failed)?;
+        Err(failed(Command::new(program).args(std::env::args_os().skip(1)).env(VARIABLE, "1").exec()))
+    }
+    #[cfg(not(unix))]
+    Ok(())
+}
+
+/// Does what the command line says.
+///
+/// # Errors
+/// [`Error::Input`] naming the flag, file or key that cannot be used; [`Error::Run`] for a training that failed.
+fn run(arguments: &Arguments) -> Result<()> {
+    match &arguments.part {
+        Part::Recipe { preset } => eqim_cli::print(Recipe::new(*preset).text()?),
+        Part::Tokenizer { shared, from, lpips, dino } => {
+            tokenizer(shared, from.as_deref(), lpips.as_deref(), dino.as_deref())
+        }
+        Part::Generator { shared, tokenizer } => generator(shared, tokenizer),
+    }
+}
+
+fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>, dino: Option<&Path>) -> Result<()> {
+    let mut recipe = shared.recipe()?.tokenizer;
+    let device = shared.device()?;
+    if recipe.plan.bf16 && device.is_cpu() {
+        return Err(Error::input(
+            "tokenizer.plan.bf16",
+            "needs a GPU, as Candle has no such convolutions on a CPU: give --device",
+        ));
+    }
+    let initial = from.map(|path| checkpoint::load_tokenizer_alone(path, WeightSet::Ema)).transpose()?;
+    if let Some((model, _)) = &initial {
+        recipe.model = model.clone();
+    }
+    let photos = shared.photos(&recipe.plan, recipe.model.image_height(), recipe.model.token_width())?;
+    let output = Output::open(&shared.output, shared.resume)?;
+    let teachers = Teachers {
+        lpips: lpips.map(|path| Lpips::open(path, &device)).transpose()?,
+        dino: dino.map(|path| Dino::open(path, &device)).transpose()?,
+    };
+    let mut task = TokenizerTask::new(recipe, photos, initial.map(|(_, weights)| weights), teachers, device)?;
+    train(&mut task, &output, shared.resume)?;
+    let report = Report::new(&task)?;
+    let text = serde_json::to_string_pretty(&report).map_err(|error| Error::run("report", error))?;
+    files::write(&output.file("report.json"), text.as_bytes())?;
+    eqim_cli::print(report.text())
+}
+
+fn generator(shared: &Shared, tokenizer: &Path) -> Result<()> {
+    let recipe = shared.recipe()?;
+    let device = shared.device()?;
+    let (config, weights) = checkpoint::load_tokenizer_alone(tokenizer, WeightSet::Ema)?;
+    let name = tokenizer.file_name().unwrap_or_default().to_string_lossy();
+    let hash = FileRecord::of(files::folder(tokenizer), &name)?.sha256;
+    let photos = shared.photos(&recipe.generator.plan, config.image_height(), config.token_width())?;
+    let output = Output::open(&shared.output, shared.resume)?;
+    let encoder = Encoder { config, weights, hash };
+    let posterior_std = recipe.tokenizer.posterior_std;
+    let cache = output.file("latents");
+    let mut task = GeneratorTask::new(recipe.generator, posterior_std, photos, encoder, &cache, device)?;
+    train(&mut task, &output, shared.resume)?;
+    eqim_cli::print(format_args!("classes: {}", task.classes().join(", ")))
+}
+
+fn train(task: &mut impl Task, output: &Output, resume: bool) -> Result<()> {
+    let start = if resume { output.resume(task)? } else { 0 };
+    if resume {
+        eqim_cli::note(format_args!("goes on after step {start}"));
+    }
+    run_task(task, output, start)?;
+    let result = output.file(&format!("{}.safetensors", task.kind()));
+    eqim_cli::print(format_args!("the {} is {}", task.kind(), result.display()))
+}
+
+/// How well a tokenizer reconstructs the photographs.
+#[derive(Serialize)]
+struct Report {
+    /// Peak signal-to-noise ratio in dB of every photograph that was trained on, by file.
+    training: Vec<(String, f64)>,
+    /// Of those held out.
+    held_out: Vec<(String, f64)>,
+}
+
+impl Report {
+    fn new(task: &TokenizerTask) -> Result<Self> {
+        let (training, held_out) = task.photos();
+        Ok(Self { training: task.psnr(training)?, held_out: task.psnr(held_out)? })
+    }
+
+    fn text(&self) -> String {
+        let line = |name: &str, photos: &[(String, f64)]| {
+            let mean = mean(photos.iter().map(|(_, psnr)| *psnr));
+            format!("reconstruction of {} {name} photographs: PSNR {mean:.2} dB", photos.len())
+        };
+        match self.held_out.is_empty() {
+            true => line("training", &self.training),
+            false => format!("{}\n{}", line("training", &self.training), line("held-out", &self.held_out)),
+        }
+    }
+}
