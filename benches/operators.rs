@@ -5,8 +5,8 @@ use std::hint::black_box;
 
 use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use eqim::ops::Ops;
 use eqim::ops::eager::Eager;
+use eqim::ops::{Ops, OpsExt};
 use eqim::weights::Weights;
 use eqim::{Config, Result, checkpoint};
 
@@ -34,19 +34,27 @@ fn measure(
 fn operators(criterion: &mut Criterion) {
     let model = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/demo/model.safetensors");
     let (_, weights): (Config, Weights) = checkpoint::load_safetensors(model.as_ref()).expect("demo model");
+    // Products take their weights from the interpreter's: the demo model's, and these.
+    let mut weights = weights;
     let zeros = |width: usize| Tensor::zeros(width, DType::F32, &Device::Cpu).expect("zeros");
 
     for (name, rows, width) in [("gemm, 2 rows", 2, FLOW), ("gemm, modulations of 100 evaluations", 200, 3 * FLOW)] {
-        let (x, weight, bias) = (tensor(&[rows, FLOW]), tensor(&[width, FLOW]), zeros(width));
-        measure(criterion, &weights, name, rows * width * FLOW, |o| o.gemm(&x, &weight, &bias));
+        let x = tensor(&[rows, FLOW]);
+        weights.insert(format!("{name}.weight"), &tensor(&[width, FLOW])).expect("weight");
+        weights.insert(format!("{name}.bias"), &zeros(width)).expect("bias");
+        measure(criterion, &weights, name, rows * width * FLOW, |o| o.linear(name, &x, FLOW, width));
     }
     let x = tensor(&[200, FLOW]);
-    measure(criterion, &weights, "layer norm", 200 * FLOW, |o| o.layer_norm(&x, None, FLOW, 1e-6));
+    measure(criterion, &weights, "layer norm", 200 * FLOW, |o| o.layer_normalization(&x, None, FLOW, 1e-6));
 
-    let (x, weight, bias) = (tensor(&[1, 128, 128, 128]), tensor(&[128, 128, 3, 3]), zeros(128));
-    measure(criterion, &weights, "convolution 3×3", 126 * 126 * 128 * 128 * 9, |o| o.conv(&x, &weight, &bias, 2));
+    let x = tensor(&[1, 128, 128, 128]);
+    weights.insert("conv.weight".into(), &tensor(&[128, 128, 3, 3])).expect("weight");
+    weights.insert("conv.bias".into(), &zeros(128)).expect("bias");
+    measure(criterion, &weights, "convolution 3×3", 128 * 128 * 128 * 128 * 9, |o| o.conv2d("conv", &x, 128, 128));
     let affine = (tensor(&[128]), zeros(128));
-    measure(criterion, &weights, "group norm", 128 * 128 * 128, |o| o.group_norm(&x, (&affine.0, &affine.1), 32, 1e-6));
+    measure(criterion, &weights, "group norm", 128 * 128 * 128, |o| {
+        o.group_normalization(&x, (&affine.0, &affine.1), 32, 1e-6)
+    });
 
     let (q, kv) = (tensor(&[2, 16, 1, 64]), tensor(&[2, 16, 16, 64]));
     measure(criterion, &weights, "attention of a token", 2 * 2 * 16 * 16 * 64, |o| o.attention(&q, &kv, &kv, None, 64));

@@ -1,16 +1,15 @@
 //! A bundle: a folder of small ONNX graphs, one `model.safetensors` that all of them point into, and `config.json`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::checkpoint::tensors::TensorFile;
-use crate::model::{Port, Stage};
-use crate::{Config, Error, Result, checkpoint, files};
+use crate::digest::{sha256_of, short};
+use crate::model::{Stage, ValueInfo};
+use crate::{Config, Error, Result, ResultExt, checkpoint, files};
 
 /// Name of the file that describes a bundle.
 pub const CONFIG_FILE: &str = "config.json";
@@ -56,7 +55,8 @@ impl Manifest {
 #[serde(deny_unknown_fields)]
 pub struct Quantization {
     /// What the graphs are for.
-    pub flavour: Flavour,
+    #[serde(alias = "flavour")]
+    pub target: Int8Target,
     /// Names of the stages.
     pub stages: Vec<String>,
     /// Scopes in INT8.
@@ -69,7 +69,7 @@ pub struct Quantization {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
-pub enum Flavour {
+pub enum Int8Target {
     /// TensorRT: explicit `QuantizeLinear` and `DequantizeLinear`, symmetric, which any runtime can run.
     #[cfg_attr(feature = "clap", value(name = "tensorrt"))]
     TensorRt,
@@ -77,7 +77,7 @@ pub enum Flavour {
     Cpu,
 }
 
-impl std::fmt::Display for Flavour {
+impl std::fmt::Display for Int8Target {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::TensorRt => "tensorrt",
@@ -145,9 +145,9 @@ pub struct GraphRecord {
     #[serde(flatten)]
     pub file: FileRecord,
     /// Inputs, in order.
-    pub inputs: Vec<Port>,
+    pub inputs: Vec<ValueInfo>,
     /// Outputs, in order.
-    pub outputs: Vec<Port>,
+    pub outputs: Vec<ValueInfo>,
 }
 
 /// An opened bundle: complete, and its graphs are the ones that were exported.
@@ -163,30 +163,17 @@ impl FileRecord {
     /// Describes `folder/file` as it is now.
     ///
     /// # Errors
-    /// [`Error::Input`] when it cannot be read.
+    /// [`Error::input`] when it cannot be read.
     pub fn of(folder: &Path, file: &str) -> Result<Self> {
         let path = folder.join(file);
-        let failed = |error: std::io::Error| Error::input(path.display(), error);
-        let mut hash = Sha256::new();
-        let mut reader = files::open(&path)?;
-        let mut block = vec![0; 1 << 20];
-        let mut bytes = 0;
-        loop {
-            let read = reader.read(&mut block).map_err(failed)?;
-            if read == 0 {
-                break;
-            }
-            hash.update(&block[..read]);
-            bytes += read as u64;
-        }
-        let sha256 = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let (bytes, sha256) = sha256_of(files::open(&path)?).or_input(path.display())?;
         Ok(Self { file: file.to_string(), bytes, sha256 })
     }
 
     /// Checks that `folder` still holds this file, contents included.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the file.
+    /// [`Error::input`] naming the file.
     pub fn verify(&self, folder: &Path) -> Result<()> {
         let found = Self::of(folder, &self.file)?;
         if &found != self {
@@ -196,9 +183,9 @@ impl FileRecord {
                     "is not the file that was exported ({} bytes, sha256 {}…; its description says {} bytes, {}…): \
                      run eqim-export again",
                     found.bytes,
-                    &found.sha256[..12],
+                    short(&found.sha256),
                     self.bytes,
-                    self.sha256.get(..12).unwrap_or(&self.sha256),
+                    short(&self.sha256),
                 ),
             ));
         }
@@ -211,21 +198,21 @@ impl Bundle {
     /// them through.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the file that is missing, foreign or changed.
+    /// [`Error::input`] naming the file that is missing, foreign or changed.
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join(CONFIG_FILE);
         let bad = |problem: String| Error::input(path.display(), problem);
         if !folder.is_dir() {
-            return Err(Error::input(folder.display(), "is no bundle (a folder that eqim-export onnx wrote)"));
+            return Err(Error::input(folder.display(), "is not a bundle, a folder that eqim-export onnx wrote"));
         }
         let text = files::read(&path)?;
         let version: Version =
-            serde_json::from_slice(&text).map_err(|error| bad(format!("is no description of a bundle: {error}")))?;
+            serde_json::from_slice(&text).map_err(|error| bad("does not describe a bundle".into()).because(error))?;
         if version.format != FORMAT {
             return Err(bad(format!("is of format {}, this program reads {FORMAT}", version.format)));
         }
-        let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
-        manifest.model.check().map_err(|error| bad(error.to_string()))?;
+        let manifest: Manifest = serde_json::from_slice(&text).or_input(path.display())?;
+        manifest.model.check().map_err(|error| error.about(path.display()))?;
         let bundle = Self { folder: folder.to_path_buf(), manifest };
         bundle.check_files()?;
         Ok(bundle)
@@ -266,13 +253,13 @@ impl Bundle {
     fn check_weights(&self) -> Result<()> {
         let path = self.weights_path();
         let bad = |problem: String| Err(Error::input(path.display(), problem));
-        let found = files::open(&path)?.metadata().map_err(|error| Error::input(path.display(), error))?.len();
+        let found = files::open(&path)?.metadata().or_input(path.display())?.len();
         let expected = self.manifest.weights.bytes;
         if found != expected {
             return bad(format!("has {found} bytes, {CONFIG_FILE} says {expected}: truncated?"));
         }
         let file = TensorFile::open(&path)?;
-        if checkpoint::stored_config(&file)? != self.manifest.model {
+        if !checkpoint::stored_config(&file)?.is_same_model(&self.manifest.model) {
             return bad(format!("was written for another model than {CONFIG_FILE}: export the bundle again"));
         }
         let dtype = self.manifest.precision.dtype();
@@ -289,7 +276,7 @@ impl Bundle {
     /// What the manifest says of a stage's graph.
     ///
     /// # Errors
-    /// [`Error::Input`] when the bundle has none.
+    /// [`Error::input`] when the bundle has none.
     pub fn graph(&self, stage: Stage) -> Result<&GraphRecord> {
         let missing =
             || Error::input(self.folder.join(CONFIG_FILE).display(), format!("names no {} graph", stage.name()));
@@ -299,7 +286,7 @@ impl Bundle {
     /// Path of a stage's graph.
     ///
     /// # Errors
-    /// [`Error::Input`] when the bundle has none.
+    /// [`Error::input`] when the bundle has none.
     pub fn graph_path(&self, stage: Stage) -> Result<PathBuf> {
         Ok(self.folder.join(&self.graph(stage)?.file.file))
     }

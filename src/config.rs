@@ -114,8 +114,8 @@ impl GeneratorConfig {
     /// The class of this number or name; `None` for `none`, no class.
     ///
     /// # Errors
-    /// A sentence that says what was expected, for whoever knows the flag.
-    pub fn class(&self, text: &str) -> Result<Option<usize>, String> {
+    /// [`Error::setting`] for another name.
+    pub fn class(&self, text: &str) -> Result<Option<usize>> {
         if text == "none" {
             return Ok(None);
         }
@@ -127,7 +127,7 @@ impl GeneratorConfig {
                 [first, .., last] if self.class_names.len() > MOST_NAMES => format!(" ({first} … {last})"),
                 names => format!(" ({})", names.join(", ")),
             };
-            format!("{text:?} is no class: expected 0 to {}{names} or none", self.class_num - 1)
+            Error::setting("class", format!("is {text}, expected 0 to {}{names} or none", self.class_num - 1))
         })
     }
 
@@ -166,7 +166,7 @@ impl GeneratorConfig {
             return Err(Error::input(
                 "generator configuration",
                 "window (cond_length) is 0, which the reference reads as full causal attention; its cache would grow \
-                 with the image, so only windows of at least 1 are supported: set --window",
+                 with the image, so only windows of at least 1 are supported",
             ));
         }
         if let Some((name, size, most)) = sizes.iter().find(|(_, size, most)| size == &0 || size > most) {
@@ -175,13 +175,13 @@ impl GeneratorConfig {
         if !self.dim.is_multiple_of(self.heads) || !self.head_dim().is_multiple_of(2) {
             return Err(Error::input(
                 "generator configuration",
-                format!("{} heads do not split width {} into heads of even width: set --heads", self.heads, self.dim),
+                format!("{} heads do not split width {} into heads of even width", self.heads, self.dim),
             ));
         }
         if !self.vae_norm.is_finite() || self.vae_norm <= 0.0 {
             return Err(Error::input(
                 "generator configuration",
-                format!("vae_norm is {}, expected a positive number: set --vae-norm", self.vae_norm),
+                format!("vae_norm is {}, expected a positive number", self.vae_norm),
             ));
         }
         if !self.time_dim.is_multiple_of(2) {
@@ -276,7 +276,7 @@ impl Config {
     /// Checks what the sizes must have in common, so that no interpreter has to.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the first field that does not fit.
+    /// [`Error::input`] naming the first field that does not fit.
     pub fn check(&self) -> Result<()> {
         self.generator.check()?;
         self.tokenizer.check()?;
@@ -290,6 +290,18 @@ impl Config {
             ));
         }
         Ok(())
+    }
+
+    /// The configuration without labels for people, such as the names of classes: what tells models apart.
+    pub fn without_labels(&self) -> Self {
+        let mut config = self.clone();
+        config.generator.class_names.clear();
+        config
+    }
+
+    /// Whether two configurations are of the same model. Labels for people, such as the names of classes, are not compared.
+    pub fn is_same_model(&self, other: &Self) -> bool {
+        self.without_labels() == other.without_labels()
     }
 
     /// Size in pixels (width, height) of an image of `tokens` columns.

@@ -6,16 +6,16 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::{Error, Result};
+use crate::{Error, Result, ResultExt};
 
 const LARGEST_READ: u64 = 256 << 20;
 
 /// Opens a file of input.
 ///
 /// # Errors
-/// [`Error::Input`] when it cannot be opened or is no file.
+/// [`Error::input`] when it cannot be opened or is no file.
 pub fn open(path: &Path) -> Result<File> {
-    let bad = |error: std::io::Error| Error::input(path.display(), error);
+    let bad = |error: std::io::Error| Error::input_caused(path.display(), error);
     // Asked first: opening a pipe would wait for its other end.
     if !std::fs::metadata(path).map_err(bad)?.is_file() {
         return Err(Error::input(path.display(), "is not a file"));
@@ -26,11 +26,11 @@ pub fn open(path: &Path) -> Result<File> {
 /// Reads a small file of input.
 ///
 /// # Errors
-/// [`Error::Input`] when it cannot be read or has more than 256 MB.
+/// [`Error::input`] when it cannot be read or has more than 256 MB.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
     let bad = |problem: String| Error::input(path.display(), problem);
     let mut bytes = vec![];
-    let read = open(path)?.take(LARGEST_READ + 1).read_to_end(&mut bytes).map_err(|error| bad(error.to_string()))?;
+    let read = open(path)?.take(LARGEST_READ + 1).read_to_end(&mut bytes).or_input(path.display())?;
     if read as u64 > LARGEST_READ {
         return Err(bad(format!("has more than {LARGEST_READ} bytes")));
     }
@@ -45,9 +45,9 @@ pub fn folder(path: &Path) -> &Path {
 /// Lets `write` make a file beside its destination, and renames it when that is done.
 ///
 /// # Errors
-/// [`Error::Run`] when the file cannot be written; those of `write`.
+/// [`Error::run`] when the file cannot be written; those of `write`.
 pub fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let failed = |error: std::io::Error| Error::run(path.display(), format!("cannot be written: {error}"));
+    let failed = |error: std::io::Error| Error::run(path.display(), "cannot be written").because(error);
     let file = temporary(0o666).tempfile_in(folder(path)).map_err(failed)?;
     write(file.path())?;
     file.persist(path).map_err(|error| failed(error.error))?;
@@ -57,18 +57,18 @@ pub fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
 /// Replaces a file by `bytes`.
 ///
 /// # Errors
-/// [`Error::Run`] when it cannot be written.
+/// [`Error::run`] when it cannot be written.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    let failed = |error| Error::run(path.display(), format!("cannot be written: {error}"));
+    let failed = |error| Error::run(path.display(), "cannot be written").because(error);
     write_beside(path, |beside| std::fs::write(beside, bytes).map_err(failed))
 }
 
 /// Replaces a file by a value as JSON, for people to read too.
 ///
 /// # Errors
-/// [`Error::Run`] when it cannot be written.
+/// [`Error::run`] when it cannot be written.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_vec_pretty(value).map_err(|error| Error::run(path.display(), error))?;
+    let text = serde_json::to_vec_pretty(value).or_run(path.display())?;
     write(path, &text)
 }
 

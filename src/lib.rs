@@ -5,7 +5,9 @@
 
 pub mod bundle;
 pub mod checkpoint;
+pub mod close;
 pub mod config;
+pub mod digest;
 pub mod engine;
 mod error;
 pub mod files;
@@ -17,4 +19,4 @@ pub mod request;
 pub mod weights;
 
 pub use config::Config;
-pub use error::{Error, Result};
+pub use error::{Error, Result, ResultExt};

@@ -6,11 +6,12 @@ use common::bins::Workplace;
 use common::{Fixture, fixtures};
 use eqim::bundle::Bundle;
 use eqim::checkpoint::WeightSet;
+use eqim::close::largest_difference;
 use eqim::engine::Engine;
-use eqim::generate::batch::{Image, generate_all};
+use eqim::generate::batch::{Sequence, generate_all};
 use eqim::generate::generate;
 use eqim::request::solver::Solver;
-use eqim::request::{Noise, Request, Rollout, Schedule};
+use eqim::request::{GuidanceSchedule, Noise, PreparedRequest, Request};
 use eqim_engines::native::find_onnxruntime;
 use eqim_engines::onnxruntime::OrtEngine;
 use ndarray::{Array2, Array3, Axis};
@@ -22,15 +23,14 @@ const CLOSE: f32 = 1e-5;
 fn requests(engine: &dyn Engine, guided: bool) -> Vec<Request> {
     let embed = engine.config().generator.embed;
     let request = |seed: u64, label: Option<usize>, tokens: usize, given: usize| Request {
-        labels: vec![label.into()],
-        tokens,
         cfg: if guided { 1.5 + seed as f32 } else { 1.0 },
-        schedule: if seed.is_multiple_of(2) { Schedule::Linear } else { Schedule::Constant },
+        cfg_schedule: if seed.is_multiple_of(2) { GuidanceSchedule::Linear } else { GuidanceSchedule::Constant },
         solver: Solver::Ab2,
         steps: 4,
         prefix: (given > 0)
             .then(|| Array3::from_shape_fn((1, given, embed), |(_, n, e)| ((n * embed + e) as f32).sin())),
         noise: Noise::Seed(seed),
+        ..Request::new(config, [label], tokens)
     };
     vec![
         request(0, Some(0), 9, 0),
@@ -50,15 +50,15 @@ fn check(engine: &dyn Engine) {
             .iter()
             .map(|request| generate(engine, request, |_| {}).unwrap().tokens.index_axis_move(Axis(0), 0))
             .collect();
-        let rollouts: Vec<Rollout> =
-            requests.iter().map(|request| Rollout::new(engine.config(), request).unwrap()).collect();
+        let rollouts: Vec<PreparedRequest> =
+            requests.iter().map(|request| PreparedRequest::new(engine.config(), request).unwrap()).collect();
         for most in [1, 2, 3, 16] {
-            let images = rollouts.iter().flat_map(Image::all).enumerate().map(Ok);
+            let images = rollouts.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
             let mut order = vec![];
             generate_all(engine, rollouts[0].sampling.clone(), images, most, |(number, tokens)| {
                 let (found, expected) = (tokens?, &alone[number]);
                 assert_eq!(found.dim(), expected.dim());
-                let largest = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                let largest = largest_difference(&found, expected);
                 assert!(largest <= CLOSE, "image {number} of at most {most} on {}: {largest:e}", engine.name());
                 order.push(number);
                 Ok(())
@@ -92,10 +92,10 @@ fn an_image_that_fails_does_not_fail_the_others() {
     // Finite noise whose token is not.
     let shape = (1, requests[1].tokens, engine.config().generator.embed);
     requests[1].noise = Noise::Given(Array3::from_elem(shape, f32::MAX));
-    let rollouts: Vec<Rollout> =
-        requests.iter().map(|request| Rollout::new(engine.config(), request).unwrap()).collect();
+    let rollouts: Vec<PreparedRequest> =
+        requests.iter().map(|request| PreparedRequest::new(engine.config(), request).unwrap()).collect();
     let mut failed = vec![];
-    let images = rollouts.iter().flat_map(Image::all).enumerate().map(Ok);
+    let images = rollouts.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
     generate_all(&engine, rollouts[0].sampling.clone(), images, 4, |(number, tokens)| {
         match tokens {
             Ok(tokens) => assert!(tokens.iter().all(|value| value.is_finite()), "image {number}"),

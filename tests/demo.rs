@@ -9,7 +9,7 @@ use eqim::engine::candle::CandleEngine;
 use eqim::generate::generate;
 use eqim::picture::{self, Side};
 use eqim::request::solver::Solver;
-use eqim::request::{Noise, Request, Schedule};
+use eqim::request::{GuidanceSchedule, Noise, Request};
 use ndarray::{Array3, Axis, s};
 
 fn file(name: &str) -> PathBuf {
@@ -66,16 +66,8 @@ fn steps(image: &Array3<f32>) -> Vec<f32> {
 fn a_long_image_goes_on_without_seams_or_collapse() {
     let engine = engine();
     for (class, seed) in [(2, 22), (3, 23)] {
-        let request = Request {
-            labels: vec![Some(class).into()],
-            tokens: 256,
-            cfg: 1.0,
-            schedule: Schedule::Linear,
-            solver: Solver::Euler,
-            steps: 20,
-            prefix: None,
-            noise: Noise::Seed(seed),
-        };
+        let request =
+            Request { steps: 20, noise: Noise::Seed(seed), ..Request::new(engine.config(), [Some(class)], 256) };
         let tokens = generate(&engine, &request, |_| {}).unwrap().tokens / engine.config().generator.vae_norm as f32;
         let image = engine.decode(tokens.view()).unwrap().index_axis_move(Axis(0), 0);
         let width = engine.config().tokenizer.token_width();

@@ -7,9 +7,10 @@ use std::process::{Command, Stdio};
 
 use candle_core::Tensor;
 use common::bins::{Workplace, export_line, program};
-use common::{ACTIVATION, Fixture, SAMPLING, all, close, fixtures};
+use common::{Fixture, all, close, fixtures};
 use eqim::checkpoint;
 use eqim::checkpoint::tensors::{self, TensorFile};
+use eqim::close::Tolerance;
 use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
 use eqim::request::solver::Solver;
@@ -60,10 +61,11 @@ fn image_names(count: usize) -> Vec<String> {
 }
 
 #[track_caller]
-fn within(found: &Tensor, expected: &Tensor, tolerance: f32) {
-    let difference = (found - expected).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
-    let largest = difference.to_scalar::<f32>().unwrap();
-    assert!(largest <= tolerance, "differs by {largest:e}, tolerance {tolerance:e}");
+fn within(found: &Tensor, expected: &Tensor, tolerance: Tolerance) {
+    let values = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert_eq!(found.dims(), expected.dims());
+    let compared = eqim::close::close(&values(found), &values(expected), tolerance);
+    assert!(compared.is_ok(), "{compared:?}");
 }
 
 #[test]
@@ -84,8 +86,13 @@ fn what_the_reference_sampled() {
                     let line = format!("{line} {noise} --backend {backend} --save-tokens saved.safetensors -o out.png");
                     place.run(&line).succeeded();
                     let tokens = place.tensor("saved.safetensors", "tokens");
-                    close(&fixture, &format!("{run}/tokens"), &tokens, SAMPLING);
-                    close(&fixture, &format!("{run}/noise"), &place.tensor("saved.safetensors", "noise"), SAMPLING);
+                    close(&fixture, &format!("{run}/tokens"), &tokens, Tolerance::SAMPLING);
+                    close(
+                        &fixture,
+                        &format!("{run}/noise"),
+                        &place.tensor("saved.safetensors", "noise"),
+                        Tolerance::SAMPLING,
+                    );
                     images_are_close(&place, &fixture, &run, tokens.dim(0).unwrap());
                 }
             }
@@ -119,7 +126,7 @@ fn every_image_of_a_batch_is_of_its_class() {
         place.write_tensor("noise.safetensors", "noise", &noise.narrow(0, row, 1).unwrap());
         let alone = "--noise noise.safetensors --save-tokens alone.safetensors -o alone.png";
         place.run(&format!("{line} --class {class} {alone}")).succeeded();
-        within(&place.tensor("alone.safetensors", "tokens"), &tokens.narrow(0, row, 1).unwrap(), SAMPLING);
+        within(&place.tensor("alone.safetensors", "tokens"), &tokens.narrow(0, row, 1).unwrap(), Tolerance::SAMPLING);
         let (image, alone) = (place.image(&format!("out-{row}.png")), place.image("alone.png"));
         let levels = image.as_raw().iter().zip(alone.as_raw()).map(|(a, b)| a.abs_diff(*b)).max();
         assert!(levels <= Some(1), "{class}: {levels:?} levels");
@@ -153,7 +160,7 @@ fn every_solver_is_the_same_on_both_backends_and_another_than_euler() {
             place.run(&format!("{line} --backend {backend} --solver {solver}")).succeeded();
             place.tensor("t.safetensors", "tokens")
         });
-        within(&tokens[1], &tokens[0], SAMPLING);
+        within(&tokens[1], &tokens[0], Tolerance::SAMPLING);
         let euler = euler.get_or_insert(tokens[0].clone());
         let difference = (&tokens[0] - &*euler).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
         assert_eq!(difference.to_scalar::<f32>().unwrap() > 1e-3, solver != Solver::Euler, "{solver}: {difference}");
@@ -168,7 +175,7 @@ fn an_image_far_longer_than_in_training() {
     place.run(&format!("{line} --seed 1 --backend ort --save-tokens saved.safetensors -o out.png")).succeeded();
     let tokens = place.tensor("saved.safetensors", "tokens");
     assert_eq!(tokens.dims(), [3, 600, 8]);
-    close(&fixture, "plain/tokens", &tokens.narrow(1, 0, 16).unwrap(), SAMPLING);
+    close(&fixture, "plain/tokens", &tokens.narrow(1, 0, 16).unwrap(), Tolerance::SAMPLING);
     for name in image_names(3) {
         assert_eq!(place.image(&name).dimensions(), (2400, 32));
     }
@@ -192,7 +199,7 @@ fn a_picture_is_continued() {
             place.run(&format!("{line} --tokens 9 --save-tokens saved.safetensors -o out.png")).succeeded();
             let saved = place.tensor("saved.safetensors", "tokens");
             for row in 0..2 {
-                within(&saved.narrow(0, row, 1).unwrap().narrow(1, 0, 7).unwrap(), &prefix, SAMPLING);
+                within(&saved.narrow(0, row, 1).unwrap().narrow(1, 0, 7).unwrap(), &prefix, Tolerance::SAMPLING);
             }
             assert_eq!(place.tensor("saved.safetensors", "noise").dims(), [2, 2, saved.dim(2).unwrap()]);
         }
@@ -238,13 +245,11 @@ fn one_thread() {
     let place = Workplace::with_bundle(&fixture);
     let line = run_line(&fixture, "guided_linear") + " --seed 2 --backend ort --threads 1";
     place.run(&format!("{line} --save-tokens saved.safetensors -o out.png")).succeeded();
-    close(&fixture, "guided_linear/tokens", &place.tensor("saved.safetensors", "tokens"), SAMPLING);
+    close(&fixture, "guided_linear/tokens", &place.tensor("saved.safetensors", "tokens"), Tolerance::SAMPLING);
 }
 
 #[test]
 fn half_precision() {
-    // What export's validation accepts of FP16.
-    const HALF: f32 = 5e-2;
     for fixture in all() {
         let place = Workplace::new(&fixture);
         let export = place.run(&format!("{} --dtype fp16 -o bundle", export_line(&fixture))).succeeded();
@@ -255,7 +260,7 @@ fn half_precision() {
             let line = run_line(&fixture, "guided_linear");
             let line = format!("{line} --seed {seed} --backend {backend} --save-tokens saved.safetensors -o out.png");
             place.run(&line).succeeded();
-            close(&fixture, "guided_linear/tokens", &place.tensor("saved.safetensors", "tokens"), HALF);
+            close(&fixture, "guided_linear/tokens", &place.tensor("saved.safetensors", "tokens"), Tolerance::FP16);
         }
     }
 }
@@ -278,7 +283,7 @@ fn raw_weights_are_not_the_averages() {
         let image: Array4<f32> = fixture.array("tokenizer/image3");
         for (bundle, expected) in [("bundle", "tokenizer/latent3"), ("raw", "tokenizer/latent3_raw_weights")] {
             let latent: Array3<f32> = place.engine(bundle).encode(image.view()).unwrap();
-            common::close_array(&fixture, expected, &latent, ACTIVATION);
+            common::close_array(&fixture, expected, &latent, Tolerance::ACTIVATION);
         }
         assert!(place.read("bundle/model.safetensors") != place.read("raw/model.safetensors"));
     }
@@ -381,7 +386,7 @@ fn without_onnx_runtime() {
     for word in ["warning", "missing.so", "Candle"] {
         assert!(run.stderr.contains(word), "no {word}: {}", run.stderr);
     }
-    close(&fixture, "plain/tokens", &place.tensor("saved.safetensors", "tokens"), SAMPLING);
+    close(&fixture, "plain/tokens", &place.tensor("saved.safetensors", "tokens"), Tolerance::SAMPLING);
 
     let before = place.listing();
     let line = "eqim-run --engine bundle --backend ort --tokens 3 -o new.png";

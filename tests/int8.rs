@@ -8,7 +8,7 @@ use std::process::Command;
 use candle_core::{Device, Tensor};
 use common::bins::{Workplace, export_line};
 use common::{Fixture, all, fixtures};
-use eqim::bundle::Flavour;
+use eqim::bundle::Int8Target;
 use eqim::bundle::Precision;
 use eqim::checkpoint::WeightSet;
 use eqim::engine::candle::CandleEngine;
@@ -78,10 +78,10 @@ fn calibrated(fixture: &Fixture) -> (CandleEngine, Table) {
 }
 
 fn policies(table: &Table) -> [Policy; 3] {
-    let policy = |flavour| Policy::new(flavour, Stage::ALL, table.clone());
-    let mut batched = policy(Flavour::TensorRt);
+    let policy = |target| Policy::new(target, Stage::ALL, table.clone());
+    let mut batched = policy(Int8Target::TensorRt);
     batched.w8a8 = eqim_calibration::policy::patterns("--w8a8", &["adaLN".into()]).unwrap();
-    [policy(Flavour::TensorRt), policy(Flavour::Cpu), batched]
+    [policy(Int8Target::TensorRt), policy(Int8Target::Cpu), batched]
 }
 
 /// How far a graph with one product in INT8 may lie from its preview, as a part of what INT8 itself changes. Both sides
@@ -115,13 +115,13 @@ fn every_product_alone_is_what_onnx_runtime_computes() {
                     assert_eq!(check.own > 1e-4, quantized, "{scope} {check:?}");
                     if quantized {
                         worst = worst.max(check.error / check.own);
-                        assert!(check.error <= ONE_PRODUCT * check.own, "{} {scope}: {check:?}", policy.flavour);
+                        assert!(check.error <= ONE_PRODUCT * check.own, "{} {scope}: {check:?}", policy.target);
                     } else {
                         assert!(check.error <= 1e-5, "{scope}: {check:?}");
                     }
                 }
             }
-            println!("{} products for {}: {worst:.1e} of INT8's own error", scopes.len(), policy.flavour);
+            println!("{} products for {}: {worst:.1e} of INT8's own error", scopes.len(), policy.target);
         }
     }
 }
@@ -139,15 +139,15 @@ fn rules_say_what_is_in_int8() {
     assert_eq!(scheme(&tensorrt, Stage::Step, qkv), Scheme::WeightOnly);
     assert_eq!(scheme(&tensorrt, Stage::Flow, ada), Scheme::WeightOnly);
     assert_eq!(scheme(&batched, Stage::Flow, ada), Scheme::Static { scale: table.scopes[ada].scale });
-    assert_eq!(scheme(&tensorrt, Stage::Decode, conv), Scheme::Static { scale: table.scopes[conv].scale });
+    assert_eq!(scheme(&tensorrt, Stage::Decoder, conv), Scheme::Static { scale: table.scopes[conv].scale });
     assert_eq!(scheme(&cpu, Stage::Step, qkv), Scheme::Dynamic);
-    assert!(matches!(scheme(&cpu, Stage::Decode, conv), Scheme::Integer { .. }));
+    assert!(matches!(scheme(&cpu, Stage::Decoder, conv), Scheme::Integer { .. }));
     for plans in [&tensorrt, &cpu, &batched] {
         for end in ["diffloss.net.input_proj", "diffloss.net.final_layer.linear", "diffloss.net.time_embed.mlp.0"] {
             assert_eq!(scheme(plans, Stage::Flow, end), Scheme::Float, "{end}");
         }
         for end in ["decoder.conv_in", "decoder.conv_out", "decoder.decoder1d", "post_quant_layer"] {
-            assert_eq!(scheme(plans, Stage::Decode, end), Scheme::Float, "{end}");
+            assert_eq!(scheme(plans, Stage::Decoder, end), Scheme::Float, "{end}");
         }
         let floats = &plans[&Stage::Step].floats;
         assert!(floats.contains("encoder_norm.weight") && !floats.contains("encoder_blocks.0.attn.qkv.weight"));
@@ -240,29 +240,29 @@ fn bundles_in_int8_run_and_report() {
     for fixture in all() {
         let place = place(&fixture);
         let line = export_line(&fixture);
-        for flavour in ["cpu", "tensorrt"] {
+        for target in ["cpu", "tensorrt"] {
             // Forced, because a test must not fail for the time that something takes.
-            let options = format!("--int8 --calibration table.json --for {flavour} --force -o {flavour}");
+            let options = format!("--int8 --calibration table.json --for {target} --force -o {target}");
             let exported = place.run(&format!("{line} {options}")).succeeded();
             assert!(!exported.stdout.contains("-[x]"), "{}", exported.stdout);
-            let report: Value = serde_json::from_slice(&place.read(&format!("{flavour}/quantization.json"))).unwrap();
+            let report: Value = serde_json::from_slice(&place.read(&format!("{target}/quantization.json"))).unwrap();
             for image in report["images"].as_array().unwrap() {
                 let psnr = image["psnr"].as_f64().unwrap();
-                println!("{flavour}: {psnr:.1} dB, SSIM {:.4}", image["ssim"].as_f64().unwrap());
-                assert!(psnr >= 30.0, "{flavour}: {psnr} dB");
+                println!("{target}: {psnr:.1} dB, SSIM {:.4}", image["ssim"].as_f64().unwrap());
+                assert!(psnr >= 30.0, "{target}: {psnr} dB");
             }
             assert_eq!(report["positions"].as_array().unwrap().len(), 256);
             assert_eq!(report["rollouts"].as_array().unwrap().len(), 3);
-            assert_eq!(report["end_to_end"].is_object(), flavour == "cpu");
-            let text = String::from_utf8(place.read(&format!("{flavour}/quantization.txt"))).unwrap();
+            assert_eq!(report["end_to_end"].is_object(), target == "cpu");
+            let text = String::from_utf8(place.read(&format!("{target}/quantization.txt"))).unwrap();
             assert!(text.starts_with("INT8 "), "{text}");
             let bytes = &report["bytes"];
             assert!(bytes["int8"].as_u64() < bytes["fp32"].as_u64());
 
-            checker_accepts(&place, flavour);
-            place.run(&format!("eqim-run --engine {flavour} --backend ort --tokens 4 -o {flavour}.png")).succeeded();
-            place.run(&format!("eqim-export inspect {flavour}")).succeeded();
-            let candle = place.run(&format!("eqim-run --engine {flavour} --backend candle --tokens 4 -o no.png"));
+            checker_accepts(&place, target);
+            place.run(&format!("eqim-run --engine {target} --backend ort --tokens 4 -o {target}.png")).succeeded();
+            place.run(&format!("eqim-export inspect {target}")).succeeded();
+            let candle = place.run(&format!("eqim-run --engine {target} --backend candle --tokens 4 -o no.png"));
             candle.failed(2, &["INT8", "ONNX Runtime"]);
         }
     }

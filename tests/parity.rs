@@ -3,19 +3,20 @@
 mod common;
 
 use candle_core::{Device, Tensor};
-use common::{ACTIVATION, Fixture, NOISE, SAMPLING, all, close, close_array};
+use common::{Fixture, all, close, close_array};
 use eqim::checkpoint::{self, Hints, Shapes, WeightSet};
+use eqim::close::{self as comparison, Tolerance};
 use eqim::config::Preset;
 use eqim::engine::Engine;
 use eqim::engine::candle::tableau_tensors;
 use eqim::generate::generate;
 use eqim::model::tokenizer::{self, Semantics};
 use eqim::model::{flow, parameters, transformer};
-use eqim::ops::Ops;
+use eqim::ops::OpsExt;
 use eqim::ops::eager::Eager;
 use eqim::picture::to_byte;
 use eqim::request::Noise;
-use eqim::request::condition::Label;
+use eqim::request::condition::ClassSchedule;
 use eqim::request::random::TorchRng;
 use eqim::request::solver::{Solver, Tableau};
 use ndarray::{Array3, Axis, Ix3, Ix4, concatenate};
@@ -40,7 +41,7 @@ fn teacher_forced_transformer() {
         };
         let mut c = transformer::embed_condition(o, g, labels).unwrap();
         let mut x = transformer::embed_tokens(o, g, &tokens).unwrap();
-        close(&fixture, "forward/z_proj_ln", &both(&c, &x), ACTIVATION);
+        close(&fixture, "forward/z_proj_ln", &both(&c, &x), Tolerance::ACTIVATION);
         let (rope, bias) = transformer::teacher_forcing(o, g, n, 0).unwrap();
         for i in 0..g.depth {
             (c, x) = o
@@ -50,10 +51,10 @@ fn teacher_forced_transformer() {
                     Ok((c, x))
                 })
                 .unwrap();
-            close(&fixture, &format!("forward/block{i}"), &both(&c, &x), ACTIVATION);
+            close(&fixture, &format!("forward/block{i}"), &both(&c, &x), Tolerance::ACTIVATION);
         }
         let z = transformer::teacher_forced(o, g, labels, &tokens, n, 0).unwrap();
-        close(&fixture, "forward/z", &z, ACTIVATION);
+        close(&fixture, "forward/z", &z, Tolerance::ACTIVATION);
     }
 }
 
@@ -70,9 +71,8 @@ fn cached_steps_equal_the_teacher_forced_transformer() {
                 let token = tokens.index_axis(Axis(1), i - 1);
                 found = session.step(token, &vec![i as i64 - 1; labels.len()]).unwrap();
             }
-            let difference = &found - &z.index_axis(Axis(1), i);
-            let largest = difference.iter().fold(0f32, |most, value| most.max(value.abs()));
-            assert!(largest <= ACTIVATION, "token {i}: {largest:e}");
+            let compared = comparison::close(&found, z.index_axis(Axis(1), i), Tolerance::ACTIVATION);
+            assert!(compared.is_ok(), "token {i}: {compared:?}");
         }
     }
 }
@@ -85,7 +85,7 @@ fn flow_head() {
         let o = &mut Eager::new(engine.weights());
         let [x, t, c, guided_c] = ["x", "t", "c", "guided_c"].map(|key| fixture.tensor(&format!("flow/{key}")));
         let rows = x.dim(0).unwrap();
-        close(&fixture, "flow/v", &flow::velocity(o, g, x, t, c).unwrap(), ACTIVATION);
+        close(&fixture, "flow/v", &flow::velocity(o, g, x, t, c).unwrap(), Tolerance::ACTIVATION);
 
         let [x2, t2] = [x, t].map(|tensor| Tensor::cat(&[tensor, tensor], 0).unwrap());
         let v = flow::velocity(o, g, &x2, &t2, guided_c).unwrap().reshape((2, rows, g.embed)).unwrap();
@@ -93,15 +93,15 @@ fn flow_head() {
         let guided = flow::guide(o, g, &v, &guidance).unwrap();
         let expected = dims(&fixture, "flow/guided_v_3.5")[0];
         let guided = if expected == 2 * rows { Tensor::cat(&[&guided, &guided], 0).unwrap() } else { guided };
-        close(&fixture, "flow/guided_v_3.5", &guided, ACTIVATION);
+        close(&fixture, "flow/guided_v_3.5", &guided, Tolerance::ACTIVATION);
 
         let [times, updates] = tableau_tensors(&Tableau::new(Solver::Euler, g.steps)).unwrap();
         let end = flow::sample(o, g, c, x, &guidance, &times, &updates).unwrap();
-        close(&fixture, "flow/end", &end, ACTIVATION);
+        close(&fixture, "flow/end", &end, Tolerance::ACTIVATION);
         let end = flow::sample(o, g, guided_c, x, &guidance, &times, &updates).unwrap();
         let expected = dims(&fixture, "flow/guided_end_3.5")[0];
         let end = if expected == 2 * rows { Tensor::cat(&[&end, &end], 0).unwrap() } else { end };
-        close(&fixture, "flow/guided_end_3.5", &end, ACTIVATION);
+        close(&fixture, "flow/guided_end_3.5", &end, Tolerance::ACTIVATION);
     }
 }
 
@@ -111,13 +111,13 @@ fn tokenizer_both_ways() {
         let engine = fixture.engine(WeightSet::Ema);
         for n in [3, 16] {
             let latent = engine.encode(fixture.array::<Ix4>(&format!("tokenizer/image{n}")).view()).unwrap();
-            close_array(&fixture, &format!("tokenizer/latent{n}"), &latent, ACTIVATION);
+            close_array(&fixture, &format!("tokenizer/latent{n}"), &latent, Tolerance::ACTIVATION);
             let decoded = engine.decode(fixture.array::<Ix3>(&format!("tokenizer/latent{n}")).view()).unwrap();
-            close_array(&fixture, &format!("tokenizer/decoded{n}"), &decoded, ACTIVATION);
+            close_array(&fixture, &format!("tokenizer/decoded{n}"), &decoded, Tolerance::ACTIVATION);
         }
         let raw = fixture.engine(WeightSet::Raw);
         let latent = raw.encode(fixture.array::<Ix4>("tokenizer/image3").view()).unwrap();
-        close_array(&fixture, "tokenizer/latent3_raw_weights", &latent, ACTIVATION);
+        close_array(&fixture, "tokenizer/latent3_raw_weights", &latent, Tolerance::ACTIVATION);
     }
 }
 
@@ -142,9 +142,9 @@ fn semantic_decoder() {
             let o = &mut Eager::new(&weights);
             let latent = fixture.tensor(&format!("tokenizer/latent{n}"));
             let (image, features) = tokenizer::decode_with_features(o, tokenizer, latent).unwrap();
-            close(&fixture, &format!("tokenizer/decoded{n}"), &image, ACTIVATION);
+            close(&fixture, &format!("tokenizer/decoded{n}"), &image, Tolerance::ACTIVATION);
             let found = tokenizer::semantics(o, tokenizer, semantics, &features).unwrap();
-            close(&fixture, &format!("tokenizer/semantic{n}"), &found, ACTIVATION);
+            close(&fixture, &format!("tokenizer/semantic{n}"), &found, Tolerance::ACTIVATION);
         }
     }
 }
@@ -158,7 +158,7 @@ fn encoder_before_its_last_projection() {
             let image = fixture.tensor(&format!("tokenizer/image{n}"));
             let columns = tokenizer::encode_columns(o, &engine.config().tokenizer, image).unwrap();
             let columns = columns.permute((0, 2, 1)).unwrap();
-            close(&fixture, &format!("tokenizer/encoder_out{n}"), &columns, ACTIVATION);
+            close(&fixture, &format!("tokenizer/encoder_out{n}"), &columns, Tolerance::ACTIVATION);
         }
     }
 }
@@ -168,24 +168,24 @@ fn sampling_runs_from_the_seed_alone() {
     for fixture in all() {
         let engine = fixture.engine(WeightSet::Ema);
         for run in fixture.runs() {
-            let request = fixture.request(&run);
+            let request = fixture.request(engine.config(), &run);
             let generated = generate(&engine, &request, |_| {}).unwrap();
             let noise: Array3<f32> = fixture.array(&format!("{run}/noise"));
-            close_array(&fixture, &format!("{run}/noise"), &generated.noise, NOISE);
-            close_array(&fixture, &format!("{run}/tokens"), &generated.tokens, SAMPLING);
+            close_array(&fixture, &format!("{run}/noise"), &generated.noise, Tolerance::NOISE);
+            close_array(&fixture, &format!("{run}/tokens"), &generated.tokens, Tolerance::SAMPLING);
 
             let given = eqim::request::Request { noise: Noise::Given(noise), ..request };
             let given = generate(&engine, &given, |_| {}).unwrap();
-            close_array(&fixture, &format!("{run}/tokens"), &given.tokens, SAMPLING);
+            close_array(&fixture, &format!("{run}/tokens"), &given.tokens, Tolerance::SAMPLING);
 
             if fixture.expected.contains_key(&format!("{run}/image")) {
                 let image =
                     engine.decode((&generated.tokens / engine.config().generator.vae_norm as f32).view()).unwrap();
-                close_array(&fixture, &format!("{run}/image"), &image, SAMPLING);
+                close_array(&fixture, &format!("{run}/image"), &image, Tolerance::SAMPLING);
                 let bytes = image.permuted_axes([0, 2, 3, 1]).mapv(|value| f32::from(to_byte(value)));
                 let expected = fixture.array::<Ix4>(&format!("{run}/image_u8"));
-                let levels = (&bytes - &expected).iter().fold(0f32, |most, value| most.max(value.abs()));
-                assert!(levels <= 1.0, "{run}: {levels} levels");
+                let compared = comparison::close(&bytes, &expected, Tolerance::LEVEL);
+                assert!(compared.is_ok(), "{run}: {compared:?}");
             }
         }
     }
@@ -199,9 +199,9 @@ fn conditions_of_sampling_runs() {
             let expected: Array3<f32> = fixture.array(&format!("{run}/z"));
             let tokens: Array3<f32> = fixture.array(&format!("{run}/tokens"));
             let unconditional = engine.config().generator.unconditional();
-            let request = fixture.request(&run);
-            let label = |label: &Label| label.condition(0, unconditional).label;
-            let mut labels: Vec<i64> = request.labels.iter().map(label).collect();
+            let request = fixture.request(engine.config(), &run);
+            let label = |label: &ClassSchedule| label.condition(0, unconditional).label;
+            let mut labels: Vec<i64> = request.classes.iter().map(label).collect();
             let streams = expected.dim().0 / labels.len();
             labels.resize(expected.dim().0, unconditional as i64);
             let tokens = concatenate(Axis(0), &vec![tokens.view(); streams]).unwrap();
@@ -217,7 +217,7 @@ fn conditions_of_sampling_runs() {
                     found.index_axis_mut(Axis(1), i - given).assign(&z);
                 }
             }
-            close_array(&fixture, &format!("{run}/z"), &found, ACTIVATION);
+            close_array(&fixture, &format!("{run}/z"), &found, Tolerance::ACTIVATION);
         }
     }
 }
@@ -232,8 +232,8 @@ fn torch_random_numbers() {
         for key in [key.clone(), key.replace("_first", "_second")] {
             let expected = fixture.tensor(&key).flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let found = random.randn(expected.len());
-            let largest = found.iter().zip(&expected).fold(0f32, |most, (a, b)| most.max((a - b).abs()));
-            assert!(largest <= NOISE, "{key}: {largest:e}");
+            let compared = comparison::close(&found, &expected, Tolerance::NOISE);
+            assert!(compared.is_ok(), "{key}: {compared:?}");
             checked += 1;
         }
     }
@@ -267,4 +267,15 @@ fn published_checkpoints_give_the_published_configurations() {
         let count: usize = shapes.values().map(|shape| shape.iter().product::<usize>()).sum();
         assert_eq!(published[key]["parameters"], count, "{key}");
     }
+}
+
+#[test]
+#[should_panic(expected = "forward/z: the difference is inf")]
+fn a_value_that_is_not_a_number_fails_a_comparison() {
+    let fixture = &all()[0];
+    let expected = fixture.tensor("forward/z");
+    let mut values = expected.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    values[1] = f32::NAN;
+    let found = Tensor::from_vec(values, expected.shape(), &Device::Cpu).unwrap();
+    close(fixture, "forward/z", &found, Tolerance::ACTIVATION);
 }

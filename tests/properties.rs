@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use common::ACTIVATION;
+use eqim::close::Tolerance;
 use eqim::Config;
 use eqim::checkpoint::WeightSet;
 use eqim::config::{GROUPS, GeneratorConfig, Level, TokenizerConfig, Tower};
@@ -13,10 +13,10 @@ use eqim::generate::generate;
 use eqim::model::transformer::{self, KeyValue, Prefill};
 use eqim::ops::eager::Eager;
 use eqim::picture::{to_byte, write_png};
-use eqim::request::condition::Label;
+use eqim::request::condition::ClassSchedule;
 use eqim::request::random::TorchRng;
 use eqim::request::solver::Solver;
-use eqim::request::{Noise, Request, Schedule};
+use eqim::request::{GuidanceSchedule, Noise, Request};
 use eqim::weights::Weights;
 use ndarray::{Array2, Array3, Axis, s};
 use proptest::prelude::*;
@@ -161,7 +161,7 @@ proptest! {
             let o = &mut Eager::new(engine.weights());
             let step = transformer::step(o, g, &to_tensor(token.view()).unwrap(), &integers(&positions), &past, &cross);
             let largest = largest_difference(&to_array(&step.unwrap().z).unwrap(), &expected);
-            prop_assert!(largest <= ACTIVATION, "positions {positions:?}, garbage {garbage}: {largest:e}");
+            prop_assert!(largest <= Tolerance::ACTIVATION.limit, "positions {positions:?}, garbage {garbage}: {largest:e}");
         }
     }
 
@@ -186,7 +186,7 @@ proptest! {
                 z = session.step(tokens.index_axis(Axis(1), i - 1), &positions).unwrap();
             }
             let largest = largest_difference(&z, &expected.index_axis(Axis(1), i).to_owned());
-            prop_assert!(largest <= ACTIVATION, "token {i} of {n}: {largest:e}");
+            prop_assert!(largest <= Tolerance::ACTIVATION.limit, "token {i} of {n}: {largest:e}");
         }
     }
 
@@ -203,10 +203,18 @@ proptest! {
     ) {
         let (rows, embed) = (labels.len(), engine.config().generator.embed);
         let prefix = (given > 0).then(|| normal(!seed, (rows, given, embed)));
-        let schedule = if linear { Schedule::Linear } else { Schedule::Constant };
+        let schedule = if linear { GuidanceSchedule::Linear } else { GuidanceSchedule::Constant };
         let noise = Noise::Seed(seed);
-        let labels = labels.into_iter().map(Label::One).collect();
-        let request = Request { labels, tokens, cfg, schedule, solver, steps, prefix: prefix.clone(), noise };
+        let labels = labels.into_iter().map(ClassSchedule::Constant);
+        let request = Request {
+            cfg,
+            cfg_schedule: schedule,
+            solver,
+            steps,
+            prefix: prefix.clone(),
+            noise,
+            ..Request::new(engine.config(), labels, tokens)
+        };
         let mut reported = vec![];
         let first = generate(&engine, &request, |known| reported.push(known)).unwrap();
         prop_assert_eq!(first.tokens.dim(), (rows, tokens, embed));

@@ -142,12 +142,12 @@ fn engines_in_int8_with_the_scales_of_a_table() {
         let set: Value = serde_json::from_slice(&place.read("bundle/trt/engines.json")).unwrap();
         for stage in Stage::ALL {
             let engine = &set["engines"][stage.name()];
-            let int8 = matches!(stage, Stage::Step | Stage::Flow | Stage::Decode);
+            let int8 = matches!(stage, Stage::Step | Stage::Flow | Stage::Decoder);
             assert_eq!((engine["int8"].as_bool(), engine["precision"].as_str()), (Some(int8), Some("fp16")));
             let layers = engine["layers"].as_array().unwrap();
             let quantized = layers.iter().any(|layer| layer["kind"] == "QUANTIZE");
             let dequantized = layers.iter().any(|layer| layer["kind"] == "DEQUANTIZE");
-            assert_eq!(quantized, matches!(stage, Stage::Decode | Stage::Flow), "{engine}");
+            assert_eq!(quantized, matches!(stage, Stage::Decoder | Stage::Flow), "{engine}");
             assert_eq!(dequantized, int8, "{engine}");
         }
     }
@@ -186,7 +186,7 @@ fn nodes_that_the_parser_does_not_take_are_named_all() {
     }
     let place = Workplace::with_bundle(&first());
     let path = place.path("bundle/decoder.onnx");
-    let mut model = onnx::Model::decode(&std::fs::read(&path).unwrap()[..]).unwrap();
+    let mut model = onnx::ModelProto::decode(&std::fs::read(&path).unwrap()[..]).unwrap();
     let nodes = &mut model.graph.as_mut().unwrap().node;
     let mut names = vec![];
     for node in nodes.iter_mut().filter(|node| node.op_type.as_deref() == Some("Conv")).skip(1).step_by(4).take(2) {
@@ -198,7 +198,7 @@ fn nodes_that_the_parser_does_not_take_are_named_all() {
     let config = eqim::engine::Engine::config(&config);
     let shapes = Shapes::default;
     let limits = Limits { max_batch: 2, max_tokens: 16, min: shapes(), opt: shapes(), max: shapes() };
-    let profiles = limits.profiles(Stage::Decode, config).unwrap();
+    let profiles = limits.profiles(Stage::Decoder, config).unwrap();
     let support = check("decoder", &path, &profiles, &["sm86".parse().unwrap()]).unwrap();
     let found: Vec<&String> = support.unsupported.iter().map(|node| &node.node).collect();
     assert_eq!(found, names.iter().collect::<Vec<_>>());

@@ -5,24 +5,23 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
+use eqim::digest::sha256;
 use eqim::engine::Engine;
 use eqim::engine::candle::{Runner, StageEngine};
 use eqim::generate::generate;
 use eqim::model::Stage;
 use eqim::ops::eager::Eager;
 use eqim::picture::{self, Side};
-use eqim::request::solver::Solver;
-use eqim::request::{Noise, Request, Schedule};
+use eqim::request::{Noise, Request};
 use eqim::weights::Weights;
-use eqim::{Config, Error, Result, files};
+use eqim::{Config, Error, Result, ResultExt, files};
 use ndarray::{Array4, Axis, s};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::estimate::Estimator;
 use crate::histogram::Histogram;
 use crate::observe::{Observe, Seen};
-use crate::table::{Damage, Entry, FORMAT, Range, Samples, Table, hexadecimal};
+use crate::table::{Damage, Entry, FORMAT, Range, Samples, Table};
 
 /// Calibration that may not be complete: what its state file holds.
 #[derive(Debug, Serialize, Deserialize)]
@@ -48,11 +47,11 @@ struct Watched {
 /// SHA-256 of every picture's file, by its name in `folder`.
 ///
 /// # Errors
-/// [`Error::Input`] when one cannot be read.
+/// [`Error::input`] when one cannot be read.
 pub fn hashes(folder: &Path, pictures: &[PathBuf]) -> Result<BTreeMap<String, String>> {
     let hash = |path: &PathBuf| {
         let name = path.strip_prefix(folder).unwrap_or(path).to_string_lossy().into_owned();
-        Ok((name, hexadecimal(&Sha256::digest(files::read(path)?))))
+        Ok((name, sha256(files::read(path)?)))
     };
     pictures.iter().map(hash).collect()
 }
@@ -60,16 +59,16 @@ pub fn hashes(folder: &Path, pictures: &[PathBuf]) -> Result<BTreeMap<String, St
 /// Reads a picture as the tokenizer takes it: at the model's height, cut to `tokens` columns, `[1, 3, height, width]`.
 ///
 /// # Errors
-/// [`Error::Input`] when it is none, or of another height without `resize`.
+/// [`Error::input`] when it is none, or of another height without `resize`.
 pub fn read_picture(path: &Path, config: &Config, tokens: usize, resize: bool) -> Result<Array4<f32>> {
     let (height, token) = (config.tokenizer.image_height(), config.tokenizer.token_width());
     let picture = picture::read(path, height, token, Side::Right)?;
     if picture.original.1 as usize != height && !resize {
         let problem = format!(
-            "is {} pixels high, the model's images are {height}: scale it, or give --resize",
+            "is {} pixels high, the model's images are {height}: scale it, or let it be resized",
             picture.original.1
         );
-        return Err(Error::input(path.display(), problem));
+        return Err(Error::input(path.display(), problem).with_field("resize"));
     }
     let width = picture.pixels.dim().2.min(tokens * token);
     Ok(picture.pixels.slice(s![.., .., ..width]).to_owned().insert_axis(Axis(0)))
@@ -96,7 +95,7 @@ impl Runner for Watching<'_> {
                 Seen::Other => return Ok(()),
             };
             let added = histogram.add(&value.flatten_all()?.to_vec1::<f32>()?);
-            added.map_err(|error| Error::run(scope, error))
+            added.or_run(scope)
         };
         stage.run(&mut Observe::new(Eager::new(self.weights), probe), config, inputs)
     }
@@ -105,14 +104,10 @@ impl Runner for Watching<'_> {
 /// The guided rollout number `index` of a calibration.
 fn request(config: &Config, samples: &Samples, index: usize) -> Request {
     Request {
-        labels: vec![Some(index % config.generator.class_num).into()],
-        tokens: samples.tokens,
         cfg: samples.cfg,
-        schedule: Schedule::Linear,
-        solver: Solver::Euler,
         steps: samples.steps,
-        prefix: None,
         noise: Noise::Seed(samples.seed.wrapping_add(index as u64)),
+        ..Request::new(config, [Some(index % config.generator.class_num)], samples.tokens)
     }
 }
 
@@ -120,7 +115,7 @@ impl Collection {
     /// Goes on with what `path` holds, or begins.
     ///
     /// # Errors
-    /// [`Error::Input`] when `path` holds something else, or the state of a calibration with other settings.
+    /// [`Error::input`] when `path` holds something else, or the state of a calibration with other settings.
     pub fn open(path: &Path, model: &str, samples: &Samples) -> Result<Self> {
         if !path.exists() {
             let (model, samples) = (model.to_string(), samples.clone());
@@ -142,9 +137,9 @@ impl Collection {
     /// Writes the state.
     ///
     /// # Errors
-    /// [`Error::Run`] when it cannot be written.
+    /// [`Error::run`] when it cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_vec(self).map_err(|error| Error::run(path.display(), error))?;
+        let text = serde_json::to_vec(self).or_run(path.display())?;
         files::write(path, &text)
     }
 
@@ -161,7 +156,7 @@ impl Collection {
     /// Shows the model the next sample. `pictures` are those of the samples, in their order.
     ///
     /// # Errors
-    /// [`Error::Input`] for a picture that does not fit; [`Error::Run`] for a value that is not finite.
+    /// [`Error::input`] for a picture that does not fit; [`Error::run`] for a value that is not finite.
     pub fn next(&mut self, config: &Config, weights: &Weights, pictures: &[PathBuf]) -> Result<()> {
         let scopes = RefCell::new(std::mem::take(&mut self.scopes));
         let engine = StageEngine::new(config.clone(), Watching { weights, scopes: &scopes });
@@ -188,11 +183,11 @@ impl Collection {
     /// The table of a complete collection.
     ///
     /// # Errors
-    /// [`Error::Run`] for activations beyond FP16's scales.
+    /// [`Error::run`] for activations beyond FP16's scales.
     pub fn table(&self, estimator: Estimator) -> Result<Table> {
         let entry = |(scope, watched): (&String, &Watched)| {
             let [input, output] = [&watched.input, &watched.output].map(|histogram| Range::of(histogram, estimator));
-            let scale = input.scale().map_err(|error| Error::run(scope, error))?;
+            let scale = input.scale().or_run(scope)?;
             Ok((scope.clone(), Entry { scale, input, output, samples: watched.input.samples() }))
         };
         Ok(Table {

@@ -34,7 +34,7 @@ impl Histogram {
     /// Counts values.
     ///
     /// # Errors
-    /// [`Error::Run`] when one is not finite.
+    /// [`Error::run`] when one is not finite.
     pub fn add(&mut self, values: &[f32]) -> Result<()> {
         let parts: Vec<(f32, f32)> = values.par_chunks(1 << 16).map(extremes).collect();
         if parts.iter().any(|(low, _)| low.is_nan()) {

@@ -1,9 +1,9 @@
 //! 8-bit numbers: scales, rounding, and the forms that products with weights take in INT8.
 
 use candle_core::Tensor;
-use eqim::ops::Ops;
-use eqim::ops::cost::Cost;
+use eqim::ops::cost::{Cost, Shape};
 use eqim::ops::eager::Eager;
+use eqim::ops::{Conv, Ops};
 use eqim::{Error, Result};
 use half::f16;
 use rayon::prelude::*;
@@ -19,7 +19,7 @@ pub const WEIGHT_LEVELS: f32 = 127.0;
 /// within the range is cut.
 ///
 /// # Errors
-/// [`Error::Run`] for a scale that is not finite, negative, or beyond FP16.
+/// [`Error::run`] for a scale that is not finite, negative, or beyond FP16.
 pub fn representable(scale: f32) -> Result<f32> {
     let rounded = f16::from_f32(scale);
     let up = if rounded.to_f32() < scale { f16::from_bits(rounded.to_bits() + 1) } else { rounded };
@@ -42,7 +42,7 @@ impl Affine {
     /// Covers `low..=high`, which holds 0.
     ///
     /// # Errors
-    /// [`Error::Run`] for a range beyond FP16's scales.
+    /// [`Error::run`] for a range beyond FP16's scales.
     pub fn covering(low: f32, high: f32) -> Result<Self> {
         // Constant zeros: any scale represents them.
         let scale = if low == high { 1.0 } else { representable((high - low) / 255.0)? };
@@ -81,7 +81,7 @@ pub struct Rounded {
 /// Quantizes a weight per output channel; a channel of zeros gets a scale of 1.
 ///
 /// # Errors
-/// [`Error::Run`] for values beyond FP16's scales.
+/// [`Error::run`] for values beyond FP16's scales.
 pub fn round_weight(weight: &Tensor, levels: f32) -> Result<Rounded> {
     let values = weight.flatten_all()?.to_vec1::<f32>()?;
     let channel = values.len() / weight.dim(0)?;
@@ -116,7 +116,7 @@ pub fn round_bias(bias: f32, input: f32, weight: f32) -> i32 {
     (f64::from(bias) / (f64::from(input) * f64::from(weight))).round_ties_even() as i32
 }
 
-/// The forms that products with weights take in INT8, beside the primitives of [`Ops`].
+/// The forms that products with the weights of the current scope take in INT8, in addition to the primitives of [`Ops`].
 pub trait Int8: Ops {
     /// Rounds activations to a symmetric 8-bit grid (ONNX `QuantizeLinear`, `DequantizeLinear`; zero point 0).
     ///
@@ -124,33 +124,31 @@ pub trait Int8: Ops {
     /// When the interpreter refuses.
     fn quantize_dequantize(&mut self, x: &Self::Tensor, scale: f32) -> Result<Self::Tensor>;
 
-    /// A weight that is stored in 8 bits per output channel (ONNX `DequantizeLinear`).
+    /// [`Ops::gemm`] with a weight that is stored in 8 bits per output channel (ONNX `DequantizeLinear`).
     ///
     /// # Errors
     /// When the interpreter refuses.
-    fn dequantize(&mut self, weight: &Self::Tensor) -> Result<Self::Tensor>;
+    fn dequantized_gemm(&mut self, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor>;
+
+    /// [`Ops::conv`] with a weight that is stored in 8 bits per output channel (ONNX `DequantizeLinear`).
+    ///
+    /// # Errors
+    /// When the interpreter refuses.
+    fn dequantized_conv(&mut self, x: &Self::Tensor, conv: Conv) -> Result<Self::Tensor>;
 
     /// [`Ops::gemm`] in integers, with activations quantized by the range they have (ONNX `DynamicQuantizeLinear`,
     /// `MatMulInteger`).
     ///
     /// # Errors
     /// When the interpreter refuses.
-    fn dynamic_gemm(&mut self, x: &Self::Tensor, weight: &Self::Tensor, bias: &Self::Tensor) -> Result<Self::Tensor>;
+    fn dynamic_gemm(&mut self, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor>;
 
-    /// [`Ops::conv`] in integers from an 8-bit input to an 8-bit output (ONNX `QLinearConv`). `padded` mirrors the input at
-    /// its borders first, as [`Ops::pad_reflect`] does, when it is in 8 bits already.
+    /// [`Ops::conv`] in integers from an 8-bit input to an 8-bit output of these ranges (ONNX `QLinearConv`). Where the
+    /// convolution mirrors its input, it does so after the input is in 8 bits.
     ///
     /// # Errors
     /// When the interpreter refuses.
-    fn integer_conv(
-        &mut self,
-        x: &Self::Tensor,
-        weight: &Self::Tensor,
-        bias: &Self::Tensor,
-        spatial: usize,
-        padded: bool,
-        ranges: (Affine, Affine),
-    ) -> Result<Self::Tensor>;
+    fn integer_conv(&mut self, x: &Self::Tensor, conv: Conv, ranges: (Affine, Affine)) -> Result<Self::Tensor>;
 }
 
 /// Applies a function to every element.
@@ -167,56 +165,46 @@ impl Int8 for Eager<'_> {
         each(x, |value| round_symmetric(value, scale))
     }
 
-    fn dequantize(&mut self, weight: &Tensor) -> Result<Tensor> {
-        Ok(weight.clone())
+    fn dequantized_gemm(&mut self, x: &Tensor, input: usize, output: usize) -> Result<Tensor> {
+        self.gemm(x, input, output)
     }
 
-    fn dynamic_gemm(&mut self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    fn dequantized_conv(&mut self, x: &Tensor, conv: Conv) -> Result<Tensor> {
+        self.conv(x, conv)
+    }
+
+    fn dynamic_gemm(&mut self, x: &Tensor, input: usize, output: usize) -> Result<Tensor> {
         let range = Affine::dynamic(&x.flatten_all()?.to_vec1::<f32>()?);
         let x = each(x, |value| range.round(value))?;
-        self.gemm(&x, weight, bias)
+        self.gemm(&x, input, output)
     }
 
-    fn integer_conv(
-        &mut self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        spatial: usize,
-        padded: bool,
-        (input, output): (Affine, Affine),
-    ) -> Result<Tensor> {
+    fn integer_conv(&mut self, x: &Tensor, conv: Conv, (input, output): (Affine, Affine)) -> Result<Tensor> {
         let x = each(x, |value| input.round(value))?;
-        let x = if padded { self.pad_reflect(&x, spatial)? } else { x };
-        let y = self.conv(&x, weight, bias, spatial)?;
+        let y = self.conv(&x, conv)?;
         each(&y, |value| output.round(value))
     }
 }
 
 /// INT8 multiplies and adds as often as FP32.
 impl Int8 for Cost {
-    fn quantize_dequantize(&mut self, x: &Vec<usize>, _scale: f32) -> Result<Vec<usize>> {
+    fn quantize_dequantize(&mut self, x: &Shape, _scale: f32) -> Result<Shape> {
         Ok(x.clone())
     }
 
-    fn dequantize(&mut self, weight: &Vec<usize>) -> Result<Vec<usize>> {
-        Ok(weight.clone())
+    fn dequantized_gemm(&mut self, x: &Shape, input: usize, output: usize) -> Result<Shape> {
+        self.gemm(x, input, output)
     }
 
-    fn dynamic_gemm(&mut self, x: &Vec<usize>, weight: &Vec<usize>, bias: &Vec<usize>) -> Result<Vec<usize>> {
-        self.gemm(x, weight, bias)
+    fn dequantized_conv(&mut self, x: &Shape, conv: Conv) -> Result<Shape> {
+        self.conv(x, conv)
     }
 
-    fn integer_conv(
-        &mut self,
-        x: &Vec<usize>,
-        weight: &Vec<usize>,
-        bias: &Vec<usize>,
-        spatial: usize,
-        padded: bool,
-        _ranges: (Affine, Affine),
-    ) -> Result<Vec<usize>> {
-        let x = if padded { self.pad_reflect(x, spatial)? } else { x.clone() };
-        self.conv(&x, weight, bias, spatial)
+    fn dynamic_gemm(&mut self, x: &Shape, input: usize, output: usize) -> Result<Shape> {
+        self.gemm(x, input, output)
+    }
+
+    fn integer_conv(&mut self, x: &Shape, conv: Conv, _ranges: (Affine, Affine)) -> Result<Shape> {
+        self.conv(x, conv)
     }
 }

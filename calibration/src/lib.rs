@@ -22,7 +22,7 @@ pub use histogram::Histogram;
 pub use observe::{Observe, Seen};
 pub use policy::{Policy, Scheme};
 pub use preview::{Preview, levels};
-pub use quantize::{Plan, Quantize, plan};
+pub use quantize::{QuantizationPlan, Quantize, plan};
 pub use ranges::Ranges;
 pub use sensitivity::{quantized, search};
 pub use table::{Damage, Entry, Range, Ranked, Samples, Sensitivity, Table, fingerprint};

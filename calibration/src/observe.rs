@@ -1,7 +1,7 @@
 //! The decorator around an interpreter.
 
 use eqim::Result;
-use eqim::ops::{Binary, Dim, Ops, Turn, Unary};
+use eqim::ops::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary};
 
 /// What a value is to the scope it is shown under.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,13 +112,13 @@ impl<O: Ops, F: FnMut(&str, Seen, &O::Tensor) -> Result<()>> Ops for Observe<O, 
         self.shown(Seen::Other, y)
     }
 
-    fn gemm(&mut self, x: &O::Tensor, weight: &O::Tensor, bias: &O::Tensor) -> Result<O::Tensor> {
+    fn gemm(&mut self, x: &O::Tensor, input: usize, output: usize) -> Result<O::Tensor> {
         self.show(Seen::Input, x)?;
-        let y = self.inner.gemm(x, weight, bias)?;
+        let y = self.inner.gemm(x, input, output)?;
         self.shown(Seen::Output, y)
     }
 
-    fn layer_norm(
+    fn layer_normalization(
         &mut self,
         x: &O::Tensor,
         affine: Option<(&O::Tensor, &O::Tensor)>,
@@ -126,10 +126,10 @@ impl<O: Ops, F: FnMut(&str, Seen, &O::Tensor) -> Result<()>> Ops for Observe<O, 
         eps: f32,
     ) -> Result<O::Tensor> {
         self.show(Seen::Other, x)?;
-        self.inner.layer_norm(x, affine, width, eps)
+        self.inner.layer_normalization(x, affine, width, eps)
     }
 
-    fn group_norm(
+    fn group_normalization(
         &mut self,
         x: &O::Tensor,
         affine: (&O::Tensor, &O::Tensor),
@@ -137,12 +137,13 @@ impl<O: Ops, F: FnMut(&str, Seen, &O::Tensor) -> Result<()>> Ops for Observe<O, 
         eps: f32,
     ) -> Result<O::Tensor> {
         self.show(Seen::Other, x)?;
-        self.inner.group_norm(x, affine, groups, eps)
+        self.inner.group_normalization(x, affine, groups, eps)
     }
 
-    fn conv(&mut self, x: &O::Tensor, weight: &O::Tensor, bias: &O::Tensor, spatial: usize) -> Result<O::Tensor> {
-        self.show(Seen::Input, x)?;
-        let y = self.inner.conv(x, weight, bias, spatial)?;
+    fn conv(&mut self, x: &O::Tensor, conv: Conv) -> Result<O::Tensor> {
+        let x = if conv.reflect { self.inner.pad_reflect(x, conv.spatial)? } else { x.clone() };
+        self.show(Seen::Input, &x)?;
+        let y = self.inner.conv(&x, conv.unpadded())?;
         self.shown(Seen::Output, y)
     }
 
@@ -160,19 +161,23 @@ impl<O: Ops, F: FnMut(&str, Seen, &O::Tensor) -> Result<()>> Ops for Observe<O, 
         self.inner.pixel_shuffle(x, channels, rows, factors)
     }
 
-    fn open_loop(&mut self, sequences: &[&O::Tensor], state: &O::Tensor) -> Result<O::Loop> {
-        self.inner.open_loop(sequences, state)
+    fn dropout(&mut self, x: O::Tensor, what: Dropped) -> Result<O::Tensor> {
+        self.inner.dropout(x, what)
     }
 
-    fn turn(&mut self, open: &mut O::Loop) -> Result<Option<Turn<O::Tensor>>> {
-        self.inner.turn(open)
+    fn begin_loop(&mut self, sequences: &[&O::Tensor], state: &O::Tensor) -> Result<O::Loop> {
+        self.inner.begin_loop(sequences, state)
     }
 
-    fn carry(&mut self, open: &mut O::Loop, state: O::Tensor) -> Result<()> {
-        self.inner.carry(open, state)
+    fn next_iteration(&mut self, open: &mut O::Loop) -> Result<Option<Iteration<O::Tensor>>> {
+        self.inner.next_iteration(open)
     }
 
-    fn close_loop(&mut self, open: O::Loop) -> Result<O::Tensor> {
-        self.inner.close_loop(open)
+    fn end_iteration(&mut self, open: &mut O::Loop, state: O::Tensor) -> Result<()> {
+        self.inner.end_iteration(open, state)
+    }
+
+    fn end_loop(&mut self, open: O::Loop) -> Result<O::Tensor> {
+        self.inner.end_loop(open)
     }
 }

@@ -7,8 +7,8 @@
 
 use std::collections::BTreeSet;
 
-use eqim::bundle::Flavour;
-use eqim::model::Stage;
+use eqim::bundle::Int8Target;
+use eqim::model::{Stage, keeps_full_precision};
 use eqim::{Error, Result};
 use regex::Regex;
 
@@ -50,12 +50,7 @@ pub struct Product<'a> {
 }
 
 /// The stages that `--int8` means by itself: those that take the time of every image.
-pub const STAGES: [Stage; 3] = [Stage::Step, Stage::Flow, Stage::Decode];
-
-/// Scopes where values enter or leave the model or one of its parts, and shortcuts past its blocks, whose inputs no norm
-/// has passed. They hold few weights, and what is lost there nothing makes good.
-const ENDS: [&str; 7] =
-    ["input_proj", "cond_embed", "final_layer.linear", "z_proj", "conv_in", "conv_out", "nin_shortcut"];
+pub const STAGES: [Stage; 3] = [Stage::Step, Stage::Flow, Stage::Decoder];
 
 /// Below as many inputs or outputs a product is not worth quantizing.
 const NARROW: usize = 16;
@@ -64,11 +59,11 @@ const NARROW: usize = 16;
 #[derive(Clone, Debug)]
 pub struct Policy {
     /// What the graphs are for.
-    pub flavour: Flavour,
+    pub target: Int8Target,
     /// Stages that may run in INT8.
     pub stages: BTreeSet<Stage>,
     /// Scopes to leave as they are.
-    pub keep: Vec<Regex>,
+    pub exclude: Vec<Regex>,
     /// Matrices to run W8A8 where they would be weight-only.
     pub w8a8: Vec<Regex>,
     /// The only scope that may run in INT8, where one is looked at alone.
@@ -80,70 +75,60 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// The rules for `flavour` with what a table's sensitivity search found.
-    pub fn new(flavour: Flavour, stages: impl IntoIterator<Item = Stage>, table: Table) -> Self {
-        let left_out = table.sensitivity.as_ref().map_or(BTreeSet::new(), |found| found.keep.clone());
-        Self { flavour, stages: stages.into_iter().collect(), keep: vec![], w8a8: vec![], only: None, left_out, table }
+    /// The rules for `target` with what a table's sensitivity search found.
+    pub fn new(target: Int8Target, stages: impl IntoIterator<Item = Stage>, table: Table) -> Self {
+        let left_out = table.sensitivity.as_ref().map_or(BTreeSet::new(), |found| found.exclude.clone());
+        Self {
+            target,
+            stages: stages.into_iter().collect(),
+            exclude: vec![],
+            w8a8: vec![],
+            only: None,
+            left_out,
+            table,
+        }
     }
 
     /// How a product runs.
     ///
     /// # Errors
-    /// [`Error::Input`] when the table knows nothing of it.
+    /// [`Error::input`] when the table knows nothing of it.
     pub fn scheme(&self, product: Product) -> Result<Scheme> {
-        if !self.stages.contains(&product.stage) || self.is_kept(product.scope) || !is_worth_it(&product) {
+        if !self.stages.contains(&product.stage) || self.is_excluded(product.scope) || !is_worth_it(&product) {
             return Ok(Scheme::Float);
         }
         let convolution = product.shape.len() > 2;
-        Ok(match self.flavour {
-            Flavour::TensorRt if convolution || self.w8a8.iter().any(|pattern| pattern.is_match(product.scope)) => {
+        Ok(match self.target {
+            Int8Target::TensorRt if convolution || self.w8a8.iter().any(|pattern| pattern.is_match(product.scope)) => {
                 Scheme::Static { scale: self.table.entry(product.scope)?.scale }
             }
-            Flavour::TensorRt => Scheme::WeightOnly,
-            Flavour::Cpu if convolution => {
+            Int8Target::TensorRt => Scheme::WeightOnly,
+            Int8Target::Cpu if convolution => {
                 let entry = self.table.entry(product.scope)?;
                 Scheme::Integer { input: entry.input.affine()?, output: entry.output.affine()? }
             }
-            Flavour::Cpu => Scheme::Dynamic,
+            Int8Target::Cpu => Scheme::Dynamic,
         })
     }
 
-    fn is_kept(&self, scope: &str) -> bool {
+    fn is_excluded(&self, scope: &str) -> bool {
         let another = self.only.as_ref().is_some_and(|only| only != scope);
-        another || self.left_out.contains(scope) || self.keep.iter().any(|pattern| pattern.is_match(scope))
+        another || self.left_out.contains(scope) || self.exclude.iter().any(|pattern| pattern.is_match(scope))
     }
 }
 
 fn is_worth_it(product: &Product) -> bool {
     let Product { scope, shape, .. } = product;
-    let end = ENDS.iter().any(|end| scope.strip_suffix(end).is_some_and(|rest| rest.is_empty() || rest.ends_with('.')));
-    // Times are embedded once a token, and every step depends on them.
-    let time = scope.contains("time_embed");
-    // Convolutions over columns see a token where the others see its pixels.
+    // Convolutions over columns see one token where the others see its pixels.
     let columns = shape.len() == 3;
-    !end && !time && !columns && shape[0].min(shape[1]) >= NARROW
+    !keeps_full_precision(scope) && !columns && shape[0].min(shape[1]) >= NARROW
 }
 
-/// Compiles the patterns of a flag.
+/// Compiles the patterns of a setting.
 ///
 /// # Errors
-/// [`Error::Input`] for one that is no regular expression.
-pub fn patterns(flag: &str, texts: &[String]) -> Result<Vec<Regex>> {
-    let compile = |text: &String| Regex::new(text).map_err(|error| Error::input(flag, error));
-    texts.iter().map(compile).collect()
-}
-
-/// Stages by the short names that command lines use.
-///
-/// # Errors
-/// A sentence for another name.
-pub fn stage_named(name: &str) -> Result<Stage, String> {
-    match name {
-        "prefill" => Ok(Stage::Prefill),
-        "step" => Ok(Stage::Step),
-        "flow" => Ok(Stage::Flow),
-        "decoder" => Ok(Stage::Decode),
-        "encoder" => Ok(Stage::Encode),
-        _ => Err("expected prefill, step, flow, decoder or encoder".into()),
-    }
+/// [`Error::setting`] for one that is not a regular expression.
+pub fn patterns(field: &'static str, texts: &[String]) -> Result<Vec<Regex>> {
+    let bad = |text: &String, error| Error::setting(field, format!("is {text}")).because(error);
+    texts.iter().map(|text| Regex::new(text).map_err(|error| bad(text, error))).collect()
 }

@@ -11,7 +11,7 @@ use eqim::{Config, Error, Result};
 
 use crate::int8::{self, CPU_WEIGHT_LEVELS, WEIGHT_LEVELS};
 use crate::policy::{Policy, Scheme};
-use crate::quantize::{Plan, Quantize, plan};
+use crate::quantize::{QuantizationPlan, Quantize, plan};
 
 /// A model whose weights are rounded as its policy says, stage by stage.
 #[derive(Debug)]
@@ -24,16 +24,16 @@ impl<'a> Preview<'a> {
     /// An engine of the model in INT8.
     ///
     /// # Errors
-    /// Those of [`plan`]; [`Error::Run`] for weights beyond the scales of INT8.
+    /// Those of [`plan`]; [`Error::run`] for weights beyond the scales of INT8.
     pub fn engine(config: &Config, weights: &Weights, policy: &'a Policy) -> Result<StageEngine<Self>> {
-        let rounded = |(stage, plan): (Stage, Plan)| Ok((stage, round(weights, &plan)?));
+        let rounded = |(stage, plan): (Stage, QuantizationPlan)| Ok((stage, round(weights, &plan)?));
         let stages = plan(config, policy)?.into_iter().map(rounded).collect::<Result<_>>()?;
         Ok(StageEngine::new(config.clone(), Self { policy, stages }))
     }
 }
 
 /// The weights as one stage's integers stand for them.
-fn round(weights: &Weights, plan: &Plan) -> Result<Weights> {
+fn round(weights: &Weights, plan: &QuantizationPlan) -> Result<Weights> {
     let mut all = weights.clone();
     for (scope, scheme) in plan.schemes.iter().filter(|(_, scheme)| **scheme != Scheme::Float) {
         let [weight, bias] = ["weight", "bias"].map(|part| format!("{scope}.{part}"));

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use eqim::model::Stage;
 use eqim::ops::cost::Cost;
-use eqim::ops::{Binary, Dim, Ops, Turn, Unary, scoped};
+use eqim::ops::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, scoped};
 use eqim::{Config, Error, Result};
 
 use crate::int8::Int8;
@@ -17,14 +17,12 @@ pub struct Quantize<'a, O> {
     policy: &'a Policy,
     stage: Stage,
     scope: Vec<String>,
-    /// Shape of the weight that the scope asked for last.
-    shape: Vec<usize>,
-    chosen: Plan,
+    chosen: QuantizationPlan,
 }
 
 /// What a stage needs of its weights.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Plan {
+pub struct QuantizationPlan {
     /// Schemes of all products with weights, by scope.
     pub schemes: BTreeMap<String, Scheme>,
     /// Names of the weights that are needed as they are.
@@ -34,7 +32,7 @@ pub struct Plan {
 impl<'a, O: Int8> Quantize<'a, O> {
     /// A decorated interpreter of one stage.
     pub fn new(inner: O, policy: &'a Policy, stage: Stage) -> Self {
-        Self { inner, policy, stage, scope: vec![], shape: vec![], chosen: Plan::default() }
+        Self { inner, policy, stage, scope: vec![], chosen: QuantizationPlan::default() }
     }
 
     /// The interpreter inside.
@@ -42,51 +40,26 @@ impl<'a, O: Int8> Quantize<'a, O> {
         self.inner
     }
 
-    /// Looks up how the product with the scope's weight runs, and notes it.
-    fn scheme(&mut self) -> Result<Scheme> {
+    /// Decides how the product with the scope's weight of this shape runs, and notes what that needs.
+    fn decide(&mut self, shape: &[usize]) -> Result<Scheme> {
         let scope = self.scope.join(".");
-        let scheme = self.policy.scheme(Product { stage: self.stage, scope: &scope, shape: &self.shape })?;
-        if scheme != Scheme::Float {
-            self.chosen.floats.remove(&format!("{scope}.weight"));
-        }
-        if matches!(scheme, Scheme::Integer { .. }) {
-            self.chosen.floats.remove(&format!("{scope}.bias"));
-        }
+        let scheme = self.policy.scheme(Product { stage: self.stage, scope: &scope, shape })?;
+        let floats: &[&str] = match scheme {
+            Scheme::Float => &["weight", "bias"],
+            Scheme::WeightOnly | Scheme::Static { .. } | Scheme::Dynamic => &["bias"],
+            Scheme::Integer { .. } => &[],
+        };
+        self.chosen.floats.extend(floats.iter().map(|name| format!("{scope}.{name}")));
         self.chosen.schemes.insert(scope, scheme);
         Ok(scheme)
-    }
-
-    /// A convolution, mirrored at the borders first where it is `padded`.
-    fn convolve(
-        &mut self,
-        x: &O::Tensor,
-        weight: &O::Tensor,
-        bias: &O::Tensor,
-        spatial: usize,
-        padded: bool,
-    ) -> Result<O::Tensor> {
-        let scheme = self.scheme()?;
-        if let Scheme::Integer { input, output } = scheme {
-            return self.inner.integer_conv(x, weight, bias, spatial, padded, (input, output));
-        }
-        let x = &if padded { self.inner.pad_reflect(x, spatial)? } else { x.clone() };
-        match scheme {
-            Scheme::Float => self.inner.conv(x, weight, bias, spatial),
-            Scheme::Static { scale } => {
-                let x = self.inner.quantize_dequantize(x, scale)?;
-                let weight = self.inner.dequantize(weight)?;
-                self.inner.conv(&x, &weight, bias, spatial)
-            }
-            _ => Err(unfit("convolution", scheme)),
-        }
     }
 }
 
 /// What every stage of a model needs of its weights under a policy.
 ///
 /// # Errors
-/// [`Error::Input`] when the policy's table lacks a scope, or one of its patterns fits none.
-pub fn plan(config: &Config, policy: &Policy) -> Result<BTreeMap<Stage, Plan>> {
+/// [`Error::input`] when the policy's table lacks a scope, or one of its patterns fits none.
+pub fn plan(config: &Config, policy: &Policy) -> Result<BTreeMap<Stage, QuantizationPlan>> {
     let mut plans = BTreeMap::new();
     for stage in Stage::ALL {
         let inputs = stage.input_shapes(config, 1, 2, 1);
@@ -94,11 +67,11 @@ pub fn plan(config: &Config, policy: &Policy) -> Result<BTreeMap<Stage, Plan>> {
         stage.run(&mut quantize, config, &inputs)?;
         plans.insert(stage, quantize.chosen);
     }
-    let scopes: Vec<&String> = plans.values().flat_map(|plan: &Plan| plan.schemes.keys()).collect();
-    for (flag, patterns) in [("--keep", &policy.keep), ("--w8a8", &policy.w8a8)] {
+    let scopes: Vec<&String> = plans.values().flat_map(|plan: &QuantizationPlan| plan.schemes.keys()).collect();
+    for (field, patterns) in [("exclude", &policy.exclude), ("w8a8", &policy.w8a8)] {
         if let Some(pattern) = patterns.iter().find(|pattern| !scopes.iter().any(|scope| pattern.is_match(scope))) {
-            let problem = format!("{pattern} fits no scope: the calibration table lists them");
-            return Err(Error::input(flag, problem));
+            let problem = format!("is {pattern}, which fits no scope: the calibration table lists them");
+            return Err(Error::setting(field, problem));
         }
     }
     Ok(plans)
@@ -119,42 +92,34 @@ impl<O: Int8> Ops for Quantize<'_, O> {
     }
 
     fn param(&mut self, name: &str, shape: &[usize]) -> Result<O::Tensor> {
-        if name == "weight" {
-            self.shape = shape.to_vec();
-        }
         self.chosen.floats.insert(scoped(&self.scope, name));
         self.inner.param(name, shape)
     }
 
-    fn gemm(&mut self, x: &O::Tensor, weight: &O::Tensor, bias: &O::Tensor) -> Result<O::Tensor> {
-        match self.scheme()? {
-            Scheme::Float => self.inner.gemm(x, weight, bias),
-            Scheme::WeightOnly => {
-                let weight = self.inner.dequantize(weight)?;
-                self.inner.gemm(x, &weight, bias)
-            }
+    fn gemm(&mut self, x: &O::Tensor, input: usize, output: usize) -> Result<O::Tensor> {
+        match self.decide(&[output, input])? {
+            Scheme::Float => self.inner.gemm(x, input, output),
+            Scheme::WeightOnly => self.inner.dequantized_gemm(x, input, output),
             Scheme::Static { scale } => {
                 let x = self.inner.quantize_dequantize(x, scale)?;
-                let weight = self.inner.dequantize(weight)?;
-                self.inner.gemm(&x, &weight, bias)
+                self.inner.dequantized_gemm(&x, input, output)
             }
-            Scheme::Dynamic => self.inner.dynamic_gemm(x, weight, bias),
+            Scheme::Dynamic => self.inner.dynamic_gemm(x, input, output),
             scheme @ Scheme::Integer { .. } => Err(unfit("matrix product", scheme)),
         }
     }
 
-    fn conv(&mut self, x: &O::Tensor, weight: &O::Tensor, bias: &O::Tensor, spatial: usize) -> Result<O::Tensor> {
-        self.convolve(x, weight, bias, spatial, false)
-    }
-
-    fn mirrored_conv(
-        &mut self,
-        x: &O::Tensor,
-        weight: &O::Tensor,
-        bias: &O::Tensor,
-        spatial: usize,
-    ) -> Result<O::Tensor> {
-        self.convolve(x, weight, bias, spatial, true)
+    fn conv(&mut self, x: &O::Tensor, conv: Conv) -> Result<O::Tensor> {
+        match self.decide(&conv.weight_shape())? {
+            Scheme::Float => self.inner.conv(x, conv),
+            Scheme::Static { scale } => {
+                let x = if conv.reflect { self.inner.pad_reflect(x, conv.spatial)? } else { x.clone() };
+                let x = self.inner.quantize_dequantize(&x, scale)?;
+                self.inner.dequantized_conv(&x, conv.unpadded())
+            }
+            Scheme::Integer { input, output } => self.inner.integer_conv(x, conv, (input, output)),
+            scheme @ (Scheme::WeightOnly | Scheme::Dynamic) => Err(unfit("convolution", scheme)),
+        }
     }
 
     fn constant(&mut self, shape: &[usize], data: &[f32]) -> Result<O::Tensor> {
@@ -209,24 +174,24 @@ impl<O: Int8> Ops for Quantize<'_, O> {
         self.inner.matmul(a, b)
     }
 
-    fn layer_norm(
+    fn layer_normalization(
         &mut self,
         x: &O::Tensor,
         affine: Option<(&O::Tensor, &O::Tensor)>,
         width: usize,
         eps: f32,
     ) -> Result<O::Tensor> {
-        self.inner.layer_norm(x, affine, width, eps)
+        self.inner.layer_normalization(x, affine, width, eps)
     }
 
-    fn group_norm(
+    fn group_normalization(
         &mut self,
         x: &O::Tensor,
         affine: (&O::Tensor, &O::Tensor),
         groups: usize,
         eps: f32,
     ) -> Result<O::Tensor> {
-        self.inner.group_norm(x, affine, groups, eps)
+        self.inner.group_normalization(x, affine, groups, eps)
     }
 
     fn pad_reflect(&mut self, x: &O::Tensor, spatial: usize) -> Result<O::Tensor> {
@@ -243,20 +208,24 @@ impl<O: Int8> Ops for Quantize<'_, O> {
         self.inner.pixel_shuffle(x, channels, rows, factors)
     }
 
-    fn open_loop(&mut self, sequences: &[&O::Tensor], state: &O::Tensor) -> Result<O::Loop> {
-        self.inner.open_loop(sequences, state)
+    fn dropout(&mut self, x: O::Tensor, what: Dropped) -> Result<O::Tensor> {
+        self.inner.dropout(x, what)
     }
 
-    fn turn(&mut self, open: &mut O::Loop) -> Result<Option<Turn<O::Tensor>>> {
-        self.inner.turn(open)
+    fn begin_loop(&mut self, sequences: &[&O::Tensor], state: &O::Tensor) -> Result<O::Loop> {
+        self.inner.begin_loop(sequences, state)
     }
 
-    fn carry(&mut self, open: &mut O::Loop, state: O::Tensor) -> Result<()> {
-        self.inner.carry(open, state)
+    fn next_iteration(&mut self, open: &mut O::Loop) -> Result<Option<Iteration<O::Tensor>>> {
+        self.inner.next_iteration(open)
     }
 
-    fn close_loop(&mut self, open: O::Loop) -> Result<O::Tensor> {
-        self.inner.close_loop(open)
+    fn end_iteration(&mut self, open: &mut O::Loop, state: O::Tensor) -> Result<()> {
+        self.inner.end_iteration(open, state)
+    }
+
+    fn end_loop(&mut self, open: O::Loop) -> Result<O::Tensor> {
+        self.inner.end_loop(open)
     }
 }
 

@@ -36,7 +36,7 @@ impl Ranges {
         let largest = x.abs()?.max_all()?.to_scalar::<f32>()?;
         // A maximum can lose a NaN; a sum cannot.
         if !largest.is_finite() || x.sum_all()?.to_scalar::<f32>()?.is_nan() {
-            return Err(Error::run(scope, "computes a value that is not finite"));
+            return Err(Error::run("activation", "a value is not finite"));
         }
         let range = self.scopes.entry(scope.to_string()).or_default();
         *range = range.max(largest);

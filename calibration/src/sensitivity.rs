@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
+use eqim::close::relative_error;
 use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
 use eqim::generate::generate;
 use eqim::model::Stage;
-use eqim::picture::quality::{psnr, relative_error};
-use eqim::request::solver::Solver;
-use eqim::request::{Generated, Noise, Request, Schedule};
+use eqim::picture::quality::psnr;
+use eqim::request::{Generated, Noise, Request};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use ndarray::{Array3, Array4, Axis};
@@ -61,7 +61,7 @@ impl<'a> Search<'a> {
     /// Damage of a scope alone. A scope of the decoder alone does nothing to the tokens, which are then not generated.
     fn alone(&self, policy: &Policy, scope: &str, stages: &BTreeSet<Stage>) -> Result<Damage> {
         let policy = Policy { only: Some(scope.to_string()), ..policy.clone() };
-        if stages.iter().any(|&stage| stage != Stage::Decode) {
+        if stages.iter().any(|&stage| stage != Stage::Decoder) {
             return self.damage(&policy);
         }
         let images = decode(&Preview::engine(self.config, self.weights, &policy)?, &self.reference.tokens)?;
@@ -74,15 +74,12 @@ const IMAGES: usize = 8;
 
 /// A batch of guided images, as long as the calibration's.
 fn request(config: &Config, samples: &Samples) -> Request {
+    let classes = (0..IMAGES).map(|row| Some(row % config.generator.class_num));
     Request {
-        labels: (0..IMAGES).map(|row| Some(row % config.generator.class_num).into()).collect(),
-        tokens: samples.tokens,
         cfg: samples.cfg,
-        schedule: Schedule::Linear,
-        solver: Solver::Euler,
         steps: samples.steps,
-        prefix: None,
         noise: Noise::Seed(samples.seed),
+        ..Request::new(config, classes, samples.tokens)
     }
 }
 
@@ -98,7 +95,7 @@ pub fn quantized(config: &Config, policy: &Policy) -> Result<BTreeMap<String, BT
     let mut scopes: BTreeMap<String, BTreeSet<Stage>> = BTreeMap::new();
     for (stage, plan) in plan(config, policy)? {
         // The encoder takes no part in a rollout.
-        let chosen = plan.schemes.into_iter().filter(|(_, scheme)| *scheme != Scheme::Float && stage != Stage::Encode);
+        let chosen = plan.schemes.into_iter().filter(|(_, scheme)| *scheme != Scheme::Float && stage != Stage::Encoder);
         for (scope, _) in chosen {
             scopes.entry(scope).or_default().insert(stage);
         }
@@ -121,7 +118,7 @@ pub fn search(
     mut progress: impl FnMut(usize),
 ) -> Result<Sensitivity> {
     let search = Search::new(config, weights, policy)?;
-    let settings = format!("{} {}", policy.flavour, policy.table.estimator);
+    let settings = format!("{} {}", policy.target, policy.table.estimator);
     let scopes = quantized(config, policy)?;
     for (done, (scope, stages)) in scopes.iter().enumerate() {
         progress(done);
@@ -141,8 +138,8 @@ pub fn search(
     let severity = |ranked: &Ranked| ranked.damage.severity();
     ranking.sort_by(|a, b| severity(b).partial_cmp(&severity(a)).unwrap_or(std::cmp::Ordering::Equal));
     let (kept, damage) = fewest(&search, policy, &ranking, min_psnr)?;
-    let keep = ranking[..kept].iter().map(|ranked| ranked.scope.clone()).collect();
-    Ok(Sensitivity { flavour: policy.flavour, min_psnr, psnr: damage.psnr, keep, scopes: ranking })
+    let exclude = ranking[..kept].iter().map(|ranked| ranked.scope.clone()).collect();
+    Ok(Sensitivity { target: policy.target, min_psnr, psnr: damage.psnr, exclude, scopes: ranking })
 }
 
 /// The fewest scopes from the front of the ranking that have to stay out, by bisection, and the damage that is left.
@@ -158,7 +155,7 @@ fn fewest(search: &Search, policy: &Policy, ranking: &[Ranked], min_psnr: f32) -
     }
     let (mut too_few, mut enough, mut best) = (0, ranking.len(), without(ranking.len())?);
     if !passes(best) {
-        return Err(Error::run("--min-psnr", format!("{min_psnr} dB is not reached even without INT8")));
+        return Err(Error::run("min_psnr", format!("{min_psnr} dB is not reached even without INT8")));
     }
     while enough - too_few > 1 {
         let middle = usize::midpoint(too_few, enough);

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use eqim::bundle::Flavour;
+use eqim::bundle::Int8Target;
+use eqim::digest::{Hash, short};
 use eqim::weights::Weights;
-use eqim::{Config, Error, Result, files};
+use eqim::{Config, Error, Result, ResultExt, files};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use crate::estimate::{Estimator, LEVELS};
 use crate::histogram::Histogram;
@@ -42,13 +42,15 @@ pub struct Table {
 #[serde(deny_unknown_fields)]
 pub struct Sensitivity {
     /// What the scopes were quantized for.
-    pub flavour: Flavour,
+    #[serde(alias = "flavour")]
+    pub target: Int8Target,
     /// Least PSNR that was asked for, dB.
     pub min_psnr: f32,
-    /// The worst image's PSNR with everything in INT8 but `keep`, dB; `null` for equal images.
+    /// The worst image's PSNR with everything in INT8 but `exclude`, dB; `null` for equal images.
     pub psnr: Option<f32>,
     /// Scopes to leave out of INT8, the worst.
-    pub keep: BTreeSet<String>,
+    #[serde(alias = "keep")]
+    pub exclude: BTreeSet<String>,
     /// Every scope quantized alone, the worst first.
     pub scopes: Vec<Ranked>,
 }
@@ -133,7 +135,7 @@ impl Range {
     /// Scale of symmetric levels.
     ///
     /// # Errors
-    /// [`Error::Run`] for a range beyond FP16's scales.
+    /// [`Error::run`] for a range beyond FP16's scales.
     pub fn scale(self) -> Result<f32> {
         let largest = self.high.max(-self.low);
         // Constant zeros: any scale represents them.
@@ -143,7 +145,7 @@ impl Range {
     /// Unsigned levels.
     ///
     /// # Errors
-    /// [`Error::Run`] for a range beyond FP16's scales.
+    /// [`Error::run`] for a range beyond FP16's scales.
     pub fn affine(self) -> Result<Affine> {
         Affine::covering(self.low, self.high)
     }
@@ -153,39 +155,38 @@ impl Range {
     }
 }
 
-/// SHA-256 of a model: its configuration but for the steps of a run, and names and values in FP32 of its weights.
+/// SHA-256 of a model: its configuration, and names and values in FP32 of its weights. The default number of steps of a run
+/// is not part of it, and labels for people are not, such as the names of classes.
 ///
 /// # Errors
 /// When a tensor cannot be read.
 pub fn fingerprint(config: &Config, weights: &Weights) -> Result<String> {
-    let mut config = config.clone();
-    config.generator.steps = 0;
-    let mut hash = Sha256::new();
-    hash.update(serde_json::to_vec(&config).map_err(|error| Error::run("configuration", error))?);
-    for (name, tensor) in weights.iter() {
-        hash.update(name);
-        let values = tensor.flatten_all()?.to_vec1::<f32>()?;
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        hash.update(bytes);
-    }
-    Ok(hexadecimal(&hash.finalize()))
+    fingerprint_with_labels(&config.without_labels(), weights)
 }
 
-/// Bytes in hexadecimal.
-pub(crate) fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+/// The fingerprint that versions before 0.2 wrote: the names of classes were part of it.
+fn fingerprint_with_labels(config: &Config, weights: &Weights) -> Result<String> {
+    let mut config = config.clone();
+    config.generator.steps = 0;
+    let mut hash = Hash::default();
+    hash.add(serde_json::to_vec(&config).or_run("configuration")?);
+    for (name, tensor) in weights.iter() {
+        hash.add(name);
+        hash.add_values(&tensor.flatten_all()?.to_vec1::<f32>()?);
+    }
+    Ok(hash.hex())
 }
 
 impl Table {
     /// Reads a table.
     ///
     /// # Errors
-    /// [`Error::Input`] for a file that is none, or holds a range or scale that is not possible.
+    /// [`Error::input`] for a file that is none, or holds a range or scale that is not possible.
     pub fn read(path: &Path) -> Result<Self> {
         let bad = |problem: String| Error::input(path.display(), problem);
         let text = files::read(path)?;
         let table: Self = serde_json::from_slice(&text).map_err(|error| {
-            bad(format!("is no calibration table (a file that eqim-export calibrate wrote): {error}"))
+            bad("is no calibration table (a file that eqim-export calibrate wrote)".into()).because(error)
         })?;
         if table.format != FORMAT {
             return Err(bad(format!("is of format {}, this program reads {FORMAT}", table.format)));
@@ -204,7 +205,7 @@ impl Table {
     /// Writes the table, replacing an older one.
     ///
     /// # Errors
-    /// [`Error::Run`] when it cannot be written.
+    /// [`Error::run`] when it cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         files::write_json(path, self)
     }
@@ -212,28 +213,28 @@ impl Table {
     /// Checks that the table, read from `path`, is of this model.
     ///
     /// # Errors
-    /// [`Error::Input`] when it is of another.
-    pub fn check_model(&self, path: &Path, fingerprint: &str) -> Result<()> {
-        if self.model == fingerprint {
+    /// [`Error::input`] when it is of another.
+    pub fn check_model(&self, path: &Path, config: &Config, weights: &Weights) -> Result<()> {
+        let found = fingerprint(config, weights)?;
+        if self.model == found || self.model == fingerprint_with_labels(config, weights)? {
             return Ok(());
         }
-        let short = |hash: &str| hash.chars().take(12).collect::<String>();
-        Err(Error::input(
-            path.display(),
-            format!(
-                "was calibrated on another model ({}…, this one is {}…), or on the same weights rounded: run eqim-export \
-                 calibrate on a bundle of this model in FP32",
-                short(&self.model),
-                short(fingerprint)
-            ),
-        ))
+        let problem = format!(
+            "was calibrated on another model ({}…, this one is {}…), or on the same weights rounded: run eqim-export \
+             calibrate on a bundle of this model in FP32",
+            short(&self.model),
+            short(&found)
+        );
+        Err(Error::input(path.display(), problem))
     }
 
     /// What was found at a scope.
     ///
     /// # Errors
-    /// [`Error::Input`] when nothing was.
+    /// [`Error::input`] when nothing was.
     pub fn entry(&self, scope: &str) -> Result<&Entry> {
-        self.scopes.get(scope).ok_or_else(|| Error::input("--calibration", format!("the table has no scope {scope}")))
+        self.scopes
+            .get(scope)
+            .ok_or_else(|| Error::setting("calibration", format!("is a table without the scope {scope}")))
     }
 }

@@ -4,9 +4,6 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
-use eqim::request::solver::Solver;
-
 /// A number of a range, for clap.
 ///
 /// # Errors
@@ -14,9 +11,4 @@ use eqim::request::solver::Solver;
 pub fn within<T: FromStr + PartialOrd + Display>(text: &str, range: RangeInclusive<T>) -> Result<T, String> {
     let value = text.parse().ok().filter(|value| range.contains(value));
     value.ok_or_else(|| format!("expected a number from {} to {}", range.start(), range.end()))
-}
-
-/// The names of solvers, for clap.
-pub fn solvers() -> impl TypedValueParser<Value = Solver> {
-    PossibleValuesParser::new(Solver::ALL.map(Solver::name)).try_map(|name| name.parse())
 }

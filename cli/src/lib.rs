@@ -8,7 +8,7 @@ use std::fmt::{self, Display};
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
-use eqim::{Error, Result};
+use eqim::{Error, Result, ResultExt};
 use indicatif::{ProgressBar, ProgressStyle};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
@@ -27,15 +27,26 @@ pub fn main(run: impl FnOnce() -> Result<()>) -> ExitCode {
     match start_logging().and_then(|()| run()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            note(format_args!("error: {error}"));
+            note(format_args!("error: {}", with_flag(&error)));
             ExitCode::from(error.exit_code())
         }
     }
 }
 
+/// The sentence of an error with the flag of the setting that it is about: settings are flags of the same name.
+fn with_flag(error: &Error) -> String {
+    let text = error.to_string();
+    let Some(field) = error.field() else { return text };
+    let flag = format!("--{}", field.replace('_', "-"));
+    match text.strip_prefix(field) {
+        Some(rest) => format!("{flag}{rest}"),
+        None => format!("{text} ({flag})"),
+    }
+}
+
 fn start_logging() -> Result<()> {
     let directives = std::env::var(LOG_VARIABLE).unwrap_or_else(|_| LOGGED.into());
-    let filter = EnvFilter::try_new(directives).map_err(|error| Error::input(LOG_VARIABLE, error))?;
+    let filter = EnvFilter::try_new(directives).or_input(LOG_VARIABLE)?;
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).event_format(Plain);
     subscriber.try_init().map_err(|error| Error::run("logging", error))
 }
@@ -65,7 +76,7 @@ where
 /// Writes lines to standard output. A reader that has gone away, as `head` does, is no error.
 ///
 /// # Errors
-/// [`Error::Run`] when they cannot be written.
+/// [`Error::run`] when they cannot be written.
 pub fn print(text: impl Display) -> Result<()> {
     let mut output = io::stdout().lock();
     match writeln!(output, "{text}").and_then(|()| output.flush()) {
@@ -149,5 +160,21 @@ impl Default for Spinner {
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_about_settings_name_their_flag() {
+        let error = Error::setting("cfg_schedule", "is cosine, expected linear or constant");
+        assert_eq!(with_flag(&error), "--cfg-schedule is cosine, expected linear or constant");
+        assert_eq!(
+            with_flag(&error.about("a.json")),
+            "a.json: cfg_schedule is cosine, expected linear or constant (--cfg-schedule)"
+        );
+        assert_eq!(with_flag(&Error::input("a.json", "is not a file")), "a.json: is not a file");
     }
 }

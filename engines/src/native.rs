@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use eqim::{Error, Result};
+
 /// Names the file of ONNX Runtime's library, as `ort` itself reads it.
 pub const ORT_VARIABLE: &str = "ORT_DYLIB_PATH";
 
@@ -15,40 +17,36 @@ const TENSORRT_INSTALLED: &str = ".native/tensorrt";
 /// in the repository that the program or the working directory belongs to.
 ///
 /// # Errors
-/// A sentence that says what to do.
-pub fn find_onnxruntime() -> Result<PathBuf, String> {
+/// [`Error::run`], which says what to do.
+pub fn find_onnxruntime() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(ORT_VARIABLE) {
         let path = PathBuf::from(path);
-        let missing = || {
-            let path = path.display();
-            format!(
-                "{ORT_VARIABLE} names {path}, which is no file: correct it, or unset it and run `cargo xtask setup`"
-            )
-        };
+        let problem = "is not a file: correct it, or unset it and run `cargo xtask setup`";
+        let missing = || Error::run(format!("{ORT_VARIABLE} names {}", path.display()), problem);
         return if path.is_file() { Ok(path) } else { Err(missing()) };
     }
     installed(|folder| library_in(&folder.join(INSTALLED))).ok_or_else(|| {
-        format!("ONNX Runtime was not found: run `cargo xtask setup`, or set {ORT_VARIABLE} to its shared library")
+        let problem = format!("was not found: run `cargo xtask setup`, or set {ORT_VARIABLE} to its shared library");
+        Error::run("ONNX Runtime", problem)
     })
 }
 
 /// The folder of TensorRT's libraries: the one that `EQIM_TENSORRT` names, or what `cargo xtask setup` installed.
 ///
 /// # Errors
-/// A sentence that says what to do.
-pub fn find_tensorrt() -> Result<PathBuf, String> {
+/// [`Error::run`], which says what to do.
+pub fn find_tensorrt() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(TENSORRT_VARIABLE) {
         let path = PathBuf::from(path);
-        let problem = format!(
-            "{TENSORRT_VARIABLE} names {}, which is no folder: correct it, or unset it and run `cargo xtask setup`",
-            path.display()
-        );
-        return path.is_dir().then_some(path).ok_or(problem);
+        let problem = "is not a folder: correct it, or unset it and run `cargo xtask setup`";
+        let missing = || Error::run(format!("{TENSORRT_VARIABLE} names {}", path.display()), problem);
+        return if path.is_dir() { Ok(path) } else { Err(missing()) };
     }
     installed(|folder| Some(folder.join(TENSORRT_INSTALLED)).filter(|folder| folder.is_dir())).ok_or_else(|| {
-        format!(
-            "TensorRT was not found: run `cargo xtask setup`, or set {TENSORRT_VARIABLE} to the folder of its libraries"
-        )
+        let problem = format!(
+            "was not found: run `cargo xtask setup`, or set {TENSORRT_VARIABLE} to the folder of its libraries"
+        );
+        Error::run("TensorRT", problem)
     })
 }
 

@@ -1,5 +1,7 @@
 //! From a bundle to an engine.
 
+use std::path::Path;
+
 use clap::ValueEnum;
 use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
@@ -39,12 +41,12 @@ pub struct Options {
 /// Prepares an engine for a bundle.
 ///
 /// # Errors
-/// [`Error::Input`] for weights that do not fit, or TensorRT engines that are missing or stale; [`Error::Run`] when
+/// [`Error::input`] for weights that do not fit, or TensorRT engines that are missing or stale; [`Error::run`] when
 /// what was asked for is not found.
 pub fn open(bundle: &Bundle, options: Options) -> Result<Box<dyn Engine>> {
     match options.backend {
         Backend::Trt => tensorrt(bundle, options.cuda_graph),
-        Backend::Ort => onnxruntime(bundle, options.threads)?.map_err(Error::Run),
+        Backend::Ort => onnxruntime(bundle, &native::find_onnxruntime()?, options.threads),
         Backend::Candle => candle(bundle, options.threads),
         Backend::Auto => match fitting_tensorrt(bundle) {
             Ok(Some(engine)) => Ok(engine),
@@ -60,15 +62,18 @@ pub fn open(bundle: &Bundle, options: Options) -> Result<Box<dyn Engine>> {
 /// TensorRT where a bundle has engines and a driver is here; why not where they were built for nothing.
 fn fitting_tensorrt(bundle: &Bundle) -> Result<Option<Box<dyn Engine>>> {
     let Some(set) = EngineSet::open(bundle)? else { return Ok(None) };
-    trt::ready().map_err(Error::Run)?;
+    trt::ready()?;
     trt::open(bundle, &set, false).map(Some)
 }
 
 fn on_cpu(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {
-    onnxruntime(bundle, threads)?.or_else(|problem| {
-        tracing::warn!("{problem}; running on Candle, which is slower");
-        candle(bundle, threads)
-    })
+    match native::find_onnxruntime() {
+        Ok(library) => onnxruntime(bundle, &library, threads),
+        Err(missing) => {
+            tracing::warn!("{missing}; running on Candle, which is slower");
+            candle(bundle, threads)
+        }
+    }
 }
 
 fn tensorrt(bundle: &Bundle, cuda_graph: bool) -> Result<Box<dyn Engine>> {
@@ -77,17 +82,13 @@ fn tensorrt(bundle: &Bundle, cuda_graph: bool) -> Result<Box<dyn Engine>> {
     trt::open(bundle, &set, cuda_graph)
 }
 
-/// ONNX Runtime, or why it is not found.
-fn onnxruntime(bundle: &Bundle, threads: Option<usize>) -> Result<Result<Box<dyn Engine>, String>> {
-    match native::find_onnxruntime() {
-        Ok(library) => Ok(Ok(Box::new(OrtEngine::new(bundle, &library, threads)?))),
-        Err(problem) => Ok(Err(problem)),
-    }
+fn onnxruntime(bundle: &Bundle, library: &Path, threads: Option<usize>) -> Result<Box<dyn Engine>> {
+    Ok(Box::new(OrtEngine::new(bundle, library, threads)?))
 }
 
 fn candle(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {
     if threads.is_some() {
-        tracing::warn!("--threads limits ONNX Runtime's threads; those of Candle are set by RAYON_NUM_THREADS");
+        tracing::warn!("a number of threads limits those of ONNX Runtime; RAYON_NUM_THREADS sets those of Candle");
     }
     if bundle.manifest.quantization.is_some() {
         let problem = "is in INT8, which Candle does not run: use ONNX Runtime, or the bundle it was made of";

@@ -9,15 +9,16 @@ use std::time::Duration;
 use candle_core::{Device as CandleDevice, Tensor};
 use eqim::bundle::{FileRecord, Precision};
 use eqim::checkpoint::{self, Hints, WeightSet};
+use eqim::close::{Tolerance, close};
 use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
-use eqim::generate::batch::{Image, generate_all};
+use eqim::generate::batch::{Sequence, generate_all};
 use eqim::generate::generate;
-use eqim::model::{Axis, Kind, Port, Stage};
+use eqim::model::{Sizes, Stage, ValueInfo, ValueKind};
 use eqim::ops::eager::Eager;
-use eqim::request::condition::{Label, Span};
+use eqim::request::condition::{ClassSchedule, ClassSpan};
 use eqim::request::solver::{Solver, Tableau};
-use eqim::request::{Noise, Request, Rollout, Schedule};
+use eqim::request::{GuidanceSchedule, Noise, PreparedRequest, Request};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use eqim_engines::trt::{
@@ -81,10 +82,10 @@ impl Mock {
         piece[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
-    fn tensor(&self, port: &Port, binding: &Binding) -> Result<Tensor> {
+    fn tensor(&self, port: &ValueInfo, binding: &Binding) -> Result<Tensor> {
         let shape: Vec<usize> = binding.shape.as_ref().expect("an input's shape").iter().map(|&n| n as usize).collect();
         let count: usize = shape.iter().product();
-        if port.kind == Kind::Integer {
+        if port.kind == ValueKind::Integer {
             let bytes = self.read(binding.address, 8 * count);
             let values: Vec<i64> = bytes.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect();
             return Ok(Tensor::from_vec(values, shape, &CandleDevice::Cpu)?);
@@ -173,19 +174,13 @@ impl Device for Mock {
 /// Engines for up to four images of up to 24 tokens and 8 steps.
 fn set(config: &Config) -> EngineSet {
     let engine = |stage: Stage| {
-        let profile = |port: &Port| {
-            let limits = |limit: &dyn Fn(&str) -> usize| -> Vec<i64> {
-                port.shape.iter().map(|axis: &Axis| axis.size(limit) as i64).collect()
-            };
-            let least = |name: &str| if name == "width" { 2 * config.tokenizer.token_width() } else { 1 };
-            let most = |name: &str| match (stage, name) {
-                (Stage::Prefill | Stage::Step, _) | (_, "rows") => 8,
-                (_, "batch") => 4,
-                (_, "width") => 24 * config.tokenizer.token_width(),
-                (_, "tokens") => 24,
-                _ => 8,
-            };
-            (port.name.clone(), Profile { min: limits(&least), opt: limits(&most), max: limits(&most) })
+        let profile = |info: &ValueInfo| {
+            let width = config.tokenizer.token_width();
+            let limits = |sizes: Sizes| info.shape(&sizes).into_iter().map(|size| size as i64).collect::<Vec<i64>>();
+            let least = limits(Sizes { width: 2 * width, ..Sizes::of_batch(1) });
+            let batch = if matches!(stage, Stage::Prefill | Stage::Step) { 8 } else { 4 };
+            let most = limits(Sizes { batch, rows: 8, evaluations: 8, tokens: 24, width: 24 * width });
+            (info.name.clone(), Profile { min: least, opt: most.clone(), max: most })
         };
         let record = EngineRecord {
             file: FileRecord { file: "none".into(), bytes: 0, sha256: String::new() },
@@ -232,26 +227,20 @@ fn both() -> Result<Both> {
     Ok(Both { mock, candle: CandleEngine::new(config, weights), counts, memory })
 }
 
-fn request(labels: &[Option<usize>], tokens: usize, cfg: f32) -> Request {
-    Request {
-        labels: labels.iter().map(|&class| class.into()).collect(),
-        tokens,
-        cfg,
-        schedule: Schedule::Linear,
-        solver: Solver::Euler,
-        steps: 4,
-        prefix: None,
-        noise: Noise::Seed(5),
-    }
+fn request(classes: &[Option<usize>], tokens: usize, cfg: f32) -> Request {
+    let (config, _) = fixture().expect("the fixture");
+    Request { cfg, steps: 4, noise: Noise::Seed(5), ..Request::new(&config, classes.iter().copied(), tokens) }
 }
-
-/// The same products of the same numbers: only the order of sums in batches may differ.
-const CLOSE: f32 = 1e-6;
 
 fn assert_close(found: &Array3<f32>, expected: &Array3<f32>) {
     assert_eq!(found.dim(), expected.dim());
-    let largest = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(largest <= CLOSE, "{largest}");
+    close(found, expected, Tolerance::SUMS).expect("the same tokens");
+}
+
+#[test]
+#[should_panic(expected = "the same tokens")]
+fn a_value_that_is_not_a_number_fails_a_comparison() {
+    assert_close(&Array3::from_elem((1, 2, 3), f32::NAN), &Array3::zeros((1, 2, 3)));
 }
 
 #[test]
@@ -282,10 +271,10 @@ fn rollouts_equal_those_of_candle() -> Result<()> {
 #[test]
 fn classes_change_and_fade_along_the_way() -> Result<()> {
     let Both { mock, candle, memory, .. } = both()?;
-    let span = |class, begin, end| Span { class, begin, end };
+    let span = |class, begin, end| ClassSpan { class, begin, end };
     let mut request = request(&[Some(0), Some(1), None], 9, 3.0);
-    request.labels[1] = Label::Spans(vec![span(Some(1), 0, Some(4)), span(Some(2), 4, None)]);
-    request.labels[2] = Label::Spans(vec![span(None, 0, Some(7)), span(Some(3), 2, None)]);
+    request.classes[1] = ClassSchedule::Spans(vec![span(Some(1), 0, Some(4)), span(Some(2), 4, None)]);
+    request.classes[2] = ClassSchedule::Spans(vec![span(None, 0, Some(7)), span(Some(3), 2, None)]);
     let found = generate(&mock, &request, |_| {})?;
     assert_close(&found.tokens, &generate(&candle, &request, |_| {})?.tokens);
     assert!(memory.borrow().is_empty(), "memory is held after the rollout");
@@ -325,8 +314,7 @@ fn the_token_by_token_interface_gives_the_same() -> Result<()> {
     }
     let latents = Array3::from_shape_fn((2, 5, generator.embed), |(b, n, e)| (b + n) as f32 * 0.1 - e as f32 * 0.05);
     let image = mock.decode(latents.view())?;
-    let difference = (&image - &candle.decode(latents.view())?).mapv(f32::abs);
-    assert!(difference.iter().all(|&difference| difference <= CLOSE));
+    close(&image, &candle.decode(latents.view())?, Tolerance::SUMS).expect("the same image");
     assert_close(&mock.encode(image.view())?, &candle.encode(image.view())?);
     Ok(())
 }
@@ -336,10 +324,10 @@ fn rows_begin_and_end_at_any_time() -> Result<()> {
     let Both { mock, candle, .. } = both()?;
     let requests = [(Some(0), 9), (Some(1), 3), (None, 5), (Some(1), 7)]
         .map(|(label, tokens)| Request { noise: Noise::Seed(tokens as u64), ..request(&[label], tokens, 3.0) });
-    let rollouts = requests.each_ref().map(|request| Rollout::new(candle.config(), request));
+    let rollouts = requests.each_ref().map(|request| PreparedRequest::new(candle.config(), request));
     let rollouts = rollouts.into_iter().collect::<Result<Vec<_>>>()?;
     let mut finished = 0;
-    let images = rollouts.iter().flat_map(Image::all).enumerate().map(Ok);
+    let images = rollouts.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
     generate_all(&mock, rollouts[0].sampling.clone(), images, 2, |(number, tokens)| {
         let expected = generate(&candle, &requests[number], |_| {})?.tokens;
         assert_close(&tokens?.insert_axis(ArrayAxis(0)), &expected);
@@ -421,10 +409,10 @@ fn shapes_beyond_the_profile_are_refused_before_anything_runs() -> Result<()> {
             assert!(error.to_string().contains(word), "{error}");
         }
     };
-    refused(&request(&[Some(0); 5], 4, 3.0), &["of prefill takes labels from [1] to [8]", "[10]", "--max-batch"]);
-    refused(&Request { steps: 9, ..request(&[Some(0)], 4, 3.0) }, &["times", "[9]", "--maxShapes"]);
+    refused(&request(&[Some(0); 5], 4, 3.0), &["of prefill takes labels from [1] to [8]", "[10]", "max_batch"]);
+    refused(&Request { steps: 9, ..request(&[Some(0)], 4, 3.0) }, &["times", "[9]", "largest shapes"]);
     let latents = Array3::zeros((1, 25, mock.config().generator.embed));
-    assert!(mock.decode(latents.view()).unwrap_err().to_string().contains("--max-tokens"));
+    assert!(mock.decode(latents.view()).unwrap_err().to_string().contains("max_tokens"));
     assert!(counts.runs.borrow().is_empty());
     assert_eq!(counts.uploads.get(), 0);
     Ok(())

@@ -9,6 +9,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use eqim::Result;
 use eqim::bundle::{Bundle, Precision};
+use eqim::close::{self, Measure};
 use eqim::engine::Engine;
 use eqim::engine::candle::tableau_tensors;
 use eqim::engine::candle::{CandleEngine, to_tensor};
@@ -17,7 +18,7 @@ use eqim::model::{flow, tokenizer, transformer};
 use eqim::picture::quality::psnr;
 use eqim::picture::to_byte;
 use eqim::request::solver::{Solver, Tableau};
-use eqim::request::{Generated, Noise, Request, Schedule};
+use eqim::request::{Generated, GuidanceSchedule, Noise, Request};
 use eqim_calibration::Ranges;
 use eqim_engines::onnxruntime::OrtEngine;
 use ndarray::{Array3, Array4, ArrayView3, Axis, concatenate, s};
@@ -40,7 +41,7 @@ pub struct Drift {
     /// Seed of the noise.
     pub seed: u64,
     /// One of each length.
-    pub rollouts: Vec<Rollout>,
+    pub rollouts: Vec<RolloutDrift>,
     /// The scope of the longest rollout's largest activation in FP32, and that, where the precision limits it.
     pub largest_activation: Option<(String, f32)>,
 }
@@ -48,7 +49,7 @@ pub struct Drift {
 /// One length.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Rollout {
+pub struct RolloutDrift {
     /// Length.
     pub tokens: usize,
     /// The first token with a value that is not finite. Nothing is compared then, and the rest is `null`.
@@ -91,7 +92,7 @@ const MOST_STEPS: usize = 8;
 /// line for every length (in tokens) to `progress`.
 ///
 /// # Errors
-/// [`eqim::Error::Input`] for lengths below 2, or none; when an engine fails, or a token of the reference is not finite.
+/// [`eqim::Error::input`] for lengths below 2, or none; when an engine fails, or a token of the reference is not finite.
 /// Drift and overflow of the bundle are no errors but stand in the report.
 pub fn measure(
     bundle: &Bundle,
@@ -103,14 +104,11 @@ pub fn measure(
 ) -> Result<Drift> {
     let steps = reference.config().generator.steps.min(MOST_STEPS);
     let request = |tokens| Request {
-        labels: vec![Some(0).into()],
-        tokens,
         cfg: CFG,
-        schedule: Schedule::Constant,
-        solver: Solver::Euler,
+        cfg_schedule: GuidanceSchedule::Constant,
         steps,
-        prefix: None,
         noise: Noise::Seed(SEED),
+        ..Request::new(reference.config(), [Some(0)], tokens)
     };
     lengths.iter().try_for_each(|&length| request(length).check(reference.config()))?;
     let longest = lengths.iter().copied().max().unwrap_or_default();
@@ -180,23 +178,23 @@ fn compare(
     found: ArrayView3<f32>,
     expected: ArrayView3<f32>,
     atol: f32,
-) -> Result<Rollout> {
+) -> Result<RolloutDrift> {
     let (finite, tokens) = (found.dim().1, expected.dim().1);
     if finite < tokens {
         let first_not_finite = Some(finite);
-        return Ok(Rollout { tokens, first_not_finite, largest: None, mean: None, image: None, passed: false });
+        return Ok(RolloutDrift { tokens, first_not_finite, largest: None, mean: None, image: None, passed: false });
     }
     let found = found.slice_move(s![.., ..tokens, ..]);
     let relative = |(found, expected): (&f32, &f32)| (found - expected).abs() / expected.abs().max(1.0);
     let differences: Vec<f32> = found.iter().zip(&expected).map(relative).collect();
-    let largest = differences.iter().copied().fold(0.0, f32::max);
+    let largest = close::difference(&found, &expected, Measure::Scaled);
     let mean = differences.iter().sum::<f32>() / differences.len() as f32;
 
     let norm = reference.config().generator.vae_norm as f32;
     let image = image_drift(&engine.decode((&found / norm).view())?, &reference.decode((&expected / norm).view())?);
     let alike = image.as_ref().is_some_and(|image| image.psnr.is_none_or(|psnr| psnr >= LEAST_PSNR));
     let passed = largest <= atol && alike;
-    Ok(Rollout { tokens, first_not_finite: None, largest: Some(largest), mean: Some(mean), image, passed })
+    Ok(RolloutDrift { tokens, first_not_finite: None, largest: Some(largest), mean: Some(mean), image, passed })
 }
 
 /// Compares images `[1, 3, height, width]` as they would be written; `None` when a value of either is not finite.
@@ -231,7 +229,7 @@ impl Drift {
     }
 }
 
-impl Rollout {
+impl RolloutDrift {
     /// The line that says it, as optimum does.
     fn line(&self, atol: f32) -> String {
         let mark = if self.passed { '✓' } else { 'x' };

@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
 
 use eqim::bundle::{Bundle, Manifest};
-use eqim::model::{Axis, Port, Stage};
+use eqim::model::{Dimension, Stage, ValueInfo, ValueKind, report_group};
 use eqim::ops::cost::Row;
-use eqim::{Error, Result, files};
+use eqim::{Error, Result, ResultExt, files};
 use eqim_engines::trt::{self, EngineSet, FOLDER, Target};
 use prost::Message;
 use serde::Serialize;
@@ -24,7 +24,7 @@ pub struct Inspection {
     /// Euler steps that the sampler is counted for.
     pub steps: usize,
     /// Graphs in the order of a run.
-    pub stages: Vec<StageReport>,
+    pub stages: Vec<StageInspection>,
     /// TensorRT engines, when there are any.
     pub engines: Option<EngineSet>,
     /// What TensorRT's engine inspector tells of them, by stage; empty where no GPU can load them.
@@ -33,7 +33,7 @@ pub struct Inspection {
 
 /// One graph.
 #[derive(Debug, Serialize)]
-pub struct StageReport {
+pub struct StageInspection {
     /// Its name.
     pub name: &'static str,
     /// Number of nodes of every operator, loop bodies included.
@@ -53,7 +53,7 @@ pub struct StageReport {
 /// Reads a bundle, verifying every file, and counts its stages.
 ///
 /// # Errors
-/// [`Error::Input`] for a file that is not what was exported.
+/// [`Error::input`] for a file that is not what was exported.
 pub fn inspect(bundle: &Bundle, tokens: usize, steps: usize) -> Result<Inspection> {
     bundle.manifest.weights.verify(&bundle.folder)?;
     let stages = Stage::ALL.iter().map(|&stage| report(bundle, stage, tokens, steps)).collect::<Result<_>>()?;
@@ -79,10 +79,10 @@ fn fused(bundle: &Bundle, set: &EngineSet) -> Result<BTreeMap<&'static str, Valu
     Stage::ALL.into_iter().map(layers).collect()
 }
 
-fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<StageReport> {
+fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<StageInspection> {
     let path = bundle.graph_path(stage)?;
     let bytes = files::read(&path)?;
-    let model = onnx::Model::decode(&bytes[..]).map_err(|error| Error::input(path.display(), error))?;
+    let model = onnx::ModelProto::decode(&bytes[..]).or_input(path.display())?;
     let graph = model.graph.unwrap_or_default();
     let mut operators = BTreeMap::new();
     count_operators(&graph, &mut operators);
@@ -91,10 +91,10 @@ fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<
     let cost = stage.cost(&bundle.manifest.model, 1, tokens, steps)?;
     let mut scopes: BTreeMap<String, Row> = BTreeMap::new();
     for (scope, row) in cost.rows() {
-        *scopes.entry(top_level(scope)).or_default() += *row;
+        *scopes.entry(report_group(scope)).or_default() += *row;
     }
     let total = cost.total();
-    Ok(StageReport {
+    Ok(StageInspection {
         name: stage.name(),
         operators,
         file_bytes: bytes.len() as u64,
@@ -106,33 +106,21 @@ fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<
 }
 
 /// Name and length of a weight in the bundle's file of weights.
-fn stored_bytes(tensor: &onnx::Tensor) -> Option<(&str, u64)> {
+fn stored_bytes(tensor: &onnx::TensorProto) -> Option<(&str, u64)> {
     let length = tensor.external_data.iter().find(|entry| entry.key.as_deref() == Some("length"))?;
     Some((tensor.name.as_deref()?, length.value.as_ref()?.parse().ok()?))
 }
 
 /// Bytes of the weights that a graph's nodes use, once each, and again for each of the `turns` of a loop inside.
-fn bytes_read(graph: &onnx::Graph, sizes: &HashMap<&str, u64>, turns: u64) -> u64 {
+fn bytes_read(graph: &onnx::GraphProto, sizes: &HashMap<&str, u64>, turns: u64) -> u64 {
     let used: HashSet<&str> = graph.node.iter().flat_map(|node| &node.input).map(String::as_str).collect();
     let own: u64 = used.iter().filter_map(|name| sizes.get(name)).sum();
     let bodies = graph.node.iter().flat_map(|node| node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()));
     own + bodies.map(|body| turns * bytes_read(body, sizes, turns)).sum::<u64>()
 }
 
-/// `encoder_blocks.3.attn.qkv` is counted under `encoder_blocks`, `decoder.up.2.block.0` under `decoder.up.2`.
-fn top_level(scope: &str) -> String {
-    let parts: Vec<&str> = scope.split('.').collect();
-    let length = match parts[..] {
-        ["encoder" | "decoder", "down" | "up", ..] => 3,
-        ["diffloss", ..] => 3,
-        ["encoder" | "decoder", ..] => 2,
-        _ => 1,
-    };
-    parts[..length.min(parts.len())].join(".")
-}
-
 /// Counts nodes by operator, those of loop bodies included.
-pub(crate) fn count_operators(graph: &onnx::Graph, operators: &mut BTreeMap<String, usize>) {
+pub(crate) fn count_operators(graph: &onnx::GraphProto, operators: &mut BTreeMap<String, usize>) {
     for node in &graph.node {
         *operators.entry(node.op_type.clone().unwrap_or_default()).or_default() += 1;
         for body in node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()) {
@@ -141,23 +129,23 @@ pub(crate) fn count_operators(graph: &onnx::Graph, operators: &mut BTreeMap<Stri
     }
 }
 
-fn show_ports(ports: &[Port]) -> String {
-    let caches = |port: &&Port| port.name.contains('.');
-    let shape = |port: &Port| {
-        let axes = port.shape.iter().map(|axis| match axis {
-            Axis::Is(size) => size.to_string(),
-            Axis::Any(name) => name.clone(),
+fn show_ports(infos: &[ValueInfo]) -> String {
+    let caches = |info: &&ValueInfo| info.kind == ValueKind::Cache;
+    let shape = |info: &ValueInfo| {
+        let axes = info.shape.iter().map(|axis| match axis {
+            Dimension::Fixed(size) => size.to_string(),
+            Dimension::Symbolic(symbol) => symbol.name().to_string(),
         });
         axes.collect::<Vec<_>>().join(",")
     };
     let mut shown: Vec<String> =
-        ports.iter().filter(|port| !caches(port)).map(|port| format!("{} [{}]", port.name, shape(port))).collect();
-    let mut groups: BTreeMap<&str, Vec<&Port>> = BTreeMap::new();
-    for port in ports.iter().filter(caches) {
-        groups.entry(port.name.split('.').next().unwrap_or_default()).or_default().push(port);
+        infos.iter().filter(|info| !caches(info)).map(|info| format!("{} [{}]", info.name, shape(info))).collect();
+    let mut groups: BTreeMap<&str, Vec<&ValueInfo>> = BTreeMap::new();
+    for info in infos.iter().filter(caches) {
+        groups.entry(info.name.split('.').next().unwrap_or_default()).or_default().push(info);
     }
-    for (group, ports) in groups {
-        shown.push(format!("{group}.0..{}.key/value [{}]", ports.len() / 2 - 1, shape(ports[0])));
+    for (group, infos) in groups {
+        shown.push(format!("{group}.0..{}.key/value [{}]", infos.len() / 2 - 1, shape(infos[0])));
     }
     shown.join(", ")
 }
@@ -187,7 +175,7 @@ impl Inspection {
         if let Some(quantization) = &manifest.quantization {
             line(format!(
                 "INT8 for {}: {} products of {}",
-                quantization.flavour,
+                quantization.target,
                 quantization.scopes.len(),
                 quantization.stages.join(", ")
             ));

@@ -4,21 +4,22 @@
 //! norms and softmax in FP32, and where two precisions meet the result is FP32, so that the transformer's residual
 //! stream and the ODE's state never lose bits. A policy puts products into INT8: see `int8.rs`.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use eqim::bundle::{Precision, WEIGHTS_FILE};
 use eqim::checkpoint::tensors::TensorFile;
-use eqim::model::{Axis, Kind, Port, Stage};
-use eqim::ops::{Binary, Dim, Ops, Turn, Unary, scoped};
+use eqim::model::{Dimension, Stage, ValueInfo, ValueKind};
+use eqim::ops::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, scoped, shuffle_by_transpose};
 use eqim::{Config, Error, Result};
 use eqim_calibration::{Policy, Quantize};
 
 mod int8;
 
-use int8::is_integer;
 pub use int8::{bias_name, scale_name, weight_name};
 
-use crate::onnx::{self, Attribute, DataType, Dimension, Graph, Model, Node, OperatorSet};
+use crate::onnx::{
+    self, AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, tensor_shape_proto,
+};
 
 /// Oldest operator set that the lowering can use: it has `LayerNormalization`.
 pub const OLDEST_OPSET: i64 = 17;
@@ -48,7 +49,7 @@ pub type Places = HashMap<String, Place>;
 /// Places of all weights of a `.safetensors`.
 ///
 /// # Errors
-/// [`Error::Input`] for a tensor of a type that graphs have no use for.
+/// [`Error::input`] for a tensor of a type that graphs have no use for.
 pub fn places(file: &TensorFile) -> Result<Places> {
     let place = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
         let data_type = match info.dtype {
@@ -74,7 +75,7 @@ pub struct Lower<'a> {
     compute: DataType,
     scope: Vec<String>,
     /// The graph, and inside it the loop bodies that are open.
-    graphs: Vec<Graph>,
+    graphs: Vec<GraphProto>,
     /// How often a name was wanted, to keep names unique.
     wanted: HashMap<String, usize>,
     /// Initializers that exist: weights by name, constants by type, shape and bytes.
@@ -88,7 +89,7 @@ pub struct Lower<'a> {
 ///
 /// # Errors
 /// When a weight is missing.
-pub fn lower(config: &Config, stage: Stage, weights: &Places, options: Options) -> Result<Model> {
+pub fn lower(config: &Config, stage: Stage, weights: &Places, options: Options) -> Result<ModelProto> {
     let mut lower = Lower::new(weights, options.precision, options.opset);
     let inputs: Vec<Value> = stage.inputs(config).iter().map(|port| lower.input(port)).collect();
     let (lower, outputs) = match options.policy {
@@ -129,7 +130,7 @@ impl<'a> Lower<'a> {
             opset,
             compute,
             scope: vec![],
-            graphs: vec![Graph::default()],
+            graphs: vec![GraphProto::default()],
             wanted: HashMap::new(),
             parameters: HashMap::new(),
             constants: HashMap::new(),
@@ -137,16 +138,16 @@ impl<'a> Lower<'a> {
         }
     }
 
-    fn data_type(&self, kind: Kind) -> DataType {
+    fn data_type(&self, kind: ValueKind) -> DataType {
         match kind {
-            Kind::Integer => DataType::Int64,
-            Kind::Float => DataType::Float,
-            Kind::Cache => self.compute,
+            ValueKind::Integer => DataType::Int64,
+            ValueKind::Float => DataType::Float,
+            ValueKind::Cache => self.compute,
         }
     }
 
     /// Declares an input.
-    pub fn input(&mut self, port: &Port) -> Value {
+    pub fn input(&mut self, port: &ValueInfo) -> Value {
         let value = Value { name: port.name.clone(), data_type: self.data_type(port.kind) };
         self.wanted.insert(port.name.clone(), 1);
         self.graphs[0].input.push(onnx::value_info(&value.name, value.data_type, Some(dimensions(port))));
@@ -154,7 +155,7 @@ impl<'a> Lower<'a> {
     }
 
     /// Closes the graph, whose `outputs` get the names and types of `ports`.
-    pub fn finish(mut self, name: &str, outputs: &[Value], ports: &[Port]) -> Model {
+    pub fn finish(mut self, name: &str, outputs: &[Value], ports: &[ValueInfo]) -> ModelProto {
         let mut renamed = HashMap::new();
         for (output, port) in outputs.iter().zip(ports) {
             let data_type = self.data_type(port.kind);
@@ -169,11 +170,7 @@ impl<'a> Lower<'a> {
         let mut graph = self.graphs.remove(0);
         graph.name = Some(name.into());
         rename(&mut graph, &renamed);
-        // A weight that is used in 8 bits only was asked for as well.
-        let mut used = HashSet::new();
-        collect_inputs(&graph, &mut used);
-        graph.initializer.retain(|tensor| tensor.name.as_ref().is_some_and(|name| used.contains(name)));
-        Model {
+        ModelProto {
             ir_version: Some(match self.opset {
                 ..19 => 8,
                 19..21 => 9,
@@ -182,11 +179,11 @@ impl<'a> Lower<'a> {
             producer_name: Some("eqim".into()),
             producer_version: Some(env!("CARGO_PKG_VERSION").into()),
             graph: Some(graph),
-            opset_import: vec![OperatorSet { domain: None, version: Some(self.opset) }],
+            opset_import: vec![OperatorSetIdProto { domain: None, version: Some(self.opset) }],
         }
     }
 
-    fn graph(&mut self) -> &mut Graph {
+    fn graph(&mut self) -> &mut GraphProto {
         let last = self.graphs.len() - 1;
         &mut self.graphs[last]
     }
@@ -198,7 +195,7 @@ impl<'a> Lower<'a> {
     }
 
     /// Appends a node of one output to the innermost graph.
-    fn node(&mut self, op: &str, inputs: &[&Value], attributes: Vec<Attribute>, data_type: DataType) -> Value {
+    fn node(&mut self, op: &str, inputs: &[&Value], attributes: Vec<AttributeProto>, data_type: DataType) -> Value {
         let [value] = self.node_of(op, inputs, attributes, [("output", data_type)]);
         value
     }
@@ -208,12 +205,12 @@ impl<'a> Lower<'a> {
         &mut self,
         op: &str,
         inputs: &[&Value],
-        attributes: Vec<Attribute>,
+        attributes: Vec<AttributeProto>,
         outputs: [(&str, DataType); N],
     ) -> [Value; N] {
         let name = self.unique(scoped(&self.scope, op));
         let values = outputs.map(|(output, data_type)| Value { name: format!("{name}_{output}"), data_type });
-        let node = Node {
+        let node = NodeProto {
             input: inputs.iter().map(|input| input.name.clone()).collect(),
             output: values.iter().map(|value| value.name.clone()).collect(),
             name: Some(name),
@@ -261,18 +258,23 @@ impl<'a> Lower<'a> {
         if x.data_type == data_type {
             return x.clone();
         }
-        self.node("Cast", &[x], vec![Attribute::int("to", data_type as i64)], data_type)
+        self.node("Cast", &[x], vec![AttributeProto::int("to", data_type as i64)], data_type)
     }
 
     /// Casts for a matrix product or convolution.
-    fn computed(&mut self, op: &str, inputs: &[&Value], attributes: Vec<Attribute>) -> Value {
+    fn computed(&mut self, op: &str, inputs: &[&Value], attributes: Vec<AttributeProto>) -> Value {
         let compute = self.compute;
         let inputs: Vec<Value> = inputs.iter().map(|input| self.cast(input, compute)).collect();
         self.node(op, &inputs.iter().collect::<Vec<_>>(), attributes, compute)
     }
 
+    /// `x [rows, input] · weightᵀ + bias`.
+    fn gemm_node(&mut self, x: &Value, weight: &Value, bias: &Value) -> Value {
+        self.computed("Gemm", &[x, weight, bias], vec![AttributeProto::int("transB", 1)])
+    }
+
     /// Casts for a norm or softmax.
-    fn precise(&mut self, op: &str, inputs: &[&Value], attributes: Vec<Attribute>) -> Value {
+    fn precise(&mut self, op: &str, inputs: &[&Value], attributes: Vec<AttributeProto>) -> Value {
         let inputs: Vec<Value> = inputs.iter().map(|input| self.cast(input, DataType::Float)).collect();
         self.node(op, &inputs.iter().collect::<Vec<_>>(), attributes, DataType::Float)
     }
@@ -283,8 +285,9 @@ impl<'a> Lower<'a> {
         if let Some(value) = self.sizes.iter().find_map(|sizes| sizes.get(&key)) {
             return value.clone();
         }
-        let attributes = axis
-            .map_or(vec![], |axis| vec![Attribute::int("start", axis as i64), Attribute::int("end", axis as i64 + 1)]);
+        let attributes = axis.map_or(vec![], |axis| {
+            vec![AttributeProto::int("start", axis as i64), AttributeProto::int("end", axis as i64 + 1)]
+        });
         let value = self.node("Shape", &[x], attributes, DataType::Int64);
         if let Some(innermost) = self.sizes.last_mut() {
             innermost.insert(key, value.clone());
@@ -312,7 +315,7 @@ impl<'a> Lower<'a> {
                 (_, size) => self.integers(&[1], &[size.unwrap_or(-1)]),
             })
             .collect();
-        self.node("Concat", &parts.iter().collect::<Vec<_>>(), vec![Attribute::int("axis", 0)], DataType::Int64)
+        self.node("Concat", &parts.iter().collect::<Vec<_>>(), vec![AttributeProto::int("axis", 0)], DataType::Int64)
     }
 }
 
@@ -322,27 +325,21 @@ pub struct Written {
     steps: Value,
     state: Value,
     condition: String,
-    body: Option<Graph>,
+    body: Option<GraphProto>,
 }
 
-fn dimensions(port: &Port) -> Vec<Dimension> {
-    let dimension = |axis: &Axis| match axis {
-        Axis::Is(size) => Dimension { dim_value: Some(*size as i64), dim_param: None },
-        Axis::Any(name) => Dimension { dim_value: None, dim_param: Some(name.clone()) },
+fn dimensions(port: &ValueInfo) -> Vec<tensor_shape_proto::Dimension> {
+    let dimension = |axis: &Dimension| match axis {
+        Dimension::Fixed(size) => tensor_shape_proto::Dimension { dim_value: Some(*size as i64), dim_param: None },
+        Dimension::Symbolic(symbol) => {
+            tensor_shape_proto::Dimension { dim_value: None, dim_param: Some(symbol.name().into()) }
+        }
     };
     port.shape.iter().map(dimension).collect()
 }
 
-/// Names of all values that nodes use, those of loop bodies included.
-fn collect_inputs(graph: &Graph, used: &mut HashSet<String>) {
-    for node in &graph.node {
-        used.extend(node.input.iter().cloned());
-        node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()).for_each(|body| collect_inputs(body, used));
-    }
-}
-
 /// Renames values, also where loop bodies use them.
-fn rename(graph: &mut Graph, names: &HashMap<String, String>) {
+fn rename(graph: &mut GraphProto, names: &HashMap<String, String>) {
     for node in &mut graph.node {
         for name in node.input.iter_mut().chain(&mut node.output) {
             if let Some(new) = names.get(name) {
@@ -367,10 +364,6 @@ impl Ops for Lower<'_> {
 
     fn param(&mut self, name: &str, shape: &[usize]) -> Result<Value> {
         let name = scoped(&self.scope, name);
-        if !self.weights.contains_key(&name) && is_integer(self.weights, &name) {
-            // Only the operators of 8 bits will use it, under their own names.
-            return Ok(Value { name, data_type: self.compute });
-        }
         let value = self.stored(&name)?;
         if self.weights.get(&name).is_none_or(|place| place.shape != shape) {
             return Err(Error::input(WEIGHTS_FILE, format!("has no tensor {name} {shape:?}")));
@@ -393,7 +386,7 @@ impl Ops for Lower<'_> {
     }
 
     fn permute(&mut self, x: &Value, axes: &[usize]) -> Result<Value> {
-        let perm = Attribute::ints("perm", axes.iter().map(|&axis| axis as i64));
+        let perm = AttributeProto::ints("perm", axes.iter().map(|&axis| axis as i64));
         Ok(self.node("Transpose", &[x], vec![perm], x.data_type))
     }
 
@@ -407,12 +400,12 @@ impl Ops for Lower<'_> {
         // Only caches meet values of another precision here, and they are kept in the bundle's.
         let data_type = if same { xs[0].data_type } else { self.compute };
         let xs: Vec<Value> = xs.iter().map(|x| self.cast(x, data_type)).collect();
-        let axis = vec![Attribute::int("axis", axis as i64)];
+        let axis = vec![AttributeProto::int("axis", axis as i64)];
         Ok(self.node("Concat", &xs.iter().collect::<Vec<_>>(), axis, data_type))
     }
 
     fn gather(&mut self, table: &Value, indices: &Value) -> Result<Value> {
-        Ok(self.node("Gather", &[table, indices], vec![Attribute::int("axis", 0)], table.data_type))
+        Ok(self.node("Gather", &[table, indices], vec![AttributeProto::int("axis", 0)], table.data_type))
     }
 
     fn unary(&mut self, op: Unary, x: &Value) -> Result<Value> {
@@ -459,28 +452,35 @@ impl Ops for Lower<'_> {
 
     fn mean(&mut self, x: &Value, axes: &[usize]) -> Result<Value> {
         let axes: Vec<i64> = axes.iter().map(|&axis| axis as i64).collect();
-        let keep = Attribute::int("keepdims", 0);
+        let keep = AttributeProto::int("keepdims", 0);
         if self.opset < 18 {
-            return Ok(self.node("ReduceMean", &[x], vec![keep, Attribute::ints("axes", axes)], x.data_type));
+            return Ok(self.node("ReduceMean", &[x], vec![keep, AttributeProto::ints("axes", axes)], x.data_type));
         }
         let axes = self.integers(&[axes.len()], &axes);
         Ok(self.node("ReduceMean", &[x, &axes], vec![keep], x.data_type))
     }
 
     fn softmax(&mut self, x: &Value) -> Result<Value> {
-        Ok(self.precise("Softmax", &[x], vec![Attribute::int("axis", -1)]))
+        Ok(self.precise("Softmax", &[x], vec![AttributeProto::int("axis", -1)]))
     }
 
     fn matmul(&mut self, a: &Value, b: &Value) -> Result<Value> {
         Ok(self.computed("MatMul", &[a, b], vec![]))
     }
 
-    fn gemm(&mut self, x: &Value, weight: &Value, bias: &Value) -> Result<Value> {
-        Ok(self.computed("Gemm", &[x, weight, bias], vec![Attribute::int("transB", 1)]))
+    fn gemm(&mut self, x: &Value, input: usize, output: usize) -> Result<Value> {
+        let (weight, bias) = (self.param("weight", &[output, input])?, self.param("bias", &[output])?);
+        Ok(self.gemm_node(x, &weight, &bias))
     }
 
-    fn layer_norm(&mut self, x: &Value, affine: Option<(&Value, &Value)>, width: usize, eps: f32) -> Result<Value> {
-        let attributes = vec![Attribute::int("axis", -1), Attribute::float("epsilon", eps)];
+    fn layer_normalization(
+        &mut self,
+        x: &Value,
+        affine: Option<(&Value, &Value)>,
+        width: usize,
+        eps: f32,
+    ) -> Result<Value> {
+        let attributes = vec![AttributeProto::int("axis", -1), AttributeProto::float("epsilon", eps)];
         let Some((weight, bias)) = affine else {
             let ones = self.floats(&[width], &vec![1.0; width]);
             return Ok(self.precise("LayerNormalization", &[x, &ones], attributes));
@@ -489,13 +489,19 @@ impl Ops for Lower<'_> {
     }
 
     // GroupNormalization with a scale for each channel exists from opset 21 on only.
-    fn group_norm(&mut self, x: &Value, (weight, bias): (&Value, &Value), groups: usize, eps: f32) -> Result<Value> {
+    fn group_normalization(
+        &mut self,
+        x: &Value,
+        (weight, bias): (&Value, &Value),
+        groups: usize,
+        eps: f32,
+    ) -> Result<Value> {
         let x = &self.cast(x, DataType::Float);
         let shape = self.size(x, None);
         let grouped = self.integers(&[3], &[0, groups as i64, -1]);
         let grouped = self.node("Reshape", &[x, &grouped], vec![], DataType::Float);
         let [ones, zeros] = [1.0, 0.0].map(|value| self.floats(&[groups], &vec![value; groups]));
-        let epsilon = vec![Attribute::float("epsilon", eps)];
+        let epsilon = vec![AttributeProto::float("epsilon", eps)];
         let normed = self.node("InstanceNormalization", &[&grouped, &ones, &zeros], epsilon, DataType::Float);
         let normed = self.node("Reshape", &[&normed, &shape], vec![], DataType::Float);
         let channels = self.integers(&[3], &[-1, 1, 1]);
@@ -505,28 +511,31 @@ impl Ops for Lower<'_> {
         Ok(self.precise("Add", &[&scaled, &bias], vec![]))
     }
 
-    fn conv(&mut self, x: &Value, weight: &Value, bias: &Value, _spatial: usize) -> Result<Value> {
-        Ok(self.computed("Conv", &[x, weight, bias], vec![]))
+    fn conv(&mut self, x: &Value, conv: Conv) -> Result<Value> {
+        let (weight, bias) = (self.param("weight", &conv.weight_shape())?, self.param("bias", &[conv.output])?);
+        let x = if conv.reflect { self.pad_reflect(x, conv.spatial)? } else { x.clone() };
+        Ok(self.computed("Conv", &[&x, &weight, &bias], vec![]))
     }
 
     fn pad_reflect(&mut self, x: &Value, spatial: usize) -> Result<Value> {
         let side = [vec![0; 2], vec![1; spatial]].concat();
         let pads = self.integers(&[2 * side.len()], &[side.clone(), side].concat());
-        Ok(self.node("Pad", &[x, &pads], vec![Attribute::text("mode", "reflect")], x.data_type))
+        Ok(self.node("Pad", &[x, &pads], vec![AttributeProto::text("mode", "reflect")], x.data_type))
     }
 
     fn pixel_shuffle(&mut self, x: &Value, channels: usize, rows: usize, (fy, fx): (usize, usize)) -> Result<Value> {
         if fy == fx {
-            let attributes = vec![Attribute::int("blocksize", fy as i64), Attribute::text("mode", "CRD")];
+            let attributes = vec![AttributeProto::int("blocksize", fy as i64), AttributeProto::text("mode", "CRD")];
             return Ok(self.node("DepthToSpace", &[x], attributes, x.data_type));
         }
-        let shape = [Dim::Of(x, 0), Dim::Is(channels), Dim::Is(fy), Dim::Is(fx), Dim::Is(rows), Dim::Rest];
-        let x = &self.reshape(x, &shape)?;
-        let x = &self.permute(x, &[0, 1, 4, 2, 5, 3])?;
-        self.reshape(x, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(rows * fy), Dim::Rest])
+        shuffle_by_transpose(self, x, channels, rows, (fy, fx))
     }
 
-    fn open_loop(&mut self, sequences: &[&Value], state: &Value) -> Result<Written> {
+    fn dropout(&mut self, x: Value, _what: Dropped) -> Result<Value> {
+        Ok(x)
+    }
+
+    fn begin_loop(&mut self, sequences: &[&Value], state: &Value) -> Result<Written> {
         let steps = self.size(sequences[0], Some(0));
         let first = self.integers(&[1], &[0]);
         let steps = self.node("Squeeze", &[&steps, &first], vec![], DataType::Int64);
@@ -534,7 +543,7 @@ impl Ops for Lower<'_> {
         Ok(Written { sequences, steps, state: state.clone(), condition: String::new(), body: None })
     }
 
-    fn turn(&mut self, open: &mut Written) -> Result<Option<Turn<Value>>> {
+    fn next_iteration(&mut self, open: &mut Written) -> Result<Option<Iteration<Value>>> {
         let Some(sequences) = open.sequences.take() else { return Ok(None) };
         let name = |part| scoped(&self.scope, &format!("Loop.{part}"));
         let names = ["iteration", "condition", "state"].map(name);
@@ -546,7 +555,7 @@ impl Ops for Lower<'_> {
             onnx::value_info(&carried, state, None),
         ];
         open.condition = condition;
-        self.graphs.push(Graph { input, name: Some(scoped(&self.scope, "Loop.body")), ..Graph::default() });
+        self.graphs.push(GraphProto { input, name: Some(scoped(&self.scope, "Loop.body")), ..GraphProto::default() });
         self.sizes.push(HashMap::new());
 
         let iteration = Value { name: iteration, data_type: DataType::Int64 };
@@ -555,7 +564,7 @@ impl Ops for Lower<'_> {
         Ok(Some((now, Value { name: carried, data_type: state })))
     }
 
-    fn carry(&mut self, open: &mut Written, state: Value) -> Result<()> {
+    fn end_iteration(&mut self, open: &mut Written, state: Value) -> Result<()> {
         let next = self.cast(&state, open.state.data_type);
         let condition = Value { name: open.condition.clone(), data_type: DataType::Bool };
         let goes_on = self.node("Identity", &[&condition], vec![], DataType::Bool);
@@ -568,9 +577,9 @@ impl Ops for Lower<'_> {
         Ok(())
     }
 
-    fn close_loop(&mut self, open: Written) -> Result<Value> {
+    fn end_loop(&mut self, open: Written) -> Result<Value> {
         let goes_on = self.initializer(DataType::Bool, &[], vec![1]);
-        let body = vec![Attribute::graph("body", open.body.unwrap_or_default())];
+        let body = vec![AttributeProto::graph("body", open.body.unwrap_or_default())];
         Ok(self.node("Loop", &[&open.steps, &goes_on, &open.state], body, open.state.data_type))
     }
 }

@@ -4,7 +4,7 @@ use prost::Message;
 
 /// `ModelProto`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Model {
+pub struct ModelProto {
     /// Version of the format.
     #[prost(int64, optional, tag = "1")]
     pub ir_version: Option<i64>,
@@ -16,15 +16,15 @@ pub struct Model {
     pub producer_version: Option<String>,
     /// The graph.
     #[prost(message, optional, tag = "7")]
-    pub graph: Option<Graph>,
+    pub graph: Option<GraphProto>,
     /// Operator sets that the graph uses.
     #[prost(message, repeated, tag = "8")]
-    pub opset_import: Vec<OperatorSet>,
+    pub opset_import: Vec<OperatorSetIdProto>,
 }
 
 /// `OperatorSetIdProto`.
 #[derive(Clone, PartialEq, Message)]
-pub struct OperatorSet {
+pub struct OperatorSetIdProto {
     /// Empty for the standard operators.
     #[prost(string, optional, tag = "1")]
     pub domain: Option<String>,
@@ -35,27 +35,27 @@ pub struct OperatorSet {
 
 /// `GraphProto`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Graph {
+pub struct GraphProto {
     /// Nodes in an order in which they can run.
     #[prost(message, repeated, tag = "1")]
-    pub node: Vec<Node>,
+    pub node: Vec<NodeProto>,
     /// Name.
     #[prost(string, optional, tag = "2")]
     pub name: Option<String>,
     /// Weights and constants.
     #[prost(message, repeated, tag = "5")]
-    pub initializer: Vec<Tensor>,
+    pub initializer: Vec<TensorProto>,
     /// Inputs.
     #[prost(message, repeated, tag = "11")]
-    pub input: Vec<ValueInfo>,
+    pub input: Vec<ValueInfoProto>,
     /// Outputs.
     #[prost(message, repeated, tag = "12")]
-    pub output: Vec<ValueInfo>,
+    pub output: Vec<ValueInfoProto>,
 }
 
 /// `NodeProto`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Node {
+pub struct NodeProto {
     /// Names of inputs.
     #[prost(string, repeated, tag = "1")]
     pub input: Vec<String>,
@@ -70,12 +70,12 @@ pub struct Node {
     pub op_type: Option<String>,
     /// Attributes.
     #[prost(message, repeated, tag = "5")]
-    pub attribute: Vec<Attribute>,
+    pub attribute: Vec<AttributeProto>,
 }
 
 /// `AttributeProto`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Attribute {
+pub struct AttributeProto {
     /// Name.
     #[prost(string, optional, tag = "1")]
     pub name: Option<String>,
@@ -90,7 +90,7 @@ pub struct Attribute {
     pub s: Option<Vec<u8>>,
     /// A graph.
     #[prost(message, optional, tag = "6")]
-    pub g: Option<Graph>,
+    pub g: Option<GraphProto>,
     /// Integers.
     #[prost(int64, repeated, packed = "false", tag = "8")]
     pub ints: Vec<i64>,
@@ -101,7 +101,7 @@ pub struct Attribute {
 
 /// `TensorProto`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Tensor {
+pub struct TensorProto {
     /// Shape.
     #[prost(int64, repeated, packed = "false", tag = "1")]
     pub dims: Vec<i64>,
@@ -116,7 +116,7 @@ pub struct Tensor {
     pub raw_data: Option<Vec<u8>>,
     /// Where values are, when in another file.
     #[prost(message, repeated, tag = "13")]
-    pub external_data: Vec<Entry>,
+    pub external_data: Vec<StringStringEntryProto>,
     /// 1 when values are in another file.
     #[prost(int32, optional, tag = "14")]
     pub data_location: Option<i32>,
@@ -124,7 +124,7 @@ pub struct Tensor {
 
 /// `StringStringEntryProto`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Entry {
+pub struct StringStringEntryProto {
     /// Key.
     #[prost(string, optional, tag = "1")]
     pub key: Option<String>,
@@ -135,51 +135,63 @@ pub struct Entry {
 
 /// `ValueInfoProto`.
 #[derive(Clone, PartialEq, Message)]
-pub struct ValueInfo {
+pub struct ValueInfoProto {
     /// Name.
     #[prost(string, optional, tag = "1")]
     pub name: Option<String>,
     /// Type.
     #[prost(message, optional, tag = "2")]
-    pub kind: Option<Type>,
+    pub kind: Option<TypeProto>,
 }
 
 /// `TypeProto`, of a tensor.
 #[derive(Clone, PartialEq, Message)]
-pub struct Type {
+pub struct TypeProto {
     /// The tensor's type.
     #[prost(message, optional, tag = "1")]
-    pub tensor_type: Option<TensorType>,
+    pub tensor_type: Option<type_proto::Tensor>,
 }
 
-/// `TypeProto.Tensor`.
-#[derive(Clone, PartialEq, Message)]
-pub struct TensorType {
-    /// Element type: [`DataType`].
-    #[prost(int32, optional, tag = "1")]
-    pub elem_type: Option<i32>,
-    /// Shape, if it is declared.
-    #[prost(message, optional, tag = "2")]
-    pub shape: Option<Shape>,
+/// Messages inside of [`TypeProto`].
+pub mod type_proto {
+    use prost::Message;
+
+    use super::TensorShapeProto;
+
+    /// `TypeProto.Tensor`.
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Tensor {
+        /// Element type: [`DataType`].
+        #[prost(int32, optional, tag = "1")]
+        pub elem_type: Option<i32>,
+        /// Shape, if it is declared.
+        #[prost(message, optional, tag = "2")]
+        pub shape: Option<TensorShapeProto>,
+    }
 }
 
 /// `TensorShapeProto`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Shape {
+pub struct TensorShapeProto {
     /// Axes.
     #[prost(message, repeated, tag = "1")]
-    pub dim: Vec<Dimension>,
+    pub dim: Vec<tensor_shape_proto::Dimension>,
 }
 
-/// `TensorShapeProto.Dimension`: one of the two.
-#[derive(Clone, PartialEq, Message)]
-pub struct Dimension {
-    /// A fixed size.
-    #[prost(int64, optional, tag = "1")]
-    pub dim_value: Option<i64>,
-    /// A symbolic size.
-    #[prost(string, optional, tag = "2")]
-    pub dim_param: Option<String>,
+/// Messages inside of [`TensorShapeProto`].
+pub mod tensor_shape_proto {
+    use prost::Message;
+
+    /// `TensorShapeProto.Dimension`: one of the two.
+    #[derive(Clone, PartialEq, Message)]
+    pub struct Dimension {
+        /// A fixed size.
+        #[prost(int64, optional, tag = "1")]
+        pub dim_value: Option<i64>,
+        /// A symbolic size.
+        #[prost(string, optional, tag = "2")]
+        pub dim_param: Option<String>,
+    }
 }
 
 /// Element types that occur (`TensorProto.DataType`).
@@ -205,13 +217,13 @@ pub enum DataType {
 }
 
 /// A tensor of known values, to stand in the file.
-pub fn constant(name: &str, data_type: DataType, dims: &[usize], raw_data: Vec<u8>) -> Tensor {
-    Tensor {
+pub fn constant(name: &str, data_type: DataType, dims: &[usize], raw_data: Vec<u8>) -> TensorProto {
+    TensorProto {
         dims: dims.iter().map(|&size| size as i64).collect(),
         data_type: Some(data_type as i32),
         name: Some(name.into()),
         raw_data: Some(raw_data),
-        ..Tensor::default()
+        ..TensorProto::default()
     }
 }
 
@@ -222,9 +234,9 @@ pub fn external(
     dims: &[usize],
     location: &str,
     (offset, length): (u64, u64),
-) -> Tensor {
-    let entry = |key: &str, value: String| Entry { key: Some(key.into()), value: Some(value) };
-    Tensor {
+) -> TensorProto {
+    let entry = |key: &str, value: String| StringStringEntryProto { key: Some(key.into()), value: Some(value) };
+    TensorProto {
         dims: dims.iter().map(|&size| size as i64).collect(),
         data_type: Some(data_type as i32),
         name: Some(name.into()),
@@ -234,17 +246,18 @@ pub fn external(
             entry("length", length.to_string()),
         ],
         data_location: Some(1),
-        ..Tensor::default()
+        ..TensorProto::default()
     }
 }
 
 /// The declaration of an input or output; without dimensions its shape is left to inference.
-pub fn value_info(name: &str, data_type: DataType, dims: Option<Vec<Dimension>>) -> ValueInfo {
-    let tensor_type = TensorType { elem_type: Some(data_type as i32), shape: dims.map(|dim| Shape { dim }) };
-    ValueInfo { name: Some(name.into()), kind: Some(Type { tensor_type: Some(tensor_type) }) }
+pub fn value_info(name: &str, data_type: DataType, dims: Option<Vec<tensor_shape_proto::Dimension>>) -> ValueInfoProto {
+    let tensor_type =
+        type_proto::Tensor { elem_type: Some(data_type as i32), shape: dims.map(|dim| TensorShapeProto { dim }) };
+    ValueInfoProto { name: Some(name.into()), kind: Some(TypeProto { tensor_type: Some(tensor_type) }) }
 }
 
-impl Attribute {
+impl AttributeProto {
     /// An attribute holding a number.
     pub fn float(name: &str, value: f32) -> Self {
         Self { name: Some(name.into()), f: Some(value), kind: Some(1), ..Self::default() }
@@ -261,7 +274,7 @@ impl Attribute {
     }
 
     /// An attribute holding a graph.
-    pub fn graph(name: &str, value: Graph) -> Self {
+    pub fn graph(name: &str, value: GraphProto) -> Self {
         Self { name: Some(name.into()), g: Some(value), kind: Some(5), ..Self::default() }
     }
 

@@ -5,15 +5,16 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::write::{REPORT_FILE, REPORT_TEXT_FILE};
-use eqim::bundle::Flavour;
+use eqim::bundle::Int8Target;
 use eqim::bundle::{Bundle, Precision};
+use eqim::close::{largest, largest_difference, relative_error};
 use eqim::engine::Engine;
 use eqim::generate::generate;
 use eqim::model::Stage;
-use eqim::picture::quality::{cosine, psnr, relative_error, ssim};
+use eqim::picture::quality::{cosine, psnr, ssim};
 use eqim::request::solver::{Solver, Tableau};
-use eqim::request::{Generated, Noise, Request, Schedule};
-use eqim::{Error, Result, files};
+use eqim::request::{Generated, GuidanceSchedule, Noise, Request};
+use eqim::{Config, Error, Result, files};
 use eqim_engines::onnxruntime::OrtEngine;
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
@@ -32,13 +33,14 @@ const SEED: u64 = 1_000_003;
 /// Quality and speed of a bundle in INT8.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Report {
+pub struct QuantizationReport {
     /// Whether quality is above the floor, and nothing in INT8 is slower.
     pub passed: bool,
     /// What is said first.
     pub verdict: String,
     /// What the graphs are for.
-    pub flavour: Flavour,
+    #[serde(alias = "flavour")]
+    pub target: Int8Target,
     /// Precision of what is not in INT8.
     pub precision: Precision,
     /// Least PSNR of an image of 16 tokens that passes, dB.
@@ -48,15 +50,15 @@ pub struct Report {
     /// Euler steps a token.
     pub steps: usize,
     /// Images of 16 tokens.
-    pub images: Vec<Image>,
+    pub images: Vec<ImageQuality>,
     /// The beginnings of one long rollout.
-    pub rollouts: Vec<Rollout>,
+    pub rollouts: Vec<RolloutQuality>,
     /// Its tokens, by position.
-    pub positions: Vec<Position>,
+    pub positions: Vec<TokenQuality>,
     /// Stages, in the order of a run.
-    pub stages: Vec<StageReport>,
-    /// A guided image of 16 tokens, from labels to pixels; where times are of the hardware that the flavour is for.
-    pub end_to_end: Option<Times>,
+    pub stages: Vec<StageQuality>,
+    /// A guided image of 16 tokens, from labels to pixels; where times are of the hardware that the target is for.
+    pub end_to_end: Option<SpeedPair>,
     /// Bytes of graphs and weights.
     pub bytes: Sizes,
 }
@@ -64,7 +66,7 @@ pub struct Report {
 /// One image of 16 tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Image {
+pub struct ImageQuality {
     /// Its class.
     pub class: usize,
     /// Seed of its noise.
@@ -80,7 +82,7 @@ pub struct Image {
 /// The beginning of the long rollout.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Rollout {
+pub struct RolloutQuality {
     /// Its length.
     pub tokens: usize,
     /// Relative error of all its tokens.
@@ -98,7 +100,7 @@ pub struct Rollout {
 /// One token.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Position {
+pub struct TokenQuality {
     /// Its position.
     pub token: usize,
     /// Cosine to FP32's.
@@ -110,7 +112,7 @@ pub struct Position {
 /// One stage.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct StageReport {
+pub struct StageQuality {
     /// Its name.
     pub stage: String,
     /// Whether anything of it is in INT8.
@@ -118,22 +120,22 @@ pub struct StageReport {
     /// Relative error of its outputs on the inputs that FP32 has in an image of 16 tokens.
     pub relative_error: f32,
     /// Median time of one run for a guided image, where it was measured.
-    pub times: Option<Times>,
+    pub times: Option<SpeedPair>,
     /// Why it stayed as it was although INT8 was asked for: the times it was tried with.
-    pub gained_nothing: Option<Times>,
+    pub gained_nothing: Option<SpeedPair>,
 }
 
 /// Seconds of the same work.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Times {
+pub struct SpeedPair {
     /// In FP32.
     pub fp32: f64,
     /// In INT8.
     pub int8: f64,
 }
 
-impl Times {
+impl SpeedPair {
     /// How many times as fast INT8 is.
     pub fn speedup(self) -> f64 {
         self.fp32 / self.int8
@@ -164,7 +166,7 @@ impl Pair {
     /// Loads both.
     ///
     /// # Errors
-    /// [`Error::Run`] when ONNX Runtime refuses one.
+    /// [`Error::run`] when ONNX Runtime refuses one.
     pub fn load(fp32: &Bundle, int8: &Bundle, library: &Path) -> Result<Self> {
         Ok(Self {
             fp32: OrtEngine::new(fp32, library, None)?,
@@ -184,17 +186,17 @@ impl Pair {
         quantization.as_ref().is_some_and(|found| found.stages.iter().any(|name| name == stage.name()))
     }
 
-    /// Times every stage that is in INT8, alternately.
+    /// SpeedPair every stage that is in INT8, alternately.
     ///
     /// # Errors
     /// When an engine fails.
-    pub fn stage_times(&self) -> Result<Vec<(Stage, Times)>> {
+    pub fn stage_times(&self) -> Result<Vec<(Stage, SpeedPair)>> {
         let stages = Stage::ALL.into_iter().filter(|&stage| self.is_int8(stage));
         stages.map(|stage| Ok((stage, self.times(|engine| work(engine, stage))?))).collect()
     }
 
     /// Median times of some work, alternately.
-    fn times(&self, work: impl Fn(&OrtEngine) -> Result<Duration>) -> Result<Times> {
+    fn times(&self, work: impl Fn(&OrtEngine) -> Result<Duration>) -> Result<SpeedPair> {
         // The first runs allocate.
         work(&self.fp32)?;
         work(&self.int8)?;
@@ -208,7 +210,7 @@ impl Pair {
             times.sort_unstable();
             times[times.len() / 2].as_secs_f64()
         });
-        Ok(Times { fp32, int8 })
+        Ok(SpeedPair { fp32, int8 })
     }
 }
 
@@ -216,7 +218,7 @@ const LEAST_RUNS: usize = 3;
 const MOST_RUNS: usize = 200;
 const TIMED: Duration = Duration::from_secs(4);
 
-/// Times one run of a stage as one guided image needs it.
+/// SpeedPair one run of a stage as one guided image needs it.
 fn work(engine: &OrtEngine, stage: Stage) -> Result<Duration> {
     let config = engine.config();
     let g = &config.generator;
@@ -235,8 +237,8 @@ fn work(engine: &OrtEngine, stage: Stage) -> Result<Duration> {
             let noise = rows(g.embed);
             timed(|| engine.sample(rows(g.dim).view(), noise.slice(s![..1, ..]), &[CFG], &tableau))
         }
-        Stage::Decode => timed(|| engine.decode((&tokens / g.vae_norm as f32).view())),
-        Stage::Encode => {
+        Stage::Decoder => timed(|| engine.decode((&tokens / g.vae_norm as f32).view())),
+        Stage::Encoder => {
             let (width, height) = config.image_size(TOKENS);
             let shape = (1, config.tokenizer.image_channels, height, width);
             let image = Array4::from_shape_fn(shape, |(_, c, y, x)| wave(c + y + x));
@@ -251,9 +253,8 @@ fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-fn request(class: usize, tokens: usize, schedule: Schedule, steps: usize, seed: u64) -> Request {
-    let (labels, solver, noise) = (vec![Some(class).into()], Solver::Euler, Noise::Seed(seed));
-    Request { labels, tokens, cfg: CFG, schedule, solver, steps, prefix: None, noise }
+fn request(config: &Config, class: usize, tokens: usize, cfg_schedule: GuidanceSchedule, seed: u64) -> Request {
+    Request { cfg: CFG, cfg_schedule, noise: Noise::Seed(seed), ..Request::new(config, [Some(class)], tokens) }
 }
 
 fn decode(engine: &dyn Engine, tokens: ArrayView3<f32>) -> Result<Array4<f32>> {
@@ -266,26 +267,26 @@ pub struct Settings {
     /// Least PSNR of an image of 16 tokens that passes, dB.
     pub min_psnr: f32,
     /// Stages that were tried in INT8 and left as they were, with the times of the trial.
-    pub gained_nothing: Vec<(Stage, Times)>,
+    pub gained_nothing: Vec<(Stage, SpeedPair)>,
 }
 
 /// Measures what INT8 does, and shows what is being done to `progress`.
 ///
 /// # Errors
 /// When an engine fails, or a token is not finite.
-pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str)) -> Result<Report> {
+pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str)) -> Result<QuantizationReport> {
     let manifest = &pair.bundle().manifest;
     let quantization = manifest.quantization.as_ref();
     let quantization = quantization.ok_or_else(|| Error::run("report", "the bundle is not in INT8"))?;
     let steps = manifest.model.generator.steps;
     progress("images of 16 tokens");
-    let images = (0..IMAGES).map(|i| image(pair, i % manifest.model.generator.class_num, SEED + i as u64, steps));
+    let images = (0..IMAGES).map(|i| image(pair, i % manifest.model.generator.class_num, SEED + i as u64));
     let images = images.collect::<Result<Vec<_>>>()?;
     progress(&format!("a rollout of {LONGEST} tokens"));
-    let (rollouts, positions) = long_rollout(pair, steps)?;
+    let (rollouts, positions) = long_rollout(pair)?;
 
-    // Times of graphs that a GPU will run say nothing here.
-    let is_timed = quantization.flavour == Flavour::Cpu;
+    // SpeedPair of graphs that a GPU will run say nothing here.
+    let is_timed = quantization.target == Int8Target::Cpu;
     if is_timed {
         progress("times");
     }
@@ -295,25 +296,27 @@ pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str))
             timed(|| {
                 decode(
                     engine,
-                    generate(engine, &request(0, TOKENS, Schedule::Linear, steps, SEED), |_| {})?.tokens.view(),
+                    generate(engine, &request(engine.config(), 0, TOKENS, GuidanceSchedule::Linear, SEED), |_| {})?
+                        .tokens
+                        .view(),
                 )
             })
         })
     };
     let end_to_end = if is_timed { Some(end_to_end()?) } else { None };
-    let of = |times: &[(Stage, Times)], stage| times.iter().find(|(of, _)| *of == stage).map(|(_, times)| *times);
+    let of = |times: &[(Stage, SpeedPair)], stage| times.iter().find(|(of, _)| *of == stage).map(|(_, times)| *times);
     let errors = stage_errors(pair, steps)?;
-    let stage = |(stage, relative_error): (Stage, f32)| StageReport {
+    let stage = |(stage, relative_error): (Stage, f32)| StageQuality {
         stage: stage.name().into(),
         int8: pair.is_int8(stage),
         relative_error,
         times: of(&times, stage),
         gained_nothing: of(&settings.gained_nothing, stage),
     };
-    let mut report = Report {
+    let mut report = QuantizationReport {
         passed: true,
         verdict: String::new(),
-        flavour: quantization.flavour,
+        target: quantization.target,
         precision: manifest.precision,
         min_psnr: settings.min_psnr,
         cfg: CFG,
@@ -333,7 +336,7 @@ pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str))
 fn stage_errors(pair: &Pair, steps: usize) -> Result<Vec<(Stage, f32)>> {
     let config = pair.fp32.config();
     let labels = [0, config.generator.unconditional() as i64];
-    let request = request(0, TOKENS, Schedule::Constant, steps, SEED);
+    let request = request(config, 0, TOKENS, GuidanceSchedule::Constant, SEED);
     let Generated { tokens, noise, .. } = generate(&pair.fp32, &request, |_| {})?;
     let tableau = Tableau::new(Solver::Euler, steps);
     let conditions = |engine: &OrtEngine| {
@@ -356,19 +359,20 @@ fn stage_errors(pair: &Pair, steps: usize) -> Result<Vec<(Stage, f32)>> {
         (Stage::Prefill, error(&z_int8[..1], &z_fp32[..1])),
         (Stage::Step, error(&z_int8[1..], &z_fp32[1..])),
         (Stage::Flow, error(&sampled(&pair.int8)?, &sampled(&pair.fp32)?)),
-        (Stage::Decode, relative_error(&decode(&pair.int8, tokens.view())?, &image)),
-        (Stage::Encode, relative_error(&pair.int8.encode(image.view())?, &pair.fp32.encode(image.view())?)),
+        (Stage::Decoder, relative_error(&decode(&pair.int8, tokens.view())?, &image)),
+        (Stage::Encoder, relative_error(&pair.int8.encode(image.view())?, &pair.fp32.encode(image.view())?)),
     ])
 }
 
-fn image(pair: &Pair, class: usize, seed: u64, steps: usize) -> Result<Image> {
+fn image(pair: &Pair, class: usize, seed: u64) -> Result<ImageQuality> {
     let run = |engine: &OrtEngine| {
-        let tokens = generate(engine, &request(class, TOKENS, Schedule::Linear, steps, seed), |_| {})?.tokens;
+        let tokens =
+            generate(engine, &request(engine.config(), class, TOKENS, GuidanceSchedule::Linear, seed), |_| {})?.tokens;
         let image = decode(engine, tokens.view())?;
         Ok::<_, Error>((tokens, image))
     };
     let ((expected, reference), (found, image)) = (run(&pair.fp32)?, run(&pair.int8)?);
-    Ok(Image {
+    Ok(ImageQuality {
         class,
         seed,
         relative_error: relative_error(&found, &expected),
@@ -377,26 +381,25 @@ fn image(pair: &Pair, class: usize, seed: u64, steps: usize) -> Result<Image> {
     })
 }
 
-fn long_rollout(pair: &Pair, steps: usize) -> Result<(Vec<Rollout>, Vec<Position>)> {
-    let request = request(0, LONGEST, Schedule::Constant, steps, SEED);
+fn long_rollout(pair: &Pair) -> Result<(Vec<RolloutQuality>, Vec<TokenQuality>)> {
+    let request = request(pair.fp32.config(), 0, LONGEST, GuidanceSchedule::Constant, SEED);
     let expected = generate(&pair.fp32, &request, |_| {})?.tokens;
     let found = generate(&pair.int8, &request, |_| {})?.tokens;
     let rollout = |tokens: usize| {
         let [found, expected] = [&found, &expected].map(|all| all.slice(s![.., ..tokens, ..]));
         let (image, reference) = (decode(&pair.int8, found)?, decode(&pair.fp32, expected)?);
-        let largest = |values: &mut dyn Iterator<Item = f32>| values.map(f32::abs).fold(0.0, f32::max);
-        Ok(Rollout {
+        Ok(RolloutQuality {
             tokens,
             relative_error: relative_error(found, expected),
-            largest_drift: largest(&mut found.iter().zip(expected).map(|(found, expected)| found - expected)),
-            largest_value: largest(&mut expected.iter().copied()),
+            largest_drift: largest_difference(found, expected),
+            largest_value: largest(expected),
             psnr: psnr(image.view(), reference.view()),
             ssim: ssim(image.view(), reference.view()),
         })
     };
     let position = |token: usize| {
         let [found, expected] = [&found, &expected].map(|all| all.slice(s![0, token, ..]));
-        Position { token, cosine: cosine(found, expected), relative_error: relative_error(found, expected) }
+        TokenQuality { token, cosine: cosine(found, expected), relative_error: relative_error(found, expected) }
     };
     let rollouts = LENGTHS.into_iter().map(rollout).collect::<Result<_>>()?;
     Ok((rollouts, (0..found.len_of(Axis(1))).map(position).collect()))
@@ -408,7 +411,7 @@ fn bytes(bundle: &Bundle) -> u64 {
 }
 
 /// Milliseconds of both, and how many times as fast INT8 is.
-fn timed_columns(times: Times) -> String {
+fn timed_columns(times: SpeedPair) -> String {
     let [fp32, int8] = [times.fp32, times.int8].map(|seconds| seconds * 1e3);
     format!("{fp32:>12.2}{int8:>12.2}{:>9.2}×", times.speedup())
 }
@@ -417,7 +420,7 @@ fn decibels(psnr: Option<f32>) -> String {
     psnr.map_or("equal".into(), |psnr| format!("{psnr:.1} dB"))
 }
 
-impl Report {
+impl QuantizationReport {
     /// The least likeness of the images of 16 tokens; `None` when all are equal.
     pub fn worst_psnr(&self) -> Option<f32> {
         self.images.iter().filter_map(|image| image.psnr).min_by(f32::total_cmp)
@@ -462,7 +465,7 @@ impl Report {
         };
         line(format!(
             "\nFP32 against INT8 for {} (the rest in {}), same noise, {} steps, guidance {}, on ONNX Runtime:\n",
-            self.flavour, self.precision, self.steps, self.cfg
+            self.target, self.precision, self.steps, self.cfg
         ));
         let head = ["", "error", "FP32 ms", "INT8 ms", "speed"];
         line(format!("{:<18}{:>8}{:>10}{:>12}{:>12}{:>10}", "stage", head[0], head[1], head[2], head[3], head[4]));
@@ -498,14 +501,14 @@ impl Report {
     }
 
     /// Positions 0, 1, 3, 7, 15 and so on.
-    fn shown_positions(&self) -> impl Iterator<Item = &Position> {
+    fn shown_positions(&self) -> impl Iterator<Item = &TokenQuality> {
         self.positions.iter().filter(|position| (position.token + 1).is_power_of_two())
     }
 
     /// Writes the report in `folder`, as JSON and as text.
     ///
     /// # Errors
-    /// [`Error::Run`] when it cannot be written.
+    /// [`Error::run`] when it cannot be written.
     pub fn write(&self, folder: &Path) -> Result<()> {
         files::write_json(&folder.join(REPORT_FILE), self)?;
         files::write(&folder.join(REPORT_TEXT_FILE), self.text().as_bytes())

@@ -5,29 +5,28 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use eqim::bundle::{Bundle, Precision};
+use eqim::close::{Measure, Tolerance, difference, relative_error};
 use eqim::engine::Engine;
 use eqim::engine::candle::tableau_tensors;
 use eqim::engine::candle::{CandleEngine, StageEngine, to_array};
 use eqim::generate::generate;
-use eqim::model::{BATCH, Kind, Port, Stage, transformer};
+use eqim::model::{Sizes, Stage, ValueInfo, ValueKind, transformer};
 use eqim::ops::eager::Eager;
-use eqim::picture::quality::relative_error;
 use eqim::request::random::TorchRng;
 use eqim::request::solver::{Solver, Tableau};
-use eqim::request::{Noise, Request, Schedule};
-use eqim::{Config, Error, Result};
+use eqim::request::{Noise, Request};
+use eqim::{Config, Error, Result, ResultExt};
 use eqim_calibration::{Preview, Ranges};
 use eqim_engines::onnxruntime::{DynValue, OrtEngine, Runtime, float_input, float_output, integer_input};
 use half::f16;
 use ndarray::{Array2, Array3, ArrayD, Axis as ArrayAxis, IxDyn, s};
 use serde::Serialize;
 
-/// How far values may lie apart by default. FP32: both sides round at 1e-7 of values near 1, a few hundred times in a
-/// row. FP16 rounds at 5e-4; random weights of four sizes came to at most 4e-3.
+/// How far values may lie apart by default.
 pub fn default_tolerance(precision: Precision) -> f32 {
     match precision {
-        Precision::Fp32 => 1e-4,
-        Precision::Fp16 | Precision::Bf16 => 2e-2,
+        Precision::Fp32 => Tolerance::FP32.limit,
+        Precision::Fp16 | Precision::Bf16 => Tolerance::FP16.limit,
     }
 }
 
@@ -53,7 +52,7 @@ pub struct Check {
 
 /// A report of all comparisons of a bundle.
 #[derive(Clone, Debug, Serialize)]
-pub struct Report {
+pub struct ValidationReport {
     /// The tolerance.
     pub atol: f32,
     /// Comparisons in the order in which they were made.
@@ -62,7 +61,7 @@ pub struct Report {
     pub largest_activation: Option<(String, f32)>,
 }
 
-impl Report {
+impl ValidationReport {
     /// Whether every comparison passed, and activations keep a distance from the end of the precision's range.
     pub fn passed(&self) -> bool {
         self.checks.iter().all(|check| check.passed) && self.within_range()
@@ -116,7 +115,7 @@ pub fn validate(
     library: &Path,
     atol: f32,
     mut progress: impl FnMut(&str),
-) -> Result<Report> {
+) -> Result<ValidationReport> {
     let runtime = Runtime::load(library)?;
     let mut checks = vec![];
     let mut add = |progress: &mut dyn FnMut(&str), check: Check| {
@@ -136,44 +135,36 @@ pub fn validate(
     add(&mut progress, cache_is_no_cache(&engine, reference, &tokens, atol)?);
     let largest = ranges.largest().map(|(scope, largest)| (scope.to_string(), largest));
     let largest_activation = largest.filter(|_| bundle.manifest.precision == Precision::Fp16);
-    let report = Report { atol, checks, largest_activation };
+    let report = ValidationReport { atol, checks, largest_activation };
     report.range_line().iter().for_each(|line| progress(line));
     Ok(report)
 }
 
 fn check(what: String, found: &ArrayD<f32>, expected: &ArrayD<f32>, atol: f32) -> Check {
-    let largest = if found.shape() == expected.shape() { difference(found, expected) } else { f32::INFINITY };
+    let largest =
+        if found.shape() == expected.shape() { difference(found, expected, Measure::Scaled) } else { f32::INFINITY };
     Check { what, largest, first_token: None, passed: largest <= atol }
-}
-
-fn difference<'a>(found: impl IntoIterator<Item = &'a f32>, expected: impl IntoIterator<Item = &'a f32>) -> f32 {
-    let pairs = found.into_iter().zip(expected);
-    let relative = |(found, expected): (&f32, &f32)| (found - expected).abs() / expected.abs().max(1.0);
-    pairs.map(relative).fold(0.0, |most, value| if value.is_nan() { f32::INFINITY } else { most.max(value) })
 }
 
 /// Compares whole rollouts `[B, N, width]`, token by token.
 fn check_rollout(what: String, found: &Array3<f32>, expected: &Array3<f32>, atol: f32) -> Check {
-    let token = |i| difference(found.index_axis(ArrayAxis(1), i), expected.index_axis(ArrayAxis(1), i));
+    let token = |i| {
+        let [found, expected] = [found, expected].map(|tokens| tokens.index_axis(ArrayAxis(1), i));
+        difference(found, expected, Measure::Scaled)
+    };
     let first_token = (0..expected.dim().1).find(|&i| token(i) > atol);
-    let largest = difference(found, expected);
+    let largest = difference(found, expected, Measure::Scaled);
     Check { what, largest, first_token, passed: first_token.is_none() }
 }
 
-/// Random values for a port of a stage.
-fn random_input(config: &Config, stage: Stage, port: &Port, random: &mut TorchRng) -> Result<Tensor> {
+/// Random values for a info of a stage.
+fn random_input(config: &Config, stage: Stage, info: &ValueInfo, random: &mut TorchRng) -> Result<Tensor> {
     let (width, _) = config.image_size(IMAGE_TOKENS);
-    let symbol = |name: &str| match name {
-        BATCH => ROWS,
-        "rows" => 2 * ROWS,
-        "tokens" => IMAGE_TOKENS,
-        "width" => width,
-        _ => MOST_STEPS,
-    };
-    let shape: Vec<usize> = port.shape.iter().map(|axis| axis.size(symbol)).collect();
+    let sizes = Sizes { batch: ROWS, rows: 2 * ROWS, evaluations: MOST_STEPS, tokens: IMAGE_TOKENS, width };
+    let shape = info.shape(&sizes);
     let count = shape.iter().product();
     let window = config.generator.window as i64;
-    Ok(match (stage, port.name.as_str()) {
+    Ok(match (stage, info.name.as_str()) {
         // One row before its window is full and one after; a class and none.
         (Stage::Step, "position") => Tensor::new(&[1, window + 2], &Device::Cpu)?,
         (Stage::Prefill, _) => Tensor::new(&[0, config.generator.unconditional() as i64], &Device::Cpu)?,
@@ -194,17 +185,17 @@ fn graph_alone(
     ranges: &mut Ranges,
 ) -> Result<Vec<Check>> {
     let config = &bundle.manifest.model;
-    let ports = stage.inputs(config);
-    let inputs = ports.iter().map(|port| random_input(config, stage, port, random)).collect::<Result<Vec<_>>>()?;
+    let infos = stage.inputs(config);
+    let inputs = infos.iter().map(|info| random_input(config, stage, info, random)).collect::<Result<Vec<_>>>()?;
     let expected = ranges.observe(reference.weights(), |o| stage.run(o, config, &inputs))?;
     let found = on_runtime(bundle, runtime, stage, &inputs)?;
 
     let mut checks = vec![];
     let mut caches: Option<Check> = None;
-    for ((port, expected), found) in stage.outputs(config).iter().zip(&expected).zip(&found) {
-        let subject = format!("{}.onnx {}", stage.name(), port.name);
+    for ((info, expected), found) in stage.outputs(config).iter().zip(&expected).zip(&found) {
+        let subject = format!("{}.onnx {}", stage.name(), info.name);
         let check = check(subject, &float_output(found)?, &to_array(expected)?, atol);
-        if port.kind != Kind::Cache || !check.passed {
+        if info.kind != ValueKind::Cache || !check.passed {
             checks.push(check);
         } else if caches.as_ref().is_none_or(|worst| check.largest > worst.largest) {
             let what = format!("{}.onnx, all keys and values", stage.name());
@@ -222,9 +213,9 @@ fn on_runtime(bundle: &Bundle, runtime: Runtime, stage: Stage, inputs: &[Tensor]
         .inputs(&bundle.manifest.model)
         .iter()
         .zip(inputs)
-        .map(|(port, input)| match (port.kind, bundle.manifest.precision) {
-            (Kind::Integer, _) => Ok(integer_input(&input.to_vec1::<i64>()?)?.into()),
-            (Kind::Cache, Precision::Fp16) => {
+        .map(|(info, input)| match (info.kind, bundle.manifest.precision) {
+            (ValueKind::Integer, _) => Ok(integer_input(&input.to_vec1::<i64>()?)?.into()),
+            (ValueKind::Cache, Precision::Fp16) => {
                 let array: ArrayD<f32> = to_array(input)?;
                 Ok(eqim_engines::onnxruntime::half_input(array.mapv(f16::from_f32))?.into())
             }
@@ -271,8 +262,8 @@ pub fn validate_preview(
     let mut random = TorchRng::new(SEED);
     let mut checks = vec![];
     for stage in Stage::ALL {
-        let ports = stage.inputs(config);
-        let inputs = ports.iter().map(|port| random_input(config, stage, port, &mut random));
+        let infos = stage.inputs(config);
+        let inputs = infos.iter().map(|info| random_input(config, stage, info, &mut random));
         let inputs = inputs.collect::<Result<Vec<_>>>()?;
         let arrays = |outputs: Vec<Tensor>| outputs.iter().map(to_array::<IxDyn>).collect::<Result<Vec<_>>>();
         let expected = arrays(preview.run(stage, &inputs)?)?;
@@ -300,14 +291,10 @@ fn worst(found: &[ArrayD<f32>], expected: &[ArrayD<f32>]) -> f32 {
 fn guided_rollout(engine: &dyn Engine, reference: &CandleEngine, atol: f32) -> Result<(Check, Array3<f32>)> {
     let generator = &reference.config().generator;
     let request = Request {
-        labels: vec![Some(0).into(), None.into()],
-        tokens: 2 * generator.window + 3,
         cfg: 3.0,
-        schedule: Schedule::Linear,
-        solver: Solver::Euler,
         steps: generator.steps.min(MOST_STEPS),
-        prefix: None,
         noise: Noise::Seed(SEED),
+        ..Request::new(reference.config(), [Some(0), None], 2 * generator.window + 3)
     };
     let expected = generate(reference, &request, |_| {})?.tokens;
     let found = generate(engine, &request, |_| {})?.tokens;
@@ -325,7 +312,7 @@ fn cache_is_no_cache(engine: &dyn Engine, reference: &CandleEngine, tokens: &Arr
         let labels = Tensor::from_slice(&labels, rows, &Device::Cpu)?;
         let o = &mut Eager::new(reference.weights());
         let z: Array2<f32> = to_array(&transformer::teacher_forced(o, generator, &labels, &flat, n, 0)?)?;
-        z.into_shape_with_order((rows, n, generator.dim)).map_err(|error| Error::run("z", error))?
+        z.into_shape_with_order((rows, n, generator.dim)).or_run("z")?
     };
     let mut cached = Array3::zeros(whole.dim());
     let (mut session, z) = engine.start(&labels)?;

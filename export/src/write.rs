@@ -13,7 +13,7 @@ use eqim::checkpoint::{self, StoredConfig};
 use eqim::files::{self, folder};
 use eqim::model::Stage;
 use eqim::weights::Weights;
-use eqim::{Config, Error, Result};
+use eqim::{Config, Error, Result, ResultExt};
 use eqim_calibration::plan;
 use eqim_engines::trt;
 use prost::Message;
@@ -43,7 +43,7 @@ pub struct Draft {
 /// Checks, before any work, that a bundle can be put at `destination`.
 ///
 /// # Errors
-/// [`Error::Input`] when something that is no bundle stands there, or its folder does not exist.
+/// [`Error::input`] when something that is no bundle stands there, or its folder does not exist.
 pub fn check_destination(destination: &Path) -> Result<()> {
     let bad = |problem: String| Err(Error::input(destination.display(), problem));
     if destination.file_name().is_none() || !folder(destination).is_dir() {
@@ -52,7 +52,7 @@ pub fn check_destination(destination: &Path) -> Result<()> {
     let entries = match std::fs::read_dir(destination) {
         Ok(entries) => entries,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return bad(format!("cannot be written as a folder: {error}")),
+        Err(error) => return Err(Error::input(destination.display(), "cannot be written as a folder").because(error)),
     };
     let names: Vec<String> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     match names.iter().find(|name| !is_ours(destination, name)) {
@@ -78,7 +78,7 @@ fn is_ours(folder: &Path, name: &str) -> bool {
 /// Writes all of a bundle beside `destination`. `progress` is told the name of each file before it is written.
 ///
 /// # Errors
-/// [`Error::Input`] for weights beyond the precision's range; [`Error::Run`] when a file cannot be written.
+/// [`Error::input`] for weights beyond the precision's range; [`Error::run`] when a file cannot be written.
 pub fn draft(
     destination: &Path,
     config: &Config,
@@ -87,7 +87,7 @@ pub fn draft(
     mut progress: impl FnMut(&str),
 ) -> Result<Draft> {
     check_destination(destination)?;
-    let failed = |error: std::io::Error| Error::run(destination.display(), format!("cannot be written: {error}"));
+    let failed = |error: std::io::Error| Error::run(destination.display(), "cannot be written").because(error);
     let draft = files::temporary(0o777).tempdir_in(folder(destination)).map_err(failed)?;
     progress(WEIGHTS_FILE);
     let weights_file = draft.path().join(WEIGHTS_FILE);
@@ -119,7 +119,7 @@ pub fn draft(
         graphs,
         quantization,
     };
-    let text = serde_json::to_vec_pretty(&manifest).map_err(|error| Error::run(CONFIG_FILE, error))?;
+    let text = serde_json::to_vec_pretty(&manifest).or_run(CONFIG_FILE)?;
     files::write(&draft.path().join(CONFIG_FILE), &text)?;
     let bundle = Bundle::open(draft.path())?;
     Ok(Draft { folder: draft, destination: destination.to_path_buf(), bundle })
@@ -129,7 +129,7 @@ impl Draft {
     /// Puts the bundle at its destination, in place of an older one.
     ///
     /// # Errors
-    /// [`Error::Input`] when something else stands there by now; [`Error::Run`] when it cannot be moved there. The older
+    /// [`Error::input`] when something else stands there by now; [`Error::run`] when it cannot be moved there. The older
     /// bundle is then still there, or where the error says.
     pub fn publish(self) -> Result<Bundle> {
         check_destination(&self.destination)?;
@@ -141,9 +141,9 @@ impl Draft {
 /// Puts a folder at its destination, in place of an older one.
 ///
 /// # Errors
-/// [`Error::Run`] when it cannot be moved there. The older folder is then still there, or where the error says.
+/// [`Error::run`] when it cannot be moved there. The older folder is then still there, or where the error says.
 pub fn replace(new: TempDir, destination: &Path) -> Result<()> {
-    let failed = |error: std::io::Error| Error::run(destination.display(), format!("cannot be written: {error}"));
+    let failed = |error: std::io::Error| Error::run(destination.display(), "cannot be written").because(error);
     let older = files::temporary(0o777).tempdir_in(folder(destination)).map_err(failed)?;
     let set_aside = older.path().join("older");
     let replaces = destination.exists();
@@ -197,7 +197,7 @@ fn convert(name: &str, tensor: &Tensor, precision: Precision) -> Result<Tensor> 
     if largest > limit {
         return Err(Error::input(
             format!("tensor {name}"),
-            format!("has a value of {largest}, beyond FP16's {limit}: export with --dtype fp32"),
+            format!("has a value of {largest}, beyond FP16's {limit}: export in FP32"),
         ));
     }
     Ok(tensor.to_dtype(DType::F16)?)

@@ -12,7 +12,7 @@ use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
 use eqim_export::lower::{NEWEST_OPSET, OLDEST_OPSET};
-use eqim_export::onnx::{self, DataType, Graph, Model};
+use eqim_export::onnx::{self, DataType, GraphProto, ModelProto};
 use eqim_export::write::{Options, draft};
 use prost::Message;
 
@@ -42,13 +42,13 @@ fn export(engine: &CandleEngine, folder: &Path, options: Options) -> Bundle {
     draft(folder, engine.config(), engine.weights(), options, |_| {}).unwrap().publish().unwrap()
 }
 
-fn graph_of(bundle: &Bundle, stage: Stage) -> Graph {
+fn graph_of(bundle: &Bundle, stage: Stage) -> GraphProto {
     let bytes = std::fs::read(bundle.graph_path(stage).unwrap()).unwrap();
-    Model::decode(&bytes[..]).unwrap().graph.unwrap()
+    ModelProto::decode(&bytes[..]).unwrap().graph.unwrap()
 }
 
 /// A graph and the loop bodies inside it.
-fn nested(graph: &Graph) -> Vec<&Graph> {
+fn nested(graph: &GraphProto) -> Vec<&GraphProto> {
     let attributes = graph.node.iter().flat_map(|node| &node.attribute);
     let bodies = attributes.filter_map(|attribute| attribute.g.as_ref());
     std::iter::once(graph).chain(bodies.flat_map(nested)).collect()
@@ -83,8 +83,8 @@ fn the_checker_refuses_a_wrong_graph() {
     let folder = tempfile::tempdir().unwrap();
     let bundle = export(&engines()[0], &folder.path().join("bundle"), OPTIONS[1]);
     let path = bundle.graph_path(Stage::Prefill).unwrap();
-    let model = Model::decode(&std::fs::read(&path).unwrap()[..]).unwrap();
-    let damage: [fn(&mut Graph); 3] = [
+    let model = ModelProto::decode(&std::fs::read(&path).unwrap()[..]).unwrap();
+    let damage: [fn(&mut GraphProto); 3] = [
         |graph| graph.node.swap(0, 1),
         |graph| graph.output[0] = onnx::value_info("z", DataType::Float16, None),
         |graph| {
@@ -109,11 +109,11 @@ fn nodes_are_named_by_the_scopes_of_the_checkpoint() {
         (Stage::Step, "encoder_blocks.0.attn.qkv.Gemm"),
         (Stage::Flow, "diffloss.net.Loop"),
         (Stage::Flow, "diffloss.net.res_blocks.0.in_ln.LayerNormalization"),
-        (Stage::Decode, "decoder.mid.attn_1.q.Conv"),
-        (Stage::Encode, "quant_layer.Conv"),
+        (Stage::Decoder, "decoder.mid.attn_1.q.Conv"),
+        (Stage::Encoder, "quant_layer.Conv"),
     ] {
         let graph = graph_of(&bundle, stage);
-        let named = |graph: &&Graph| graph.node.iter().any(|node| node.name.as_deref() == Some(name));
+        let named = |graph: &&GraphProto| graph.node.iter().any(|node| node.name.as_deref() == Some(name));
         assert!(nested(&graph).iter().any(named), "{} has no node {name}", stage.name());
     }
 
@@ -193,7 +193,7 @@ fn weights_are_the_checkpoint_s_in_one_external_file() {
     }
 }
 
-fn dims(tensor: &onnx::Tensor) -> Vec<usize> {
+fn dims(tensor: &onnx::TensorProto) -> Vec<usize> {
     tensor.dims.iter().map(|&size| size as usize).collect()
 }
 

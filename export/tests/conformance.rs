@@ -8,17 +8,17 @@ use eqim::bundle::{Precision, WEIGHTS_FILE};
 use eqim::checkpoint::tensors::{self, TensorFile};
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::engine::candle::to_array;
-use eqim::model::{Axis, BATCH, Kind, Port, Stage};
+use eqim::model::{Dimension, Sizes, Stage, Symbol, ValueInfo, ValueKind};
 use eqim::ops::cost::Cost;
 use eqim::ops::eager::Eager;
-use eqim::ops::{Binary, Dim, Ops, Unary};
+use eqim::ops::{Binary, Conv, Dim, Ops, OpsExt, Unary};
 use eqim::request::random::TorchRng;
 use eqim::weights::Weights;
 use eqim::{Error, Result};
 use eqim_engines::native::find_onnxruntime;
 use eqim_engines::onnxruntime::{Runtime, float_input, float_output, half_input, integer_input};
 use eqim_export::lower::{Lower, NEWEST_OPSET, OLDEST_OPSET, Places, places};
-use eqim_export::onnx::{Graph, Model};
+use eqim_export::onnx::{GraphProto, ModelProto};
 use eqim_export::write::{Options, draft};
 use half::f16;
 use ndarray::{ArrayD, IxDyn};
@@ -34,12 +34,18 @@ const SUMS: f32 = 1e-5;
 const HALF: f32 = 2e-3;
 
 /// Sizes of the symbolic axes, which one graph has to serve in turn.
-type Sizes = [(&'static str, usize); 3];
-const SIZES: [Sizes; 2] = [[(BATCH, 1), ("tokens", 2), ("steps", 1)], [(BATCH, 3), ("tokens", 5), ("steps", 4)]];
+const SIZES: [Sizes; 2] = [
+    Sizes { batch: 1, rows: 1, evaluations: 1, tokens: 2, width: 1 },
+    Sizes { batch: 3, rows: 1, evaluations: 4, tokens: 5, width: 1 },
+];
 
 /// Kinds of the inputs, in turn. In FP16 caches are of half precision and floats are not: each alone, and where they meet.
-const KINDS: [[Kind; 2]; 4] =
-    [[Kind::Float; 2], [Kind::Cache; 2], [Kind::Cache, Kind::Float], [Kind::Float, Kind::Cache]];
+const KINDS: [[ValueKind; 2]; 4] = [
+    [ValueKind::Float; 2],
+    [ValueKind::Cache; 2],
+    [ValueKind::Cache, ValueKind::Float],
+    [ValueKind::Float, ValueKind::Cache],
+];
 
 /// Names and shapes of weights.
 type Parameters = Vec<(String, Vec<usize>)>;
@@ -235,8 +241,7 @@ cases! {
     }
 
     fn gemm(o, x: "batch 8") within SUMS {
-        let (weight, bias) = (o.param("weight", &[3, 8])?, o.param("bias", &[3])?);
-        o.gemm(x, &weight, &bias)
+        o.gemm(x, 8, 3)
     }
 
     fn linear_in_nested_scopes(o, x: "batch 8") within SUMS {
@@ -247,49 +252,48 @@ cases! {
     }
 
     fn layer_norm(o, x: "batch tokens 8") within SUMS {
-        o.layer_norm(x, None, 8, 1e-6)
+        o.layer_normalization(x, None, 8, 1e-6)
     }
 
     fn layer_norm_affine(o, x: "batch 8") within SUMS {
-        o.norm("norm", x, 8, 1e-5)
+        o.layer_norm("norm", x, 8, 1e-5)
     }
 
     // Of nearly equal elements, so that epsilon counts.
     fn layer_norm_of_little_variance(o, x: "batch tokens 8") within SUMS {
         let x = o.scale(x, 1e-3)?;
-        o.layer_norm(&x, None, 8, 1e-5)
+        o.layer_normalization(&x, None, 8, 1e-5)
     }
 
     fn group_norm(o, x: "batch 8 3 tokens") within SUMS {
         let (weight, bias) = (o.param("weight", &[8])?, o.param("bias", &[8])?);
-        o.group_norm(x, (&weight, &bias), 4, 1e-6)
+        o.group_normalization(x, (&weight, &bias), 4, 1e-6)
     }
 
     fn group_norm_of_little_variance(o, x: "batch 8 3 tokens") within SUMS {
         let (weight, bias) = (o.param("weight", &[8])?, o.param("bias", &[8])?);
         let x = o.scale(x, 1e-3)?;
-        o.group_norm(&x, (&weight, &bias), 2, 1e-5)
+        o.group_normalization(&x, (&weight, &bias), 2, 1e-5)
     }
 
     fn conv_1d_of_kernel_1(o, x: "batch 4 tokens") within SUMS {
-        o.convolution("conv", x, (4, 6), (1, 1))
+        o.conv(x, Conv { input: 4, output: 6, kernel: 1, spatial: 1, reflect: false })
     }
 
     fn conv_1d_of_kernel_3(o, x: "batch 4 tokens") within SUMS {
-        o.convolution("conv", x, (4, 6), (1, 3))
+        o.conv1d("conv", x, 4, 6)
     }
 
     fn conv_2d_of_kernel_1(o, x: "batch 4 3 tokens") within SUMS {
-        o.convolution("conv", x, (4, 6), (2, 1))
+        o.conv1x1("conv", x, 4, 6)
     }
 
     fn conv_2d_of_kernel_3(o, x: "batch 4 3 tokens") within SUMS {
-        o.convolution("conv", x, (4, 6), (2, 3))
+        o.conv2d("conv", x, 4, 6)
     }
 
     fn conv_without_padding(o, x: "batch 4 6") within SUMS {
-        let (weight, bias) = (o.param("weight", &[2, 4, 3])?, o.param("bias", &[2])?);
-        o.conv(x, &weight, &bias, 1)
+        o.conv(x, Conv { input: 4, output: 2, kernel: 3, spatial: 1, reflect: false })
     }
 
     fn pad_reflect_1d(o, x: "batch 2 tokens") within MOVED {
@@ -308,7 +312,7 @@ cases! {
         o.pixel_shuffle(x, 3, 2, (2, 1))
     }
 
-    fn fold(o, x: "steps batch 3", state: "batch 3") within SUMS {
+    fn fold(o, x: "evaluations batch 3", state: "batch 3") within SUMS {
         o.fold(&[x], state, |o, now, state| {
             let state = o.scale(state, 0.5)?;
             o.add(&state, &now[0])
@@ -316,7 +320,7 @@ cases! {
     }
 
     // The body is the first to use weights, and takes a constant and values of the outer graph.
-    fn fold_over_captures(o, x: "steps", bias: "batch 4") within SUMS {
+    fn fold_over_captures(o, x: "evaluations", bias: "batch 4") within SUMS {
         let state = o.scale(bias, 0.1)?;
         o.fold(&[x], &state, |o, now, state| {
             let h = o.linear("linear", state, 4, 4)?;
@@ -327,7 +331,7 @@ cases! {
     }
 
     // A size that a body has computed is no value of the outer graph, nor of the next body.
-    fn fold_with_shapes_of_its_own(o, x: "steps tokens", y: "batch tokens") within SUMS {
+    fn fold_with_shapes_of_its_own(o, x: "evaluations tokens", y: "batch tokens") within SUMS {
         let body = |o: &mut O, now: &[O::Tensor], state: &O::Tensor| {
             let h = o.expand(&now[0], &[Dim::Of(y, 0), Dim::Of(&now[0], 0)])?;
             let sum = o.add(state, &h)?;
@@ -338,7 +342,7 @@ cases! {
         o.reshape(&second, &[Dim::Rest, Dim::Of(y, 0)])
     }
 
-    fn fold_in_a_fold(o, x: "steps tokens", state: "batch 3") within SUMS {
+    fn fold_in_a_fold(o, x: "evaluations tokens", state: "batch 3") within SUMS {
         o.fold(&[x], state, |o, outer, state| {
             o.fold(&[&outer[0]], state, |o, inner, state| {
                 let change = o.scale(&inner[0], 0.1)?;
@@ -348,7 +352,7 @@ cases! {
     }
 
     // A body finds what it captures under the name of the output.
-    fn fold_that_captures_the_output(o, x: "steps", y: "batch 3") within ELEMENTWISE {
+    fn fold_that_captures_the_output(o, x: "evaluations", y: "batch 3") within ELEMENTWISE {
         let output = o.scale(y, 2.0)?;
         o.fold(&[x], y, |o, _, state| o.add(state, &output))?;
         Ok(output)
@@ -371,36 +375,33 @@ cases! {
     }
 }
 
-fn ports<C: Case>(kinds: [Kind; 2]) -> Vec<Port> {
-    let port = |(i, axes): (usize, &&str)| {
-        let (kind, axes) = axes.strip_prefix("int ").map_or((kinds[i % 2], *axes), |axes| (Kind::Integer, axes));
-        let axis = |word: &str| word.parse().map_or_else(|_| Axis::Any(word.into()), Axis::Is);
-        Port { name: format!("input{i}"), kind, shape: axes.split(' ').map(axis).collect() }
+fn infos<C: Case>(kinds: [ValueKind; 2]) -> Vec<ValueInfo> {
+    let info = |(i, axes): (usize, &&str)| {
+        let (kind, axes) = axes.strip_prefix("int ").map_or((kinds[i % 2], *axes), |axes| (ValueKind::Integer, axes));
+        let symbol = |word: &str| Symbol::ALL.into_iter().find(|symbol| symbol.name() == word).expect("a symbol");
+        let axis = |word: &str| word.parse().map_or_else(|_| Dimension::Symbolic(symbol(word)), Dimension::Fixed);
+        ValueInfo { name: format!("input{i}"), kind, shape: axes.split(' ').map(axis).collect() }
     };
-    C::INPUTS.iter().enumerate().map(port).collect()
-}
-
-fn shape(port: &Port, sizes: Sizes) -> Vec<usize> {
-    let size = |axis: &Axis| match axis {
-        Axis::Is(size) => *size,
-        Axis::Any(name) => sizes.iter().find(|(known, _)| known == name).unwrap().1,
-    };
-    port.shape.iter().map(size).collect()
+    C::INPUTS.iter().enumerate().map(info).collect()
 }
 
 /// The output of a case, and the names and shapes of its weights, from counting it at both sizes.
-fn count<C: Case>(kinds: [Kind; 2]) -> Result<(Port, Parameters)> {
-    let count = |sizes| -> Result<_> {
+fn count<C: Case>(kinds: [ValueKind; 2]) -> Result<(ValueInfo, Parameters)> {
+    let count = |sizes: &Sizes| -> Result<_> {
         let mut cost = Cost::default();
-        let inputs: Vec<_> = ports::<C>(kinds).iter().map(|port| shape(port, sizes)).collect();
+        let inputs: Vec<_> = infos::<C>(kinds).iter().map(|info| info.shape(sizes)).collect();
         Ok((C::run(&mut cost, &inputs)?, cost.into_parameters()))
     };
-    let ((small, parameters), (large, _)) = (count(SIZES[0])?, count(SIZES[1])?);
+    let ((small, parameters), (large, _)) = (count(&SIZES[0])?, count(&SIZES[1])?);
     let axis = |(i, (&small, &large)): (usize, (&usize, &usize))| {
-        if small == large { Axis::Is(small) } else { Axis::Any(format!("axis{i}")) }
+        let is = |symbol: &Symbol| SIZES.map(|sizes| sizes.get(*symbol)) == [small, large];
+        // An axis of another size than those of the inputs: no input has these two symbols.
+        let other = || if i.is_multiple_of(2) { Symbol::Rows } else { Symbol::Width };
+        let symbol = Symbol::ALL.into_iter().find(is).unwrap_or_else(other);
+        if small == large { Dimension::Fixed(small) } else { Dimension::Symbolic(symbol) }
     };
     let shape = small.iter().zip(&large).enumerate().map(axis).collect();
-    Ok((Port { name: "output".into(), kind: kinds[0], shape }, parameters))
+    Ok((ValueInfo { name: "output".into(), kind: kinds[0], shape }, parameters))
 }
 
 /// Random values that the precision holds exactly.
@@ -414,7 +415,12 @@ fn randn(random: &mut TorchRng, shape: &[usize], precision: Precision) -> Result
 }
 
 /// The graph of a case and its weights, which are written to `folder` for it.
-fn lower<C: Case>(folder: &Path, precision: Precision, opset: i64, kinds: [Kind; 2]) -> Result<(Model, Weights)> {
+fn lower<C: Case>(
+    folder: &Path,
+    precision: Precision,
+    opset: i64,
+    kinds: [ValueKind; 2],
+) -> Result<(ModelProto, Weights)> {
     let (output, parameters) = count::<C>(kinds)?;
     let (mut random, mut weights, mut stored) = (TorchRng::new(SEED), Weights::default(), vec![]);
     let dtype = if precision == Precision::Fp16 { DType::F16 } else { DType::F32 };
@@ -431,13 +437,13 @@ fn lower<C: Case>(folder: &Path, precision: Precision, opset: i64, kinds: [Kind;
     }
 
     let mut lower = Lower::new(&known, precision, opset);
-    let inputs: Vec<_> = ports::<C>(kinds).iter().map(|port| lower.input(port)).collect();
+    let inputs: Vec<_> = infos::<C>(kinds).iter().map(|info| lower.input(info)).collect();
     let result = C::run(&mut lower, &inputs)?;
     Ok((lower.finish("case", &[result], &[output]), weights))
 }
 
 /// Runs `Found` on ONNX Runtime and `Expected` on Candle, at both sizes; an error says where they differ.
-fn compare<Found: Case, Expected: Case>(precision: Precision, opset: i64, kinds: [Kind; 2]) -> Result<()> {
+fn compare<Found: Case, Expected: Case>(precision: Precision, opset: i64, kinds: [ValueKind; 2]) -> Result<()> {
     let runtime = Runtime::load(&find_onnxruntime().unwrap_or_else(|problem| panic!("{problem}")))?;
     let folder = tempfile::tempdir().unwrap();
     let (model, weights) = lower::<Found>(folder.path(), precision, opset, kinds)?;
@@ -449,9 +455,9 @@ fn compare<Found: Case, Expected: Case>(precision: Precision, opset: i64, kinds:
     let mut random = TorchRng::new(SEED + 1);
     for sizes in SIZES {
         let (mut inputs, mut values) = (vec![], vec![]);
-        for port in ports::<Found>(kinds) {
-            let shape = shape(&port, sizes);
-            if port.kind == Kind::Integer {
+        for info in infos::<Found>(kinds) {
+            let shape = info.shape(&sizes);
+            if info.kind == ValueKind::Integer {
                 let integers: Vec<i64> = (0..shape[0] as i64).map(|i| (2 * i + 1) % INDICES).collect();
                 values.push(integer_input(&integers)?.into());
                 inputs.push(Tensor::from_vec(integers, shape, &Device::Cpu)?);
@@ -459,8 +465,8 @@ fn compare<Found: Case, Expected: Case>(precision: Precision, opset: i64, kinds:
             }
             let input = randn(&mut random, &shape, precision)?;
             let array: ArrayD<f32> = to_array(&input)?;
-            values.push(match (port.kind, precision) {
-                (Kind::Cache, Precision::Fp16) => half_input(array.mapv(f16::from_f32))?.into(),
+            values.push(match (info.kind, precision) {
+                (ValueKind::Cache, Precision::Fp16) => half_input(array.mapv(f16::from_f32))?.into(),
                 _ => float_input(array.view())?.into(),
             });
             inputs.push(input);
@@ -517,7 +523,7 @@ fn a_wrong_expectation_fails() {
     close(&one, &(&one + 3e-6), ELEMENTWISE).unwrap_err();
 }
 
-fn operators(graph: &Graph, all: &mut BTreeSet<String>) {
+fn operators(graph: &GraphProto, all: &mut BTreeSet<String>) {
     for node in &graph.node {
         all.insert(node.op_type.clone().unwrap());
         node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()).for_each(|body| operators(body, all));
@@ -546,7 +552,7 @@ fn stages_use_only_operators_that_are_exercised_and_that_tensorrt_accepts() {
             for stage in Stage::ALL {
                 let bytes = std::fs::read(draft.bundle.graph_path(stage).unwrap()).unwrap();
                 let mut used = BTreeSet::new();
-                operators(Model::decode(&bytes[..]).unwrap().graph.as_ref().unwrap(), &mut used);
+                operators(ModelProto::decode(&bytes[..]).unwrap().graph.as_ref().unwrap(), &mut used);
                 for known in [&exercised, &accepted] {
                     let others: Vec<_> = used.difference(known).collect();
                     assert!(others.is_empty(), "{}, {precision}, opset {opset}: {others:?}", stage.name());

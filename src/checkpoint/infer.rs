@@ -2,17 +2,32 @@
 
 use std::collections::BTreeMap;
 
-use super::Hints;
 use crate::config::{GROUPS, GeneratorConfig, Level, Preset, TokenizerConfig, Tower};
+use crate::{Error, Result};
+
+/// What a checkpoint's tensors do not say. Explicit values win over the checkpoint's own, and those over the preset's.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Hints {
+    /// A published size.
+    pub preset: Option<Preset>,
+    /// Attention heads.
+    pub heads: Option<usize>,
+    /// Window of self-attention.
+    pub window: Option<usize>,
+    /// Scale of latents.
+    pub vae_norm: Option<f64>,
+    /// Euler steps.
+    pub steps: Option<usize>,
+}
 
 /// Shapes of tensors by name.
 pub type Shapes = BTreeMap<String, Vec<usize>>;
 
 /// Axis `axis` of the tensor `name`, which has to have `rank` axes.
-fn size(shapes: &Shapes, name: &str, rank: usize, axis: usize) -> Result<usize, String> {
-    let shape = shapes.get(name).ok_or_else(|| format!("tensor {name} is missing"))?;
+fn size(shapes: &Shapes, name: &str, rank: usize, axis: usize) -> Result<usize> {
+    let shape = shapes.get(name).ok_or_else(|| Error::input(format!("tensor {name}"), "is missing"))?;
     if shape.len() != rank {
-        return Err(format!("tensor {name} has shape {shape:?}, expected {rank} axes"));
+        return Err(Error::input(format!("tensor {name}"), format!("has shape {shape:?}, expected {rank} axes")));
     }
     Ok(shape[axis])
 }
@@ -25,11 +40,13 @@ fn count(shapes: &Shapes, name: impl Fn(usize) -> String) -> usize {
 /// The generator's configuration. `hints` are the user's, `stored` the checkpoint's own.
 ///
 /// # Errors
-/// A sentence naming the tensor that is missing or misshapen, or the flag that has to say what no tensor does.
-pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<GeneratorConfig, String> {
+/// [`Error::input`] naming the tensor that is missing or misshapen; [`Error::setting`] naming what no tensor tells.
+pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<GeneratorConfig> {
     let preset = hints.preset.or(stored.preset);
-    let unknown = |what: &str, flag: &str| {
-        format!("neither its tensors nor its `args` tell {what}: give {flag}, or --preset for a published size")
+    let unknown = |field: &'static str, what: &str| {
+        let problem =
+            format!("is not known: neither tensors nor `args` tell {what}; a preset of a published size does");
+        Error::setting(field, problem)
     };
     let heads = hints.heads.or(preset.map(Preset::heads));
     let window = hints.window.or(stored.window).or(preset.map(|_| Preset::WINDOW));
@@ -42,21 +59,21 @@ pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<Gener
         embed: size(shapes, "z_proj.weight", 2, 1)?,
         dim: size(shapes, "z_proj.weight", 2, 0)?,
         depth: count(shapes, |i| format!("encoder_blocks.{i}.attn.qkv.weight")),
-        heads: heads.ok_or_else(|| unknown("how many attention heads it has", "--heads"))?,
+        heads: heads.ok_or_else(|| unknown("heads", "how many attention heads it has"))?,
         mlp_dim: size(shapes, "encoder_blocks.0.mlp.fc1.weight", 2, 0)?,
-        window: window.ok_or_else(|| unknown("the window of self-attention", "--window"))?,
+        window: window.ok_or_else(|| unknown("window", "the window of self-attention"))?,
         flow_dim: size(shapes, "diffloss.net.input_proj.weight", 2, 0)?,
         flow_depth: count(shapes, |j| format!("diffloss.net.res_blocks.{j}.in_ln.weight")),
         time_dim: size(shapes, "diffloss.net.time_embed.mlp.0.weight", 2, 1)?,
-        vae_norm: vae_norm.ok_or_else(|| unknown("the scale of its latents", "--vae-norm"))?,
-        steps: steps.ok_or_else(|| unknown("the number of sampling steps", "--steps"))?,
+        vae_norm: vae_norm.ok_or_else(|| unknown("vae_norm", "the scale of its latents"))?,
+        steps: steps.ok_or_else(|| unknown("steps", "the number of sampling steps"))?,
     };
     preset.map_or(Ok(()), |preset| fits(&config, preset))?;
     Ok(config)
 }
 
 /// Checks a preset against the tensors: a size that is not theirs would give a model that is wrong without a sign.
-pub(super) fn fits(config: &GeneratorConfig, preset: Preset) -> Result<(), String> {
+pub(super) fn fits(config: &GeneratorConfig, preset: Preset) -> Result<()> {
     let published = preset.config().generator;
     let sizes = [
         ("width", config.dim, published.dim),
@@ -64,10 +81,13 @@ pub(super) fn fits(config: &GeneratorConfig, preset: Preset) -> Result<(), Strin
         ("flow head's width", config.flow_dim, published.flow_dim),
     ];
     match sizes.iter().find(|(_, found, expected)| found != expected) {
-        Some((what, found, expected)) => Err(format!(
-            "its tensors have a {what} of {found}, and the preset ({preset:?}) one of {expected}: give the preset that \
-             it has, or none and --heads"
-        )),
+        Some((what, found, expected)) => {
+            let problem = format!(
+                "is {preset:?}, which has a {what} of {expected}, and the tensors have {found}: give the preset that the \
+                 checkpoint has, or none and its attention heads"
+            );
+            Err(Error::setting("preset", problem))
+        }
         None => Ok(()),
     }
 }
@@ -75,8 +95,8 @@ pub(super) fn fits(config: &GeneratorConfig, preset: Preset) -> Result<(), Strin
 /// The tokenizer's configuration.
 ///
 /// # Errors
-/// A sentence naming the tensor that is missing or misshapen.
-pub fn tokenizer(shapes: &Shapes) -> Result<TokenizerConfig, String> {
+/// [`Error::input`] naming the tensor that is missing or misshapen.
+pub fn tokenizer(shapes: &Shapes) -> Result<TokenizerConfig> {
     let levels = count(shapes, |l| format!("encoder.down.{l}.block.0.conv1.weight"));
     let mut len_down_scale = 0;
     for level in 0..levels.saturating_sub(1) {
@@ -86,17 +106,16 @@ pub fn tokenizer(shapes: &Shapes) -> Result<TokenizerConfig, String> {
             (true, _) if len_down_scale == level => len_down_scale += 1,
             (_, true) => {}
             _ => {
-                return Err(format!(
-                    "tensor {name} has shape {:?}, which halves neither height nor both",
-                    shapes[&name]
-                ));
+                let problem = format!("has shape {:?}, which halves neither height nor both", shapes[&name]);
+                return Err(Error::input(format!("tensor {name}"), problem));
             }
         }
     }
     let z_channels = size(shapes, "encoder.conv_out.weight", 4, 0)?;
     let columns = size(shapes, "encoder.encoder1d.weight", 3, 0)?;
     if z_channels == 0 || !columns.is_multiple_of(z_channels) {
-        return Err(format!("tensor encoder.encoder1d.weight has {columns} channels for rows of {z_channels}"));
+        let problem = format!("has {columns} channels for rows of {z_channels}");
+        return Err(Error::input("tensor encoder.encoder1d.weight", problem));
     }
     Ok(TokenizerConfig {
         image_channels: size(shapes, "encoder.conv_in.weight", 4, 1)?,
@@ -109,14 +128,14 @@ pub fn tokenizer(shapes: &Shapes) -> Result<TokenizerConfig, String> {
     })
 }
 
-fn tower(shapes: &Shapes, part: &str, direction: &str, z_channels: usize) -> Result<Tower, String> {
+fn tower(shapes: &Shapes, part: &str, direction: &str, z_channels: usize) -> Result<Tower> {
     let block = |level: usize, block: usize| format!("{part}.{direction}.{level}.block.{block}.conv1.weight");
     let levels = (0..count(shapes, |level| block(level, 0)))
         .map(|level| {
             let attention = shapes.contains_key(&format!("{part}.{direction}.{level}.attn.0.norm.weight"));
             Ok(Level { channels: size(shapes, &block(level, 0), 4, 0)?, attention })
         })
-        .collect::<Result<_, String>>()?;
+        .collect::<Result<_>>()?;
     Ok(Tower {
         z_channels,
         conv_in: size(shapes, &format!("{part}.conv_in.weight"), 4, 0)?,

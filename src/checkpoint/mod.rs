@@ -12,14 +12,14 @@ use std::path::Path;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-pub use infer::{Shapes, generator as infer_generator, tokenizer as infer_tokenizer};
+pub use infer::{Hints, Shapes, generator as infer_generator, tokenizer as infer_tokenizer};
 use tensors::{TensorFile, Values};
 use torch::TorchFile;
 
 use crate::config::{GeneratorConfig, Preset, TokenizerConfig};
 use crate::model::Stage;
 use crate::weights::Weights;
-use crate::{Config, Error, Result, files};
+use crate::{Config, Error, Result, ResultExt, files};
 
 /// Which of a checkpoint's two sets of weights to take.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,21 +29,6 @@ pub enum WeightSet {
     Ema,
     /// The weights that were trained.
     Raw,
-}
-
-/// What a checkpoint's tensors do not say. Explicit values win over the checkpoint's own, and those over the preset's.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Hints {
-    /// A published size.
-    pub preset: Option<Preset>,
-    /// Attention heads.
-    pub heads: Option<usize>,
-    /// Window of self-attention.
-    pub window: Option<usize>,
-    /// Scale of latents.
-    pub vae_norm: Option<f64>,
-    /// Euler steps.
-    pub steps: Option<usize>,
 }
 
 /// Key of the configuration, as JSON, in the metadata of our `.safetensors`. There is no other key, so that a file's
@@ -65,7 +50,7 @@ pub struct StoredConfig {
 /// Writes tensors with the configuration of the model they are of, replacing `path` when all of it is written.
 ///
 /// # Errors
-/// [`Error::Run`] when it cannot be written.
+/// [`Error::run`] when it cannot be written.
 pub fn write(path: &Path, config: &StoredConfig, stored: &[(&str, Tensor)]) -> Result<()> {
     let values: Vec<(&str, Values)> =
         stored.iter().map(|(name, tensor)| (*name, Values::Tensor(tensor.clone()))).collect();
@@ -75,9 +60,9 @@ pub fn write(path: &Path, config: &StoredConfig, stored: &[(&str, Tensor)]) -> R
 /// Writes as [`write()`] does, values of other types among them.
 ///
 /// # Errors
-/// [`Error::Run`] when it cannot be written.
+/// [`Error::run`] when it cannot be written.
 pub fn write_values(path: &Path, config: &StoredConfig, stored: &[(&str, Values)]) -> Result<()> {
-    let config = serde_json::to_string(config).map_err(|error| Error::run(path.display(), error))?;
+    let config = serde_json::to_string(config).or_run(path.display())?;
     tensors::write_values(path, stored, HashMap::from([(CONFIG_KEY.to_string(), config)]))
 }
 
@@ -89,18 +74,16 @@ const TRAINING_ONLY: [&str; 3] = ["ema_", "loss.", "semantic_decoder."];
 /// Loads a complete model from a checkpoint of the generator and one of the tokenizer, in any format, and checks it.
 ///
 /// # Errors
-/// [`Error::Input`] naming the file and the tensor or value that is missing, extra, misshapen or not finite.
+/// [`Error::input`] naming the file and the tensor or value that is missing, extra, misshapen or not finite.
 pub fn load(generator: &Path, tokenizer: &Path, set: WeightSet, hints: &Hints) -> Result<(Config, Weights)> {
     let mut weights = Weights::default();
     let config = Config {
         generator: load_generator(generator, set, hints, &mut weights)?,
         tokenizer: load_tokenizer(tokenizer, set, &mut weights)?,
     };
-    config.check().map_err(|error| match error {
-        Error::Input(problem) => Error::input(format!("{} with {}", generator.display(), tokenizer.display()), problem),
-        other => other,
-    })?;
-    weights.check(&config, &format!("{} with {}", generator.display(), tokenizer.display()))?;
+    let source = format!("{} with {}", generator.display(), tokenizer.display());
+    config.check().map_err(|error| error.about(&source))?;
+    weights.check(&config, &source)?;
     Ok((config, weights))
 }
 
@@ -115,7 +98,7 @@ pub fn load_tokenizer_alone(path: &Path, set: WeightSet) -> Result<(TokenizerCon
     let generator = GeneratorConfig { embed: tokenizer.embed, ..Preset::Small.config().generator };
     let config = Config { generator, tokenizer };
     config.check()?;
-    weights.check_stages(&config, &[Stage::Encode, Stage::Decode], &path.display().to_string())?;
+    weights.check_stages(&config, &[Stage::Encoder, Stage::Decoder], &path.display().to_string())?;
     Ok((config.tokenizer, weights))
 }
 
@@ -130,7 +113,7 @@ pub fn load_safetensors(path: &Path) -> Result<(Config, Weights)> {
 /// The configuration that a `.safetensors` of a whole model has in its metadata.
 ///
 /// # Errors
-/// [`Error::Input`] when it has none.
+/// [`Error::input`] when it has none.
 pub fn stored_config(file: &TensorFile) -> Result<Config> {
     let StoredConfig { generator, tokenizer } = stored(file)?;
     Ok(Config { generator: part(file, generator, "generator")?, tokenizer: part(file, tokenizer, "tokenizer")? })
@@ -138,9 +121,9 @@ pub fn stored_config(file: &TensorFile) -> Result<Config> {
 
 fn stored(file: &TensorFile) -> Result<StoredConfig> {
     let bad = |problem: String| Error::input(file.path().display(), problem);
-    let none = || bad(format!("has no `{CONFIG_KEY}` in its metadata, so it is none of eqim's"));
+    let none = || bad(format!("has no `{CONFIG_KEY}` in its metadata, so eqim did not write it"));
     let text = file.text(CONFIG_KEY).ok_or_else(none)?;
-    serde_json::from_str(text).map_err(|error| bad(format!("`{CONFIG_KEY}` in its metadata: {error}")))
+    serde_json::from_str(text).or_input(format!("{}: `{CONFIG_KEY}` in its metadata", file.path().display()))
 }
 
 fn part<T>(file: &TensorFile, config: Option<T>, name: &str) -> Result<T> {
@@ -150,7 +133,7 @@ fn part<T>(file: &TensorFile, config: Option<T>, name: &str) -> Result<T> {
 
 fn is_zip(path: &Path) -> Result<bool> {
     let mut magic = [0; 4];
-    let read = files::open(path)?.read(&mut magic).map_err(|error| Error::input(path.display(), error))?;
+    let read = files::open(path)?.read(&mut magic).or_input(path.display())?;
     match &magic[..read] {
         b"PK\x03\x04" => Ok(true),
         _ if read < magic.len() => Err(Error::input(path.display(), "is too short for a checkpoint")),
@@ -168,7 +151,7 @@ fn load_generator(path: &Path, set: WeightSet, hints: &Hints, weights: &mut Weig
         let mut file = TensorFile::open(path)?;
         let config = part(&file, stored(&file)?.generator, "generator")?;
         let fits = hints.preset.map_or(Ok(()), |preset| infer::fits(&config, preset));
-        fits.map_err(|problem| Error::input(path.display(), problem))?;
+        fits.map_err(|error| error.about(path.display()))?;
         read_part(&mut file, weights, |name| !is_tokenizer_part(name))?;
         return Ok(with_hints(config, hints));
     }
@@ -179,13 +162,14 @@ fn load_generator(path: &Path, set: WeightSet, hints: &Hints, weights: &mut Weig
     };
     let model = file.item(key).ok_or_else(|| {
         let keys = file.keys().join(", ");
-        file.bad(format!("has no `{key}` (its keys: {keys}); is it a generator's? Else try --weights {other}"))
+        file.bad(format!("has no `{key}` (its keys: {keys}); is it a generator's? Else take the {other} weights"))
+            .with_field("weights")
     })?;
     let tensors = file.state_dict(model)?;
     let shape = |(name, &id): (&String, &_)| Ok((name.clone(), file.shape(name, id)?));
     let shapes = tensors.iter().map(shape).collect::<Result<Shapes>>()?;
     let stored = stored_hints(&file);
-    let config = infer::generator(&shapes, hints, &stored).map_err(|problem| file.bad(problem))?;
+    let config = infer::generator(&shapes, hints, &stored).map_err(|error| error.about(path.display()))?;
     for (name, id) in tensors {
         weights.insert(name.clone(), &file.tensor(&name, id)?)?;
     }
@@ -214,13 +198,14 @@ fn load_tokenizer(path: &Path, set: WeightSet, weights: &mut Weights) -> Result<
             WeightSet::Ema => ema_name(name),
         };
         let id = tensors.get(&source).ok_or_else(|| {
-            file.bad(format!("tensor {source}, the average of {name}, is missing; --weights raw does without averages"))
+            let problem = "is missing: the raw weights do without averages";
+            file.bad(format!("tensor {source}, the average of {name}, {problem}")).with_field("weights")
         })?;
         taken.insert(name.clone(), (source, *id));
     }
     let shape = |(name, (source, id)): (&String, &(String, _))| Ok((name.clone(), file.shape(source, *id)?));
     let shapes = taken.iter().map(shape).collect::<Result<Shapes>>()?;
-    let config = infer::tokenizer(&shapes).map_err(|problem| file.bad(problem))?;
+    let config = infer::tokenizer(&shapes).map_err(|error| error.about(path.display()))?;
     for (name, (source, id)) in taken {
         weights.insert(name, &file.tensor(&source, id)?)?;
     }
@@ -232,7 +217,8 @@ fn only_set(path: &Path, set: WeightSet) -> Result<()> {
     match set {
         WeightSet::Ema => Ok(()),
         WeightSet::Raw => {
-            Err(Error::input(path.display(), "holds one set of weights: --weights raw is for .pth and .ckpt"))
+            let problem = "holds one set of weights: raw weights are in .pth and .ckpt only";
+            Err(Error::input(path.display(), problem).with_field("weights"))
         }
     }
 }

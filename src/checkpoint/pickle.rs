@@ -5,6 +5,8 @@
 
 use std::collections::HashMap;
 
+use crate::{Error, Result};
+
 /// A value's place in a [`Pickle`].
 pub type Id = usize;
 
@@ -118,8 +120,8 @@ impl Pickle {
 /// Reads a pickle and gives the place of its root.
 ///
 /// # Errors
-/// A sentence about the byte that could not be understood.
-pub fn read(bytes: &[u8]) -> Result<(Pickle, Id), String> {
+/// [`Error::input`] naming the byte that could not be understood.
+pub fn read(bytes: &[u8]) -> Result<(Pickle, Id)> {
     let mut machine =
         Machine { bytes, at: 0, pickle: Pickle::default(), stack: vec![], marks: vec![], memo: HashMap::new() };
     loop {
@@ -127,7 +129,7 @@ pub fn read(bytes: &[u8]) -> Result<(Pickle, Id), String> {
         match machine.instruction() {
             Ok(None) => {}
             Ok(Some(root)) => return Ok((machine.pickle, root)),
-            Err(problem) => return Err(format!("pickle, byte {at}: {problem}")),
+            Err(problem) => return Err(Error::input(format!("pickle, byte {at}"), problem)),
         }
     }
 }

@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo, View};
 
-use crate::{Error, Result, files};
+use crate::{Error, Result, ResultExt, files};
 
 const LARGEST_HEADER: u64 = 100_000_000;
 
@@ -26,23 +26,24 @@ impl TensorFile {
     /// Opens a file and reads its header.
     ///
     /// # Errors
-    /// [`Error::Input`] when it is truncated or not in the format.
+    /// [`Error::input`] when it is truncated or not in the format.
     pub fn open(path: &Path) -> Result<Self> {
         let bad = |problem: String| Error::input(path.display(), format!("is not a safetensors file: {problem}"));
+        let not_one = || Error::input(path.display(), "is not a safetensors file");
         let mut file = files::open(path)?;
-        let length = file.metadata().map_err(|error| bad(error.to_string()))?.len();
+        let length = file.metadata().map_err(|error| not_one().because(error))?.len();
         if length < 8 {
             return Err(bad(format!("it has {length} bytes, too few for a header")));
         }
         let mut header = vec![0; 8];
-        file.read_exact(&mut header).map_err(|error| bad(error.to_string()))?;
+        file.read_exact(&mut header).map_err(|error| not_one().because(error))?;
         let header_length = u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| header[i]));
         if header_length > LARGEST_HEADER.min(length - 8) {
             return Err(bad(format!("a header of {header_length} bytes does not fit its {length}")));
         }
         header.resize(8 + header_length as usize, 0);
-        file.read_exact(&mut header[8..]).map_err(|error| bad(error.to_string()))?;
-        let metadata: Metadata = serde_json::from_slice(&header[8..]).map_err(|error| bad(error.to_string()))?;
+        file.read_exact(&mut header[8..]).map_err(|error| not_one().because(error))?;
+        let metadata: Metadata = serde_json::from_slice(&header[8..]).map_err(|error| not_one().because(error))?;
         let data_start = header.len() as u64;
         let end = metadata.tensors().values().map(|info| info.data_offsets.1).max().unwrap_or(0) as u64;
         if data_start.checked_add(end) != Some(length) {
@@ -75,15 +76,15 @@ impl TensorFile {
     /// Reads one tensor.
     ///
     /// # Errors
-    /// [`Error::Input`] when there is none of that name, or of a type that Candle does not have.
+    /// [`Error::input`] when there is none of that name, or of a type that Candle does not have.
     pub fn read(&mut self, name: &str) -> Result<Tensor> {
         let bad = |problem: String| Error::input(self.path.display(), format!("tensor {name}: {problem}"));
         let info = self.metadata.info(name).ok_or_else(|| bad("is missing".into()))?;
-        let dtype = DType::try_from(info.dtype).map_err(|error| bad(error.to_string()))?;
+        let dtype = DType::try_from(info.dtype).or_input(format!("{}: tensor {name}", self.path.display()))?;
         let (start, length) = self.place(info);
         let mut bytes = vec![0; length as usize];
         let read = self.file.seek(SeekFrom::Start(start)).and_then(|_| self.file.read_exact(&mut bytes));
-        read.map_err(|error| bad(error.to_string()))?;
+        read.or_input(format!("{}: tensor {name}", self.path.display()))?;
         Ok(Tensor::from_raw_buffer(&bytes, dtype, &info.shape, &Device::Cpu)?)
     }
 }
@@ -154,7 +155,7 @@ fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
 /// Writes tensors of `f32`, `f16` or `bf16`, with `text` beside them, replacing `path` when all of it is written.
 ///
 /// # Errors
-/// [`Error::Run`] for a tensor of another type, or when the file cannot be written.
+/// [`Error::run`] for a tensor of another type, or when the file cannot be written.
 pub fn write(path: &Path, tensors: &[(&str, Tensor)], text: HashMap<String, String>) -> Result<()> {
     let values: Vec<(&str, Values)> =
         tensors.iter().map(|(name, tensor)| (*name, Values::Tensor(tensor.clone()))).collect();
@@ -164,7 +165,7 @@ pub fn write(path: &Path, tensors: &[(&str, Tensor)], text: HashMap<String, Stri
 /// Writes as [`write()`] does, values of other types among them.
 ///
 /// # Errors
-/// [`Error::Run`] for a tensor of another type, or when the file cannot be written.
+/// [`Error::run`] for a tensor of another type, or when the file cannot be written.
 pub fn write_values(path: &Path, values: &[(&str, Values)], text: HashMap<String, String>) -> Result<()> {
     let failed = |problem: String| Error::run(path.display(), format!("cannot be written: {problem}"));
     let stored = |(name, values): &'_ (&'_ str, Values)| match values {

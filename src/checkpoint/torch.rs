@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use zip::ZipArchive;
 
 use super::pickle::{self, Id, Pickle, Value};
-use crate::{Error, Result, files};
+use crate::{Error, Result, ResultExt, files};
 
 // A pickle holds names and numbers; the largest published one is under 1 MB.
 const LARGEST_PICKLE: u64 = 256 << 20;
@@ -36,17 +36,17 @@ impl TorchFile {
     /// Opens a checkpoint and reads everything but its tensors.
     ///
     /// # Errors
-    /// [`Error::Input`] when it is truncated or not in the format.
+    /// [`Error::input`] when it is truncated or not in the format.
     pub fn open(path: &Path) -> Result<Self> {
-        let bad = |problem: String| Error::input(path.display(), format!("is not a PyTorch checkpoint: {problem}"));
+        let bad = || Error::input(path.display(), "is not a PyTorch checkpoint");
         let file = BufReader::new(files::open(path)?);
-        let mut archive = ZipArchive::new(file).map_err(|error| bad(error.to_string()))?;
+        let mut archive = ZipArchive::new(file).map_err(|error| bad().because(error))?;
         let name = archive.file_names().flatten().find(|name| name.ends_with("data.pkl")).map(String::from);
-        let name = name.ok_or_else(|| bad("the archive has no data.pkl".into()))?;
+        let name = name.ok_or_else(|| bad().advise(": the archive has no data.pkl"))?;
         let mut bytes = vec![];
-        let entry = archive.by_name(&name).map_err(|error| bad(error.to_string()))?;
-        entry.take(LARGEST_PICKLE).read_to_end(&mut bytes).map_err(|error| bad(error.to_string()))?;
-        let (pickle, root) = pickle::read(&bytes).map_err(bad)?;
+        let entry = archive.by_name(&name).map_err(|error| bad().because(error))?;
+        entry.take(LARGEST_PICKLE).read_to_end(&mut bytes).map_err(|error| bad().because(error))?;
+        let (pickle, root) = pickle::read(&bytes).map_err(|error| bad().because(error))?;
         let prefix = name.trim_end_matches("data.pkl").to_string();
         Ok(Self { path: path.to_path_buf(), archive, prefix, pickle, root })
     }
@@ -77,7 +77,7 @@ impl TorchFile {
     /// Shape of the tensor `name` at `id`.
     ///
     /// # Errors
-    /// [`Error::Input`] when it is none that can be read.
+    /// [`Error::input`] when it is none that can be read.
     pub fn shape(&self, name: &str, id: Id) -> Result<Vec<usize>> {
         Ok(self.named_layout(name, id)?.shape)
     }
@@ -94,7 +94,7 @@ impl TorchFile {
     /// Reads the tensor `name` at `id`.
     ///
     /// # Errors
-    /// [`Error::Input`] when its storage is missing, too short, or of an unknown type.
+    /// [`Error::input`] when its storage is missing, too short, or of an unknown type.
     pub fn tensor(&mut self, name: &str, id: Id) -> Result<Tensor> {
         let layout =
             self.layout(id).ok_or_else(|| self.bad(format!("tensor {name} has no layout that can be read")))?;
@@ -104,7 +104,7 @@ impl TorchFile {
         let (start, length) = range.ok_or_else(|| self.bad(format!("tensor {name} is absurdly large")))?;
         let storage = format!("{}data/{}", self.prefix, layout.storage);
         let bytes = read_range(&mut self.archive, &storage, start, length)
-            .map_err(|problem| self.bad(format!("tensor {name}: storage {storage}: {problem}")))?;
+            .map_err(|error| error.about(format!("{}: tensor {name}", self.path.display())))?;
         Ok(Tensor::from_raw_buffer(&bytes, layout.dtype, &layout.shape, &Device::Cpu)?)
     }
 
@@ -146,22 +146,18 @@ impl TorchFile {
 }
 
 /// Bytes `start..start + length` of an entry.
-fn read_range(
-    archive: &mut ZipArchive<BufReader<File>>,
-    name: &str,
-    start: u64,
-    length: usize,
-) -> Result<Vec<u8>, String> {
-    let mut entry = archive.by_name(name).map_err(|error| error.to_string())?;
+fn read_range(archive: &mut ZipArchive<BufReader<File>>, name: &str, start: u64, length: usize) -> Result<Vec<u8>> {
+    let storage = format!("storage {name}");
+    let mut entry = archive.by_name(name).or_input(&storage)?;
     let end = start.saturating_add(length as u64);
     if entry.size() < end {
-        return Err(format!("has {} bytes, and {end} are needed", entry.size()));
+        return Err(Error::input(storage, format!("has {} bytes, and {end} are needed", entry.size())));
     }
-    std::io::copy(&mut entry.by_ref().take(start), &mut std::io::sink()).map_err(|error| error.to_string())?;
+    std::io::copy(&mut entry.by_ref().take(start), &mut std::io::sink()).or_input(&storage)?;
     let mut bytes = vec![];
-    entry.take(length as u64).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    entry.take(length as u64).read_to_end(&mut bytes).or_input(&storage)?;
     if bytes.len() < length {
-        return Err(format!("ends after {} of {length} bytes", bytes.len()));
+        return Err(Error::input(storage, format!("ends after {} of {length} bytes", bytes.len())));
     }
     Ok(bytes)
 }

@@ -3,12 +3,12 @@
 use candle_core::{DType, Device, Tensor};
 use ndarray::{Array, Array2, Array3, Array4, ArrayView, ArrayView2, ArrayView3, ArrayView4, Dimension};
 
-use crate::engine::{Classes, Engine, Row, Session};
+use crate::engine::{Engine, PrefillCache, Row, Session};
 use crate::model::Stage;
 use crate::ops::eager::Eager;
 use crate::request::solver::Tableau;
 use crate::weights::Weights;
-use crate::{Config, Error, Result};
+use crate::{Config, Error, Result, ResultExt};
 
 /// What computes a model's stages on Candle tensors.
 pub trait Runner {
@@ -93,7 +93,7 @@ pub fn to_tensor<D: Dimension>(array: ArrayView<f32, D>) -> Result<Tensor> {
 pub fn to_array<D: Dimension>(tensor: &Tensor) -> Result<Array<f32, D>> {
     let values = tensor.flatten_all()?.to_vec1::<f32>()?;
     let array = Array::from_shape_vec(tensor.dims().to_vec(), values).and_then(Array::into_dimensionality);
-    array.map_err(|error| Error::run("tensor", error))
+    array.or_run("tensor")
 }
 
 /// A solver's times `[S]` and updates `[S, 2, 3]` as Candle tensors.
@@ -121,7 +121,7 @@ impl<R: Runner> Engine for StageEngine<R> {
     }
 
     fn session(&self) -> Result<Box<dyn Session + '_>> {
-        Ok(Box::new(StageSession { engine: self, classes: Classes::default(), past: vec![], cross: vec![] }))
+        Ok(Box::new(StageSession { engine: self, classes: PrefillCache::default(), past: vec![], cross: vec![] }))
     }
 
     fn sample(
@@ -137,18 +137,18 @@ impl<R: Runner> Engine for StageEngine<R> {
     }
 
     fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>> {
-        self.run_one(Stage::Decode, &[to_tensor(latents)?])
+        self.run_one(Stage::Decoder, &[to_tensor(latents)?])
     }
 
     fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>> {
-        self.run_one(Stage::Encode, &[to_tensor(images)?])
+        self.run_one(Stage::Encoder, &[to_tensor(images)?])
     }
 }
 
 struct StageSession<'a, R> {
     engine: &'a StageEngine<R>,
     /// The prefill's outputs for one label.
-    classes: Classes<Vec<Tensor>>,
+    classes: PrefillCache<Vec<Tensor>>,
     past: Vec<Tensor>,
     cross: Vec<Tensor>,
 }

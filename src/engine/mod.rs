@@ -6,10 +6,10 @@ use std::collections::HashMap;
 
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4};
 
-use crate::request::Rollout;
-use crate::request::condition::Condition;
+use crate::request::PreparedRequest;
+use crate::request::condition::ClassMix;
 use crate::request::solver::Tableau;
-use crate::request::timing::Times;
+use crate::request::timing::StageTimes;
 use crate::{Config, Error, Result};
 
 /// A model that is ready to run: its weights are loaded. What one image needs beside them is a [`Session`].
@@ -33,7 +33,7 @@ pub trait Engine {
     /// When the backend fails.
     fn start(&self, labels: &[i64]) -> Result<(Box<dyn Session + '_>, Array2<f32>)> {
         let mut session = self.session()?;
-        let rows: Vec<Row> = labels.iter().map(|&label| Row::new(Condition::of(label))).collect();
+        let rows: Vec<Row> = labels.iter().map(|&label| Row::new(ClassMix::of(label))).collect();
         let z = session.arrange(&rows)?;
         Ok((session, z))
     }
@@ -81,9 +81,9 @@ pub trait Engine {
     /// When the backend fails, or a token is not finite.
     fn fused_rollout(
         &self,
-        _rollout: &Rollout,
+        _rollout: &PreparedRequest,
         _progress: &mut dyn FnMut(usize),
-    ) -> Result<Option<(Array3<f32>, Times)>> {
+    ) -> Result<Option<(Array3<f32>, StageTimes)>> {
         Ok(None)
     }
 }
@@ -94,12 +94,12 @@ pub struct Row {
     /// The row of the batch before that it was; `None` for one that begins.
     pub kept: Option<usize>,
     /// What it is conditioned on from now on.
-    pub condition: Condition,
+    pub condition: ClassMix,
 }
 
 impl Row {
     /// A row that begins.
-    pub fn new(condition: Condition) -> Self {
+    pub fn new(condition: ClassMix) -> Self {
         Self { kept: None, condition }
     }
 }
@@ -125,15 +125,15 @@ pub trait Session {
 
 /// What the classes of a batch are known by.
 #[derive(Debug)]
-pub struct Classes<C>(HashMap<i64, C>);
+pub struct PrefillCache<C>(HashMap<i64, C>);
 
-impl<C> Default for Classes<C> {
+impl<C> Default for PrefillCache<C> {
     fn default() -> Self {
         Self(HashMap::new())
     }
 }
 
-impl<C> Classes<C> {
+impl<C> PrefillCache<C> {
     /// Forgets classes that are not among those of `rows`, and computes those that are new, all at once.
     ///
     /// # Errors
@@ -153,14 +153,14 @@ impl<C> Classes<C> {
     /// What the classes of a condition are known by, and the share of the second.
     ///
     /// # Errors
-    /// [`Error::Run`] for a label that was not among the last ones.
-    pub fn get(&self, condition: Condition) -> Result<(&C, Option<(&C, f32)>)> {
+    /// [`Error::run`] for a label that was not among the last ones.
+    pub fn get(&self, condition: ClassMix) -> Result<(&C, Option<(&C, f32)>)> {
         let known = |label| {
             let missing = || Error::run("batch", format!("class {label} was not computed"));
             self.0.get(&label).ok_or_else(missing)
         };
         let one = known(condition.label)?;
-        match condition.fading {
+        match condition.blend {
             Some((label, share)) => Ok((one, Some((known(label)?, share)))),
             None => Ok((one, None)),
         }
@@ -168,6 +168,6 @@ impl<C> Classes<C> {
 }
 
 /// `a`, of which `share` has become `b`.
-pub fn faded(a: f32, b: f32, share: f32) -> f32 {
+pub fn lerp(a: f32, b: f32, share: f32) -> f32 {
     a + share * (b - a)
 }

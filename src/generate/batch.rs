@@ -6,35 +6,35 @@ use std::collections::{HashMap, VecDeque};
 use ndarray::{Array1, Array2, Array3, Axis, concatenate};
 
 use crate::engine::{Engine, Row, Session};
-use crate::request::condition::{Condition, Label};
+use crate::request::condition::{ClassMix, ClassSchedule};
 use crate::request::random::TorchRng;
-use crate::request::timing::Times;
-use crate::request::{Noise, Request, Rollout, Sampling, check_finite};
+use crate::request::timing::StageTimes;
+use crate::request::{Noise, PreparedRequest, Request, Sampling, check_finite};
 use crate::{Config, Error, Result};
 
 /// One image to generate.
 #[derive(Clone, Debug)]
-pub struct Image {
+pub struct Sequence {
     /// Its class, or its classes along the way.
-    pub label: Label,
+    pub label: ClassSchedule,
     /// Position of the first token; not 0 where an earlier run is carried on, whose last tokens are the prefix then.
     pub begin: usize,
     /// Tokens that are given, `[n, E]`, n from 0.
     pub prefix: Array2<f32>,
     /// What the others are sampled from.
-    pub noise: Draws,
+    pub noise: NoiseSource,
     /// Guidance of each token from position 0 on, `[N]`.
     pub guidance: Vec<f32>,
 }
 
-impl Image {
+impl Sequence {
     /// The images of a rollout.
-    pub fn all(rollout: &Rollout) -> Vec<Self> {
+    pub fn of_batch(rollout: &PreparedRequest) -> Vec<Self> {
         let image = |row: usize| Self {
-            label: rollout.labels[row].clone(),
+            label: rollout.classes[row].clone(),
             begin: 0,
             prefix: rollout.prefix.index_axis(Axis(0), row).to_owned(),
-            noise: Draws::Given(
+            noise: NoiseSource::Given(
                 rollout.noise.index_axis(Axis(0), row).rows().into_iter().map(|row| row.to_owned()).collect(),
             ),
             guidance: rollout.guidance.clone(),
@@ -42,16 +42,18 @@ impl Image {
         (0..rollout.batch()).map(image).collect()
     }
 
-    /// Image `row` of a [checked](Request::check) request; noise of a seed is drawn when it is needed.
+    /// Sequence `row` of a [checked](Request::check) request; noise of a seed is drawn when it is needed.
     pub fn streamed(config: &Config, request: &Request, row: usize) -> Self {
-        let (rows, embed) = (request.labels.len(), config.generator.embed);
+        let (rows, embed) = (request.classes.len(), config.generator.embed);
         let given = |tokens: &Array3<f32>| tokens.index_axis(Axis(0), row).to_owned();
         let noise = match &request.noise {
-            Noise::Given(noise) => Draws::Given(given(noise).rows().into_iter().map(|row| row.to_owned()).collect()),
-            Noise::Seed(seed) => Draws::Seed { random: Box::new(TorchRng::new(*seed)), rows, row },
+            Noise::Given(noise) => {
+                NoiseSource::Given(given(noise).rows().into_iter().map(|row| row.to_owned()).collect())
+            }
+            Noise::Seed(seed) => NoiseSource::Seed { random: Box::new(TorchRng::new(*seed)), rows, row },
         };
         Self {
-            label: request.labels[row].clone(),
+            label: request.classes[row].clone(),
             begin: 0,
             prefix: request.prefix.as_ref().map_or_else(|| Array2::zeros((0, embed)), given),
             noise,
@@ -62,12 +64,12 @@ impl Image {
 
 /// Noise of one image, token by token.
 #[derive(Clone, Debug)]
-pub enum Draws {
+pub enum NoiseSource {
     /// Known beforehand: one `[E]` a token.
     Given(VecDeque<Array1<f32>>),
     /// Drawn when it is needed: row `row` of the `torch.randn(rows, E)` of every token.
     Seed {
-        /// Draws it.
+        /// NoiseSource it.
         random: Box<TorchRng>,
         /// Images that are drawn for together.
         rows: usize,
@@ -76,11 +78,11 @@ pub enum Draws {
     },
 }
 
-impl Draws {
+impl NoiseSource {
     /// The next token's noise, `[embed]`.
     ///
     /// # Errors
-    /// [`Error::Run`] when no more was given.
+    /// [`Error::run`] when no more was given.
     pub fn next(&mut self, embed: usize) -> Result<Array1<f32>> {
         match self {
             Self::Given(noise) => noise.pop_front().ok_or_else(|| Error::run("noise", "too little was given")),
@@ -100,13 +102,13 @@ pub struct Batch<'a, E: Engine + ?Sized> {
     /// Conditions of the images' next tokens, `[B, D]` or with guidance `[2B, D]`, unconditional rows last.
     z: Array2<f32>,
     /// Time spent so far.
-    pub times: Times,
+    pub times: StageTimes,
 }
 
 /// An image on its way.
 struct Active {
     number: usize,
-    image: Image,
+    image: Sequence,
     /// Position of the next token.
     next: usize,
     /// The token before it, `[E]`.
@@ -115,7 +117,7 @@ struct Active {
 
 impl Active {
     /// What the token at `position` is conditioned on; `none` is the label of no class.
-    fn condition(&self, position: usize, none: usize) -> Condition {
+    fn condition(&self, position: usize, none: usize) -> ClassMix {
         self.image.label.condition(position, none)
     }
 }
@@ -133,7 +135,7 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
     /// When the engine fails.
     pub fn new(engine: &'a E, sampling: Sampling) -> Result<Self> {
         let (session, z) = (engine.session()?, Array2::zeros((0, engine.config().generator.dim)));
-        Ok(Self { engine, sampling, session, images: vec![], z, times: Times::default() })
+        Ok(Self { engine, sampling, session, images: vec![], z, times: StageTimes::default() })
     }
 
     /// Images on their way.
@@ -155,24 +157,24 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
     ///
     /// # Errors
     /// When the engine fails.
-    pub fn admit(&mut self, new: Vec<(usize, Image)>) -> Result<()> {
+    pub fn admit(&mut self, new: Vec<(usize, Sequence)>) -> Result<()> {
         let kept: Vec<usize> = (0..self.images.len()).collect();
         self.arrange(&kept, new)
     }
 
     /// Makes the batch consist of the images at the places `kept`, and of new ones after them.
-    fn arrange(&mut self, kept: &[usize], new: Vec<(usize, Image)>) -> Result<()> {
+    fn arrange(&mut self, kept: &[usize], new: Vec<(usize, Sequence)>) -> Result<()> {
         let before = self.images.len();
         let generator = &self.engine.config().generator;
         let (embed, none) = (generator.embed, generator.unconditional());
-        let begin = |(number, image): (usize, Image)| {
+        let begin = |(number, image): (usize, Sequence)| {
             let next = image.begin;
             Active { number, image, next, last: Array1::zeros(embed) }
         };
         let new: Vec<Active> = new.into_iter().map(begin).collect();
         let mut rows = vec![];
         for stream in 0..self.streams() {
-            let unconditional = self.sampling.unconditional.filter(|_| stream > 0).map(Condition::of);
+            let unconditional = self.sampling.unconditional.filter(|_| stream > 0).map(ClassMix::of);
             let condition = |active: &Active| unconditional.unwrap_or_else(|| active.condition(active.next, none));
             let was =
                 |&place: &usize| Row { kept: Some(stream * before + place), condition: condition(&self.images[place]) };
@@ -281,7 +283,7 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
 pub fn generate_all<E: Engine + ?Sized>(
     engine: &E,
     sampling: Sampling,
-    images: impl IntoIterator<Item = Result<(usize, Image)>>,
+    images: impl IntoIterator<Item = Result<(usize, Sequence)>>,
     most: usize,
     mut finished: impl FnMut(Finished) -> Result<()>,
 ) -> Result<()> {

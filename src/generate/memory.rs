@@ -11,28 +11,28 @@ const MOST_BYTES: u64 = 16 << 30;
 /// and the sampler holds the modulations of all steps.
 ///
 /// # Errors
-/// [`Error::Input`] naming the flag.
+/// [`Error::setting`] naming the setting that is too large.
 pub fn check_memory(request: &Request, config: &Config, tiling: Option<Tiling>) -> Result<()> {
-    let refuse = |flag: &str, what: &str, bytes: u64| {
+    let refuse = |field: &'static str, what: &str, bytes: u64| {
         let (needed, most) = (bytes >> 30, MOST_BYTES >> 30);
-        Err(Error::input(flag, format!("is too large: {what} would take {needed} GB, expected at most {most} GB")))
+        Err(Error::setting(field, format!("is too large: {what} would take {needed} GB, expected at most {most} GB")))
     };
     let decoded = tiling.map_or(request.tokens, |tiling| tiling.tile.min(request.tokens));
     let cells = config.tokenizer.attention_cells(decoded) as u64;
     let scores = 4 * cells.saturating_mul(cells);
     if scores > MOST_BYTES {
-        let (flag, what) = match tiling {
-            None => ("--tokens (or --width)", "the decoder's attention over the whole image"),
-            Some(_) => ("--tile", "the decoder's attention over a tile"),
+        let (field, what) = match tiling {
+            None => ("tokens", "the decoder's attention over the whole image"),
+            Some(_) => ("tile", "the decoder's attention over a tile"),
         };
-        return refuse(flag, what, scores);
+        return refuse(field, what, scores);
     }
     let g = &config.generator;
-    let streams = request.labels.len() * if request.cfg == 1.0 { 1 } else { 2 };
+    let streams = request.classes.len() * if request.cfg == 1.0 { 1 } else { 2 };
     let modulations =
         4 * (request.solver.evaluations(request.steps) * streams * (3 * g.flow_depth + 2) * g.flow_dim) as u64;
     if modulations > MOST_BYTES {
-        return refuse("--steps", "the flow head's modulations for this many images", modulations);
+        return refuse("steps", "the flow head's modulations for this many images", modulations);
     }
     Ok(())
 }

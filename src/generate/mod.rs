@@ -8,16 +8,16 @@ use ndarray::{Array3, s};
 
 use crate::Result;
 use crate::engine::Engine;
-use crate::request::timing::Times;
-use crate::request::{Generated, Request, Rollout};
-use batch::{Batch, Image};
+use crate::request::timing::StageTimes;
+use crate::request::{Generated, PreparedRequest, Request};
+use batch::{Batch, Sequence};
 
 /// Generates a batch of token rows. `progress` is told the number of tokens known so far, prefix included.
 ///
 /// # Errors
-/// [`Error::Input`] for a request that does not fit the model; whatever the engine fails with.
+/// [`Error::input`] for a request that does not fit the model; whatever the engine fails with.
 pub fn generate(engine: &dyn Engine, request: &Request, mut progress: impl FnMut(usize)) -> Result<Generated> {
-    let rollout = Rollout::new(engine.config(), request)?;
+    let rollout = PreparedRequest::new(engine.config(), request)?;
     let (tokens, times) = match engine.fused_rollout(&rollout, &mut progress)? {
         Some(generated) => generated,
         None => token_by_token(engine, &rollout, &mut progress)?,
@@ -28,14 +28,14 @@ pub fn generate(engine: &dyn Engine, request: &Request, mut progress: impl FnMut
 /// A rollout whose images are a [`Batch`] on the engine.
 ///
 /// # Errors
-/// Whatever the engine fails with; [`Error::Run`] for a token that is not finite.
+/// Whatever the engine fails with; [`Error::run`] for a token that is not finite.
 pub fn token_by_token<E: Engine + ?Sized>(
     engine: &E,
-    rollout: &Rollout,
+    rollout: &PreparedRequest,
     progress: &mut dyn FnMut(usize),
-) -> Result<(Array3<f32>, Times)> {
+) -> Result<(Array3<f32>, StageTimes)> {
     let mut batch = Batch::new(engine, rollout.sampling.clone())?;
-    batch.admit(Image::all(rollout).into_iter().enumerate().collect())?;
+    batch.admit(Sequence::of_batch(rollout).into_iter().enumerate().collect())?;
     let mut tokens = Array3::zeros((rollout.batch(), rollout.tokens, engine.config().generator.embed));
     for known in 1..=rollout.tokens {
         for (row, token) in batch.advance()? {

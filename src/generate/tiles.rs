@@ -7,7 +7,7 @@ use std::ops::Range;
 use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, Axis, concatenate, s};
 
 use crate::engine::Engine;
-use crate::{Error, Result};
+use crate::{Error, Result, ResultExt};
 
 /// How an image is cut into tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,11 +28,12 @@ impl Tiling {
     /// Checks that tiles make progress.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the flag.
+    /// [`Error::setting`] naming the overlap.
     pub fn check(&self) -> Result<()> {
         if self.overlap == 0 || 2 * self.overlap > self.tile {
-            let problem = format!("is {}, expected 1 to {}: half of --tile {}", self.overlap, self.tile / 2, self.tile);
-            return Err(Error::input("--overlap", problem));
+            let problem =
+                format!("is {}, expected 1 to {}: half of a tile of {}", self.overlap, self.tile / 2, self.tile);
+            return Err(Error::setting("overlap", problem));
         }
         Ok(())
     }
@@ -123,7 +124,7 @@ impl<'a> TileDecoder<'a> {
     /// Decodes the next tile.
     fn decode(&mut self) -> Result<Strip> {
         let rows: Vec<_> = self.recent.iter().map(|token| token.view().insert_axis(Axis(0))).collect();
-        let tile: Array2<f32> = concatenate(Axis(0), &rows).map_err(|error| Error::run("tile", error))?;
+        let tile: Array2<f32> = concatenate(Axis(0), &rows).or_run("tile")?;
         let begin = self.known - tile.dim().0;
         let pixels = self.engine.decode_tokens(tile.insert_axis(Axis(0)).view())?.index_axis_move(Axis(0), 0);
         if pixels.iter().any(|value| !value.is_finite()) {

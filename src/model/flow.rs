@@ -2,11 +2,24 @@
 
 use crate::Result;
 use crate::config::GeneratorConfig;
-use crate::ops::{Dim, Ops, Unary};
+use crate::ops::{Dim, Ops, OpsExt, Unary};
 
 const EPS: f32 = 1e-6;
 const TIME_BASE: f64 = 10000.0;
 const END: i64 = i64::MAX;
+
+/// Name of the head's module.
+pub const FLOW_HEAD: &str = "diffloss";
+/// The same with the network in it.
+const NET: &str = "diffloss.net";
+/// Name of the module that tokens enter by.
+pub const INPUT_PROJ: &str = "input_proj";
+/// Name of the module that conditions enter by.
+pub const COND_EMBED: &str = "cond_embed";
+/// Name of the module that embeds times.
+pub const TIME_EMBED: &str = "time_embed";
+/// Name of the module that velocities leave by.
+pub const OUTPUT: &str = "final_layer.linear";
 
 /// Embedding `[S, W]` of times `t [S]`: a sinusoid, cosines first, and an MLP.
 ///
@@ -16,7 +29,7 @@ fn embed_time<O: Ops>(o: &mut O, config: &GeneratorConfig, t: &O::Tensor) -> Res
     let &GeneratorConfig { time_dim, flow_dim, .. } = config;
     let half = time_dim / 2;
     let frequencies: Vec<f32> = (0..half).map(|k| (-TIME_BASE.ln() * k as f64 / half as f64).exp() as f32).collect();
-    o.scope("time_embed", |o| {
+    o.scope(TIME_EMBED, |o| {
         let frequencies = o.constant(&[1, half], &frequencies)?;
         let t = o.reshape(t, &[Dim::Rest, Dim::Is(1)])?;
         let angles = o.mul(&t, &frequencies)?;
@@ -51,7 +64,7 @@ fn head<O: Ops>(o: &mut O, config: &GeneratorConfig, mut h: O::Tensor, modulatio
             let shift = o.slice(modulation, 1, 0, width)?;
             let scale = o.slice(modulation, 1, width, 2 * width)?;
             let gate = o.slice(modulation, 1, 2 * width, 3 * width)?;
-            let x = o.norm("in_ln", &h, flow_dim, EPS)?;
+            let x = o.layer_norm("in_ln", &h, flow_dim, EPS)?;
             let x = o.modulate(&x, &shift, &scale)?;
             let x = o.linear("mlp.0", &x, flow_dim, flow_dim)?;
             let x = o.unary(Unary::Silu, &x)?;
@@ -60,13 +73,13 @@ fn head<O: Ops>(o: &mut O, config: &GeneratorConfig, mut h: O::Tensor, modulatio
             o.add(&h, &x)
         })?;
     }
-    o.scope("final_layer", |o| {
+    let x = o.scope("final_layer", |o| {
         let shift = o.slice(&modulations[flow_depth], 1, 0, width)?;
         let scale = o.slice(&modulations[flow_depth], 1, width, 2 * width)?;
-        let x = o.layer_norm(&h, None, flow_dim, EPS)?;
-        let x = o.modulate(&x, &shift, &scale)?;
-        o.linear("linear", &x, flow_dim, embed)
-    })
+        let x = o.layer_normalization(&h, None, flow_dim, EPS)?;
+        o.modulate(&x, &shift, &scale)
+    })?;
+    o.linear(OUTPUT, &x, flow_dim, embed)
 }
 
 /// Velocity `v(x, t, c) [rows, E]` of tokens `x [rows, E]` at times `t [rows]` under conditions `c [rows, D]`.
@@ -81,12 +94,12 @@ pub fn velocity<O: Ops>(
     c: &O::Tensor,
 ) -> Result<O::Tensor> {
     let &GeneratorConfig { dim, flow_dim, embed, .. } = config;
-    o.scope("diffloss.net", |o| {
+    o.scope(NET, |o| {
         let time = embed_time(o, config, t)?;
-        let condition = o.linear("cond_embed", c, dim, flow_dim)?;
+        let condition = o.linear(COND_EMBED, c, dim, flow_dim)?;
         let y = o.add(&time, &condition)?;
         let modulations = modulations(o, config, &y)?;
-        let h = o.linear("input_proj", x, embed, flow_dim)?;
+        let h = o.linear(INPUT_PROJ, x, embed, flow_dim)?;
         head(o, config, h, &modulations)
     })
 }
@@ -127,10 +140,10 @@ pub fn sample<O: Ops>(
 ) -> Result<O::Tensor> {
     let &GeneratorConfig { dim, flow_dim, embed, .. } = config;
     let (one, batch, width) = (Dim::Is(1), Dim::Of(noise, 0), Dim::Is(embed));
-    o.scope("diffloss.net", |o| {
+    o.scope(NET, |o| {
         let time = embed_time(o, config, times)?;
         let time = o.reshape(&time, &[Dim::Rest, Dim::Is(1), Dim::Is(flow_dim)])?;
-        let condition = o.linear("cond_embed", z, dim, flow_dim)?;
+        let condition = o.linear(COND_EMBED, z, dim, flow_dim)?;
         let y = o.add(&time, &condition)?;
         let y = o.reshape(&y, &[Dim::Rest, Dim::Is(flow_dim)])?;
         let streams = o.reshape(z, &[Dim::Rest, Dim::Of(noise, 0), Dim::Is(dim)])?;
@@ -152,7 +165,7 @@ pub fn sample<O: Ops>(
             let point = o.slice(state, 0, 0, 1)?;
             let held = o.slice(state, 0, 1, 2)?;
             let x = o.reshape(&point, &[Dim::Rest, width])?;
-            let h = o.linear("input_proj", &x, embed, flow_dim)?;
+            let h = o.linear(INPUT_PROJ, &x, embed, flow_dim)?;
             let h = o.expand(&h, &[Dim::Of(&streams, 0), batch, Dim::Is(flow_dim)])?;
             let h = o.reshape(&h, &[Dim::Rest, Dim::Is(flow_dim)])?;
             let v = head(o, config, h, modulations)?;

@@ -6,5 +6,5 @@ mod stage;
 pub mod tokenizer;
 pub mod transformer;
 
-pub use parameters::{parameters, parameters_of};
-pub use stage::{Axis, BATCH, Kind, Port, Stage};
+pub use parameters::{FULL_PRECISION_MODULES, keeps_full_precision, parameters, parameters_of, report_group};
+pub use stage::{Dimension, Sizes, Stage, Symbol, ValueInfo, ValueKind};

@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use candle_core::{Device, Tensor};
 use rand_mt::Mt;
 
-use super::stage::{Axis, BATCH, Stage};
+use super::stage::{Sizes, Stage};
+use super::{flow, tokenizer, transformer};
 use crate::ops::cost::{Cost, Shape};
 use crate::weights::Weights;
 use crate::{Config, Error, Result};
@@ -45,10 +46,8 @@ impl Stage {
     /// Shapes of the stage's inputs at these sizes.
     pub fn input_shapes(self, config: &Config, batch: usize, tokens: usize, steps: usize) -> Vec<Shape> {
         let (width, _) = config.image_size(tokens);
-        let sizes = [(BATCH, batch), ("rows", batch), ("evaluations", steps), ("tokens", tokens), ("width", width)];
-        let known = |name: &str| sizes.iter().find(|(known, _)| *known == name).map_or(1, |(_, size)| *size);
-        let size = |axis: &Axis| axis.size(known);
-        self.inputs(config).iter().map(|port| port.shape.iter().map(size).collect()).collect()
+        let sizes = Sizes { batch, rows: batch, evaluations: steps, tokens, width };
+        self.inputs(config).iter().map(|input| input.shape(&sizes)).collect()
     }
 }
 
@@ -57,7 +56,7 @@ impl Weights {
     /// the file or files they came from.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the tensor that is missing, extra, misshapen or not finite.
+    /// [`Error::input`] naming the tensor that is missing, extra, misshapen or not finite.
     pub fn check(&self, config: &Config, source: &str) -> Result<()> {
         self.check_stages(config, &Stage::ALL, source)
     }
@@ -65,7 +64,7 @@ impl Weights {
     /// Checks as [`Weights::check`] that these are the weights of some stages.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the tensor that is missing, extra, misshapen or not finite.
+    /// [`Error::input`] naming the tensor that is missing, extra, misshapen or not finite.
     pub fn check_stages(&self, config: &Config, stages: &[Stage], source: &str) -> Result<()> {
         let mut extra: BTreeSet<&str> = self.iter().map(|(name, _)| name).collect();
         for (name, shape) in parameters_of(config, stages)? {
@@ -75,9 +74,9 @@ impl Weights {
             if tensor.dims() != shape {
                 return Err(misshapen(source, &name, &shape, tensor.dims()));
             }
-            let sum = tensor.abs()?.max_all()?.to_scalar::<f32>()?;
-            let finite = sum.is_finite() && !tensor.sum_all()?.to_scalar::<f32>()?.is_nan();
-            if !finite {
+            let largest = tensor.abs()?.max_all()?.to_scalar::<f32>()?;
+            // A maximum can lose a NaN; a sum cannot.
+            if !largest.is_finite() || tensor.sum_all()?.to_scalar::<f32>()?.is_nan() {
                 return Err(Error::input(source, format!("tensor {name} has a value that is not finite")));
             }
             extra.remove(name.as_str());
@@ -117,4 +116,66 @@ impl Weights {
 
 fn misshapen(source: &str, name: &str, expected: &[usize], found: &[usize]) -> Error {
     Error::input(source, format!("tensor {name} has shape {found:?}, expected {expected:?}"))
+}
+
+/// Names of modules whose products stay in full precision when a model is quantized, for one of two reasons: values enter or
+/// leave the model or one of its parts there, or a shortcut passes a block there, so that no norm has passed their input. They
+/// hold few weights, and nothing after them corrects their error. The times of the flow are embedded once per token, and every
+/// evaluation depends on them.
+pub const FULL_PRECISION_MODULES: [&str; 8] = [
+    transformer::Z_PROJ,
+    flow::INPUT_PROJ,
+    flow::COND_EMBED,
+    flow::TIME_EMBED,
+    flow::OUTPUT,
+    tokenizer::CONV_IN,
+    tokenizer::CONV_OUT,
+    tokenizer::SHORTCUT,
+];
+
+/// Whether the module of a scope, or one that it is in, is one of the [`FULL_PRECISION_MODULES`].
+pub fn keeps_full_precision(scope: &str) -> bool {
+    let scope = format!(".{scope}.");
+    FULL_PRECISION_MODULES.iter().any(|module| scope.contains(&format!(".{module}.")))
+}
+
+/// The part of the model that a scope is reported under: `encoder_blocks.3.attn.qkv` under `encoder_blocks`,
+/// `decoder.up.2.block.0` under `decoder.up.2`.
+pub fn report_group(scope: &str) -> String {
+    let parts: Vec<&str> = scope.split('.').collect();
+    let length = match parts[..] {
+        [tokenizer::ENCODER | tokenizer::DECODER, tokenizer::DOWN | tokenizer::UP, ..] => 3,
+        [flow::FLOW_HEAD, ..] => 3,
+        [tokenizer::ENCODER | tokenizer::DECODER, ..] => 2,
+        _ => 1,
+    };
+    parts[..length.min(parts.len())].join(".")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Preset;
+
+    fn scopes() -> Vec<String> {
+        let names = parameters(&Preset::Large.config()).unwrap();
+        names.iter().filter_map(|(name, _)| name.strip_suffix(".weight").map(String::from)).collect()
+    }
+
+    #[test]
+    fn modules_in_full_precision_exist() {
+        for module in FULL_PRECISION_MODULES {
+            let holds = |scope: &String| format!(".{scope}.").contains(&format!(".{module}."));
+            assert!(scopes().iter().any(holds), "no scope of the model is in {module}");
+        }
+    }
+
+    #[test]
+    fn scopes_are_grouped_by_parts() {
+        assert_eq!(report_group("encoder_blocks.3.attn.qkv"), "encoder_blocks");
+        assert_eq!(report_group("decoder.up.2.block.0.conv1"), "decoder.up.2");
+        assert_eq!(report_group("diffloss.net.res_blocks.1.mlp.0"), "diffloss.net.res_blocks");
+        let groups: BTreeSet<String> = scopes().iter().map(|scope| report_group(scope)).collect();
+        assert!(groups.contains("encoder.down.4") && groups.contains("decoder.mid") && groups.len() < 40, "{groups:?}");
+    }
 }

@@ -1,5 +1,7 @@
 //! The parts of the model that run by themselves, one graph of a bundle each: their inputs, outputs and code.
 
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 use super::transformer::KeyValue;
@@ -17,27 +19,27 @@ pub enum Stage {
     /// The flow head's whole ODE for one token: [`flow::sample`].
     Flow,
     /// Tokens to an image: [`tokenizer::decode`].
-    Decode,
+    Decoder,
     /// An image to tokens: [`tokenizer::encode`].
-    Encode,
+    Encoder,
 }
 
-/// An input or output of a stage.
+/// An input or output of a stage (ONNX `ValueInfoProto`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Port {
+pub struct ValueInfo {
     /// Its name in the graph.
     pub name: String,
     /// What its values are.
-    pub kind: Kind,
+    pub kind: ValueKind,
     /// Its axes.
-    pub shape: Vec<Axis>,
+    pub shape: Vec<Dimension>,
 }
 
-/// What a port's values are.
+/// What the values of an input or output are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum ValueKind {
     /// 64-bit integers.
     Integer,
     /// 32-bit floating-point numbers, whatever the precision inside.
@@ -46,48 +48,116 @@ pub enum Kind {
     Cache,
 }
 
-/// Size of an axis of a port.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// Size of an axis of an input or output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub enum Axis {
-    /// Fixed.
-    Is(usize),
-    /// Known at run time only; axes of one name in one graph have one size.
-    Any(String),
+pub enum Dimension {
+    /// Known when the graph is written (ONNX `dim_value`).
+    Fixed(usize),
+    /// Known at run time only (ONNX `dim_param`); axes of one symbol in one graph have one size.
+    Symbolic(Symbol),
 }
 
-impl Axis {
-    /// Its size, where `symbol` knows those of names.
-    pub fn size(&self, symbol: impl FnOnce(&str) -> usize) -> usize {
+/// Name of a size that is known at run time only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Symbol {
+    /// Images of a batch; in the transformer, rows of the batch.
+    Batch,
+    /// Rows of the flow head: conditional ones, and with guidance as many unconditional ones.
+    Rows,
+    /// Evaluations of the velocity.
+    Evaluations,
+    /// Tokens of an image.
+    Tokens,
+    /// Pixels of an image's width.
+    Width,
+}
+
+impl Symbol {
+    /// All symbols.
+    pub const ALL: [Self; 5] = [Self::Batch, Self::Rows, Self::Evaluations, Self::Tokens, Self::Width];
+
+    /// Its name in graphs.
+    pub fn name(self) -> &'static str {
         match self {
-            Self::Is(size) => *size,
-            Self::Any(name) => symbol(name),
+            Self::Batch => "batch",
+            Self::Rows => "rows",
+            Self::Evaluations => "evaluations",
+            Self::Tokens => "tokens",
+            Self::Width => "width",
         }
     }
 }
 
-/// The batch's axis.
-pub const BATCH: &str = "batch";
-
-fn port(name: impl Into<String>, kind: Kind, shape: Vec<Axis>) -> Port {
-    Port { name: name.into(), kind, shape }
+/// Sizes of all symbols. A stage reads those of its own axes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// [`Symbol::Batch`].
+    pub batch: usize,
+    /// [`Symbol::Rows`].
+    pub rows: usize,
+    /// [`Symbol::Evaluations`].
+    pub evaluations: usize,
+    /// [`Symbol::Tokens`].
+    pub tokens: usize,
+    /// [`Symbol::Width`].
+    pub width: usize,
 }
 
-fn any(name: &str) -> Axis {
-    Axis::Any(name.into())
+impl Sizes {
+    /// A batch of `batch` images without guidance, and 1 for every other size.
+    pub fn of_batch(batch: usize) -> Self {
+        Self { batch, rows: batch, evaluations: 1, tokens: 1, width: 1 }
+    }
+
+    /// The size that a symbol stands for.
+    pub fn get(&self, symbol: Symbol) -> usize {
+        match symbol {
+            Symbol::Batch => self.batch,
+            Symbol::Rows => self.rows,
+            Symbol::Evaluations => self.evaluations,
+            Symbol::Tokens => self.tokens,
+            Symbol::Width => self.width,
+        }
+    }
+}
+
+impl Dimension {
+    /// Its size.
+    pub fn size(self, sizes: &Sizes) -> usize {
+        match self {
+            Self::Fixed(size) => size,
+            Self::Symbolic(symbol) => sizes.get(symbol),
+        }
+    }
+}
+
+impl ValueInfo {
+    /// Its shape at these sizes.
+    pub fn shape(&self, sizes: &Sizes) -> Vec<usize> {
+        self.shape.iter().map(|axis| axis.size(sizes)).collect()
+    }
+}
+
+const BATCH: Dimension = Dimension::Symbolic(Symbol::Batch);
+
+fn value(name: impl Into<String>, kind: ValueKind, shape: Vec<Dimension>) -> ValueInfo {
+    ValueInfo { name: name.into(), kind, shape }
 }
 
 /// `{prefix}.{i}.key` and `{prefix}.{i}.value` of every block.
-fn key_values(config: &Config, prefix: &str, length: usize) -> Vec<Port> {
+fn key_values(config: &Config, prefix: &str, length: usize) -> Vec<ValueInfo> {
+    use Dimension::Fixed;
     let g = &config.generator;
-    let shape = vec![any(BATCH), Axis::Is(g.heads), Axis::Is(length), Axis::Is(g.head_dim())];
+    let shape = vec![BATCH, Fixed(g.heads), Fixed(length), Fixed(g.head_dim())];
     let names = (0..g.depth).flat_map(|i| ["key", "value"].map(|part| format!("{prefix}.{i}.{part}")));
-    names.map(|name| port(name, Kind::Cache, shape.clone())).collect()
+    names.map(|name| value(name, ValueKind::Cache, shape.clone())).collect()
 }
 
 impl Stage {
     /// All stages, in the order of a run.
-    pub const ALL: [Self; 5] = [Self::Prefill, Self::Step, Self::Flow, Self::Decode, Self::Encode];
+    pub const ALL: [Self; 5] = [Self::Prefill, Self::Step, Self::Flow, Self::Decoder, Self::Encoder];
 
     /// Name of the stage's graph.
     pub fn name(self) -> &'static str {
@@ -95,47 +165,50 @@ impl Stage {
             Self::Prefill => "prefill",
             Self::Step => "transformer_step",
             Self::Flow => "flow_sampler",
-            Self::Decode => "decoder",
-            Self::Encode => "encoder",
+            Self::Decoder => "decoder",
+            Self::Encoder => "encoder",
         }
     }
 
     /// Inputs, in order.
-    pub fn inputs(self, config: &Config) -> Vec<Port> {
-        use Axis::Is;
+    pub fn inputs(self, config: &Config) -> Vec<ValueInfo> {
+        use Dimension::{Fixed, Symbolic};
         let g = &config.generator;
-        let batch = || any(BATCH);
         match self {
-            Self::Prefill => vec![port("labels", Kind::Integer, vec![batch()])],
+            Self::Prefill => vec![value("labels", ValueKind::Integer, vec![BATCH])],
             Self::Step => {
-                let token = port("token", Kind::Float, vec![batch(), Is(g.embed)]);
-                let position = port("position", Kind::Integer, vec![batch()]);
+                let token = value("token", ValueKind::Float, vec![BATCH, Fixed(g.embed)]);
+                let position = value("position", ValueKind::Integer, vec![BATCH]);
                 let past = key_values(config, "past_key_values", g.window);
                 [vec![token, position], past, key_values(config, "cross", g.buffer)].concat()
             }
             Self::Flow => vec![
-                port("z", Kind::Float, vec![any("rows"), Is(g.dim)]),
-                port("noise", Kind::Float, vec![batch(), Is(g.embed)]),
-                port("guidance", Kind::Float, vec![batch()]),
-                port("times", Kind::Float, vec![any("evaluations")]),
-                port("updates", Kind::Float, vec![any("evaluations"), Is(2), Is(3)]),
+                value("z", ValueKind::Float, vec![Symbolic(Symbol::Rows), Fixed(g.dim)]),
+                value("noise", ValueKind::Float, vec![BATCH, Fixed(g.embed)]),
+                value("guidance", ValueKind::Float, vec![BATCH]),
+                value("times", ValueKind::Float, vec![Symbolic(Symbol::Evaluations)]),
+                value("updates", ValueKind::Float, vec![Symbolic(Symbol::Evaluations), Fixed(2), Fixed(3)]),
             ],
-            Self::Decode => vec![port("tokens", Kind::Float, vec![batch(), any("tokens"), Is(g.embed)])],
-            Self::Encode => vec![image(config)],
+            Self::Decoder => {
+                vec![value("tokens", ValueKind::Float, vec![BATCH, Symbolic(Symbol::Tokens), Fixed(g.embed)])]
+            }
+            Self::Encoder => vec![image(config)],
         }
     }
 
     /// Outputs, in order.
-    pub fn outputs(self, config: &Config) -> Vec<Port> {
-        use Axis::Is;
+    pub fn outputs(self, config: &Config) -> Vec<ValueInfo> {
+        use Dimension::{Fixed, Symbolic};
         let g = &config.generator;
-        let z = || port("z", Kind::Float, vec![any(BATCH), Is(g.dim)]);
+        let z = || value("z", ValueKind::Float, vec![BATCH, Fixed(g.dim)]);
         match self {
             Self::Prefill => [vec![z()], key_values(config, "cross", g.buffer)].concat(),
             Self::Step => [vec![z()], key_values(config, "present", g.window)].concat(),
-            Self::Flow => vec![port("token", Kind::Float, vec![any(BATCH), Is(g.embed)])],
-            Self::Decode => vec![image(config)],
-            Self::Encode => vec![port("latent", Kind::Float, vec![any(BATCH), any("tokens"), Is(g.embed)])],
+            Self::Flow => vec![value("token", ValueKind::Float, vec![BATCH, Fixed(g.embed)])],
+            Self::Decoder => vec![image(config)],
+            Self::Encoder => {
+                vec![value("latent", ValueKind::Float, vec![BATCH, Symbolic(Symbol::Tokens), Fixed(g.embed)])]
+            }
         }
     }
 
@@ -149,32 +222,64 @@ impl Stage {
         if inputs.len() != expected {
             return Err(Error::run(self.name(), format!("{} inputs, expected {expected}", inputs.len())));
         }
-        let g = &config.generator;
-        match (self, inputs) {
-            (Self::Step, [token, position, caches @ ..]) => {
-                let caches: Vec<KeyValue<O::Tensor>> = pairs(caches);
-                let (past, cross) = caches.split_at(g.depth);
-                let step = transformer::step(o, g, token, position, past, cross)?;
-                Ok(flat(step.z, step.present))
-            }
-            (Self::Flow, [z, noise, guidance, times, updates, ..]) => {
-                Ok(vec![flow::sample(o, g, z, noise, guidance, times, updates)?])
-            }
-            (Self::Decode, [tokens, ..]) => Ok(vec![tokenizer::decode(o, &config.tokenizer, tokens)?]),
-            (Self::Encode, [image, ..]) => Ok(vec![tokenizer::encode(o, &config.tokenizer, image)?]),
-            (_, [labels, ..]) => {
-                let prefill = transformer::prefill(o, g, labels)?;
+        let (g, tokenizer) = (&config.generator, &config.tokenizer);
+        match self {
+            Self::Prefill => {
+                let prefill = transformer::prefill(o, g, &inputs[0])?;
                 Ok(flat(prefill.z, prefill.cross))
             }
-            (_, []) => Err(Error::run(self.name(), "no inputs")),
+            Self::Step => {
+                let caches: Vec<KeyValue<O::Tensor>> = pairs(&inputs[2..]);
+                let (past, cross) = caches.split_at(g.depth);
+                let step = transformer::step(o, g, &inputs[0], &inputs[1], past, cross)?;
+                Ok(flat(step.z, step.present))
+            }
+            Self::Flow => {
+                let [z, noise, guidance, times, updates] = std::array::from_fn(|index| &inputs[index]);
+                Ok(vec![flow::sample(o, g, z, noise, guidance, times, updates)?])
+            }
+            Self::Decoder => Ok(vec![tokenizer::decode(o, tokenizer, &inputs[0])?]),
+            Self::Encoder => Ok(vec![tokenizer::encode(o, tokenizer, &inputs[0])?]),
+        }
+    }
+
+    /// What command lines call the stage.
+    pub fn short_name(self) -> &'static str {
+        match self {
+            Self::Prefill => "prefill",
+            Self::Step => "step",
+            Self::Flow => "flow",
+            Self::Decoder => "decoder",
+            Self::Encoder => "encoder",
         }
     }
 }
 
-fn image(config: &Config) -> Port {
+impl FromStr for Stage {
+    type Err = Error;
+
+    /// The stage of a [short name](Stage::short_name). `decode` and `encode`, which were names before, are read too.
+    fn from_str(name: &str) -> Result<Self> {
+        let name = match name {
+            "decode" => "decoder",
+            "encode" => "encoder",
+            name => name,
+        };
+        let names = || Self::ALL.map(Self::short_name).join(", ");
+        let stage = Self::ALL.into_iter().find(|stage| stage.short_name() == name);
+        stage.ok_or_else(|| Error::setting("stage", format!("is {name}, expected one of {}", names())))
+    }
+}
+
+fn image(config: &Config) -> ValueInfo {
     let tokenizer = &config.tokenizer;
-    let shape = vec![any(BATCH), Axis::Is(tokenizer.image_channels), Axis::Is(tokenizer.image_height()), any("width")];
-    port("image", Kind::Float, shape)
+    let shape = vec![
+        BATCH,
+        Dimension::Fixed(tokenizer.image_channels),
+        Dimension::Fixed(tokenizer.image_height()),
+        Dimension::Symbolic(Symbol::Width),
+    ];
+    value("image", ValueKind::Float, shape)
 }
 
 fn pairs<T: Clone>(caches: &[T]) -> Vec<KeyValue<T>> {

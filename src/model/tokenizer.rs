@@ -3,28 +3,24 @@
 
 use crate::Result;
 use crate::config::{TokenizerConfig, Tower};
-use crate::ops::{Dim, Ops, Unary};
+use crate::ops::{Dim, Ops, OpsExt, Unary};
 
 const EPS: f32 = 1e-6;
 
-// (spatial axes, kernel size) of the convolutions.
-const CONV1D: (usize, usize) = (1, 3);
-const CONV2D: (usize, usize) = (2, 3);
-const POINTWISE: (usize, usize) = (2, 1);
-
-fn group_norm<O: Ops>(
-    o: &mut O,
-    config: &TokenizerConfig,
-    name: &str,
-    x: &O::Tensor,
-    channels: usize,
-) -> Result<O::Tensor> {
-    o.scope(name, |o| {
-        let weight = o.param("weight", &[channels])?;
-        let bias = o.param("bias", &[channels])?;
-        o.group_norm(x, (&weight, &bias), config.groups, EPS)
-    })
-}
+/// Name of the encoder's module.
+pub const ENCODER: &str = "encoder";
+/// Name of the decoder's module.
+pub const DECODER: &str = "decoder";
+/// Name of the encoder's levels.
+pub const DOWN: &str = "down";
+/// Name of the decoder's levels.
+pub const UP: &str = "up";
+/// Name of the first convolution of an encoder or decoder.
+pub const CONV_IN: &str = "conv_in";
+/// Name of the last convolution of an encoder or decoder.
+pub const CONV_OUT: &str = "conv_out";
+/// Name of the convolution that fits the input of a residual block to the width of its result.
+pub const SHORTCUT: &str = "nin_shortcut";
 
 /// Norm, swish, convolution: the pattern of every convolution but the first.
 fn norm_conv<O: Ops>(
@@ -34,9 +30,9 @@ fn norm_conv<O: Ops>(
     x: &O::Tensor,
     (input, output): (usize, usize),
 ) -> Result<O::Tensor> {
-    let h = group_norm(o, config, norm, x, input)?;
+    let h = o.group_norm(norm, x, input, config.groups, EPS)?;
     let h = o.unary(Unary::Silu, &h)?;
-    o.convolution(conv, &h, (input, output), CONV2D)
+    o.conv2d(conv, &h, input, output)
 }
 
 fn res_block<O: Ops>(
@@ -52,7 +48,7 @@ fn res_block<O: Ops>(
         if input == output {
             return o.add(x, &h);
         }
-        let x = o.convolution("nin_shortcut", x, (input, output), POINTWISE)?;
+        let x = o.conv1x1(SHORTCUT, x, input, output)?;
         o.add(&x, &h)
     })
 }
@@ -67,17 +63,17 @@ fn attention_block<O: Ops>(
     rows: usize,
 ) -> Result<O::Tensor> {
     o.scope(name, |o| {
-        let h = group_norm(o, config, "norm", x, channels)?;
+        let h = o.group_norm("norm", x, channels, config.groups, EPS)?;
         let mut qkv = vec![];
         for part in ["q", "k", "v"] {
-            let part = o.convolution(part, &h, (channels, channels), POINTWISE)?;
+            let part = o.conv1x1(part, &h, channels, channels)?;
             let part = o.reshape(&part, &[Dim::Of(&part, 0), Dim::Is(1), Dim::Is(channels), Dim::Rest])?;
             qkv.push(o.permute(&part, &[0, 1, 3, 2])?);
         }
         let h = o.attention(&qkv[0], &qkv[1], &qkv[2], None, channels)?;
         let h = o.permute(&h, &[0, 1, 3, 2])?;
         let h = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(channels), Dim::Is(rows), Dim::Rest])?;
-        let h = o.convolution("proj_out", &h, (channels, channels), POINTWISE)?;
+        let h = o.conv1x1("proj_out", &h, channels, channels)?;
         o.add(x, &h)
     })
 }
@@ -96,7 +92,7 @@ fn downsample<O: Ops>(
         o.reshape(x, &[Dim::Of(x, 0), shape[0], shape[1], shape[2], shape[3], shape[4]])
     };
     o.scope("downsample", |o| {
-        let h = o.convolution("conv.conv", x, (channels, channels / (fy * fx)), CONV2D)?;
+        let h = o.conv2d("conv.conv", x, channels, channels / (fy * fx))?;
         let h = patches(o, &h, channels / (fy * fx))?;
         let h = o.permute(&h, &[0, 1, 3, 5, 2, 4])?;
         let h = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(channels), Dim::Is(rows / fy), Dim::Rest])?;
@@ -116,7 +112,7 @@ fn upsample<O: Ops>(
     (fy, fx): (usize, usize),
 ) -> Result<O::Tensor> {
     o.scope("upsample", |o| {
-        let h = o.convolution("conv.conv", x, (channels, channels * fy * fx), CONV2D)?;
+        let h = o.conv2d("conv.conv", x, channels, channels * fy * fx)?;
         let h = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(channels), Dim::Is(fy * fx), Dim::Is(rows), Dim::Rest])?;
         let shortcut = o.reshape(x, &[Dim::Of(x, 0), Dim::Is(channels), Dim::Is(1), Dim::Is(rows), Dim::Rest])?;
         let h = o.add(&h, &shortcut)?;
@@ -167,7 +163,7 @@ fn middle<O: Ops>(
 pub fn encode<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Result<O::Tensor> {
     let columns = encode_columns(o, config, image)?;
     let width = config.encoder.z_channels * config.rows;
-    let latent = o.convolution("quant_layer", &columns, (width, config.embed), CONV1D)?;
+    let latent = o.conv1d("quant_layer", &columns, width, config.embed)?;
     o.permute(&latent, &[0, 2, 1])
 }
 
@@ -176,28 +172,28 @@ pub fn encode<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) ->
 /// # Errors
 /// Those of the interpreter.
 pub fn encode_columns<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Result<O::Tensor> {
-    o.scope("encoder", |o| encoder(o, config, image))
+    o.scope(ENCODER, |o| encoder(o, config, image))
 }
 
 fn encoder<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Result<O::Tensor> {
     let tower = &config.encoder;
     let mut rows = config.image_height();
     let mut channels = tower.conv_in;
-    let mut h = o.convolution("conv_in", image, (config.image_channels, channels), CONV2D)?;
+    let mut h = o.conv2d(CONV_IN, image, config.image_channels, channels)?;
     for i in 0..tower.levels.len() {
-        h = o.scope(&format!("down.{i}"), |o| level(o, config, tower, i, h, channels, rows))?;
+        h = o.scope(&format!("{DOWN}.{i}"), |o| level(o, config, tower, i, h, channels, rows))?;
         channels = tower.levels[i].channels;
         if i + 1 < tower.levels.len() {
             let factors = config.downsampling(i);
-            h = o.scope(&format!("down.{i}"), |o| downsample(o, &h, channels, rows, factors))?;
+            h = o.scope(&format!("{DOWN}.{i}"), |o| downsample(o, &h, channels, rows, factors))?;
             rows /= factors.0;
         }
     }
     let h = middle(o, config, &h, channels, rows)?;
-    let h = norm_conv(o, config, ("norm_out", "conv_out"), &h, (channels, tower.z_channels))?;
+    let h = norm_conv(o, config, ("norm_out", CONV_OUT), &h, (channels, tower.z_channels))?;
     let width = tower.z_channels * rows;
     let columns = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(width), Dim::Rest])?;
-    o.convolution("encoder1d", &columns, (width, width), CONV1D)
+    o.conv1d("encoder1d", &columns, width, width)
 }
 
 /// Decodes latents `[B, tokens, E]` (generated tokens divided by `vae_norm`), at least two of them, to
@@ -221,8 +217,8 @@ pub fn decode_with_features<O: Ops>(
 ) -> Result<(O::Tensor, O::Tensor)> {
     let width = config.decoder.z_channels * config.rows;
     let columns = o.permute(latents, &[0, 2, 1])?;
-    let columns = o.convolution("post_quant_layer", &columns, (config.embed, width), CONV1D)?;
-    o.scope("decoder", |o| decoder(o, config, &columns))
+    let columns = o.conv1d("post_quant_layer", &columns, config.embed, width)?;
+    o.scope(DECODER, |o| decoder(o, config, &columns))
 }
 
 fn decoder<O: Ops>(o: &mut O, config: &TokenizerConfig, columns: &O::Tensor) -> Result<(O::Tensor, O::Tensor)> {
@@ -230,24 +226,24 @@ fn decoder<O: Ops>(o: &mut O, config: &TokenizerConfig, columns: &O::Tensor) -> 
     let mut rows = config.rows;
     let width = tower.z_channels * rows;
     let mut channels = tower.conv_in;
-    let h = o.convolution("decoder1d", columns, (width, width), CONV1D)?;
+    let h = o.conv1d("decoder1d", columns, width, width)?;
     let h = o.reshape(&h, &[Dim::Of(&h, 0), Dim::Is(tower.z_channels), Dim::Is(rows), Dim::Rest])?;
-    let h = o.convolution("conv_in", &h, (tower.z_channels, channels), CONV2D)?;
+    let h = o.conv2d(CONV_IN, &h, tower.z_channels, channels)?;
     let mut h = middle(o, config, &h, channels, rows)?;
     let mut features = h.clone();
     for i in (0..tower.levels.len()).rev() {
-        h = o.scope(&format!("up.{i}"), |o| level(o, config, tower, i, h, channels, rows))?;
+        h = o.scope(&format!("{UP}.{i}"), |o| level(o, config, tower, i, h, channels, rows))?;
         channels = tower.levels[i].channels;
         if i + 1 == tower.levels.len() {
             features = h.clone();
         }
         if i > 0 {
             let factors = config.downsampling(i - 1);
-            h = o.scope(&format!("up.{i}"), |o| upsample(o, &h, channels, rows, factors))?;
+            h = o.scope(&format!("{UP}.{i}"), |o| upsample(o, &h, channels, rows, factors))?;
             rows *= factors.0;
         }
     }
-    let image = norm_conv(o, config, ("norm_out", "conv_out"), &h, (channels, config.image_channels))?;
+    let image = norm_conv(o, config, ("norm_out", CONV_OUT), &h, (channels, config.image_channels))?;
     Ok((image, features))
 }
 
@@ -284,6 +280,6 @@ pub fn semantics<O: Ops>(
                 input = channels;
             }
         }
-        norm_conv(o, config, ("norm_out", "conv_out"), &h, (channels, predicted))
+        norm_conv(o, config, ("norm_out", CONV_OUT), &h, (channels, predicted))
     })
 }

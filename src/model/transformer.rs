@@ -5,8 +5,11 @@
 //! cross-attention keys and values; image tokens `x` then pass one at a time through [`step`].
 
 use crate::config::GeneratorConfig;
-use crate::ops::{Dim, Dropped, Ops, Unary};
+use crate::ops::{Dim, Dropped, Ops, OpsExt, Unary};
 use crate::{Error, Result};
+
+/// Name of the module that tokens enter by.
+pub const Z_PROJ: &str = "z_proj";
 
 const BLOCK_EPS: f32 = 1e-6;
 const CROSS_EPS: f32 = 1e-5;
@@ -45,7 +48,7 @@ pub fn embed_condition<O: Ops>(o: &mut O, config: &GeneratorConfig, labels: &O::
     let positions = o.param("encoder_pos_embed_learned", &[1, buffer, dim])?;
     let c = o.add(&class, &positions)?;
     let c = o.reshape(&c, &[Dim::Rest, Dim::Is(dim)])?;
-    o.norm("z_proj_ln", &c, dim, BLOCK_EPS)
+    o.layer_norm("z_proj_ln", &c, dim, BLOCK_EPS)
 }
 
 /// Image tokens `[rows, E]` at the transformer's width, `[rows, D]`.
@@ -53,8 +56,8 @@ pub fn embed_condition<O: Ops>(o: &mut O, config: &GeneratorConfig, labels: &O::
 /// # Errors
 /// Those of the interpreter.
 pub fn embed_tokens<O: Ops>(o: &mut O, config: &GeneratorConfig, tokens: &O::Tensor) -> Result<O::Tensor> {
-    let x = o.linear("z_proj", tokens, config.embed, config.dim)?;
-    o.norm("z_proj_ln", &x, config.dim, BLOCK_EPS)
+    let x = o.linear(Z_PROJ, tokens, config.embed, config.dim)?;
+    o.layer_norm("z_proj_ln", &x, config.dim, BLOCK_EPS)
 }
 
 /// Rotary embedding at `positions`, a vector of floating-point numbers that becomes the axes `[B, N]` of `layout`,
@@ -114,7 +117,7 @@ fn merge_heads<O: Ops>(o: &mut O, config: &GeneratorConfig, x: &O::Tensor) -> Re
 }
 
 fn mlp<O: Ops>(o: &mut O, config: &GeneratorConfig, x: &O::Tensor) -> Result<O::Tensor> {
-    let h = o.norm("norm2", x, config.dim, BLOCK_EPS)?;
+    let h = o.layer_norm("norm2", x, config.dim, BLOCK_EPS)?;
     let h = o.scope("mlp", |o| {
         let h = o.linear("fc1", &h, config.dim, config.mlp_dim)?;
         let h = o.unary(Unary::Gelu, &h)?;
@@ -136,7 +139,7 @@ pub fn condition_block<O: Ops>(
     c: &O::Tensor,
 ) -> Result<(KeyValue<O::Tensor>, O::Tensor)> {
     let &GeneratorConfig { dim, buffer, .. } = config;
-    let normed = o.norm("cross_cond_norm", c, dim, CROSS_EPS)?;
+    let normed = o.layer_norm("cross_cond_norm", c, dim, CROSS_EPS)?;
     let cross = o.scope("attn2", |o| {
         let key = o.linear("k", &normed, dim, dim)?;
         let value = o.linear("v", &normed, dim, dim)?;
@@ -194,11 +197,11 @@ pub fn token_block<O: Ops>(
     bias: &O::Tensor,
 ) -> Result<(O::Tensor, KeyValue<O::Tensor>)> {
     let &GeneratorConfig { dim, heads, .. } = config;
-    let h = o.norm("norm1", x, dim, BLOCK_EPS)?;
+    let h = o.layer_norm("norm1", x, dim, BLOCK_EPS)?;
     let (h, present) = o.scope("attn", |o| self_attention(o, config, &h, n, past, rope, bias))?;
     let x = o.add(x, &h)?;
 
-    let h = o.norm("cross_norm", &x, dim, CROSS_EPS)?;
+    let h = o.layer_norm("cross_norm", &x, dim, CROSS_EPS)?;
     let h = o.scope("attn2", |o| {
         let q = o.linear("qkv", &h, dim, dim)?;
         let q = o.reshape(&q, &[Dim::Rest, Dim::Is(n), Dim::Is(heads), Dim::Is(config.head_dim())])?;
@@ -238,7 +241,7 @@ pub fn prefill<O: Ops>(o: &mut O, config: &GeneratorConfig, labels: &O::Tensor) 
     let c = o.reshape(&c, &[Dim::Rest, Dim::Is(buffer), Dim::Is(dim)])?;
     let last = o.slice(&c, 1, buffer as i64 - 1, buffer as i64)?;
     let last = o.reshape(&last, &[Dim::Rest, Dim::Is(dim)])?;
-    let z = o.norm("encoder_norm", &last, dim, BLOCK_EPS)?;
+    let z = o.layer_norm("encoder_norm", &last, dim, BLOCK_EPS)?;
     Ok(Prefill { z, cross })
 }
 
@@ -281,7 +284,7 @@ pub fn step<O: Ops>(
         present.push(KeyValue { key, value });
         x = next;
     }
-    let z = o.norm("encoder_norm", &x, config.dim, BLOCK_EPS)?;
+    let z = o.layer_norm("encoder_norm", &x, config.dim, BLOCK_EPS)?;
     Ok(Step { z, present })
 }
 
@@ -320,7 +323,7 @@ pub fn teacher_forced<O: Ops>(
         (x, _) =
             o.scope(&format!("encoder_blocks.{i}"), |o| token_block(o, config, &x, n, cross, None, &rope, &bias))?;
     }
-    let x = o.norm("encoder_norm", &x, dim, BLOCK_EPS)?;
+    let x = o.layer_norm("encoder_norm", &x, dim, BLOCK_EPS)?;
     let x = o.reshape(&x, &[Dim::Rest, Dim::Is(n), Dim::Is(dim)])?;
     let x = o.slice(&x, 1, 0, n as i64 - 1)?;
     let z = o.reshape(&z, &[Dim::Rest, Dim::Is(1), Dim::Is(dim)])?;
@@ -331,7 +334,7 @@ pub fn teacher_forced<O: Ops>(
 /// Rotary embedding and attention bias `[n, n]` of `n` tokens that see themselves and `window` before them.
 ///
 /// # Errors
-/// [`Error::Input`] for no token at all; those of the interpreter.
+/// [`Error::input`] for no token at all; those of the interpreter.
 pub fn teacher_forcing<O: Ops>(
     o: &mut O,
     config: &GeneratorConfig,

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Binary, Dim, Ops, Turn, Unary, position, scoped};
+use super::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, position, scoped, shuffle_by_transpose};
 use crate::{Error, Result};
 
 /// Shape of a tensor that is never computed.
@@ -81,11 +81,11 @@ impl Cost {
     }
 }
 
-/// A loop whose body is counted once, times its turns.
+/// A loop whose body is counted once, times its iterations.
 #[derive(Debug)]
 pub struct Counted {
-    turn: Option<Vec<Shape>>,
-    turns: u64,
+    element: Option<Vec<Shape>>,
+    iterations: u64,
     state: Shape,
 }
 
@@ -219,34 +219,51 @@ impl Ops for Cost {
         self.product(shape, *inner)
     }
 
-    fn gemm(&mut self, x: &Shape, weight: &Shape, _bias: &Shape) -> Result<Shape> {
-        match (&x[..], &weight[..]) {
-            (&[rows, inner], &[output, inner_w]) if inner == inner_w => self.product(vec![rows, output], inner),
-            _ => Err(mismatch("gemm", &[x, weight])),
+    fn gemm(&mut self, x: &Shape, input: usize, output: usize) -> Result<Shape> {
+        let weight = self.param("weight", &[output, input])?;
+        self.param("bias", &[output])?;
+        match x[..] {
+            [rows, inner] if inner == input => self.product(vec![rows, output], input),
+            _ => Err(mismatch("gemm", &[x, &weight])),
         }
     }
 
-    fn layer_norm(&mut self, x: &Shape, _: Option<(&Shape, &Shape)>, width: usize, _eps: f32) -> Result<Shape> {
+    fn layer_normalization(
+        &mut self,
+        x: &Shape,
+        _: Option<(&Shape, &Shape)>,
+        width: usize,
+        _eps: f32,
+    ) -> Result<Shape> {
         if x.last() != Some(&width) {
-            return Err(mismatch("layer_norm", &[x, &vec![width]]));
+            return Err(mismatch("layer_normalization", &[x, &vec![width]]));
         }
         self.result(x.clone())
     }
 
-    fn group_norm(&mut self, x: &Shape, (weight, _): (&Shape, &Shape), groups: usize, _eps: f32) -> Result<Shape> {
+    fn group_normalization(
+        &mut self,
+        x: &Shape,
+        (weight, _): (&Shape, &Shape),
+        groups: usize,
+        _eps: f32,
+    ) -> Result<Shape> {
         if weight[0] != x[1] || !x[1].is_multiple_of(groups) {
-            return Err(mismatch("group_norm", &[x, weight]));
+            return Err(mismatch("group_normalization", &[x, weight]));
         }
         self.result(x.clone())
     }
 
-    fn conv(&mut self, x: &Shape, weight: &Shape, _bias: &Shape, spatial: usize) -> Result<Shape> {
-        if weight.len() != 2 + spatial || x.len() != 2 + spatial || x[1] != weight[1] {
-            return Err(mismatch("conv", &[x, weight]));
+    fn conv(&mut self, x: &Shape, conv: Conv) -> Result<Shape> {
+        let x = &if conv.reflect { self.pad_reflect(x, conv.spatial)? } else { x.clone() };
+        let weight = self.param("weight", &conv.weight_shape())?;
+        self.param("bias", &[conv.output])?;
+        if x.len() != 2 + conv.spatial || x[1] != conv.input {
+            return Err(mismatch("conv", &[x, &weight]));
         }
-        let mut shape = vec![x[0], weight[0]];
-        for axis in 2..x.len() {
-            shape.push((x[axis] + 1).checked_sub(weight[axis]).ok_or_else(|| mismatch("conv", &[x, weight]))?);
+        let mut shape = vec![x[0], conv.output];
+        for size in &x[2..] {
+            shape.push((size + 1).checked_sub(conv.kernel).ok_or_else(|| mismatch("conv", &[x, &weight]))?);
         }
         self.product(shape, weight[1..].iter().product())
     }
@@ -257,25 +274,33 @@ impl Ops for Cost {
         self.result(shape)
     }
 
-    fn open_loop(&mut self, sequences: &[&Shape], state: &Shape) -> Result<Counted> {
-        let now = sequences.iter().map(|sequence| sequence[1..].to_vec()).collect();
-        let turns = sequences.first().map_or(0, |sequence| sequence[0] as u64);
-        Ok(Counted { turn: (turns > 0).then_some(now), turns, state: state.clone() })
+    fn pixel_shuffle(&mut self, x: &Shape, channels: usize, rows: usize, factors: (usize, usize)) -> Result<Shape> {
+        shuffle_by_transpose(self, x, channels, rows, factors)
     }
 
-    fn turn(&mut self, open: &mut Counted) -> Result<Option<Turn<Shape>>> {
-        let Some(now) = open.turn.take() else { return Ok(None) };
-        self.repeat *= open.turns;
+    fn dropout(&mut self, x: Shape, _what: Dropped) -> Result<Shape> {
+        Ok(x)
+    }
+
+    fn begin_loop(&mut self, sequences: &[&Shape], state: &Shape) -> Result<Counted> {
+        let now = sequences.iter().map(|sequence| sequence[1..].to_vec()).collect();
+        let iterations = sequences.first().map_or(0, |sequence| sequence[0] as u64);
+        Ok(Counted { element: (iterations > 0).then_some(now), iterations, state: state.clone() })
+    }
+
+    fn next_iteration(&mut self, open: &mut Counted) -> Result<Option<Iteration<Shape>>> {
+        let Some(now) = open.element.take() else { return Ok(None) };
+        self.repeat *= open.iterations;
         Ok(Some((now, open.state.clone())))
     }
 
-    fn carry(&mut self, open: &mut Counted, state: Shape) -> Result<()> {
-        self.repeat /= open.turns;
+    fn end_iteration(&mut self, open: &mut Counted, state: Shape) -> Result<()> {
+        self.repeat /= open.iterations;
         open.state = state;
         Ok(())
     }
 
-    fn close_loop(&mut self, open: Counted) -> Result<Shape> {
+    fn end_loop(&mut self, open: Counted) -> Result<Shape> {
         Ok(open.state)
     }
 }

@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Device, Tensor};
 use rand_mt::Mt;
 
-use super::{Binary, Dim, Dropped, Ops, Turn, Unary, kernels, position, scoped};
+use super::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, kernels, position, scoped, shuffle_by_transpose};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -32,7 +32,7 @@ pub struct Dropout {
     pub attention: f64,
     /// Probability that an element of a projection is dropped.
     pub projection: f64,
-    /// Draws which.
+    /// NoiseSource which.
     pub random: Mt,
 }
 
@@ -53,12 +53,12 @@ impl<'a> Eager<'a> {
     }
 }
 
-/// A loop between two turns.
+/// A loop between two iterations.
 #[derive(Debug)]
 pub struct Running {
     sequences: Vec<Tensor>,
     state: Tensor,
-    turns: usize,
+    iterations: usize,
     done: usize,
 }
 
@@ -166,13 +166,14 @@ impl Ops for Eager<'_> {
         Ok(a.contiguous()?.broadcast_matmul(&b.contiguous()?)?)
     }
 
-    fn gemm(&mut self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    fn gemm(&mut self, x: &Tensor, input: usize, output: usize) -> Result<Tensor> {
+        let (weight, bias) = (self.param("weight", &[output, input])?, self.param("bias", &[output])?);
         let products = self.products();
         let y = x.to_dtype(products)?.matmul(&weight.to_dtype(products)?.t()?)?.to_dtype(DType::F32)?;
-        Ok(y.broadcast_add(bias)?)
+        Ok(y.broadcast_add(&bias)?)
     }
 
-    fn layer_norm(
+    fn layer_normalization(
         &mut self,
         x: &Tensor,
         affine: Option<(&Tensor, &Tensor)>,
@@ -186,7 +187,7 @@ impl Ops for Eager<'_> {
         Ok(x.broadcast_mul(weight)?.broadcast_add(bias)?)
     }
 
-    fn group_norm(
+    fn group_normalization(
         &mut self,
         x: &Tensor,
         (weight, bias): (&Tensor, &Tensor),
@@ -196,10 +197,12 @@ impl Ops for Eager<'_> {
         Ok(kernels::group_norm(x, weight, bias, groups, eps)?)
     }
 
-    fn conv(&mut self, x: &Tensor, weight: &Tensor, bias: &Tensor, spatial: usize) -> Result<Tensor> {
+    fn conv(&mut self, x: &Tensor, conv: Conv) -> Result<Tensor> {
+        let (weight, bias) = (self.param("weight", &conv.weight_shape())?, self.param("bias", &[conv.output])?);
+        let (x, spatial) = (if conv.reflect { self.pad_reflect(x, conv.spatial)? } else { x.clone() }, conv.spatial);
         let products = self.products();
         let (x, weight) = (&x.to_dtype(products)?, &weight.to_dtype(products)?);
-        if spatial == 2 && weight.dim(3)? == 3 {
+        if spatial == 2 && conv.kernel == 3 {
             return Ok(kernels::conv3x3(x, weight, &bias.to_dtype(products)?)?.to_dtype(DType::F32)?);
         }
         // As a matrix product over the pixels; of a row's neighbours too.
@@ -228,6 +231,10 @@ impl Ops for Eager<'_> {
         Ok(Tensor::cat(&[&x.narrow(2, 1, 1)?, x, &x.narrow(2, x.dim(2)? - 2, 1)?], 2)?)
     }
 
+    fn pixel_shuffle(&mut self, x: &Tensor, channels: usize, rows: usize, factors: (usize, usize)) -> Result<Tensor> {
+        shuffle_by_transpose(self, x, channels, rows, factors)
+    }
+
     fn dropout(&mut self, x: Tensor, what: Dropped) -> Result<Tensor> {
         let dropout = self.training.as_mut().and_then(|training| training.dropout.as_mut());
         let Some(Dropout { attention, projection, random }) = dropout else { return Ok(x) };
@@ -245,27 +252,27 @@ impl Ops for Eager<'_> {
         Ok((&x * Tensor::from_vec(mask, x.shape(), x.device())?)?)
     }
 
-    fn open_loop(&mut self, sequences: &[&Tensor], state: &Tensor) -> Result<Running> {
-        let turns = sequences.first().map_or(Ok(0), |sequence| sequence.dim(0))?;
+    fn begin_loop(&mut self, sequences: &[&Tensor], state: &Tensor) -> Result<Running> {
+        let iterations = sequences.first().map_or(Ok(0), |sequence| sequence.dim(0))?;
         let sequences = sequences.iter().map(|&sequence| sequence.clone()).collect();
-        Ok(Running { sequences, state: state.clone(), turns, done: 0 })
+        Ok(Running { sequences, state: state.clone(), iterations, done: 0 })
     }
 
-    fn turn(&mut self, open: &mut Running) -> Result<Option<Turn<Tensor>>> {
-        if open.done == open.turns {
+    fn next_iteration(&mut self, open: &mut Running) -> Result<Option<Iteration<Tensor>>> {
+        if open.done == open.iterations {
             return Ok(None);
         }
         let now = open.sequences.iter().map(|sequence| sequence.get(open.done)).collect::<Result<_, _>>()?;
         Ok(Some((now, open.state.clone())))
     }
 
-    fn carry(&mut self, open: &mut Running, state: Tensor) -> Result<()> {
+    fn end_iteration(&mut self, open: &mut Running, state: Tensor) -> Result<()> {
         open.state = state;
         open.done += 1;
         Ok(())
     }
 
-    fn close_loop(&mut self, open: Running) -> Result<Tensor> {
+    fn end_loop(&mut self, open: Running) -> Result<Tensor> {
         Ok(open.state)
     }
 }

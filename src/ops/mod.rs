@@ -63,12 +63,41 @@ pub enum Dropped {
     Projection,
 }
 
-/// What a turn of a loop works on: the sequences' elements, and the state.
-pub type Turn<T> = (Vec<T>, T);
+/// A convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conv {
+    /// Channels of the input.
+    pub input: usize,
+    /// Channels of the output.
+    pub output: usize,
+    /// Size of the kernel along every axis.
+    pub kernel: usize,
+    /// Axes that it runs over: the last ones, 1 or 2.
+    pub spatial: usize,
+    /// Whether the input is mirrored at its borders first (see [`Ops::pad_reflect`]).
+    pub reflect: bool,
+}
+
+impl Conv {
+    /// Shape of its weight, `[output, input, kernel, …]`.
+    pub fn weight_shape(self) -> Vec<usize> {
+        let mut shape = vec![self.output, self.input];
+        shape.resize(2 + self.spatial, self.kernel);
+        shape
+    }
+
+    /// The same convolution of an input that is mirrored already.
+    pub fn unpadded(self) -> Self {
+        Self { reflect: false, ..self }
+    }
+}
+
+/// What an iteration of a loop works on: the sequences' elements, and the state.
+pub type Iteration<T> = (Vec<T>, T);
 
 /// An interpreter of the model.
 ///
-/// Weights are asked for by their checkpoint name, relative to the [scope](Ops::scope) that is open; the same scoped name
+/// Weights are asked for by their checkpoint name, relative to the [scope](OpsExt::scope) that is open; the same scoped name
 /// becomes the ONNX node's name and the row of the cost table. Model code never asks a tensor for its shape.
 pub trait Ops: Sized {
     /// A value of the model.
@@ -77,22 +106,11 @@ pub trait Ops: Sized {
     /// A loop that is being run or written.
     type Loop;
 
-    /// Opens a named scope inside the current one. Model code calls [`Ops::scope`].
+    /// Opens a named scope inside the current one. Model code calls [`OpsExt::scope`].
     fn enter(&mut self, name: &str);
 
     /// Closes the innermost scope.
     fn leave(&mut self);
-
-    /// Runs `body` inside the scope `name`; scopes are joined by dots as PyTorch joins module names.
-    ///
-    /// # Errors
-    /// Those of `body`.
-    fn scope<R>(&mut self, name: &str, body: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
-        self.enter(name);
-        let result = body(self);
-        self.leave();
-        result
-    }
 
     /// The weight `name` of the current scope.
     ///
@@ -179,18 +197,26 @@ pub trait Ops: Sized {
     /// When the shapes do not fit.
     fn matmul(&mut self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
 
-    /// `x [rows, in] · weightᵀ + bias`, weight `[out, in]` as PyTorch stores it (ONNX `Gemm` with `transB`).
+    /// `x [rows, input] · weightᵀ + bias` (ONNX `Gemm` with `transB`), with the current scope's `weight [output, input]`, as
+    /// PyTorch stores it, and its `bias [output]`.
     ///
     /// # Errors
-    /// When the shapes do not fit.
-    fn gemm(&mut self, x: &Self::Tensor, weight: &Self::Tensor, bias: &Self::Tensor) -> Result<Self::Tensor>;
+    /// Those of [`Ops::param`]; when the shapes do not fit.
+    fn gemm(&mut self, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor>;
+
+    /// Convolution of stride 1 (ONNX `Conv`), with the current scope's `weight [output, input, kernel, …]` and its
+    /// `bias [output]`.
+    ///
+    /// # Errors
+    /// Those of [`Ops::param`] and [`Ops::pad_reflect`]; when the shapes do not fit.
+    fn conv(&mut self, x: &Self::Tensor, conv: Conv) -> Result<Self::Tensor>;
 
     /// Normalization over the last axis of `width` elements, with `(weight, bias)` or without
     /// (ONNX `LayerNormalization`).
     ///
     /// # Errors
     /// When the shapes do not fit.
-    fn layer_norm(
+    fn layer_normalization(
         &mut self,
         x: &Self::Tensor,
         affine: Option<(&Self::Tensor, &Self::Tensor)>,
@@ -202,24 +228,12 @@ pub trait Ops: Sized {
     ///
     /// # Errors
     /// When the shapes do not fit.
-    fn group_norm(
+    fn group_normalization(
         &mut self,
         x: &Self::Tensor,
         affine: (&Self::Tensor, &Self::Tensor),
         groups: usize,
         eps: f32,
-    ) -> Result<Self::Tensor>;
-
-    /// Convolution of stride 1 without padding over the `spatial` (1 or 2) last axes (ONNX `Conv`).
-    ///
-    /// # Errors
-    /// When the shapes do not fit.
-    fn conv(
-        &mut self,
-        x: &Self::Tensor,
-        weight: &Self::Tensor,
-        bias: &Self::Tensor,
-        spatial: usize,
     ) -> Result<Self::Tensor>;
 
     /// One element more on both sides of the `spatial` last axes of `x` of rank `2 + spatial`, mirrored without the
@@ -229,35 +243,67 @@ pub trait Ops: Sized {
     /// When an axis has fewer than two elements.
     fn pad_reflect(&mut self, x: &Self::Tensor, spatial: usize) -> Result<Self::Tensor>;
 
-    /// Opens a loop that threads `state` through one turn for every index of the first axis of `sequences`
-    /// (ONNX `Loop`). Model code calls [`Ops::fold`].
+    /// Channels `[batch, channels·fy·fx, rows, width]` as the pixels of larger patches,
+    /// `[batch, channels, rows·fy, width·fx]` (ONNX `DepthToSpace`, mode `CRD`, whose patches are square).
+    ///
+    /// # Errors
+    /// When the sizes do not fit.
+    fn pixel_shuffle(
+        &mut self,
+        x: &Self::Tensor,
+        channels: usize,
+        rows: usize,
+        factors: (usize, usize),
+    ) -> Result<Self::Tensor>;
+
+    /// `x` with elements set to zero at random while the model is trained; otherwise `x` itself.
     ///
     /// # Errors
     /// When the interpreter refuses.
-    fn open_loop(&mut self, sequences: &[&Self::Tensor], state: &Self::Tensor) -> Result<Self::Loop>;
+    fn dropout(&mut self, x: Self::Tensor, what: Dropped) -> Result<Self::Tensor>;
 
-    /// What the next turn works on: the sequences' elements and the state; nothing when all turns are done. An
-    /// interpreter that writes the loop down instead of running it asks for one turn only.
+    /// Begins a loop that passes `state` through one iteration for every index of the first axis of `sequences`
+    /// (ONNX `Loop`). Model code calls [`OpsExt::fold`].
     ///
     /// # Errors
     /// When the interpreter refuses.
-    fn turn(&mut self, open: &mut Self::Loop) -> Result<Option<Turn<Self::Tensor>>>;
+    fn begin_loop(&mut self, sequences: &[&Self::Tensor], state: &Self::Tensor) -> Result<Self::Loop>;
 
-    /// Hands over the state after a turn.
+    /// What the next iteration works on: the sequences' elements and the state; `None` when all iterations are done. An
+    /// interpreter that writes the loop down instead of running it gives one iteration only.
     ///
     /// # Errors
     /// When the interpreter refuses.
-    fn carry(&mut self, open: &mut Self::Loop, state: Self::Tensor) -> Result<()>;
+    fn next_iteration(&mut self, open: &mut Self::Loop) -> Result<Option<Iteration<Self::Tensor>>>;
 
-    /// Closes a loop; gives the last state.
+    /// Takes the state after an iteration.
     ///
     /// # Errors
     /// When the interpreter refuses.
-    fn close_loop(&mut self, open: Self::Loop) -> Result<Self::Tensor>;
+    fn end_iteration(&mut self, open: &mut Self::Loop, state: Self::Tensor) -> Result<()>;
 
-    // What follows is derived.
+    /// Ends a loop; gives the last state.
+    ///
+    /// # Errors
+    /// When the interpreter refuses.
+    fn end_loop(&mut self, open: Self::Loop) -> Result<Self::Tensor>;
+}
 
-    /// Threads `state` through `body` once for every index `i` of the first axis of `sequences`, handing it their
+/// What the model is written in besides the primitives: derived from them, and the same for every interpreter.
+pub trait OpsExt: Ops {
+    /// Runs `body` inside the scope `name`; scopes are joined by dots as PyTorch joins module names. An error of `body` is
+    /// given the name of the scope.
+    ///
+    /// # Errors
+    /// Those of `body`.
+    fn scope<R>(&mut self, name: &str, body: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
+        self.enter(name);
+        let result = body(self);
+        self.leave();
+        result.map_err(|error| error.in_scope(name))
+    }
+
+    /// Passes `state` through `body` once for every index `i` of the first axis of `sequences`, handing it their
     /// `i`-th elements.
     ///
     /// # Errors
@@ -268,38 +314,12 @@ pub trait Ops: Sized {
         state: &Self::Tensor,
         mut body: impl FnMut(&mut Self, &[Self::Tensor], &Self::Tensor) -> Result<Self::Tensor>,
     ) -> Result<Self::Tensor> {
-        let mut open = self.open_loop(sequences, state)?;
-        while let Some((now, state)) = self.turn(&mut open)? {
+        let mut open = self.begin_loop(sequences, state)?;
+        while let Some((now, state)) = self.next_iteration(&mut open)? {
             let next = body(self, &now, &state)?;
-            self.carry(&mut open, next)?;
+            self.end_iteration(&mut open, next)?;
         }
-        self.close_loop(open)
-    }
-
-    /// `x` with elements forgotten at random, where the model is being trained; else `x` itself.
-    ///
-    /// # Errors
-    /// When the interpreter refuses.
-    fn dropout(&mut self, x: Self::Tensor, _what: Dropped) -> Result<Self::Tensor> {
-        Ok(x)
-    }
-
-    /// Channels `[batch, channels·fy·fx, rows, width]` as the pixels of larger patches,
-    /// `[batch, channels, rows·fy, width·fx]` (ONNX `DepthToSpace`, mode `CRD`, whose patches are square).
-    ///
-    /// # Errors
-    /// Those of [`Ops::reshape`] and [`Ops::permute`].
-    fn pixel_shuffle(
-        &mut self,
-        x: &Self::Tensor,
-        channels: usize,
-        rows: usize,
-        (fy, fx): (usize, usize),
-    ) -> Result<Self::Tensor> {
-        let shape = [Dim::Is(channels), Dim::Is(fy), Dim::Is(fx), Dim::Is(rows), Dim::Rest];
-        let x = self.reshape(x, &[Dim::Of(x, 0), shape[0], shape[1], shape[2], shape[3], shape[4]])?;
-        let x = self.permute(&x, &[0, 1, 4, 2, 5, 3])?;
-        self.reshape(&x, &[Dim::Of(&x, 0), Dim::Is(channels), Dim::Is(rows * fy), Dim::Rest])
+        self.end_loop(open)
     }
 
     /// a + b
@@ -349,60 +369,64 @@ pub trait Ops: Sized {
     /// The module `nn.Linear(input, output)` of this name on `x [rows, input]`.
     ///
     /// # Errors
-    /// Those of [`Ops::param`] and [`Ops::gemm`].
+    /// Those of [`Ops::gemm`].
     fn linear(&mut self, name: &str, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor> {
-        self.scope(name, |o| {
-            let weight = o.param("weight", &[output, input])?;
-            let bias = o.param("bias", &[output])?;
-            o.gemm(x, &weight, &bias)
-        })
+        self.scope(name, |o| o.gemm(x, input, output))
     }
 
     /// The module `nn.LayerNorm(width, eps)` of this name.
     ///
     /// # Errors
-    /// Those of [`Ops::param`] and [`Ops::layer_norm`].
-    fn norm(&mut self, name: &str, x: &Self::Tensor, width: usize, eps: f32) -> Result<Self::Tensor> {
+    /// Those of [`Ops::param`] and [`Ops::layer_normalization`].
+    fn layer_norm(&mut self, name: &str, x: &Self::Tensor, width: usize, eps: f32) -> Result<Self::Tensor> {
         self.scope(name, |o| {
             let weight = o.param("weight", &[width])?;
             let bias = o.param("bias", &[width])?;
-            o.layer_norm(x, Some((&weight, &bias)), width, eps)
+            o.layer_normalization(x, Some((&weight, &bias)), width, eps)
         })
     }
 
-    /// The module `nn.Conv1d` or `nn.Conv2d` of this name, with a `kernel` of 1, or of 3 and reflect padding.
+    /// The module `nn.GroupNorm(groups, channels, eps)` of this name.
     ///
     /// # Errors
-    /// Those of [`Ops::param`], [`Ops::pad_reflect`] and [`Ops::conv`].
-    fn convolution(
+    /// Those of [`Ops::param`] and [`Ops::group_normalization`].
+    fn group_norm(
         &mut self,
         name: &str,
         x: &Self::Tensor,
-        (input, output): (usize, usize),
-        (spatial, kernel): (usize, usize),
+        channels: usize,
+        groups: usize,
+        eps: f32,
     ) -> Result<Self::Tensor> {
         self.scope(name, |o| {
-            let mut shape = vec![output, input];
-            shape.resize(2 + spatial, kernel);
-            let weight = o.param("weight", &shape)?;
-            let bias = o.param("bias", &[output])?;
-            if kernel == 1 { o.conv(x, &weight, &bias, spatial) } else { o.mirrored_conv(x, &weight, &bias, spatial) }
+            let weight = o.param("weight", &[channels])?;
+            let bias = o.param("bias", &[channels])?;
+            o.group_normalization(x, (&weight, &bias), groups, eps)
         })
     }
 
-    /// [`Ops::conv`] of `x` mirrored at its borders.
+    /// The module `nn.Conv1d(input, output, 3, padding=1, padding_mode="reflect")` of this name.
     ///
     /// # Errors
-    /// Those of [`Ops::pad_reflect`] and [`Ops::conv`].
-    fn mirrored_conv(
-        &mut self,
-        x: &Self::Tensor,
-        weight: &Self::Tensor,
-        bias: &Self::Tensor,
-        spatial: usize,
-    ) -> Result<Self::Tensor> {
-        let x = self.pad_reflect(x, spatial)?;
-        self.conv(&x, weight, bias, spatial)
+    /// Those of [`Ops::conv`].
+    fn conv1d(&mut self, name: &str, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor> {
+        self.scope(name, |o| o.conv(x, Conv { input, output, kernel: 3, spatial: 1, reflect: true }))
+    }
+
+    /// The module `nn.Conv2d(input, output, 3, padding=1, padding_mode="reflect")` of this name.
+    ///
+    /// # Errors
+    /// Those of [`Ops::conv`].
+    fn conv2d(&mut self, name: &str, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor> {
+        self.scope(name, |o| o.conv(x, Conv { input, output, kernel: 3, spatial: 2, reflect: true }))
+    }
+
+    /// The module `nn.Conv2d(input, output, 1)` of this name.
+    ///
+    /// # Errors
+    /// Those of [`Ops::conv`].
+    fn conv1x1(&mut self, name: &str, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor> {
+        self.scope(name, |o| o.conv(x, Conv { input, output, kernel: 1, spatial: 2, reflect: false }))
     }
 
     /// Softmax attention of `q [b, h, n, d]` to `k`, `v` `[b, h, m, d]`, with `bias` added to the scores
@@ -428,6 +452,25 @@ pub trait Ops: Sized {
         let weights = self.dropout(weights, Dropped::Attention)?;
         self.matmul(&weights, v)
     }
+}
+
+impl<O: Ops> OpsExt for O {}
+
+/// [`Ops::pixel_shuffle`] by [`Ops::reshape`] and [`Ops::permute`], for interpreters without an operator for it.
+///
+/// # Errors
+/// When the sizes do not fit.
+pub fn shuffle_by_transpose<O: Ops>(
+    o: &mut O,
+    x: &O::Tensor,
+    channels: usize,
+    rows: usize,
+    (fy, fx): (usize, usize),
+) -> Result<O::Tensor> {
+    let shape = [Dim::Of(x, 0), Dim::Is(channels), Dim::Is(fy), Dim::Is(fx), Dim::Is(rows), Dim::Rest];
+    let x = o.reshape(x, &shape)?;
+    let x = o.permute(&x, &[0, 1, 4, 2, 5, 3])?;
+    o.reshape(&x, &[Dim::Of(&x, 0), Dim::Is(channels), Dim::Is(rows * fy), Dim::Rest])
 }
 
 /// The full name of `name` in nested scopes, as PyTorch joins module names.

@@ -18,14 +18,14 @@ const PAUSE: u16 = 2;
 /// written. `frame` is asked for one after another.
 ///
 /// # Errors
-/// [`Error::Run`] when it cannot be written; those of `frame`.
+/// [`Error::run`] when it cannot be written; those of `frame`.
 pub fn write(
     path: &Path,
     (width, height): (usize, usize),
     count: usize,
     mut frame: impl FnMut(usize) -> Result<Array3<f32>>,
 ) -> Result<()> {
-    let failed = |error: png::EncodingError| Error::run(path.display(), format!("cannot be written: {error}"));
+    let failed = |error: png::EncodingError| Error::run(path.display(), "cannot be written").because(error);
     files::write_beside(path, |beside| {
         let file = File::create(beside).map_err(|error| failed(error.into()))?;
         let mut encoder = png::Encoder::new(BufWriter::new(file), width as u32, height as u32);

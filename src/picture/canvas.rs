@@ -26,7 +26,7 @@ impl Canvas {
     /// Opens the canvas at `path`, or makes it.
     ///
     /// # Errors
-    /// [`Error::Run`] when it cannot be opened.
+    /// [`Error::run`] when it cannot be opened.
     pub fn open(path: &Path, width: usize, height: usize) -> Result<Self> {
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
         let file = open.map_err(|error| failed(path)(error))?;
@@ -36,7 +36,7 @@ impl Canvas {
     /// Writes columns `[3, height, columns]` in -1..1 at pixel `x`, down to the disk.
     ///
     /// # Errors
-    /// [`Error::Run`] when they cannot be written.
+    /// [`Error::run`] when they cannot be written.
     pub fn write(&mut self, x: usize, columns: ArrayView3<f32>) -> Result<()> {
         let (_, height, count) = columns.dim();
         let mut write = || {
@@ -56,7 +56,7 @@ impl Canvas {
     /// Writes the whole picture as a PNG, replacing `path` when all of it is written.
     ///
     /// # Errors
-    /// [`Error::Run`] when it cannot be written.
+    /// [`Error::run`] when it cannot be written.
     pub fn write_png(&mut self, path: &Path) -> Result<()> {
         self.file.seek(SeekFrom::Start(0)).map_err(failed(&self.path))?;
         let mut rows = BufReader::new(&self.file);
@@ -79,6 +79,6 @@ impl Canvas {
     }
 }
 
-fn failed<E: std::fmt::Display>(path: &Path) -> impl Fn(E) -> Error {
-    move |error| Error::run(path.display(), format!("cannot be written: {error}"))
+fn failed<E: std::error::Error + Send + Sync + 'static>(path: &Path) -> impl Fn(E) -> Error {
+    move |error| Error::run(path.display(), "cannot be written").because(error)
 }

@@ -12,13 +12,13 @@ const EXTENSIONS: [&str; 3] = ["jpg", "jpeg", "png"];
 /// Paths of all pictures below `folder`, sorted. Hidden files and folders are left out.
 ///
 /// # Errors
-/// [`Error::Input`] for a folder that cannot be read or that holds no picture.
+/// [`Error::input`] for a folder that cannot be read or that holds no picture.
 pub fn pictures(folder: &Path) -> Result<Vec<PathBuf>> {
     let is_hidden = |entry: &DirEntry| entry.depth() > 0 && entry.file_name().to_string_lossy().starts_with('.');
     let entries = WalkDir::new(folder).follow_links(true).sort_by_file_name().into_iter();
     let mut found = vec![];
     for entry in entries.filter_entry(|entry| !is_hidden(entry)) {
-        let unreadable = |error| Error::input(folder.display(), format!("cannot be read as a folder: {error}"));
+        let unreadable = |error| Error::input(folder.display(), "cannot be read as a folder").because(error);
         let entry = entry.map_err(unreadable)?;
         if is_picture(&entry) {
             found.push(entry.into_path());
@@ -42,7 +42,7 @@ pub struct Classes {
 /// The pictures below `folder`. Each of its sub-folders is a class. Hidden files and folders are left out.
 ///
 /// # Errors
-/// [`Error::Input`] for a folder that cannot be read or that holds no picture.
+/// [`Error::input`] for a folder that cannot be read or that holds no picture.
 pub fn classes(folder: &Path) -> Result<Classes> {
     let mut found = Classes { names: vec![], pictures: vec![] };
     for path in pictures(folder)? {

@@ -14,7 +14,7 @@ use image::{ExtendedColorType, ImageDecoder, ImageError, ImageFormat, ImageReade
 use ndarray::{Array3, ArrayView3};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, files};
+use crate::{Error, Result, ResultExt, files};
 
 /// Widest picture that is read, in pixels after scaling: a sliver of a file would else scale to gigabytes.
 pub const WIDEST: usize = 1 << 16;
@@ -32,7 +32,7 @@ pub fn bytes(image: ArrayView3<f32>) -> Vec<u8> {
 /// Writes `image [3, height, width]` as a PNG, replacing `path` when all of it is written.
 ///
 /// # Errors
-/// [`Error::Run`] when it cannot be written.
+/// [`Error::run`] when it cannot be written.
 pub fn write_png(path: &Path, image: ArrayView3<f32>) -> Result<()> {
     let (_, height, width) = image.dim();
     write_rgb(path, &bytes(image), (width as u32, height as u32))
@@ -41,18 +41,19 @@ pub fn write_png(path: &Path, image: ArrayView3<f32>) -> Result<()> {
 /// Writes pixels, row by row in red, green and blue, as a PNG of a width and height, replacing `path` when all of it is written.
 ///
 /// # Errors
-/// [`Error::Run`] when it cannot be written.
+/// [`Error::run`] when it cannot be written.
 pub fn write_rgb(path: &Path, pixels: &[u8], (width, height): (u32, u32)) -> Result<()> {
     // In memory first: saved to a file, the end of a picture that a full disk cuts off would be lost without an error.
     let mut file = Cursor::new(vec![]);
     image::write_buffer_with_format(&mut file, pixels, width, height, ExtendedColorType::Rgb8, ImageFormat::Png)
-        .map_err(|error| Error::run(path.display(), format!("cannot be written: {error}")))?;
+        .map_err(|error| Error::run(path.display(), "cannot be written").because(error))?;
     files::write(path, file.get_ref())
 }
 
 /// A side of a picture.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum Side {
     /// Its first columns.
     Left,
@@ -75,10 +76,10 @@ pub struct Picture {
 /// Reads a PNG or JPEG, turned upright.
 ///
 /// # Errors
-/// [`Error::Input`] when it is none, or was cut off.
+/// [`Error::input`] when it is none, or was cut off.
 pub fn load(path: &Path) -> Result<RgbImage> {
     let bad = |problem: String| Error::input(path.display(), problem);
-    let unreadable = |error: ImageError| bad(format!("is not a PNG or JPEG that can be read: {error}"));
+    let unreadable = |error: ImageError| bad("is not a PNG or JPEG that can be read".into()).because(error);
     let reader = open(path)?;
     if reader.format() == Some(ImageFormat::Jpeg) && !is_whole_jpeg(path)? {
         return Err(bad("is a JPEG that was cut off: its end is missing".into()));
@@ -94,7 +95,7 @@ pub fn load(path: &Path) -> Result<RgbImage> {
 /// the side `kept` stays.
 ///
 /// # Errors
-/// [`Error::Input`] when it is none, or after scaling narrower than `2 · multiple` or wider than [`WIDEST`].
+/// [`Error::input`] when it is none, or after scaling narrower than `2 · multiple` or wider than [`WIDEST`].
 pub fn read(path: &Path, height: usize, multiple: usize, kept: Side) -> Result<Picture> {
     let bad = |problem: String| Error::input(path.display(), problem);
     let image = load(path)?;
@@ -121,7 +122,7 @@ pub fn read(path: &Path, height: usize, multiple: usize, kept: Side) -> Result<P
 /// Whether a file starts as a PNG or JPEG does.
 ///
 /// # Errors
-/// [`Error::Input`] when it cannot be read.
+/// [`Error::input`] when it cannot be read.
 pub fn is_picture(path: &Path) -> Result<bool> {
     Ok(matches!(open(path)?.format(), Some(ImageFormat::Png | ImageFormat::Jpeg)))
 }
@@ -154,5 +155,5 @@ fn is_whole_jpeg(path: &Path) -> Result<bool> {
 
 fn open(path: &Path) -> Result<ImageReader<BufReader<File>>> {
     let reader = ImageReader::new(BufReader::new(files::open(path)?));
-    reader.with_guessed_format().map_err(|error| Error::input(path.display(), error))
+    reader.with_guessed_format().or_input(path.display())
 }

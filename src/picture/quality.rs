@@ -3,19 +3,6 @@
 use super::to_byte;
 use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayView4, Axis, s};
 
-/// `‖found - expected‖ / ‖expected‖`.
-pub fn relative_error<'a>(
-    found: impl IntoIterator<Item = &'a f32>,
-    expected: impl IntoIterator<Item = &'a f32>,
-) -> f32 {
-    let (mut difference, mut size) = (0.0f64, 0.0f64);
-    for (&found, &expected) in found.into_iter().zip(expected) {
-        difference += f64::from(found - expected).powi(2);
-        size += f64::from(expected).powi(2);
-    }
-    (difference.sqrt() / size.sqrt().max(f64::MIN_POSITIVE)) as f32
-}
-
 /// Cosine of the angle between two tokens.
 pub fn cosine(found: ArrayView1<f32>, expected: ArrayView1<f32>) -> f32 {
     let dot = |a: ArrayView1<f32>, b: ArrayView1<f32>| -> f64 {

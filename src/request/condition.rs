@@ -7,16 +7,16 @@ use crate::{Error, Result};
 /// The class of an image, or its classes along the way; `None` is unconditional.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub enum Label {
+pub enum ClassSchedule {
     /// The same for every token.
-    One(Option<usize>),
+    Constant(Option<usize>),
     /// By tokens, from left to right. Where two share tokens, the first fades into the second.
-    Spans(Vec<Span>),
+    Spans(Vec<ClassSpan>),
 }
 
 /// The tokens of a class.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Span {
+pub struct ClassSpan {
     /// The class.
     pub class: Option<usize>,
     /// Its first token.
@@ -27,43 +27,43 @@ pub struct Span {
 
 /// What a row of a batch is conditioned on: the keys and values of a class, or a mix of two classes'.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Condition {
+pub struct ClassMix {
     /// The class.
     pub label: i64,
     /// The class that it fades into, and that one's share in 0..1.
-    pub fading: Option<(i64, f32)>,
+    pub blend: Option<(i64, f32)>,
 }
 
-impl Condition {
+impl ClassMix {
     /// A class alone.
     pub fn of(label: i64) -> Self {
-        Self { label, fading: None }
+        Self { label, blend: None }
     }
 
     /// Its classes.
     pub fn labels(self) -> impl Iterator<Item = i64> {
-        [self.label].into_iter().chain(self.fading.map(|(label, _)| label))
+        [self.label].into_iter().chain(self.blend.map(|(label, _)| label))
     }
 }
 
-impl Span {
+impl ClassSpan {
     /// The token after its last, in an image of `tokens`.
     fn end(&self, tokens: usize) -> usize {
         self.end.unwrap_or(tokens)
     }
 }
 
-impl From<Option<usize>> for Label {
+impl From<Option<usize>> for ClassSchedule {
     fn from(class: Option<usize>) -> Self {
-        Self::One(class)
+        Self::Constant(class)
     }
 }
 
-impl Label {
+impl ClassSchedule {
     /// Its classes.
     pub fn classes(&self) -> impl Iterator<Item = usize> {
         let (one, spans) = match self {
-            Self::One(class) => (*class, &[][..]),
+            Self::Constant(class) => (*class, &[][..]),
             Self::Spans(spans) => (None, &spans[..]),
         };
         one.into_iter().chain(spans.iter().filter_map(|span| span.class))
@@ -72,10 +72,10 @@ impl Label {
     /// Checks that every one of `tokens` has a class, or two of which one fades into the other.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the flag and the tokens.
+    /// [`Error::setting`] naming the tokens.
     pub fn check(&self, tokens: usize) -> Result<()> {
         let Self::Spans(spans) = self else { return Ok(()) };
-        let bad = |problem: String| Err(Error::input("--classes", problem));
+        let bad = |problem: String| Err(Error::setting("classes", problem));
         let mut covered = 0;
         for (index, span) in spans.iter().enumerate() {
             let (begin, end) = (span.begin, span.end(tokens));
@@ -102,10 +102,10 @@ impl Label {
 
     /// What token `index` is conditioned on; `none` is the label of no class. Where two classes share n tokens, the share of
     /// the second is 1/(n+1) at the first of them, and grows by as much with each.
-    pub fn condition(&self, index: usize, none: usize) -> Condition {
+    pub fn condition(&self, index: usize, none: usize) -> ClassMix {
         let label = |class: Option<usize>| class.unwrap_or(none) as i64;
         let spans = match self {
-            Self::One(class) => return Condition::of(label(*class)),
+            Self::Constant(class) => return ClassMix::of(label(*class)),
             Self::Spans(spans) => spans,
         };
         let at = spans.iter().rposition(|span| span.begin <= index).unwrap_or(0);
@@ -113,9 +113,9 @@ impl Label {
         match before.and_then(|before| Some((before, before.end?))) {
             Some((before, end)) if index < end => {
                 let share = (index - here.begin + 1) as f32 / (end - here.begin + 1) as f32;
-                Condition { label: label(before.class), fading: Some((label(here.class), share)) }
+                ClassMix { label: label(before.class), blend: Some((label(here.class), share)) }
             }
-            _ => Condition::of(label(here.class)),
+            _ => ClassMix::of(label(here.class)),
         }
     }
 }
@@ -124,33 +124,33 @@ impl Label {
 mod tests {
     use super::*;
 
-    fn spans(spans: &[(usize, usize, Option<usize>)]) -> Label {
-        let span = |&(class, begin, end)| Span { class: Some(class), begin, end };
-        Label::Spans(spans.iter().map(span).collect())
+    fn spans(spans: &[(usize, usize, Option<usize>)]) -> ClassSchedule {
+        let span = |&(class, begin, end)| ClassSpan { class: Some(class), begin, end };
+        ClassSchedule::Spans(spans.iter().map(span).collect())
     }
 
     #[test]
     fn classes_follow_each_other() {
         let label = spans(&[(3, 0, Some(4)), (5, 4, None)]);
         label.check(8).unwrap();
-        let found: Vec<Condition> = (0..8).map(|index| label.condition(index, 9)).collect();
-        assert_eq!(found, [3, 3, 3, 3, 5, 5, 5, 5].map(Condition::of));
-        assert_eq!(Label::One(None).condition(7, 9), Condition::of(9));
+        let found: Vec<ClassMix> = (0..8).map(|index| label.condition(index, 9)).collect();
+        assert_eq!(found, [3, 3, 3, 3, 5, 5, 5, 5].map(ClassMix::of));
+        assert_eq!(ClassSchedule::Constant(None).condition(7, 9), ClassMix::of(9));
     }
 
     #[test]
     fn classes_that_share_tokens_fade() {
         let label = spans(&[(3, 0, Some(5)), (5, 2, Some(8)), (6, 8, None)]);
         label.check(10).unwrap();
-        let fading = |share| Condition { label: 3, fading: Some((5, share)) };
-        let found: Vec<Condition> = (1..6).map(|index| label.condition(index, 9)).collect();
-        assert_eq!(found, [Condition::of(3), fading(0.25), fading(0.5), fading(0.75), Condition::of(5)]);
-        assert_eq!([7, 8].map(|index| label.condition(index, 9)), [5, 6].map(Condition::of));
+        let blend = |share| ClassMix { label: 3, blend: Some((5, share)) };
+        let found: Vec<ClassMix> = (1..6).map(|index| label.condition(index, 9)).collect();
+        assert_eq!(found, [ClassMix::of(3), blend(0.25), blend(0.5), blend(0.75), ClassMix::of(5)]);
+        assert_eq!([7, 8].map(|index| label.condition(index, 9)), [5, 6].map(ClassMix::of));
     }
 
     #[test]
     fn tokens_without_a_class_and_with_too_many_are_named() {
-        let problem = |label: Label| label.check(10).unwrap_err().to_string();
+        let problem = |label: ClassSchedule| label.check(10).unwrap_err().to_string();
         assert!(problem(spans(&[(0, 1, None)])).contains("tokens 0 to 0 without"));
         assert!(problem(spans(&[(0, 0, Some(3)), (1, 5, None)])).contains("tokens 3 to 4 without"));
         assert!(problem(spans(&[(0, 0, Some(9))])).contains("tokens 9 to 9 without"));
@@ -160,14 +160,16 @@ mod tests {
         assert!(problem(spans(&[(0, 0, None), (1, 5, None)])).contains("order them"));
         assert!(problem(spans(&[(0, 0, Some(5)), (1, 2, Some(8)), (2, 4, None)])).contains("three classes"));
         assert!(problem(spans(&[(0, 0, Some(5)), (1, 0, None)])).contains("order them"));
-        assert!(problem(Label::Spans(vec![])).contains("tokens 0 to 9 without"));
+        assert!(problem(ClassSchedule::Spans(vec![])).contains("tokens 0 to 9 without"));
     }
 
     #[test]
     fn labels_are_read_as_they_are_written() {
-        for label in [Label::One(None), Label::One(Some(3)), spans(&[(1, 0, Some(4)), (2, 3, None)])] {
+        for label in
+            [ClassSchedule::Constant(None), ClassSchedule::Constant(Some(3)), spans(&[(1, 0, Some(4)), (2, 3, None)])]
+        {
             let text = serde_json::to_string(&label).unwrap();
-            assert_eq!(serde_json::from_str::<Label>(&text).unwrap(), label, "{text}");
+            assert_eq!(serde_json::from_str::<ClassSchedule>(&text).unwrap(), label, "{text}");
         }
     }
 }

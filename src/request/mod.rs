@@ -2,22 +2,25 @@
 
 pub mod condition;
 pub mod random;
+mod settings;
 pub mod solver;
 pub mod timing;
 
 use ndarray::{Array2, Array3, ArrayView, Axis, Dimension};
 use serde::{Deserialize, Serialize};
 
-use crate::{Config, Error, Result};
-use condition::{Condition, Label};
+use crate::{Config, Error, Result, ResultExt};
+use condition::{ClassMix, ClassSchedule};
 use random::TorchRng;
+pub use settings::{ClassCourse, ClassName, DEFAULT_TOKENS, SamplingSettings, Settings, TileSize};
 use solver::{Solver, Tableau};
-use timing::Times;
+use timing::StageTimes;
 
 /// How guidance grows along the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Schedule {
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
+pub enum GuidanceSchedule {
     /// From `1 + (cfg-1)/N` at the first token to `cfg` at the last of N.
     #[default]
     Linear,
@@ -37,14 +40,14 @@ pub enum Noise {
 /// One batch of images to generate.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// One a row.
-    pub labels: Vec<Label>,
+    /// The class of each image, or its classes along the tokens, `[B]`.
+    pub classes: Vec<ClassSchedule>,
     /// Length in tokens, the prefix included.
     pub tokens: usize,
     /// Classifier-free guidance; 1 is none.
     pub cfg: f32,
     /// How guidance grows.
-    pub schedule: Schedule,
+    pub cfg_schedule: GuidanceSchedule,
     /// What integrates the ODE of a token.
     pub solver: Solver,
     /// Its steps a token.
@@ -63,7 +66,7 @@ pub struct Generated {
     /// The noise of the generated ones, `[B, N - prefix, E]`.
     pub noise: Array3<f32>,
     /// Where the time went.
-    pub times: Times,
+    pub times: StageTimes,
 }
 
 /// How all images of a batch are sampled.
@@ -91,6 +94,21 @@ pub const MOST_TOKENS: usize = 1_000_000;
 pub const MOST_STEPS: usize = 100_000;
 
 impl Request {
+    /// Images of these classes, `tokens` long, sampled as the model is by default: without guidance, by Euler's method in the
+    /// model's steps, from the noise of seed 0.
+    pub fn new<C: Into<ClassSchedule>>(config: &Config, classes: impl IntoIterator<Item = C>, tokens: usize) -> Self {
+        Self {
+            classes: classes.into_iter().map(Into::into).collect(),
+            tokens,
+            cfg: 1.0,
+            cfg_schedule: GuidanceSchedule::default(),
+            solver: Solver::default(),
+            steps: config.generator.steps,
+            prefix: None,
+            noise: Noise::Seed(0),
+        }
+    }
+
     fn prefix_tokens(&self) -> usize {
         self.prefix.as_ref().map_or(0, |prefix| prefix.dim().1)
     }
@@ -98,70 +116,72 @@ impl Request {
     /// Checks the request against the model before anything runs.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the flag, or the file's key, that does not fit.
+    /// [`Error::input`] naming the flag, or the file's key, that does not fit.
     pub fn check(&self, config: &Config) -> Result<()> {
         let generator = &config.generator;
-        let (rows, embed) = (self.labels.len(), generator.embed);
+        let (rows, embed) = (self.classes.len(), generator.embed);
         if rows == 0 {
-            return Err(Error::input("--class", "names no class, expected at least one"));
+            return Err(Error::setting("class", "names no class, expected at least one"));
         }
-        if let Some(class) = self.labels.iter().flat_map(Label::classes).find(|&class| class >= generator.class_num) {
+        if let Some(class) =
+            self.classes.iter().flat_map(ClassSchedule::classes).find(|&class| class >= generator.class_num)
+        {
             let last = generator.class_num - 1;
-            return Err(Error::input("--class", format!("is {class}, expected 0 to {last} or none")));
+            return Err(Error::setting("class", format!("is {class}, expected 0 to {last} or none")));
         }
         if self.tokens < 2 {
             let problem = format!("is {}, expected at least 2: the decoder mirrors at the image's edges", self.tokens);
-            return Err(Error::input("--tokens", problem));
+            return Err(Error::setting("tokens", problem));
         }
         if !self.cfg.is_finite() || self.cfg < 0.0 {
-            return Err(Error::input("--cfg", format!("is {}, expected a number of at least 0", self.cfg)));
+            return Err(Error::setting("cfg", format!("is {}, expected a number of at least 0", self.cfg)));
         }
         if !(1..=MOST_STEPS).contains(&self.steps) {
-            return Err(Error::input("--steps", format!("is {}, expected 1 to {MOST_STEPS}", self.steps)));
+            return Err(Error::setting("steps", format!("is {}, expected 1 to {MOST_STEPS}", self.steps)));
         }
-        self.labels.iter().try_for_each(|label| label.check(self.tokens))?;
+        self.classes.iter().try_for_each(|label| label.check(self.tokens))?;
         let given = self.prefix_tokens();
         if given >= self.tokens {
             let problem =
                 format!("holds {given} tokens and the run is {} long: nothing is left to generate", self.tokens);
-            return Err(Error::input("--prefix", problem));
+            return Err(Error::setting("prefix", problem));
         }
-        let fits = |flag, array: &Array3<f32>, tokens| {
+        let fits = |field, array: &Array3<f32>, tokens| {
             if array.dim() != (rows, tokens, embed) {
                 let (found, expected) = (array.dim(), (rows, tokens, embed));
-                return Err(Error::input(
-                    flag,
-                    format!("has shape {found:?}, expected {expected:?} (batch, tokens, E)"),
-                ));
+                let problem = format!("has shape {found:?}, expected {expected:?} (batch, tokens, E)");
+                return Err(Error::setting(field, problem));
             }
             if array.iter().any(|value| !value.is_finite()) {
-                return Err(Error::input(flag, "has a value that is not finite"));
+                return Err(Error::setting(field, "has a value that is not finite"));
             }
             Ok(())
         };
         if let Some(prefix) = &self.prefix {
-            fits("--prefix", prefix, given)?;
+            fits("prefix", prefix, given)?;
         }
         match &self.noise {
-            Noise::Given(noise) => fits("--noise", noise, self.tokens - given),
+            Noise::Given(noise) => fits("noise", noise, self.tokens - given),
             Noise::Seed(_) => Ok(()),
         }
     }
 
     /// Guidance of token `index`, from 0.
     pub fn guidance(&self, index: usize) -> f32 {
-        match self.schedule {
-            Schedule::Linear => (1.0 + (f64::from(self.cfg) - 1.0) * (index + 1) as f64 / self.tokens as f64) as f32,
-            Schedule::Constant => self.cfg,
+        match self.cfg_schedule {
+            GuidanceSchedule::Linear => {
+                (1.0 + (f64::from(self.cfg) - 1.0) * (index + 1) as f64 / self.tokens as f64) as f32
+            }
+            GuidanceSchedule::Constant => self.cfg,
         }
     }
 }
 
 /// A batch on its way into an engine: checked, and everything random drawn.
 #[derive(Clone, Debug)]
-pub struct Rollout {
-    /// One an image.
-    pub labels: Vec<Label>,
+pub struct PreparedRequest {
+    /// The class of each image, or its classes along the tokens, `[B]`.
+    pub classes: Vec<ClassSchedule>,
     /// Length in tokens, the prefix included.
     pub tokens: usize,
     /// Tokens that are given, `[B, n, E]`, n from 0.
@@ -174,14 +194,14 @@ pub struct Rollout {
     pub sampling: Sampling,
 }
 
-impl Rollout {
+impl PreparedRequest {
     /// Checks a request and draws its noise.
     ///
     /// # Errors
-    /// [`Error::Input`] for a request that does not fit the model.
+    /// [`Error::input`] for a request that does not fit the model.
     pub fn new(config: &Config, request: &Request) -> Result<Self> {
         request.check(config)?;
-        let (batch, embed) = (request.labels.len(), config.generator.embed);
+        let (batch, embed) = (request.classes.len(), config.generator.embed);
         let noise = match &request.noise {
             Noise::Given(noise) => noise.clone(),
             Noise::Seed(seed) => {
@@ -189,13 +209,13 @@ impl Rollout {
                 let mut noise = Array3::zeros((batch, request.tokens - request.prefix_tokens(), embed));
                 for mut draw in noise.axis_iter_mut(Axis(1)) {
                     let values = Array2::from_shape_vec((batch, embed), random.randn(batch * embed));
-                    draw.assign(&values.map_err(|error| Error::run("noise", error))?);
+                    draw.assign(&values.or_run("noise")?);
                 }
                 noise
             }
         };
         Ok(Self {
-            labels: request.labels.clone(),
+            classes: request.classes.clone(),
             tokens: request.tokens,
             prefix: request.prefix.clone().unwrap_or_else(|| Array3::zeros((batch, 0, embed))),
             noise,
@@ -206,10 +226,10 @@ impl Rollout {
 
     /// What all rows are conditioned on at token `index`: those of the B images, and with guidance as many unconditional ones
     /// after them.
-    pub fn conditions(&self, config: &Config, index: usize) -> Vec<Condition> {
+    pub fn conditions(&self, config: &Config, index: usize) -> Vec<ClassMix> {
         let none = config.generator.unconditional();
-        let unconditional = self.sampling.unconditional.map(|label| vec![Condition::of(label); self.labels.len()]);
-        let images = self.labels.iter().map(|label| label.condition(index, none));
+        let unconditional = self.sampling.unconditional.map(|label| vec![ClassMix::of(label); self.classes.len()]);
+        let images = self.classes.iter().map(|label| label.condition(index, none));
         images.chain(unconditional.into_iter().flatten()).collect()
     }
 
@@ -227,7 +247,7 @@ impl Rollout {
 /// Checks token `index` of some rows.
 ///
 /// # Errors
-/// [`Error::Run`] when a value is not finite.
+/// [`Error::run`] when a value is not finite.
 pub fn check_finite<D: Dimension>(engine: &str, index: usize, token: ArrayView<f32, D>) -> Result<()> {
     if token.iter().all(|value| value.is_finite()) {
         return Ok(());

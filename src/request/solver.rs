@@ -8,9 +8,12 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::{Error, Result};
+
 /// An ODE solver.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum Solver {
     /// Euler's method, one evaluation a step: the reference's.
     #[default]
@@ -58,11 +61,14 @@ impl fmt::Display for Solver {
 }
 
 impl FromStr for Solver {
-    type Err = String;
+    type Err = Error;
 
-    fn from_str(name: &str) -> Result<Self, String> {
+    fn from_str(name: &str) -> Result<Self> {
         let names = || Self::ALL.map(Self::name).join(", ");
-        Self::ALL.into_iter().find(|solver| solver.name() == name).ok_or_else(|| format!("expected one of {}", names()))
+        Self::ALL
+            .into_iter()
+            .find(|solver| solver.name() == name)
+            .ok_or_else(|| Error::setting("solver", format!("is {name}, expected one of {}", names())))
     }
 }
 
@@ -191,8 +197,8 @@ mod tests {
     #[test]
     fn names() {
         for solver in Solver::ALL {
-            assert_eq!(solver.to_string().parse(), Ok(solver));
+            assert_eq!(solver.to_string().parse::<Solver>().unwrap(), solver);
         }
-        assert!("rk4".parse::<Solver>().unwrap_err().contains("euler, midpoint, heun, ab2, dpm2"));
+        assert!("rk4".parse::<Solver>().unwrap_err().to_string().contains("euler, midpoint, heun, ab2, dpm2"));
     }
 }

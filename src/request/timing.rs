@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 /// How long each call of a stage took.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Calls(pub Vec<Duration>);
+pub struct CallTimes(pub Vec<Duration>);
 
-impl Calls {
+impl CallTimes {
     /// Does `work`, and remembers how long it took.
     pub fn time<T>(&mut self, work: impl FnOnce() -> T) -> T {
         let mut time = Duration::ZERO;
@@ -23,13 +23,13 @@ impl Calls {
 
 /// Time spent in each stage.
 #[derive(Clone, Debug, Default)]
-pub struct Times {
+pub struct StageTimes {
     /// Class-only work.
-    pub prefill: Calls,
+    pub prefill: CallTimes,
     /// The transformer, token by token.
-    pub step: Calls,
+    pub step: CallTimes,
     /// The flow head, token by token.
-    pub flow: Calls,
+    pub flow: CallTimes,
     /// What a GPU tells beside; the stages' times are then its own.
     pub device: Option<DeviceTimes>,
 }

@@ -7,20 +7,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
+use eqim::Config;
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, Hints, WeightSet};
+use eqim::close::Tolerance;
 use eqim::engine::candle::CandleEngine;
-use eqim::request::solver::Solver;
-use eqim::request::{Noise, Request, Schedule};
+use eqim::request::{GuidanceSchedule, Noise, Request};
 use ndarray::{Array, Dimension};
 use serde_json::Value;
-
-/// Largest absolute difference of one activation: both sides round at about 1e-7 of values near 1, a few hundred times.
-pub const ACTIVATION: f32 = 1e-5;
-/// The same after a whole sampling run, where differences pass through up to 60 tokens of 10 guided steps.
-pub const SAMPLING: f32 = 1e-4;
-/// Noise from a seed: PyTorch's vectorized logarithm and cosine round differently from libm's in the last place.
-pub const NOISE: f32 = 1e-6;
 
 /// One set of golden fixtures.
 pub struct Fixture {
@@ -66,24 +60,21 @@ impl Fixture {
     }
 
     /// The request of a sampling run, with its noise from the seed.
-    pub fn request(&self, run: &str) -> Request {
+    pub fn request(&self, config: &Config, run: &str) -> Request {
         let meta = &self.meta["sampling"][run];
         let number = |key: &str| meta[key].as_u64().unwrap() as usize;
-        let labels = match self.expected.get(&format!("{run}/labels")) {
-            Some(labels) => {
-                labels.to_vec1::<i64>().unwrap().into_iter().map(|label| Some(label as usize).into()).collect()
-            }
-            None => vec![None.into(); number("batch")],
+        let classes: Vec<Option<usize>> = match self.expected.get(&format!("{run}/labels")) {
+            Some(labels) => labels.to_vec1::<i64>().unwrap().into_iter().map(|label| Some(label as usize)).collect(),
+            None => vec![None; number("batch")],
         };
+        let linear = meta["cfg_schedule"] == "linear";
         Request {
-            labels,
-            tokens: number("n_tokens"),
             cfg: meta["cfg"].as_f64().unwrap() as f32,
-            schedule: if meta["cfg_schedule"] == "linear" { Schedule::Linear } else { Schedule::Constant },
-            solver: Solver::Euler,
+            cfg_schedule: if linear { GuidanceSchedule::Linear } else { GuidanceSchedule::Constant },
             steps: self.meta["generator"]["steps"].as_u64().unwrap() as usize,
             prefix: (number("prefix") > 0).then(|| self.array(&format!("{run}/prefix"))),
             noise: Noise::Seed(meta["seed"].as_u64().unwrap()),
+            ..Request::new(config, classes, number("n_tokens"))
         }
     }
 
@@ -95,17 +86,17 @@ impl Fixture {
 
 /// Asserts that `found` is within `tolerance` of the fixture `key` everywhere.
 #[track_caller]
-pub fn close(fixture: &Fixture, key: &str, found: &Tensor, tolerance: f32) {
-    let expected = fixture.tensor(key);
-    assert_eq!(found.elem_count(), expected.elem_count(), "{key}: {:?} against {:?}", found.shape(), expected.shape());
-    let difference = (found.flatten_all().unwrap() - expected.flatten_all().unwrap()).unwrap();
-    let largest = difference.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-    println!("{key}: {largest:.1e}");
-    assert!(largest <= tolerance, "{key}: differs by {largest:e}, tolerance {tolerance:e}");
+pub fn close(fixture: &Fixture, key: &str, found: &Tensor, tolerance: Tolerance) {
+    let values =
+        |tensor: &Tensor| tensor.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+    match eqim::close::close(&values(found), &values(fixture.tensor(key)), tolerance) {
+        Ok(difference) => println!("{key}: {difference:.1e}"),
+        Err(error) => panic!("{key}: {error}"),
+    }
 }
 
 /// Asserts the same of arrays.
 #[track_caller]
-pub fn close_array<D: Dimension>(fixture: &Fixture, key: &str, found: &Array<f32, D>, tolerance: f32) {
+pub fn close_array<D: Dimension>(fixture: &Fixture, key: &str, found: &Array<f32, D>, tolerance: Tolerance) {
     close(fixture, key, &eqim::engine::candle::to_tensor(found.view()).unwrap(), tolerance);
 }

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 
+use eqim::digest::Hash;
 use eqim::picture::folder::{Classes, classes};
-use eqim::{Error, Result, picture};
+use eqim::{Error, Result, ResultExt, picture};
 use image::RgbImage;
 use image::imageops::{self, FilterType};
 use ndarray::{Array3, Array4, Axis};
@@ -15,7 +16,6 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
-use sha2::{Digest, Sha256};
 
 /// What random numbers are for: each purpose has its own, so that none depends on how many another took.
 #[derive(Clone, Copy, Debug)]
@@ -71,7 +71,7 @@ impl Photos {
     /// are passed over.
     ///
     /// # Errors
-    /// [`Error::Input`] when the folder cannot be read or has no such picture.
+    /// [`Error::input`] when the folder cannot be read or has no such picture.
     pub fn open(folder: &Path, height: usize, width: usize) -> Result<Self> {
         let Classes { names, pictures } = classes(folder)?;
         let loose = pictures.iter().find(|(_, class)| class.is_none());
@@ -103,7 +103,7 @@ impl Photos {
     /// Holds out `count` photographs, drawn by `seed`: those to train on, and those held out.
     ///
     /// # Errors
-    /// [`Error::Input`] when none would be left to train on.
+    /// [`Error::input`] when none would be left to train on.
     pub fn split(self, count: usize, seed: u64) -> Result<(Self, Self)> {
         if count >= self.photos.len() {
             let problem = format!("holds out {count} of {} photographs: none is left to train on", self.photos.len());
@@ -121,12 +121,12 @@ impl Photos {
 
     /// A hash of the photographs' names and classes, in order.
     pub fn fingerprint(&self) -> String {
-        let mut hash = Sha256::new();
+        let mut hash = Hash::default();
         for Photo { path, class } in &self.photos {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            hash.update(format!("{}/{name}\n", self.classes[*class]));
+            hash.add(format!("{}/{name}\n", self.classes[*class]));
         }
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hash.hex()
     }
 }
 
@@ -158,7 +158,7 @@ pub struct Crops {
 }
 
 impl Crops {
-    /// Draws a crop of a picture, `[3, height, width]` in -1..1.
+    /// NoiseSource a crop of a picture, `[3, height, width]` in -1..1.
     pub fn draw(&self, picture: &RgbImage, random: &mut impl Rng) -> Array3<f32> {
         let height = self.window_height(picture, random);
         let width = self.width as f64 * height / self.height as f64;
@@ -167,7 +167,7 @@ impl Crops {
         self.cut(picture, (left, width), height as u32, self.width, random)
     }
 
-    /// Draws a view of a picture as wide as the picture, `[3, height, any width]` in -1..1: a whole number of times
+    /// NoiseSource a view of a picture as wide as the picture, `[3, height, any width]` in -1..1: a whole number of times
     /// `multiple` wide, beginning somewhere in its first `multiple` pixels.
     pub fn draw_wide(&self, picture: &RgbImage, multiple: usize, random: &mut impl Rng) -> Array3<f32> {
         let height = self.window_height(picture, random);
@@ -245,7 +245,7 @@ impl Ahead {
     /// Makes the batches of `steps`, `batch` crops each.
     ///
     /// # Errors
-    /// [`Error::Run`] when no thread can be had.
+    /// [`Error::run`] when no thread can be had.
     pub fn start(photos: Photos, crops: Crops, batch: usize, seed: u64, steps: Range<usize>) -> Result<Self> {
         let (sender, receiver) = sync_channel(AHEAD);
         let work = move || {
@@ -259,14 +259,14 @@ impl Ahead {
             }
         };
         let thread = std::thread::Builder::new().name("decode-ahead".into()).spawn(work);
-        let thread = thread.map_err(|error| Error::run("decoding", error))?;
+        let thread = thread.or_run("decoding")?;
         Ok(Self { batches: Some(receiver), thread: Some(thread) })
     }
 
     /// The next step's batch.
     ///
     /// # Errors
-    /// [`Error::Input`] for a photograph that cannot be read any more; [`Error::Run`] when all steps are done.
+    /// [`Error::input`] for a photograph that cannot be read any more; [`Error::run`] when all steps are done.
     pub fn next_batch(&mut self) -> Result<Batch> {
         let batch = self.batches.as_ref().and_then(|batches| batches.recv().ok());
         batch.unwrap_or_else(|| Err(Error::run("decoding", "has no more batches")))
@@ -372,7 +372,7 @@ mod tests {
         let (folder, photos) = photos(1);
         std::fs::remove_file(folder.path().join("class/0.png")).unwrap();
         let error = Ahead::start(photos, CROPS, 1, 1, 0..1).unwrap().next_batch().unwrap_err();
-        assert!(matches!(&error, Error::Input(text) if text.contains("0.png")), "{error}");
+        assert!(error.is_input() && error.to_string().contains("0.png"), "{error}");
     }
 
     #[test]
@@ -406,6 +406,6 @@ mod tests {
         assert_eq!(Photos::open(&class, 32, 32).unwrap().classes, [""]);
         std::fs::copy(class.join("0.png"), folder.path().join("lost.png")).unwrap();
         let error = Photos::open(folder.path(), 32, 32).unwrap_err();
-        assert!(matches!(&error, Error::Input(text) if text.contains("lost.png")), "{error}");
+        assert!(error.is_input() && error.to_string().contains("lost.png"), "{error}");
     }
 }

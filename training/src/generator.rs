@@ -12,9 +12,9 @@ use eqim::generate::generate;
 use eqim::model::{Stage, flow, parameters_of, transformer};
 use eqim::ops::eager::{Dropout, Eager, Training};
 use eqim::request::solver::Solver;
-use eqim::request::{Noise, Request, Schedule};
+use eqim::request::{GuidanceSchedule, Noise, Request};
 use eqim::weights::Weights;
-use eqim::{Config, Error, Result};
+use eqim::{Config, Error, Result, ResultExt};
 use ndarray::{Array3, Axis, concatenate};
 use rand::{Rng, RngCore};
 use rand_mt::Mt;
@@ -23,7 +23,7 @@ use crate::data::{Crops, Photos, Purpose, order, randomness};
 use crate::initial::{self, normal};
 use crate::latents::{Encoder, Latents};
 use crate::learner::{Learner, Losses, Measures, Update};
-use crate::recipe::{GeneratorRecipe, Plan};
+use crate::recipe::{GeneratorRecipe, TrainingPlan};
 use crate::run::Task;
 
 /// The generator being trained.
@@ -40,7 +40,7 @@ pub struct GeneratorTask {
 }
 
 /// Everything that a step's loss depends on beside the weights.
-pub struct Draws {
+pub struct NoiseSource {
     /// Data, `[batch, tokens, E]`.
     pub tokens: Tensor,
     /// Labels, `[batch]`; dropped ones are `class_num`.
@@ -68,7 +68,7 @@ const VALIDATION_BATCHES: usize = 4;
 ///
 /// # Errors
 /// When the shapes do not fit.
-pub fn loss(config: &GeneratorConfig, weights: &Weights, draws: &Draws) -> Result<Tensor> {
+pub fn loss(config: &GeneratorConfig, weights: &Weights, draws: &NoiseSource) -> Result<Tensor> {
     let (batch, n, embed) = draws.tokens.dims3()?;
     let copies = draws.noise.dim(0)?;
     let rows = copies * batch * n;
@@ -98,7 +98,7 @@ impl GeneratorTask {
     /// A generator with random weights, over latents that are computed into `cache` first.
     ///
     /// # Errors
-    /// [`Error::Input`] when the photographs or the recipe do not fit the tokenizer.
+    /// [`Error::input`] when the photographs or the recipe do not fit the tokenizer.
     pub fn new(
         mut recipe: GeneratorRecipe,
         posterior_std: f64,
@@ -138,8 +138,8 @@ impl GeneratorTask {
         &self.classes
     }
 
-    /// Draws a batch of `latents`.
-    fn draw(&self, latents: &Latents, step: usize, training: bool) -> Result<Draws> {
+    /// NoiseSource a batch of `latents`.
+    fn draw(&self, latents: &Latents, step: usize, training: bool) -> Result<NoiseSource> {
         let GeneratorRecipe { model, plan, .. } = &self.recipe;
         let (batch, n, embed) = (plan.batch_size, plan.tokens, model.embed);
         let copies = self.recipe.diffusion_batch_mul;
@@ -164,7 +164,7 @@ impl GeneratorTask {
         };
         let training = training.then(|| Training { dropout: Some(forgotten), products: plan.products() });
         let device = &self.device;
-        Ok(Draws {
+        Ok(NoiseSource {
             tokens: tokens.to_device(device)?,
             labels: Tensor::from_vec(classes, batch, device)?,
             shift,
@@ -191,7 +191,7 @@ pub fn time(uniform: f32) -> f32 {
     uniform * (1.0 - LEAST) + LEAST
 }
 
-impl Draws {
+impl NoiseSource {
     /// The batch in parts, each with its share of the batch.
     ///
     /// # Errors
@@ -225,14 +225,14 @@ impl Task for GeneratorTask {
         "generator"
     }
 
-    fn plan(&self) -> &Plan {
+    fn plan(&self) -> &TrainingPlan {
         &self.recipe.plan
     }
 
     fn identity(&self) -> Result<String> {
         let (recipe, plan) = (self.recipe.clone(), self.recipe.plan.identity());
         let recipe = GeneratorRecipe { plan, ..recipe };
-        let recipe = toml::to_string(&recipe).map_err(|error| Error::run("recipe", error))?;
+        let recipe = toml::to_string(&recipe).or_run("recipe")?;
         Ok(format!("{recipe}tokenizer = {}\nphotographs = {}\n", self.encoder.hash, self.fingerprint))
     }
 
@@ -273,20 +273,18 @@ impl Task for GeneratorTask {
 
     fn picture(&self) -> Result<Array3<f32>> {
         let engine = self.engine()?;
+        let classes = (0..self.classes.len().min(5)).map(Some);
         let request = Request {
-            labels: (0..self.classes.len().min(5)).map(|class| Some(class).into()).collect(),
-            tokens: 2 * self.recipe.plan.tokens,
             cfg: PREVIEW_CFG,
-            schedule: Schedule::Constant,
-            solver: Solver::Euler,
+            cfg_schedule: GuidanceSchedule::Constant,
             steps: PREVIEW_STEPS,
-            prefix: None,
             noise: Noise::Seed(self.recipe.plan.seed),
+            ..Request::new(engine.config(), classes, 2 * self.recipe.plan.tokens)
         };
         let tokens = generate(&engine, &request, |_| {})?.tokens;
         let images = engine.decode_tokens(tokens.view())?;
         let rows: Vec<_> = images.axis_iter(Axis(0)).collect();
-        concatenate(Axis(1), &rows).map_err(|error| Error::run("samples", error))
+        concatenate(Axis(1), &rows).or_run("samples")
     }
 
     fn state(&self) -> Vec<(String, Tensor)> {

@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 use candle_core::Tensor;
 use eqim::checkpoint::tensors::{self, TensorFile};
 use eqim::config::TokenizerConfig;
+use eqim::digest::Hash;
 use eqim::engine::candle;
 use eqim::model::tokenizer;
 use eqim::ops::eager::Eager;
 use eqim::weights::Weights;
-use eqim::{Error, Result, files, picture};
+use eqim::{Error, Result, ResultExt, files, picture};
 use eqim_cli::Progress;
 use ndarray::Axis;
 use rand::Rng;
-use sha2::{Digest, Sha256};
 
 use crate::data::{Crops, Photo, Photos, Purpose, randomness};
 
@@ -46,7 +46,7 @@ impl Latents {
     /// Encodes `views` views of every photograph into `folder`, or takes those that an earlier run left there.
     ///
     /// # Errors
-    /// [`Error::Input`] for a photograph that cannot be read any more; [`Error::Run`] when the folder cannot be written.
+    /// [`Error::input`] for a photograph that cannot be read any more; [`Error::run`] when the folder cannot be written.
     pub fn open(
         folder: &Path,
         encoder: &Encoder,
@@ -55,7 +55,7 @@ impl Latents {
         views: usize,
         seed: u64,
     ) -> Result<Self> {
-        std::fs::create_dir_all(folder).map_err(|error| Error::run(folder.display(), error))?;
+        std::fs::create_dir_all(folder).or_run(folder.display())?;
         let mut progress = Progress::new("encoded", photos.photos.len(), "photographs");
         let mut all = vec![];
         for (index, photo) in photos.photos.iter().enumerate() {
@@ -80,7 +80,7 @@ impl Latents {
     /// The standard deviation of all latents, were they sampled from posteriors of standard deviation `posterior`.
     ///
     /// # Errors
-    /// [`Error::Input`] when a file cannot be read.
+    /// [`Error::input`] when a file cannot be read.
     pub fn deviation(&self, posterior: f64) -> Result<f64> {
         let (mut count, mut sum, mut squares) = (0.0, 0.0, 0.0);
         for photo in &self.views {
@@ -111,10 +111,10 @@ impl Latents {
         self.views[photo].class
     }
 
-    /// Draws `tokens` neighbouring tokens, `[tokens, E]`, of a photograph's latents.
+    /// NoiseSource `tokens` neighbouring tokens, `[tokens, E]`, of a photograph's latents.
     ///
     /// # Errors
-    /// [`Error::Input`] when its file cannot be read any more.
+    /// [`Error::input`] when its file cannot be read any more.
     pub fn draw(&self, photo: usize, tokens: usize, random: &mut impl Rng) -> Result<Tensor> {
         let PhotoViews { file, lengths, .. } = &self.views[photo];
         let view = random.random_range(0..lengths.len());
@@ -129,10 +129,10 @@ fn name(view: usize) -> String {
 
 /// A name that depends on all that the latents do.
 fn key(encoder: &Encoder, photo: &Photo, crops: Crops, views: usize, seed: u64) -> Result<String> {
-    let mut hash = Sha256::new();
-    hash.update(format!("{} {crops:?} {views} {seed} ", encoder.hash));
-    hash.update(files::read(&photo.path)?);
-    Ok(hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect())
+    let mut hash = Hash::default();
+    hash.add(format!("{} {crops:?} {views} {seed} ", encoder.hash));
+    hash.add(files::read(&photo.path)?);
+    Ok(hash.hex()[..32].to_string())
 }
 
 fn encode(file: &Path, encoder: &Encoder, photo: &Photo, crops: Crops, views: usize, seed: u64) -> Result<()> {

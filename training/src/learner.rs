@@ -141,7 +141,7 @@ impl Learner {
     /// Takes a step along `gradients`; parameters without one stay. Gives the gradients' norm before clipping.
     ///
     /// # Errors
-    /// [`Error::Run`] when the norm is not finite, with nothing changed.
+    /// [`Error::run`] when the norm is not finite, with nothing changed.
     pub fn update(&mut self, gradients: &Gradients, update: &Update) -> Result<f64> {
         let mut squares = 0.0;
         for gradient in gradients.values() {
@@ -201,7 +201,7 @@ impl Learner {
     /// Goes on from a [state](Learner::state) after `updates` updates.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the tensor that is missing or has another shape.
+    /// [`Error::input`] naming the tensor that is missing or has another shape.
     pub fn restore(&mut self, file: &mut TensorFile, updates: usize) -> Result<()> {
         let keys: Vec<String> = self.parameters.keys().cloned().collect();
         for name in keys {

@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use eqim::{Error, Result, files};
+use eqim::{Error, Result, ResultExt, files};
 use serde::{Deserialize, Serialize};
 
 /// A line of `metrics.jsonl`.
@@ -31,32 +31,32 @@ impl Metrics {
     /// killed wrote after its last checkpoint, are cut off, and so is a last line that is not whole.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the line that is no record; [`Error::Run`] when the file cannot be written.
+    /// [`Error::input`] naming the line that is no record; [`Error::run`] when the file cannot be written.
     pub fn open(path: &Path, step: usize) -> Result<Self> {
         let bytes = if path.exists() { files::read(path)? } else { vec![] };
         let text = String::from_utf8_lossy(&bytes);
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         let mut records = vec![];
         for (number, line) in whole.lines().enumerate() {
-            let record: Record = serde_json::from_str(line)
-                .map_err(|error| Error::input(format!("{}: line {}", path.display(), number + 1), error))?;
+            let record: Record =
+                serde_json::from_str(line).or_input(format!("{}: line {}", path.display(), number + 1))?;
             if record.step <= step {
                 records.push(record);
             }
         }
         let lines = records.iter().map(|record| line(path, record)).collect::<Result<String>>()?;
         files::write(path, lines.as_bytes())?;
-        let file = OpenOptions::new().append(true).open(path).map_err(|error| Error::run(path.display(), error))?;
+        let file = OpenOptions::new().append(true).open(path).or_run(path.display())?;
         Ok(Self { path: path.to_path_buf(), file, records })
     }
 
     /// Adds a record to the file.
     ///
     /// # Errors
-    /// [`Error::Run`] when it cannot be written.
+    /// [`Error::run`] when it cannot be written.
     pub fn append(&mut self, record: Record) -> Result<()> {
         let text = line(&self.path, &record)?;
-        self.file.write_all(text.as_bytes()).map_err(|error| Error::run(self.path.display(), error))?;
+        self.file.write_all(text.as_bytes()).or_run(self.path.display())?;
         self.records.push(record);
         Ok(())
     }
@@ -68,7 +68,7 @@ impl Metrics {
 }
 
 fn line(path: &Path, record: &Record) -> Result<String> {
-    let text = serde_json::to_string(record).map_err(|error| Error::run(path.display(), error))?;
+    let text = serde_json::to_string(record).or_run(path.display())?;
     Ok(text + "\n")
 }
 
@@ -129,7 +129,7 @@ mod tests {
             let text = format!("{{\"step\":1,\"loss\":1}}\n{line}\n{{\"step\":3,\"loss\":1}}\n");
             fs::write(&path, &text).unwrap();
             let error = Metrics::open(&path, 9).unwrap_err();
-            assert!(matches!(&error, Error::Input(text) if text.contains("metrics.jsonl: line 2")), "{error}");
+            assert!(error.is_input() && error.to_string().contains("metrics.jsonl: line 2"), "{error}");
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }
     }

@@ -34,7 +34,7 @@ impl Lpips {
     /// Reads the weights, to `device`: torchvision's `features.{i}.weight` and `.bias` of VGG16 and LPIPS' `lin{k}.model.1.weight`.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the tensor that is missing or misshapen.
+    /// [`Error::input`] naming the tensor that is missing or misshapen.
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
         let mut file = TensorFile::open(path)?;
         let mut read = |name: String, shape: &[usize]| {
@@ -147,6 +147,6 @@ mod tests {
         let path = folder.path().join("lpips.safetensors");
         write(&path, "features.21.bias");
         let error = Lpips::open(&path, &Device::Cpu).unwrap_err();
-        assert!(matches!(&error, Error::Input(text) if text.contains("features.21.bias")), "{error}");
+        assert!(error.is_input() && error.to_string().contains("features.21.bias"), "{error}");
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::DType;
 use clap::ValueEnum;
 use eqim::config::{GeneratorConfig, Level, Preset, TokenizerConfig, Tower};
-use eqim::{Config, Error, Result, files};
+use eqim::{Config, Error, Result, ResultExt, files};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
@@ -49,7 +49,7 @@ pub enum Schedule {
 /// What both halves' training has in common.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Plan {
+pub struct TrainingPlan {
     /// Optimizer steps.
     pub steps: usize,
     /// Crops, or rows of tokens, of a step (`batch_size`).
@@ -93,7 +93,7 @@ pub struct TokenizerRecipe {
     /// Sizes.
     pub model: TokenizerConfig,
     /// Steps, batches, rates.
-    pub plan: Plan,
+    pub plan: TrainingPlan,
     /// Standard deviation of the posterior (`std`).
     pub posterior_std: f64,
     /// Weight of the posterior's divergence from the normal distribution (`kl_weight`).
@@ -124,7 +124,7 @@ pub struct GeneratorRecipe {
     /// Sizes. The number of classes and the latents' width and scale are taken from the photographs and the tokenizer.
     pub model: GeneratorConfig,
     /// Steps, batches, rates.
-    pub plan: Plan,
+    pub plan: TrainingPlan,
     /// Crops of every photograph that latents are cached of.
     pub views: usize,
     /// Weight decay of all matrices outside the flow head.
@@ -137,11 +137,11 @@ pub struct GeneratorRecipe {
     pub proj_dropout: f64,
     /// Positions start anywhere in 0 to this, excluded.
     pub shift_num: usize,
-    /// Draws of noise and time for every token.
+    /// NoiseSource of noise and time for every token.
     pub diffusion_batch_mul: usize,
 }
 
-impl Plan {
+impl TrainingPlan {
     /// The type of products with weights.
     pub fn products(&self) -> DType {
         if self.bf16 { DType::BF16 } else { DType::F32 }
@@ -226,7 +226,7 @@ impl Recipe {
             Base::Huge => Preset::Huge,
         };
         let Config { generator, tokenizer } = preset.config();
-        let plan = Plan {
+        let plan = TrainingPlan {
             steps: 2_000_000,
             batch_size: 256,
             tokens: 16,
@@ -245,7 +245,7 @@ impl Recipe {
             checkpoint_every: 5000,
             sample_every: 5000,
         };
-        let tokenizer_plan = Plan {
+        let tokenizer_plan = TrainingPlan {
             steps: 1_000_000,
             batch_size: 12,
             // 1.92e-4 for this batch.
@@ -288,7 +288,7 @@ impl Recipe {
     /// A preset changed by a TOML file, whose tables and keys are those of [`Recipe`].
     ///
     /// # Errors
-    /// [`Error::Input`] naming the file and the key that is unknown or cannot be used.
+    /// [`Error::input`] naming the file and the key that is unknown or cannot be used.
     pub fn read(base: Base, path: &Path) -> Result<Self> {
         let bad = |problem: &dyn std::fmt::Display| Error::input(path.display(), problem);
         let bytes = files::read(path)?;
@@ -304,7 +304,7 @@ impl Recipe {
     /// Checks what no type says.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the key that does not fit.
+    /// [`Error::input`] naming the key that does not fit.
     pub fn check(&self) -> Result<()> {
         let (t, g) = (&self.tokenizer, &self.generator);
         t.plan.check("tokenizer")?;
@@ -337,7 +337,7 @@ impl Recipe {
     /// # Errors
     /// When a number is none that TOML has.
     pub fn text(&self) -> Result<String> {
-        toml::to_string(self).map_err(|error| Error::run("recipe", error))
+        toml::to_string(self).or_run("recipe")
     }
 }
 
@@ -382,7 +382,7 @@ fn demo() -> Recipe {
         time_dim: 128,
         ..published.generator.model.clone()
     };
-    let plan = Plan {
+    let plan = TrainingPlan {
         steps: 2800,
         batch_size: 4,
         tokens: 8,
@@ -413,7 +413,14 @@ fn demo() -> Recipe {
         },
         generator: GeneratorRecipe {
             model: generator,
-            plan: Plan { steps: 8000, batch_size: 16, tokens: 16, base_learning_rate: 0.008, ema: 0.999, ..plan },
+            plan: TrainingPlan {
+                steps: 8000,
+                batch_size: 16,
+                tokens: 16,
+                base_learning_rate: 0.008,
+                ema: 0.999,
+                ..plan
+            },
             views: 24,
             attn_dropout: 0.0,
             proj_dropout: 0.0,

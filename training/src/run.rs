@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 use eqim::checkpoint::tensors::{self, TensorFile};
-use eqim::{Error, Result, picture};
+use eqim::{Error, Result, ResultExt, picture};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use ndarray::Array3;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::curve;
 use crate::learner::Measures;
 use crate::metrics::{Metrics, Record};
-use crate::recipe::Plan;
+use crate::recipe::TrainingPlan;
 
 /// One half of the model being trained.
 pub trait Task {
@@ -22,7 +22,7 @@ pub trait Task {
     fn kind(&self) -> &'static str;
 
     /// Steps, intervals, rates.
-    fn plan(&self) -> &Plan;
+    fn plan(&self) -> &TrainingPlan;
 
     /// What two runs must have in common for one to go on where the other stopped, as readable text.
     ///
@@ -33,7 +33,7 @@ pub trait Task {
     /// Takes the step of this number, from 0; gives what it measured, the loss as `loss`.
     ///
     /// # Errors
-    /// [`Error::Input`] for a photograph that cannot be read any more; [`Error::Run`] for a loss that is not finite.
+    /// [`Error::input`] for a photograph that cannot be read any more; [`Error::run`] for a loss that is not finite.
     fn step(&mut self, step: usize) -> Result<Measures>;
 
     /// Measures the averaged weights on what is held out; nothing where nothing is.
@@ -54,13 +54,13 @@ pub trait Task {
     /// Goes on from a state after `steps` steps.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the tensor that does not fit.
+    /// [`Error::input`] naming the tensor that does not fit.
     fn restore(&mut self, file: &mut TensorFile, steps: usize) -> Result<()>;
 
     /// Writes the averaged weights as a checkpoint of eqim.
     ///
     /// # Errors
-    /// [`Error::Run`] when it cannot be written.
+    /// [`Error::run`] when it cannot be written.
     fn write_model(&self, path: &Path) -> Result<()>;
 }
 
@@ -86,7 +86,7 @@ impl Output {
     /// A folder for a new run, or with `resume` one that a run may have left a state in.
     ///
     /// # Errors
-    /// [`Error::Input`] when it holds a run already and `resume` is not asked for; [`Error::Run`] when it cannot be made.
+    /// [`Error::input`] when it holds a run already and `resume` is not asked for; [`Error::run`] when it cannot be made.
     pub fn open(folder: &Path, resume: bool) -> Result<Self> {
         let output = Self { folder: folder.to_path_buf() };
         if !resume && (output.state().exists() || output.metrics().exists()) {
@@ -94,7 +94,7 @@ impl Output {
             return Err(Error::input(folder.display(), problem));
         }
         let samples = output.folder.join("samples");
-        std::fs::create_dir_all(&samples).map_err(|error| Error::run(samples.display(), error))?;
+        std::fs::create_dir_all(&samples).or_run(samples.display())?;
         Ok(output)
     }
 
@@ -115,7 +115,7 @@ impl Output {
     /// Brings `task` to where the saved run stopped; gives the steps that it had taken, 0 where nothing was saved yet.
     ///
     /// # Errors
-    /// [`Error::Input`] when the state is of another training.
+    /// [`Error::input`] when the state is of another training.
     pub fn resume(&self, task: &mut impl Task) -> Result<usize> {
         let path = self.state();
         if !path.exists() {
@@ -124,7 +124,7 @@ impl Output {
         let bad = |problem: String| Error::input(path.display(), problem);
         let mut file = TensorFile::open(&path)?;
         let text = file.text(STATE_KEY).ok_or_else(|| bad(format!("has no `{STATE_KEY}` in its metadata")))?;
-        let saved: Saved = serde_json::from_str(text).map_err(|error| bad(error.to_string()))?;
+        let saved: Saved = serde_json::from_str(text).or_input(path.display())?;
         if saved.kind != task.kind() {
             return Err(bad(format!("is the training of a {}, expected that of a {}", saved.kind, task.kind())));
         }
@@ -140,7 +140,7 @@ impl Output {
 
     fn save(&self, task: &impl Task, steps: usize) -> Result<()> {
         let saved = Saved { kind: task.kind().into(), steps, identity: task.identity()? };
-        let text = serde_json::to_string(&saved).map_err(|error| Error::run("training state", error))?;
+        let text = serde_json::to_string(&saved).or_run("training state")?;
         let state = task.state();
         let state: Vec<(&str, Tensor)> = state.iter().map(|(name, tensor)| (name.as_str(), tensor.clone())).collect();
         task.write_model(&self.file(&format!("{}.safetensors", task.kind())))?;
@@ -157,7 +157,7 @@ impl Output {
 /// Takes the steps from `start` on.
 ///
 /// # Errors
-/// Those of the task, with what was kept; [`Error::Run`] when a file cannot be written.
+/// Those of the task, with what was kept; [`Error::run`] when a file cannot be written.
 pub fn run(task: &mut impl Task, output: &Output, start: usize) -> Result<()> {
     let mut metrics = Metrics::open(&output.metrics(), start)?;
     let plan = task.plan().clone();
@@ -196,16 +196,13 @@ fn stopped(error: Error, step: usize, kept: usize, output: &Output) -> Error {
         0 => "no checkpoint was written yet".to_string(),
         _ => format!("the checkpoint of step {kept} is kept in {}", output.folder.display()),
     };
-    match error {
-        Error::Input(problem) => Error::input(at, format!("{problem}; {left}")),
-        other => Error::run(at, format!("{other}; {left}")),
-    }
+    error.advise(format!("; {left}")).about(at)
 }
 
 /// Means of what the steps since the last line measured, and how fast they went.
 struct Pace {
     bar: ProgressBar,
-    plan: Plan,
+    plan: TrainingPlan,
     started: Instant,
     line: Instant,
     sums: Measures,
@@ -214,7 +211,7 @@ struct Pace {
 }
 
 impl Pace {
-    fn new(plan: &Plan, start: usize) -> Self {
+    fn new(plan: &TrainingPlan, start: usize) -> Self {
         let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} steps  {msg}");
         let bar = ProgressBar::new(plan.steps as u64).with_position(start as u64);
         let bar = bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));

@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor, Var};
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, StoredConfig};
 use eqim::config::{GeneratorConfig, Preset, TokenizerConfig};
+use eqim::digest::Hash;
 use eqim::engine::candle;
 use eqim::model::tokenizer::{self, Semantics};
 use eqim::model::{Stage, parameters_of};
@@ -13,9 +14,8 @@ use eqim::ops::cost::Cost;
 use eqim::ops::eager::{Eager, Training};
 use eqim::picture::{self, Side};
 use eqim::weights::Weights;
-use eqim::{Config, Error, Result};
+use eqim::{Config, Error, Result, ResultExt};
 use ndarray::{Array3, Array4, ArrayView3, Axis, concatenate, s};
-use sha2::{Digest, Sha256};
 
 use crate::data::{Ahead, Crops, Photos, Purpose, randomness};
 use crate::dino::Dino;
@@ -23,7 +23,7 @@ use crate::discriminator;
 use crate::initial;
 use crate::learner::{Learner, Losses, Measures, Update};
 use crate::perceptual::Lpips;
-use crate::recipe::{Plan, TokenizerRecipe};
+use crate::recipe::{TokenizerRecipe, TrainingPlan};
 use crate::run::Task;
 use crate::structure::structure;
 
@@ -79,7 +79,7 @@ impl TokenizerTask {
     /// A tokenizer that starts from random weights, or from `initial` ones.
     ///
     /// # Errors
-    /// [`Error::Input`] when the recipe asks for what was not given.
+    /// [`Error::input`] when the recipe asks for what was not given.
     pub fn new(
         recipe: TokenizerRecipe,
         photos: Photos,
@@ -88,7 +88,7 @@ impl TokenizerTask {
         device: Device,
     ) -> Result<Self> {
         let (training, held_out) = photos.split(recipe.plan.validation, recipe.plan.seed)?;
-        let parameters = parameters_of(&whole(&recipe.model), &[Stage::Encode, Stage::Decode])?;
+        let parameters = parameters_of(&whole(&recipe.model), &[Stage::Encoder, Stage::Decoder])?;
         let mut values = match &initial {
             None if recipe.decoder_only => {
                 return Err(Error::input("decoder_only", "needs a tokenizer to start from: give --from"));
@@ -289,13 +289,11 @@ fn add(weights: &mut Weights, others: &Weights) -> Result<()> {
 
 /// A hash of the values, in the order of their names.
 fn fingerprint(weights: &Weights) -> Result<String> {
-    let mut hash = Sha256::new();
+    let mut hash = Hash::default();
     for (_, tensor) in weights.iter() {
-        for value in tensor.flatten_all()?.to_vec1::<f32>()? {
-            hash.update(value.to_le_bytes());
-        }
+        hash.add_values(&tensor.flatten_all()?.to_vec1::<f32>()?);
     }
-    Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hash.hex())
 }
 
 /// The arithmetic mean.
@@ -309,14 +307,14 @@ impl Task for TokenizerTask {
         "tokenizer"
     }
 
-    fn plan(&self) -> &Plan {
+    fn plan(&self) -> &TrainingPlan {
         &self.recipe.plan
     }
 
     fn identity(&self) -> Result<String> {
         let (recipe, plan) = (self.recipe.clone(), self.recipe.plan.identity());
         let recipe = TokenizerRecipe { plan, ..recipe };
-        let recipe = toml::to_string(&recipe).map_err(|error| Error::run("recipe", error))?;
+        let recipe = toml::to_string(&recipe).or_run("recipe")?;
         let photographs = self.training.fingerprint();
         let Teachers { lpips, dino } = &self.teachers;
         let (lpips, dino) = (lpips.is_some(), dino.is_some());
@@ -396,7 +394,7 @@ impl Task for TokenizerTask {
             rows.push(row);
         }
         let rows: Vec<ArrayView3<f32>> = rows.iter().map(|row| row.view()).collect();
-        concatenate(Axis(1), &rows).map_err(|error| Error::run("samples", error))
+        concatenate(Axis(1), &rows).or_run("samples")
     }
 
     fn state(&self) -> Vec<(String, Tensor)> {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 use eqim::checkpoint::{self, Hints, WeightSet};
-use eqim_training::generator::{Draws, decays, loss, time};
+use eqim_training::generator::{NoiseSource, decays, loss, time};
 use eqim_training::learner::{Learner, Losses, Update};
 
 fn fixtures() -> PathBuf {
@@ -55,7 +55,7 @@ fn one_step_is_the_references() {
     let labels = labels.zip(dropped).map(|(label, u)| if u < 0.4 { config.class_num as i64 } else { label });
     let times = get("t_uniform").flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(time);
     let cpu = candle_core::Device::Cpu;
-    let draws = Draws {
+    let draws = NoiseSource {
         tokens,
         labels: Tensor::from_iter(labels, &cpu).unwrap(),
         shift: get("rope_shift").to_vec1::<i64>().unwrap()[0] as usize,
@@ -69,7 +69,7 @@ fn one_step_is_the_references() {
     let mut learner =
         Learner::new("generator", own.map(|(name, tensor)| (name.to_string(), tensor.clone())), &cpu).unwrap();
     let parameters = learner.weights().unwrap();
-    let objective = |draws: &Draws| {
+    let objective = |draws: &NoiseSource| {
         let total = loss(&config, &parameters, draws)?;
         Ok(Losses { total: total.clone(), parts: vec![("loss", total)] })
     };

@@ -6,16 +6,18 @@ use std::iter::zip;
 use std::mem::swap;
 use std::rc::Rc;
 
-use eqim::engine::{Classes, Engine, Row, Session, faded};
-use eqim::model::{Port, Stage};
-use eqim::{Error, Result};
+use eqim::engine::{PrefillCache, Row, Session, lerp};
+use eqim::model::{Sizes, Stage, ValueInfo};
+use eqim::{Error, Result, ResultExt};
 use half::f16;
 use ndarray::{Array1, Array2, ArrayView2, Ix2};
 use ort::memory::Allocator;
 use ort::session::IoBinding;
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor};
 
-use super::{OrtEngine, failed, float_output, integer_input};
+use super::graphs::Graphs;
+use super::runtime::failed;
+use super::values::{float_output, integer_input};
 
 /// What tensors are made of.
 pub(super) trait Value: PrimitiveTensorElementType + Copy + Debug + Default + 'static {}
@@ -25,27 +27,27 @@ impl<T: PrimitiveTensorElementType + Copy + Debug + Default + 'static> Value for
 /// What caches are made of.
 pub(super) trait Element: Value {
     /// This value, of which `share` has become `other`.
-    fn faded(self, other: Self, share: f32) -> Self;
+    fn lerp(self, other: Self, share: f32) -> Self;
 }
 
 impl Element for f32 {
-    fn faded(self, other: Self, share: f32) -> Self {
-        faded(self, other, share)
+    fn lerp(self, other: Self, share: f32) -> Self {
+        lerp(self, other, share)
     }
 }
 
 impl Element for f16 {
-    fn faded(self, other: Self, share: f32) -> Self {
-        Self::from_f32(faded(self.to_f32(), other.to_f32(), share))
+    fn lerp(self, other: Self, share: f32) -> Self {
+        Self::from_f32(lerp(self.to_f32(), other.to_f32(), share))
     }
 }
 
 /// A batch whose caches are of `T`.
 pub(super) struct OrtSession<'a, T: Element> {
-    engine: &'a OrtEngine,
+    graphs: &'a Graphs,
     /// Rows of the batch.
     rows: usize,
-    classes: Classes<Class>,
+    classes: PrefillCache<Class>,
     /// Nothing while there are no rows.
     bound: Option<Bound<T>>,
 }
@@ -69,14 +71,14 @@ struct Bound<T: Element> {
 
 impl<'a, T: Element> OrtSession<'a, T> {
     /// A batch without rows.
-    pub(super) fn new(engine: &'a OrtEngine) -> Self {
-        Self { engine, rows: 0, classes: Classes::default(), bound: None }
+    pub(super) fn new(graphs: &'a Graphs) -> Self {
+        Self { graphs, rows: 0, classes: PrefillCache::default(), bound: None }
     }
 
     /// Keys and values of the last tokens, of rows that were in the batch before.
-    fn past(&self, ports: &[Port], rows: &[Row]) -> Result<Vec<Tensor<T>>> {
-        let cache = |(index, port): (usize, &Port)| {
-            let mut tensor = zeros(port, rows.len())?;
+    fn past(&self, infos: &[ValueInfo], rows: &[Row]) -> Result<Vec<Tensor<T>>> {
+        let cache = |(index, info): (usize, &ValueInfo)| {
+            let mut tensor = zeros(info, rows.len())?;
             for (to, row) in rows.iter().enumerate() {
                 if let (Some(from), Some(bound)) = (row.kept, &self.bound) {
                     let values = bound.past[index].extract_tensor().1;
@@ -86,29 +88,29 @@ impl<'a, T: Element> OrtSession<'a, T> {
             }
             Ok(tensor)
         };
-        ports.iter().enumerate().map(cache).collect()
+        infos.iter().enumerate().map(cache).collect()
     }
 
     /// Keys and values of the classes of a batch.
-    fn cross(&self, ports: &[Port], rows: &[Row]) -> Result<Vec<Tensor<T>>> {
-        let cache = |(index, port): (usize, &Port)| {
-            let mut tensor = zeros(port, rows.len())?;
+    fn cross(&self, infos: &[ValueInfo], rows: &[Row]) -> Result<Vec<Tensor<T>>> {
+        let cache = |(index, info): (usize, &ValueInfo)| {
+            let mut tensor = zeros(info, rows.len())?;
             for (to, row) in rows.iter().enumerate() {
-                let (class, fading) = self.classes.get(row.condition)?;
+                let (class, blend) = self.classes.get(row.condition)?;
                 let target: &mut [T] = row_mut(&mut tensor, to, rows.len());
                 target.copy_from_slice(class.output(index + 1)?);
-                if let Some((other, share)) = fading {
-                    zip(target, other.output::<T>(index + 1)?).for_each(|(to, &other)| *to = to.faded(other, share));
+                if let Some((other, share)) = blend {
+                    zip(target, other.output::<T>(index + 1)?).for_each(|(to, &other)| *to = to.lerp(other, share));
                 }
             }
             Ok(tensor)
         };
-        ports.iter().enumerate().map(cache).collect()
+        infos.iter().enumerate().map(cache).collect()
     }
 
     /// Binds a step of these rows.
     fn bind(&self, rows: &[Row]) -> Result<Bound<T>> {
-        let config = self.engine.config();
+        let config = self.graphs.config();
         let (inputs, outputs) = (Stage::Step.inputs(config), Stage::Step.outputs(config));
         let (past, cross) = inputs[2..].split_at(2 * config.generator.depth);
         let cross_values = self.cross(cross, rows)?;
@@ -117,20 +119,20 @@ impl<'a, T: Element> OrtSession<'a, T> {
             position: zeros(&inputs[1], rows.len())?,
             z: zeros(&outputs[0], rows.len())?,
             past: self.past(past, rows)?,
-            present: past.iter().map(|port| zeros(port, rows.len())).collect::<Result<_>>()?,
+            present: past.iter().map(|info| zeros(info, rows.len())).collect::<Result<_>>()?,
             bindings: vec![],
         };
         for _ in 0..2 {
-            let mut binding = self.engine.graph(Stage::Step)?.binding()?;
+            let mut binding = self.graphs.graph(Stage::Step)?.binding()?;
             let bind = || -> ort::Result<IoBinding> {
                 binding.bind_input(&inputs[0].name, &bound.token)?;
                 binding.bind_input(&inputs[1].name, &bound.position)?;
-                for (port, value) in zip(past, &bound.past).chain(zip(cross, &cross_values)) {
-                    binding.bind_input(&port.name, value)?;
+                for (info, value) in zip(past, &bound.past).chain(zip(cross, &cross_values)) {
+                    binding.bind_input(&info.name, value)?;
                 }
                 binding.bind_output(&outputs[0].name, &mut bound.z)?;
-                for (port, value) in zip(&outputs[1..], &mut bound.present) {
-                    binding.bind_output(&port.name, value)?;
+                for (info, value) in zip(&outputs[1..], &mut bound.present) {
+                    binding.bind_output(&info.name, value)?;
                 }
                 Ok(binding)
             };
@@ -155,17 +157,17 @@ impl Class {
     }
 }
 
-impl OrtEngine {
+impl Graphs {
     fn prefill(&self, labels: &[i64]) -> Result<Vec<Class>> {
         let outputs = Rc::new(self.run(Stage::Prefill, &[integer_input(labels)?.into()])?);
         Ok((0..labels.len()).map(|row| Class { outputs: Rc::clone(&outputs), row }).collect())
     }
 }
 
-/// Zeros for a port of `rows` rows.
-fn zeros<T: Value>(port: &Port, rows: usize) -> Result<Tensor<T>> {
-    let shape: Vec<usize> = port.shape.iter().map(|axis| axis.size(|_| rows)).collect();
-    let mut tensor = Tensor::new(&Allocator::default(), shape).map_err(failed(&port.name))?;
+/// Zeros for a info of `rows` rows.
+fn zeros<T: Value>(info: &ValueInfo, rows: usize) -> Result<Tensor<T>> {
+    let shape = info.shape(&Sizes::of_batch(rows));
+    let mut tensor = Tensor::new(&Allocator::default(), shape).map_err(failed(&info.name))?;
     tensor.extract_tensor_mut().1.fill(T::default());
     Ok(tensor)
 }
@@ -185,16 +187,16 @@ fn row_mut<T: Element>(tensor: &mut Tensor<T>, row: usize, rows: usize) -> &mut 
 
 impl<T: Element> Session for OrtSession<'_, T> {
     fn arrange(&mut self, rows: &[Row]) -> Result<Array2<f32>> {
-        self.classes.update(rows, |new| self.engine.prefill(new))?;
+        self.classes.update(rows, |new| self.graphs.prefill(new))?;
         self.bound = Some(self.bind(rows)?);
         self.rows = rows.len();
         let new: Vec<&Row> = rows.iter().filter(|row| row.kept.is_none()).collect();
-        let mut z = Array2::zeros((new.len(), self.engine.config().generator.dim));
+        let mut z = Array2::zeros((new.len(), self.graphs.config().generator.dim));
         for (row, mut z) in zip(new, z.rows_mut()) {
-            let (class, fading) = self.classes.get(row.condition)?;
+            let (class, blend) = self.classes.get(row.condition)?;
             z.assign(&class.z()?);
-            if let Some((other, share)) = fading {
-                zip(&mut z, &other.z()?).for_each(|(to, &other)| *to = faded(*to, other, share));
+            if let Some((other, share)) = blend {
+                zip(&mut z, &other.z()?).for_each(|(to, &other)| *to = lerp(*to, other, share));
             }
         }
         Ok(z)
@@ -204,10 +206,10 @@ impl<T: Element> Session for OrtSession<'_, T> {
         let bound = self.bound.as_mut().ok_or_else(|| Error::run("transformer step", "the batch has no rows"))?;
         zip(bound.token.extract_tensor_mut().1, tokens).for_each(|(to, &value)| *to = value);
         bound.position.extract_tensor_mut().1.copy_from_slice(positions);
-        self.engine.graph(Stage::Step)?.run_bound(&bound.bindings[0])?;
+        self.graphs.graph(Stage::Step)?.run_bound(&bound.bindings[0])?;
         bound.bindings.swap(0, 1);
         swap(&mut bound.past, &mut bound.present);
         let z = bound.z.extract_tensor().1.to_vec();
-        Array2::from_shape_vec((self.rows, z.len() / self.rows), z).map_err(|error| Error::run("z", error))
+        Array2::from_shape_vec((self.rows, z.len() / self.rows), z).or_run("z")
     }
 }

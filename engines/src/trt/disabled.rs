@@ -13,9 +13,9 @@ const MISSING: &str = "this program was built without TensorRT: build it with `c
 /// Never ready.
 ///
 /// # Errors
-/// Always, with a sentence.
-pub fn ready() -> Result<(), String> {
-    Err(MISSING.into())
+/// Always.
+pub fn ready() -> Result<()> {
+    Err(Error::run("TensorRT", MISSING))
 }
 
 /// Always an error.

@@ -9,12 +9,12 @@ use std::time::Duration;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError, result, sys};
 use eqim::engine::Engine;
 use eqim::model::Stage;
-use eqim::{Error, Result, files};
+use eqim::{Error, Result, ResultExt, files};
 use trtx::trtx_sys::Dims64;
 use trtx::{CudaEngine, ExecutionContext, LayerInformationFormat, Runtime};
 
 use super::device::{Address, Binding, Device};
-use super::flavour::{self, Cache};
+use super::edition::{self, Cache};
 use super::library::{self, Library};
 use super::{EngineSet, FOLDER, TrtEngine};
 use eqim::bundle::Bundle;
@@ -22,25 +22,25 @@ use eqim::bundle::Bundle;
 /// Whether a driver and a GPU are here.
 ///
 /// # Errors
-/// A sentence.
-pub fn ready() -> Result<(), String> {
+/// [`Error::run`], which says what to do.
+pub fn ready() -> Result<()> {
     let advice = "TensorRT runs on NVIDIA GPUs only: install the driver, or run on --backend ort";
     // SAFETY: loads the driver's library and unloads it, as any program that uses CUDA does.
     if !unsafe { sys::is_culib_present() } {
-        return Err(format!("no NVIDIA driver is here (libcuda cannot be loaded). {advice}"));
+        return Err(Error::run("TensorRT", format!("no NVIDIA driver is here (libcuda cannot be loaded). {advice}")));
     }
     match CudaContext::device_count() {
         Ok(1..) => Ok(()),
-        Ok(_) => Err(format!("the NVIDIA driver sees no GPU. {advice}")),
-        Err(error) => Err(format!("the NVIDIA driver does not start: {error}. {advice}")),
+        Ok(_) => Err(Error::run("TensorRT", format!("the NVIDIA driver sees no GPU. {advice}"))),
+        Err(error) => Err(Error::run("TensorRT", format!("the NVIDIA driver does not start; {advice}")).because(error)),
     }
 }
 
 /// Loads a bundle's engines on the first GPU. `cuda_graph` captures runs of the step as CUDA graphs.
 ///
 /// # Errors
-/// [`Error::Run`] without a library of the version that built the engines, a driver, or a GPU that they were built for;
-/// [`Error::Input`] for an engine that is not the one that was built.
+/// [`Error::run`] without a library of the version that built the engines, a driver, or a GPU that they were built for;
+/// [`Error::input`] for an engine that is not the one that was built.
 pub fn open(bundle: &Bundle, set: &EngineSet, cuda_graph: bool) -> Result<Box<dyn Engine>> {
     let library = Library::load()?;
     if library.version() != set.tensorrt {
@@ -55,7 +55,7 @@ pub fn open(bundle: &Bundle, set: &EngineSet, cuda_graph: bool) -> Result<Box<dy
     for engine in set.engines.values() {
         engine.file.verify(&bundle.folder.join(FOLDER))?;
     }
-    ready().map_err(|problem| Error::run("TensorRT", problem))?;
+    ready()?;
     let gpu = Gpu::new(library, bundle, set, cuda_graph)?;
     Ok(Box::new(TrtEngine::new(gpu, set)?))
 }
@@ -65,12 +65,12 @@ pub fn open(bundle: &Bundle, set: &EngineSet, cuda_graph: bool) -> Result<Box<dy
 /// # Errors
 /// Those of [`open`].
 pub fn inspected(bundle: &Bundle, set: &EngineSet, stage: Stage) -> Result<String> {
-    ready().map_err(|problem| Error::run("TensorRT", problem))?;
+    ready()?;
     let gpu = Gpu::new(Library::load()?, bundle, set, false)?;
     let loaded = gpu.load(stage)?;
     let inspector = loaded.engine.create_engine_inspector();
     let told = inspector.and_then(|inspector| inspector.engine_information(LayerInformationFormat::kJSON));
-    told.map_err(|error| Error::run(stage.name(), error))
+    told.or_run(stage.name())
 }
 
 fn failed(error: DriverError) -> Error {
@@ -106,8 +106,7 @@ impl Gpu {
         let targets: Vec<String> = set.targets.iter().map(ToString::to_string).collect();
         if !targets.contains(&capability) {
             let problem = format!(
-                "the engines were built for {}, and {name} is {capability}: build them again with eqim-export trt \
-                 --target {capability}",
+                "the engines were built for {}, and {name} is {capability}: build them again for the target {capability}",
                 targets.join(", ")
             );
             return Err(Error::run("TensorRT", problem));
@@ -166,7 +165,7 @@ impl Device for Gpu {
         let mut engine = runtime.deserialize_cuda_engine(&bytes).map_err(failed)?;
         let cache_file = path.with_extension("cache");
         let cuda_graph = self.cuda_graph && stage == Stage::Step;
-        let (execution, cache) = flavour::execution(&mut engine, &cache_file, cuda_graph).map_err(failed)?;
+        let (execution, cache) = edition::execution(&mut engine, &cache_file, cuda_graph).map_err(failed)?;
         Ok(Loaded { stage, execution, cache, cache_file, engine, _runtime: RefCell::new(runtime) })
     }
 
@@ -208,8 +207,7 @@ impl Drop for Loaded {
     /// Keeps what TensorRT compiled for this GPU, so that the next start is faster.
     fn drop(&mut self) {
         let Some(cache) = &self.cache else { return };
-        let kept = flavour::serialized(cache)
-            .and_then(|bytes| files::write(&self.cache_file, &bytes).map_err(|error| error.to_string()));
+        let kept = edition::serialized(cache).or_run("cache").and_then(|bytes| files::write(&self.cache_file, &bytes));
         if let Err(problem) = kept {
             tracing::warn!("what TensorRT compiled for {} is not kept: {problem}", self.stage.name());
         }

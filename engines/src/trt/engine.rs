@@ -7,15 +7,15 @@ use std::mem::take;
 use std::rc::Rc;
 use std::time::Instant;
 
-use eqim::engine::{Classes, Engine, Row, Session, faded};
-use eqim::model::{Axis, BATCH, Port, Stage};
-use eqim::request::condition::Label;
+use eqim::engine::{Engine, PrefillCache, Row, Session, lerp};
+use eqim::model::{Sizes, Stage, ValueInfo};
+use eqim::request::condition::ClassSchedule;
 use eqim::request::solver::Tableau;
-use eqim::request::timing::Times;
-use eqim::request::{Rollout, check_finite};
-use eqim::{Config, Error, Result};
+use eqim::request::timing::StageTimes;
+use eqim::request::{PreparedRequest, check_finite};
+use eqim::{Config, Error, Result, ResultExt};
 use half::{bf16, f16};
-use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, Axis as ArrayAxis, Dimension, s};
+use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, Axis, Dimension, s};
 
 use super::device::{ALIGNMENT, Address, Binding, Device};
 use super::{EngineSet, Profile};
@@ -26,7 +26,7 @@ pub struct TrtEngine<D: Device> {
     // Contexts are dropped before the device that they run on.
     contexts: [RefCell<Option<D::Context>>; Stage::ALL.len()],
     spans: RefCell<Vec<Span<D::Event>>>,
-    times: RefCell<Times>,
+    times: RefCell<StageTimes>,
     device: D,
     config: Config,
     profiles: [BTreeMap<String, Profile>; Stage::ALL.len()],
@@ -109,7 +109,7 @@ impl<D: Device> TrtEngine<D> {
             profiles,
             caches: record(Stage::Step)?.precision,
         };
-        for stage in [Stage::Prefill, Stage::Step, Stage::Flow, Stage::Decode] {
+        for stage in [Stage::Prefill, Stage::Step, Stage::Flow, Stage::Decoder] {
             *engine.contexts[stage as usize].borrow_mut() = Some(engine.device.load(stage)?);
         }
         Ok(engine)
@@ -165,7 +165,7 @@ impl<D: Device> TrtEngine<D> {
                 Work::Run(Stage::Step) => times.step.0.push(time),
                 Work::Run(Stage::Flow) => times.flow.0.push(time),
                 // The caller times these as a whole.
-                Work::Run(Stage::Decode | Stage::Encode) => {}
+                Work::Run(Stage::Decoder | Stage::Encoder) => {}
             }
         }
         Ok(())
@@ -178,15 +178,15 @@ impl<D: Device> TrtEngine<D> {
     }
 
     /// Runs a stage on buffers in the order of its inputs and outputs, for sizes of axes by name.
-    fn run(&self, stage: Stage, sizes: &dyn Fn(&str) -> usize, inputs: &[Address], outputs: &[Address]) -> Result<()> {
-        let ports = stage.inputs(&self.config);
-        let input = |(port, &address): (&Port, &Address)| Binding {
-            name: port.name.clone(),
-            shape: Some(shape(port, sizes)),
+    fn run(&self, stage: Stage, sizes: &Sizes, inputs: &[Address], outputs: &[Address]) -> Result<()> {
+        let infos = stage.inputs(&self.config);
+        let input = |(info, &address): (&ValueInfo, &Address)| Binding {
+            name: info.name.clone(),
+            shape: Some(shape(info, sizes)),
             address,
         };
-        let mut bindings: Vec<Binding> = ports.iter().zip(inputs).map(input).collect();
-        let output = |(port, &address): (Port, &Address)| Binding { name: port.name, shape: None, address };
+        let mut bindings: Vec<Binding> = infos.iter().zip(inputs).map(input).collect();
+        let output = |(info, &address): (ValueInfo, &Address)| Binding { name: info.name, shape: None, address };
         bindings.extend(stage.outputs(&self.config).into_iter().zip(outputs).map(output));
         let mut context = self.contexts[stage as usize].borrow_mut();
         if context.is_none() {
@@ -197,18 +197,18 @@ impl<D: Device> TrtEngine<D> {
     }
 
     /// Checks the shapes of a stage's inputs against its profile, before anything runs.
-    fn check(&self, stage: Stage, sizes: &dyn Fn(&str) -> usize) -> Result<()> {
-        for port in stage.inputs(&self.config) {
-            let Some(profile) = self.profiles[stage as usize].get(&port.name) else { continue };
-            let asked = shape(&port, sizes);
+    fn check(&self, stage: Stage, sizes: &Sizes) -> Result<()> {
+        for info in stage.inputs(&self.config) {
+            let Some(profile) = self.profiles[stage as usize].get(&info.name) else { continue };
+            let asked = shape(&info, sizes);
             let within =
                 asked.iter().zip(profile.min.iter().zip(&profile.max)).all(|(n, (min, max))| (min..=max).contains(&n));
             if !within {
                 let problem = format!(
                     "of {} takes {} from {:?} to {:?}, and this run needs {asked:?}: build the engines again with \
-                     eqim-export trt and other --max-batch, --max-tokens or --minShapes and --maxShapes",
+                     another max_batch or max_tokens, or with other smallest and largest shapes",
                     stage.name(),
-                    port.name,
+                    info.name,
                     profile.min,
                     profile.max
                 );
@@ -219,8 +219,8 @@ impl<D: Device> TrtEngine<D> {
     }
 
     fn check_rollout(&self, rows: usize, batch: usize, evaluations: usize) -> Result<()> {
-        self.check(Stage::Prefill, &|_| rows)?;
-        self.check(Stage::Step, &|_| rows)?;
+        self.check(Stage::Prefill, &Sizes::of_batch(rows))?;
+        self.check(Stage::Step, &Sizes::of_batch(rows))?;
         self.check(Stage::Flow, &flow_sizes(rows, batch, evaluations))
     }
 
@@ -229,7 +229,7 @@ impl<D: Device> TrtEngine<D> {
         &self,
         stage: Stage,
         input: ndarray::ArrayView<f32, I>,
-        sizes: &dyn Fn(&str) -> usize,
+        sizes: &Sizes,
         output: usize,
     ) -> Result<Vec<f32>> {
         self.forget();
@@ -241,24 +241,20 @@ impl<D: Device> TrtEngine<D> {
     }
 
     /// The device's times of what ran since the last call.
-    fn taken(&self) -> Result<Times> {
+    fn taken(&self) -> Result<StageTimes> {
         let spans = take(&mut *self.spans.borrow_mut());
         self.settle(spans)?;
         Ok(self.times.take())
     }
 }
 
-/// Sizes of a port's axes.
-fn shape(port: &Port, sizes: &dyn Fn(&str) -> usize) -> Vec<i64> {
-    port.shape.iter().map(|axis: &Axis| axis.size(sizes) as i64).collect()
+/// Sizes of the axes of an input.
+fn shape(info: &ValueInfo, sizes: &Sizes) -> Vec<i64> {
+    info.shape(sizes).into_iter().map(|size| size as i64).collect()
 }
 
-fn flow_sizes(rows: usize, batch: usize, evaluations: usize) -> impl Fn(&str) -> usize {
-    move |name| match name {
-        BATCH => batch,
-        "rows" => rows,
-        _ => evaluations,
-    }
+fn flow_sizes(rows: usize, batch: usize, evaluations: usize) -> Sizes {
+    Sizes { rows, evaluations, ..Sizes::of_batch(batch) }
 }
 
 /// A batch's keys and values on the device.
@@ -300,7 +296,7 @@ impl<'a, D: Device> Caches<'a, D> {
     fn new(engine: &'a TrtEngine<D>, labels: Address, rows: usize) -> Result<Self> {
         let caches = Self::empty(engine, rows)?;
         let outputs: Vec<Address> = [&caches.z].into_iter().chain(&caches.cross).map(|buffer| buffer.address).collect();
-        engine.run(Stage::Prefill, &|_| rows, &[labels], &outputs)?;
+        engine.run(Stage::Prefill, &Sizes::of_batch(rows), &[labels], &outputs)?;
         Ok(caches)
     }
 
@@ -309,22 +305,21 @@ impl<'a, D: Device> Caches<'a, D> {
         let inputs = [&self.token, &self.position].into_iter().chain(&self.past).chain(&self.cross);
         let inputs: Vec<Address> = inputs.map(|buffer| buffer.address).collect();
         let outputs: Vec<Address> = [&self.z].into_iter().chain(&self.present).map(|buffer| buffer.address).collect();
-        self.engine.run(Stage::Step, &|_| self.rows, &inputs, &outputs)?;
+        self.engine.run(Stage::Step, &Sizes::of_batch(self.rows), &inputs, &outputs)?;
         std::mem::swap(&mut self.past, &mut self.present);
         Ok(())
     }
 
     fn download_z(&self) -> Result<Array2<f32>> {
         let values = self.engine.downloaded(&self.z)?;
-        Array2::from_shape_vec((self.rows, self.engine.config.generator.dim), values)
-            .map_err(|error| Error::run("z", error))
+        Array2::from_shape_vec((self.rows, self.engine.config.generator.dim), values).or_run("z")
     }
 }
 
 /// A batch whose rows begin and end at any time.
 struct TrtSession<'a, D: Device> {
     engine: &'a TrtEngine<D>,
-    classes: Classes<Class<'a, D>>,
+    classes: PrefillCache<Class<'a, D>>,
     caches: Option<Caches<'a, D>>,
 }
 
@@ -383,14 +378,14 @@ fn mixed(precision: Precision, a: &[u8], b: &[u8], share: f32) -> Vec<u8> {
         zip(a.as_chunks().0, b.as_chunks().0).flat_map(|(&a, &b)| mix(a, b)).collect()
     }
     match precision {
-        Precision::Fp32 => each(a, b, |a, b| faded(f32::from_le_bytes(a), f32::from_le_bytes(b), share).to_le_bytes()),
+        Precision::Fp32 => each(a, b, |a, b| lerp(f32::from_le_bytes(a), f32::from_le_bytes(b), share).to_le_bytes()),
         Precision::Fp16 => each(a, b, |a, b| {
             let [a, b] = [a, b].map(|bytes| f16::from_le_bytes(bytes).to_f32());
-            f16::from_f32(faded(a, b, share)).to_le_bytes()
+            f16::from_f32(lerp(a, b, share)).to_le_bytes()
         }),
         Precision::Bf16 => each(a, b, |a, b| {
             let [a, b] = [a, b].map(|bytes| bf16::from_le_bytes(bytes).to_f32());
-            bf16::from_f32(faded(a, b, share)).to_le_bytes()
+            bf16::from_f32(lerp(a, b, share)).to_le_bytes()
         }),
     }
 }
@@ -400,30 +395,30 @@ impl<D: Device> Session for TrtSession<'_, D> {
         let engine = self.engine;
         engine.forget();
         let count = rows.len();
-        engine.check(Stage::Prefill, &|_| count)?;
-        engine.check(Stage::Step, &|_| count)?;
+        engine.check(Stage::Prefill, &Sizes::of_batch(count))?;
+        engine.check(Stage::Step, &Sizes::of_batch(count))?;
         self.classes.update(rows, |new| Self::prefill(engine, new))?;
         let caches = Caches::empty(engine, count)?;
         let mut z = vec![];
         for (to, row) in rows.iter().enumerate() {
-            let (class, fading) = self.classes.get(row.condition)?;
-            match fading {
+            let (class, blend) = self.classes.get(row.condition)?;
+            match blend {
                 None => {
                     self.copy_row((&class.caches.cross, class.row, class.caches.rows), (&caches.cross, to, count))?;
                 }
                 Some((other, share)) => self.mix_rows((class, other), share, (&caches.cross, to, count))?,
             }
-            match (row.kept, &self.caches, fading) {
+            match (row.kept, &self.caches, blend) {
                 (Some(from), Some(old), _) => self.copy_row((&old.past, from, old.rows), (&caches.past, to, count))?,
                 (_, _, None) => z.extend_from_slice(&class.z),
-                (_, _, Some((other, share))) => z.extend(zip(&class.z, &other.z).map(|(&a, &b)| faded(a, b, share))),
+                (_, _, Some((other, share))) => z.extend(zip(&class.z, &other.z).map(|(&a, &b)| lerp(a, b, share))),
             }
         }
         // The caches before are let go only when they have been copied.
         engine.device.wait(&engine.device.mark()?)?;
         self.caches = Some(caches);
         let dim = engine.config.generator.dim;
-        Array2::from_shape_vec((z.len() / dim, dim), z).map_err(|error| Error::run("z", error))
+        Array2::from_shape_vec((z.len() / dim, dim), z).or_run("z")
     }
 
     fn step(&mut self, tokens: ArrayView2<f32>, positions: &[i64]) -> Result<Array2<f32>> {
@@ -445,7 +440,7 @@ impl<D: Device> Engine for TrtEngine<D> {
     }
 
     fn session(&self) -> Result<Box<dyn Session + '_>> {
-        Ok(Box::new(TrtSession { engine: self, classes: Classes::default(), caches: None }))
+        Ok(Box::new(TrtSession { engine: self, classes: PrefillCache::default(), caches: None }))
     }
 
     fn sample(
@@ -466,23 +461,23 @@ impl<D: Device> Engine for TrtEngine<D> {
         let inputs = self.uploaded(&arena.0)?;
         let token = self.allocate(4 * noise.len())?;
         self.run(Stage::Flow, &sizes, &places.map(|place| inputs.address + place), &[token.address])?;
-        Array2::from_shape_vec(noise.dim(), self.downloaded(&token)?).map_err(|error| Error::run("token", error))
+        Array2::from_shape_vec(noise.dim(), self.downloaded(&token)?).or_run("token")
     }
 
     fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>> {
         let (batch, tokens, _) = latents.dim();
         let (width, height) = self.config.image_size(tokens);
-        let sizes = |name: &str| if name == BATCH { batch } else { tokens };
-        let values = self.through(Stage::Decode, latents, &sizes, batch * 3 * height * width)?;
-        Array4::from_shape_vec((batch, 3, height, width), values).map_err(|error| Error::run("image", error))
+        let sizes = Sizes { tokens, ..Sizes::of_batch(batch) };
+        let values = self.through(Stage::Decoder, latents, &sizes, batch * 3 * height * width)?;
+        Array4::from_shape_vec((batch, 3, height, width), values).or_run("image")
     }
 
     fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>> {
         let (batch, _, _, width) = images.dim();
         let (tokens, embed) = (width / self.config.tokenizer.token_width(), self.config.generator.embed);
-        let sizes = |name: &str| if name == BATCH { batch } else { width };
-        let values = self.through(Stage::Encode, images, &sizes, batch * tokens * embed)?;
-        Array3::from_shape_vec((batch, tokens, embed), values).map_err(|error| Error::run("latent", error))
+        let sizes = Sizes { width, ..Sizes::of_batch(batch) };
+        let values = self.through(Stage::Encoder, images, &sizes, batch * tokens * embed)?;
+        Array3::from_shape_vec((batch, tokens, embed), values).or_run("latent")
     }
 
     /// One upload, one download, and between them nothing but work handed over: a token is waited for only when the
@@ -490,10 +485,10 @@ impl<D: Device> Engine for TrtEngine<D> {
     /// classes.
     fn fused_rollout(
         &self,
-        rollout: &Rollout,
+        rollout: &PreparedRequest,
         progress: &mut dyn FnMut(usize),
-    ) -> Result<Option<(Array3<f32>, Times)>> {
-        if rollout.labels.iter().any(|label| matches!(label, Label::Spans(_))) {
+    ) -> Result<Option<(Array3<f32>, StageTimes)>> {
+        if rollout.classes.iter().any(|label| matches!(label, ClassSchedule::Spans(_))) {
             return Ok(None);
         }
         self.forget();
@@ -548,14 +543,14 @@ impl<D: Device> Engine for TrtEngine<D> {
 
 impl<D: Device> TrtEngine<D> {
     /// Tokens `[B, N, E]` from slots of `slot` values, `[B, E]` each.
-    fn gathered(&self, rollout: &Rollout, values: &[f32], slot: usize) -> Result<Array3<f32>> {
+    fn gathered(&self, rollout: &PreparedRequest, values: &[f32], slot: usize) -> Result<Array3<f32>> {
         let (batch, embed) = (rollout.batch(), self.config.generator.embed);
         let mut tokens = Array3::zeros((batch, rollout.tokens, embed));
         for (index, slot) in values.chunks_exact(slot).enumerate() {
             let token = ArrayView2::from_shape((batch, embed), &slot[..batch * embed]);
-            let token = token.map_err(|error| Error::run("token", error))?;
+            let token = token.or_run("token")?;
             check_finite(&self.name, index, token)?;
-            tokens.index_axis_mut(ArrayAxis(1), index).assign(&token);
+            tokens.index_axis_mut(Axis(1), index).assign(&token);
         }
         Ok(tokens)
     }
@@ -574,7 +569,7 @@ struct Placed {
 }
 
 impl Placed {
-    fn new(rollout: &Rollout, labels: &[i64]) -> Self {
+    fn new(rollout: &PreparedRequest, labels: &[i64]) -> Self {
         let (rows, batch) = (labels.len(), rollout.batch());
         let mut arena = Arena::default();
         let labels = arena.push(integer_bytes(labels));

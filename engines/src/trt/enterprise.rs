@@ -17,7 +17,7 @@ pub const PARSER: &str = "libnvonnxparser.so.11";
 /// Checks that one target is asked for: it has to be the GPU of this machine, which the runtime checks.
 ///
 /// # Errors
-/// [`Error::Input`] for several.
+/// [`Error::input`] for several.
 pub fn check_targets(targets: &[Target]) -> Result<()> {
     match targets {
         [_] => Ok(()),
@@ -46,7 +46,7 @@ pub fn execution(
     cuda_graph: bool,
 ) -> trtx::Result<(ExecutionContext<'static>, Option<Cache>)> {
     if cuda_graph {
-        let problem = "--cuda-graph is for TensorRT for RTX: ordinary TensorRT does not capture graphs by itself";
+        let problem = "CUDA graphs are for TensorRT for RTX: ordinary TensorRT does not capture graphs by itself";
         return Err(trtx::Error::InvalidArgument(problem.into()));
     }
     Ok((engine.create_execution_context()?, None))
@@ -56,6 +56,6 @@ pub fn execution(
 ///
 /// # Errors
 /// None.
-pub fn serialized(cache: &Cache) -> Result<Vec<u8>, String> {
+pub fn serialized(cache: &Cache) -> trtx::Result<Vec<u8>> {
     match *cache {}
 }

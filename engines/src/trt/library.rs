@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
-use eqim::{Error, Result};
+use eqim::{Error, Result, ResultExt};
 use trtx::{LogHandler, Logger, Severity};
 
-use super::flavour;
+use super::edition;
 use crate::native;
 
 /// TensorRT and its ONNX parser.
@@ -20,34 +20,32 @@ impl Library {
     /// The libraries that [`native::find_tensorrt`] finds, loaded when first asked for.
     ///
     /// # Errors
-    /// [`Error::Run`] when they are not found, cannot be loaded, or are of another version than this program's headers.
+    /// [`Error::run`] when they are not found, cannot be loaded, or are of another version than this program's headers.
     pub fn load() -> Result<&'static Self> {
         static LIBRARY: OnceLock<Result<Library, String>> = OnceLock::new();
-        LIBRARY.get_or_init(Self::loaded).as_ref().map_err(|problem| Error::run("TensorRT", problem))
+        let library = LIBRARY.get_or_init(|| Self::loaded().map_err(|error| error.to_string()));
+        library.as_ref().map_err(|problem| Error::run("TensorRT", problem))
     }
 
-    fn loaded() -> Result<Self, String> {
+    fn loaded() -> Result<Self> {
         let folder = native::find_tensorrt()?;
-        let (tensorrt, parser) = (folder.join(flavour::LIBRARY), folder.join(flavour::PARSER));
-        let text = |error: trtx::Error| error.to_string();
+        let (tensorrt, parser) = (folder.join(edition::LIBRARY), folder.join(edition::PARSER));
+        let failed = |error: trtx::Error| Error::run_caused(folder.display(), error);
         for path in [&tensorrt, &parser] {
             open(path)?;
         }
-        trtx::dynamically_load_tensorrt(Some(&tensorrt)).map_err(text)?;
-        trtx::dynamically_load_tensorrt_onnxparser(Some(&parser)).map_err(text)?;
+        trtx::dynamically_load_tensorrt(Some(&tensorrt)).map_err(failed)?;
+        trtx::dynamically_load_tensorrt_onnxparser(Some(&parser)).map_err(failed)?;
         let version = version_of(&tensorrt)?;
         // SAFETY: gives a constant of the headers that this program was compiled with.
         let expected = unsafe { trtx::trtx_sys::get_tensorrt_version() };
         if version / 100 != expected / 100 {
-            return Err(format!(
-                "{} is version {}, this program was compiled for {}: install that one",
-                tensorrt.display(),
-                numbers(version),
-                numbers(expected)
-            ));
+            let (found, expected) = (numbers(version), numbers(expected));
+            let problem = format!("is version {found}, this program was compiled for {expected}: install that one");
+            return Err(Error::run(tensorrt.display(), problem));
         }
-        let logger = Logger::new(Log).map_err(text)?;
-        Ok(Self { logger, folder, version: format!("{} {}", flavour::NAME, numbers(version)) })
+        let logger = Logger::new(Log).map_err(failed)?;
+        Ok(Self { logger, folder, version: format!("{} {}", edition::NAME, numbers(version)) })
     }
 
     /// Name and version, as `TensorRT-RTX 1.7.1`.
@@ -62,34 +60,34 @@ impl Library {
 
     /// Path of the ONNX parser's library.
     pub fn parser(&self) -> PathBuf {
-        self.folder.join(flavour::PARSER)
+        self.folder.join(edition::PARSER)
     }
 
     /// Path of TensorRT's library.
     pub fn tensorrt(&self) -> PathBuf {
-        self.folder.join(flavour::LIBRARY)
+        self.folder.join(edition::LIBRARY)
     }
 }
 
 /// Opens a library that is loaded already, or loads it.
 ///
 /// # Errors
-/// A sentence.
-pub fn open(path: &Path) -> Result<libloading::Library, String> {
+/// [`Error::run`], which says what to do.
+pub fn open(path: &Path) -> Result<libloading::Library> {
     // SAFETY: NVIDIA's libraries have initializers that may run in any process, as loading them by name would.
     unsafe { libloading::Library::new(path) }.map_err(|error| {
         // The loader's own words are the source of libloading's error.
         let reason = std::error::Error::source(&error).map_or(error.to_string(), |source| source.to_string());
-        format!("{} cannot be loaded: {reason}; `cargo xtask setup` installs it", path.display())
+        Error::run(path.display(), format!("cannot be loaded: {reason}; `cargo xtask setup` installs it"))
     })
 }
 
-fn version_of(path: &Path) -> Result<u32, String> {
+fn version_of(path: &Path) -> Result<u32> {
     let library = open(path)?;
     // SAFETY: NvInferRuntime.h declares it so; it takes nothing and gives a number.
     let version = unsafe {
         let get: libloading::Symbol<unsafe extern "C" fn() -> i32> =
-            library.get(b"getInferLibVersion").map_err(|error| error.to_string())?;
+            library.get(b"getInferLibVersion").or_run(path.display())?;
         get()
     };
     Ok(version.unsigned_abs())

@@ -4,11 +4,11 @@
 #[cfg_attr(not(feature = "tensorrt"), path = "disabled.rs")]
 mod backend;
 mod device;
-mod engine;
 #[cfg(feature = "tensorrt")]
 #[cfg_attr(feature = "tensorrt-enterprise", path = "enterprise.rs")]
 #[cfg_attr(not(feature = "tensorrt-enterprise"), path = "rtx.rs")]
-pub mod flavour;
+pub mod edition;
+mod engine;
 #[cfg(feature = "tensorrt")]
 pub mod library;
 mod sidecar;

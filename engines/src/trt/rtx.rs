@@ -20,7 +20,7 @@ pub const PARSER: &str = "libtensorrt_onnxparser_rtx.so.1";
 /// Checks that this library builds for targets.
 ///
 /// # Errors
-/// [`Error::Input`] with the reason.
+/// [`Error::input`] with the reason.
 pub fn check_targets(targets: &[Target]) -> Result<()> {
     targets.iter().try_for_each(|&target| capability(target).map(|_| ()))
 }
@@ -38,7 +38,7 @@ fn capability(target: Target) -> Result<ComputeCapability> {
                 "{target} is a datacenter GPU that TensorRT for RTX does not build for: on that GPU, build \
                  eqim-export with --features eqim-export/tensorrt-enterprise, which uses ordinary TensorRT"
             );
-            return Err(Error::input("--target", problem));
+            return Err(Error::setting("target", problem));
         }
     })
 }
@@ -46,9 +46,9 @@ fn capability(target: Target) -> Result<ComputeCapability> {
 /// Asks a builder for an engine that runs on all of `targets`.
 ///
 /// # Errors
-/// [`Error::Input`] for a target that this library does not know.
+/// [`Error::input`] for a target that this library does not know.
 pub fn set_targets(config: &mut BuilderConfig, targets: &[Target]) -> Result<()> {
-    let failed = |error: trtx::Error| Error::run("TensorRT", error);
+    let failed = |error: trtx::Error| Error::run_caused("TensorRT", error);
     config.set_nb_compute_capabilities(targets.len() as i32).map_err(failed)?;
     for (index, target) in targets.iter().enumerate() {
         config.set_compute_capability(capability(*target)?, index as i32).map_err(failed)?;
@@ -87,7 +87,7 @@ pub fn execution(
 /// The cache as it stands in a file.
 ///
 /// # Errors
-/// A sentence.
-pub fn serialized(cache: &Cache) -> Result<Vec<u8>, String> {
-    cache.serialize().map(|bytes| bytes.to_vec()).map_err(|error| error.to_string())
+/// TensorRT's.
+pub fn serialized(cache: &Cache) -> trtx::Result<Vec<u8>> {
+    cache.serialize().map(|bytes| bytes.to_vec())
 }

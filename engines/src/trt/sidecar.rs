@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use eqim::digest::short;
 use eqim::model::Stage;
-use eqim::{Config, Error, Result, files};
+use eqim::{Config, Error, Result, ResultExt, files};
 use serde::{Deserialize, Serialize};
 
 use super::Target;
@@ -97,7 +98,7 @@ impl EngineSet {
     /// The engines of a bundle, or `None` when none were built.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the field that says that they belong to another model, weights or graph; or the file
+    /// [`Error::input`] naming the field that says that they belong to another model, weights or graph; or the file
     /// that is missing.
     pub fn open(bundle: &Bundle) -> Result<Option<Self>> {
         let path = bundle.folder.join(FOLDER).join(SIDECAR_FILE);
@@ -107,11 +108,11 @@ impl EngineSet {
         let bad = |problem: String| Error::input(path.display(), problem);
         let text = files::read(&path)?;
         let version: Version =
-            serde_json::from_slice(&text).map_err(|error| bad(format!("describes no engines: {error}")))?;
+            serde_json::from_slice(&text).map_err(|error| bad("describes no engines".into()).because(error))?;
         if version.format != SIDECAR_FORMAT {
             return Err(bad(format!("is of format {}, this program reads {SIDECAR_FORMAT}", version.format)));
         }
-        let set: Self = serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
+        let set: Self = serde_json::from_slice(&text).or_input(path.display())?;
         set.check(bundle)?;
         Ok(Some(set))
     }
@@ -120,7 +121,6 @@ impl EngineSet {
     fn check(&self, bundle: &Bundle) -> Result<()> {
         let path = bundle.folder.join(FOLDER).join(SIDECAR_FILE);
         let stale = |field: &str, found: &str, expected: &str| {
-            let short = |text: &str| text.get(..12).unwrap_or(text).to_string();
             let problem = format!(
                 "is stale: {field} is {}…, and the bundle's {}…; build the engines again with eqim-export trt",
                 short(found),
@@ -128,7 +128,7 @@ impl EngineSet {
             );
             Err(Error::input(path.display(), problem))
         };
-        if self.model != bundle.manifest.model {
+        if !self.model.is_same_model(&bundle.manifest.model) {
             let problem = "is stale: model is not the bundle's; build the engines again with eqim-export trt";
             return Err(Error::input(path.display(), problem));
         }
@@ -145,7 +145,7 @@ impl EngineSet {
                 return Err(Error::input(path.display(), problem));
             }
             let engine_path = self.path(bundle, stage);
-            let found = engine_path.metadata().map_err(|error| Error::input(engine_path.display(), error))?.len();
+            let found = engine_path.metadata().or_input(engine_path.display())?.len();
             if found != engine.file.bytes {
                 let problem = format!("has {found} bytes, {SIDECAR_FILE} says {}: truncated?", engine.file.bytes);
                 return Err(Error::input(engine_path.display(), problem));
@@ -157,7 +157,7 @@ impl EngineSet {
     /// What is known of a stage's engine.
     ///
     /// # Errors
-    /// [`Error::Input`] when there is none.
+    /// [`Error::input`] when there is none.
     pub fn engine(&self, bundle: &Bundle, stage: Stage) -> Result<&EngineRecord> {
         let path = bundle.folder.join(FOLDER).join(SIDECAR_FILE);
         let missing = || Error::input(path.display(), format!("names no {} engine", stage.name()));

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use eqim::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 /// A compute capability, written `sm86`.
@@ -21,8 +22,8 @@ impl Target {
     /// Targets that a name stands for: of a generation, or one of the form `sm86`.
     ///
     /// # Errors
-    /// A sentence that says which names there are.
-    pub fn named(name: &str) -> Result<Vec<Self>, String> {
+    /// [`Error::setting`], which says which names there are.
+    pub fn named(name: &str) -> Result<Vec<Self>> {
         let lower = name.to_lowercase();
         if let Some((_, capabilities)) = GENERATIONS.iter().find(|(generation, _)| *generation == lower) {
             return Ok(capabilities.iter().map(|&capability| Self(capability)).collect());
@@ -37,9 +38,9 @@ impl Target {
 }
 
 impl FromStr for Target {
-    type Err = String;
+    type Err = Error;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self> {
         let known = || GENERATIONS.iter().flat_map(|(_, capabilities)| *capabilities).chain(&ENTERPRISE);
         let number = text.strip_prefix("sm").and_then(|number| number.parse().ok());
         match number.filter(|number| known().any(|capability| capability == number)) {
@@ -50,16 +51,17 @@ impl FromStr for Target {
                 capabilities.sort_unstable();
                 let capabilities: Vec<String> =
                     capabilities.iter().map(|capability| format!("sm{capability}")).collect();
-                Err(format!("{text} is no target: expected {} or {}", names.join(", "), capabilities.join(", ")))
+                let expected = format!("expected {} or {}", names.join(", "), capabilities.join(", "));
+                Err(Error::setting("target", format!("is {text}, {expected}")))
             }
         }
     }
 }
 
 impl TryFrom<String> for Target {
-    type Error = String;
+    type Error = Error;
 
-    fn try_from(text: String) -> Result<Self, String> {
+    fn try_from(text: String) -> Result<Self> {
         text.parse()
     }
 }

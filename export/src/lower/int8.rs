@@ -1,11 +1,11 @@
 //! Products with weights in INT8, as nodes.
 
 use eqim::Result;
-use eqim::ops::Ops;
+use eqim::ops::{Conv, Ops, scoped};
 use eqim_calibration::int8::{Affine, Int8};
 
-use super::{Lower, Places, Value};
-use crate::onnx::{Attribute, DataType};
+use super::{Lower, Value};
+use crate::onnx::{AttributeProto, DataType};
 
 /// Name of a weight's levels in the file of weights.
 pub fn weight_name(weight: &str) -> String {
@@ -22,12 +22,20 @@ pub fn bias_name(bias: &str) -> String {
     format!("{bias}.int32")
 }
 
-/// Whether the file of weights has a tensor in integers.
-pub(super) fn is_integer(weights: &Places, name: &str) -> bool {
-    weights.contains_key(&weight_name(name)) || weights.contains_key(&bias_name(name))
-}
-
 impl Lower<'_> {
+    /// Levels and scales of the scope's weight.
+    fn weight_levels(&mut self) -> Result<(Value, Value)> {
+        let name = scoped(&self.scope, "weight");
+        Ok((self.stored(&weight_name(&name))?, self.stored(&scale_name(&name))?))
+    }
+
+    /// The scope's weight, dequantized.
+    fn dequantized_weight(&mut self) -> Result<Value> {
+        let (levels, scale) = self.weight_levels()?;
+        let axis = vec![AttributeProto::int("axis", 0)];
+        Ok(self.node("DequantizeLinear", &[&levels, &scale], axis, scale.data_type))
+    }
+
     /// Scale and zero point of an unsigned quantization.
     fn affine(&mut self, affine: Affine) -> [Value; 2] {
         let scale = self.floats(&[], &[affine.scale]);
@@ -50,17 +58,23 @@ impl Int8 for Lower<'_> {
         Ok(self.node("DequantizeLinear", &[&levels, &scale, &zero], vec![], compute))
     }
 
-    fn dequantize(&mut self, weight: &Value) -> Result<Value> {
-        let levels = self.stored(&weight_name(&weight.name))?;
-        let scale = self.stored(&scale_name(&weight.name))?;
-        let axis = vec![Attribute::int("axis", 0)];
-        Ok(self.node("DequantizeLinear", &[&levels, &scale], axis, scale.data_type))
+    fn dequantized_gemm(&mut self, x: &Value, _input: usize, output: usize) -> Result<Value> {
+        let bias = self.param("bias", &[output])?;
+        let weight = self.dequantized_weight()?;
+        Ok(self.gemm_node(x, &weight, &bias))
     }
 
-    fn dynamic_gemm(&mut self, x: &Value, weight: &Value, bias: &Value) -> Result<Value> {
+    fn dequantized_conv(&mut self, x: &Value, conv: Conv) -> Result<Value> {
+        let bias = self.param("bias", &[conv.output])?;
+        let x = if conv.reflect { self.pad_reflect(x, conv.spatial)? } else { x.clone() };
+        let weight = self.dequantized_weight()?;
+        Ok(self.computed("Conv", &[&x, &weight, &bias], vec![]))
+    }
+
+    fn dynamic_gemm(&mut self, x: &Value, _input: usize, output: usize) -> Result<Value> {
         let (float, byte) = (DataType::Float, DataType::Uint8);
-        let levels = self.stored(&weight_name(&weight.name))?;
-        let scale = self.stored(&scale_name(&weight.name))?;
+        let bias = self.param("bias", &[output])?;
+        let (levels, scale) = self.weight_levels()?;
         let outputs = [("output", byte), ("scale", float), ("zero_point", byte)];
         let [x, x_scale, x_zero] = self.node_of("DynamicQuantizeLinear", &[x], vec![], outputs);
         let zero = self.initializer(DataType::Int8, &[], vec![0]);
@@ -68,27 +82,18 @@ impl Int8 for Lower<'_> {
         let sums = self.cast(&sums, float);
         let scale = self.node("Mul", &[&x_scale, &scale], vec![], float);
         let y = self.node("Mul", &[&sums, &scale], vec![], float);
-        Ok(self.node("Add", &[&y, bias], vec![], float))
+        Ok(self.node("Add", &[&y, &bias], vec![], float))
     }
 
-    fn integer_conv(
-        &mut self,
-        x: &Value,
-        weight: &Value,
-        bias: &Value,
-        spatial: usize,
-        padded: bool,
-        (input, output): (Affine, Affine),
-    ) -> Result<Value> {
-        let levels = self.stored(&weight_name(&weight.name))?;
-        let scale = self.stored(&scale_name(&weight.name))?;
-        let bias = self.stored(&bias_name(&bias.name))?;
+    fn integer_conv(&mut self, x: &Value, conv: Conv, (input, output): (Affine, Affine)) -> Result<Value> {
+        let (levels, scale) = self.weight_levels()?;
+        let bias = self.stored(&bias_name(&scoped(&self.scope, "bias")))?;
         let channels = self.weights.get(&scale.name).map_or(0, |place| place.shape[0]);
         let zeros = self.initializer(DataType::Int8, &[channels], vec![0; channels]);
         let [x_scale, x_zero] = self.affine(input);
         let [y_scale, y_zero] = self.affine(output);
         let x = self.node("QuantizeLinear", &[x, &x_scale, &x_zero], vec![], DataType::Uint8);
-        let x = if padded { self.pad_reflect(&x, spatial)? } else { x };
+        let x = if conv.reflect { self.pad_reflect(&x, conv.spatial)? } else { x };
         let inputs = [&x, &x_scale, &x_zero, &levels, &scale, &zeros, &y_scale, &y_zero, &bias];
         let y = self.node("QLinearConv", &inputs, vec![], DataType::Uint8);
         Ok(self.node("DequantizeLinear", &[&y, &y_scale, &y_zero], vec![], DataType::Float))

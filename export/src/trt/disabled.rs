@@ -17,9 +17,9 @@ fn missing<T>() -> Result<T> {
 }
 
 /// Never a plan.
-pub struct Plan;
+pub struct SerializedEngine;
 
-impl Plan {
+impl SerializedEngine {
     /// No bytes.
     pub fn bytes(&self) -> &[u8] {
         &[]
@@ -64,6 +64,6 @@ pub fn compile(
     _profiles: &BTreeMap<String, Profile>,
     _targets: &[Target],
     _watch: impl Fn(&str) + Send + Sync + 'static,
-) -> Result<Plan> {
+) -> Result<SerializedEngine> {
     missing()
 }

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use eqim::{Error, Result};
-use eqim_engines::trt::flavour;
+use eqim_engines::trt::edition;
 use eqim_engines::trt::library::{self, Library};
 use eqim_engines::trt::{Layers, Profile, Target};
 use trtx::host_memory::HostMemory;
@@ -18,12 +18,12 @@ mod parser;
 pub use parser::unsupported;
 
 /// A built engine, serialized.
-pub struct Plan {
+pub struct SerializedEngine {
     memory: HostMemory<'static>,
     layers: Vec<Layers>,
 }
 
-impl Plan {
+impl SerializedEngine {
     /// The engine as it stands in a file.
     pub fn bytes(&self) -> &[u8] {
         &self.memory
@@ -38,7 +38,7 @@ impl Plan {
 /// The library that builds, as sidecars name it.
 ///
 /// # Errors
-/// [`Error::Run`] when it is not found or cannot be used.
+/// [`Error::run`] when it is not found or cannot be used.
 pub fn version() -> Result<String> {
     Library::load().map(|library| library.version().to_string())
 }
@@ -46,9 +46,9 @@ pub fn version() -> Result<String> {
 /// Checks that the library builds for targets.
 ///
 /// # Errors
-/// [`Error::Input`] with the reason.
+/// [`Error::input`] with the reason.
 pub fn check_targets(targets: &[Target]) -> Result<()> {
-    flavour::check_targets(targets)
+    edition::check_targets(targets)
 }
 
 /// What TensorRT said, or else the binding's own words.
@@ -62,13 +62,13 @@ fn failed(subject: &Path, error: impl std::fmt::Display) -> Error {
 /// Parses a graph, and builds it for all of `targets`. `watch` is told the phase that the builder is in.
 ///
 /// # Errors
-/// [`Error::Run`] with TensorRT's words, which name our nodes.
+/// [`Error::run`] with TensorRT's words, which name our nodes.
 pub fn compile(
     model: &Path,
     profiles: &BTreeMap<String, Profile>,
     targets: &[Target],
     watch: impl Fn(&str) + Send + Sync + 'static,
-) -> Result<Plan> {
+) -> Result<SerializedEngine> {
     let library = Library::load()?;
     let failed = |error: trtx::Error| failed(model, error);
     library::take_errors();
@@ -82,7 +82,7 @@ pub fn compile(
     let mut config = builder.create_config().map_err(failed)?;
     config.set_progress_monitor(Box::new(Monitor(Box::new(watch)))).map_err(failed)?;
     config.set_profiling_verbosity(ProfilingVerbosity::kDETAILED);
-    flavour::set_targets(&mut config, targets)?;
+    edition::set_targets(&mut config, targets)?;
     let mut profile = builder.creata_optimization_profile().map_err(failed)?;
     for (name, shapes) in profiles {
         let selected = [
@@ -100,7 +100,7 @@ pub fn compile(
     // Asking for layers without outputs is logged as an error.
     library::take_errors();
     let memory = builder.build_serialized_network(network, &mut config).map_err(failed)?;
-    Ok(Plan { memory, layers })
+    Ok(SerializedEngine { memory, layers })
 }
 
 /// Counts the layers of a parsed network by kind and precision.

@@ -7,7 +7,7 @@ use std::pin::Pin;
 
 use cxx::UniquePtr;
 use cxx::memory::UniquePtrTarget;
-use eqim::{Error, Result, files};
+use eqim::{Error, Result, ResultExt, files};
 use eqim_engines::trt::library::{self, Library};
 use libloading::Symbol;
 use prost::Message;
@@ -21,11 +21,11 @@ use crate::trt::support::Unsupported;
 /// The nodes of a graph that the parser does not take, under our names, each with TensorRT's reason.
 ///
 /// # Errors
-/// [`Error::Run`] when the library cannot be used, [`Error::Input`] when the graph cannot be read.
+/// [`Error::run`] when the library cannot be used, [`Error::input`] when the graph cannot be read.
 pub fn unsupported(model: &Path) -> Result<Vec<Unsupported>> {
     let failed = |problem: String| Error::run(model.display(), format!("TensorRT's parser: {problem}"));
     let bytes = files::read(model)?;
-    let graph = onnx::Model::decode(&bytes[..]).map_err(|error| Error::input(model.display(), error))?;
+    let graph = onnx::ModelProto::decode(&bytes[..]).or_input(model.display())?;
     let nodes = graph.graph.unwrap_or_default().node;
     let path = CString::new(model.as_os_str().as_encoded_bytes()).map_err(|error| failed(error.to_string()))?;
     let mut parser = Parser::new(Library::load()?).map_err(failed)?;
@@ -59,7 +59,7 @@ impl Parser {
         // new, ours, and destroyed before what it was made from.
         unsafe {
             let builder: *mut c_void = {
-                let opened = library::open(&library.tensorrt())?;
+                let opened = library::open(&library.tensorrt()).map_err(|error| error.to_string())?;
                 let create: Symbol<unsafe extern "C" fn(*mut c_void, i32) -> *mut c_void> =
                     opened.get(b"createInferBuilder_INTERNAL").map_err(|error| error.to_string())?;
                 create(logger.interface(), trtx_sys::get_tensorrt_version() as i32)
@@ -67,7 +67,7 @@ impl Parser {
             let mut builder = owned::<IBuilder>(builder.cast(), "builder")?;
             let network = owned(builder.pin_mut().createNetworkV2(0), "network")?;
             let parser: *mut c_void = {
-                let opened = library::open(&library.parser())?;
+                let opened = library::open(&library.parser()).map_err(|error| error.to_string())?;
                 let create: Symbol<unsafe extern "C" fn(*mut c_void, *mut c_void, i32) -> *mut c_void> =
                     opened.get(b"createNvOnnxParser_INTERNAL").map_err(|error| error.to_string())?;
                 create(network.as_mut_ptr().cast(), logger.interface(), trtx_sys::get_nvonnxparser_version() as i32)

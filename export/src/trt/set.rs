@@ -16,7 +16,7 @@ use super::builder;
 use super::shapes::Limits;
 use crate::drift::Drift;
 use crate::lower::BF16_OPSET;
-use crate::quantization::Report;
+use crate::quantization::QuantizationReport;
 use crate::write::{self, Draft, Options, PRODUCER};
 
 /// Name of the file, beside the engines, that tells how far their graphs lie from FP32.
@@ -25,7 +25,7 @@ const DRIFT_FILE: &str = "drift.json";
 /// Checks that a bundle's weights can become those of engines in a precision.
 ///
 /// # Errors
-/// [`Error::Input`] when they are rounded already.
+/// [`Error::input`] when they are rounded already.
 pub fn check_weights(bundle: &Bundle, precision: Precision) -> Result<()> {
     let manifest = &bundle.manifest;
     let held = match (&manifest.quantization, manifest.precision) {
@@ -41,7 +41,7 @@ pub fn check_weights(bundle: &Bundle, precision: Precision) -> Result<()> {
 /// Lowers a bundle's graphs in another precision, or partly in INT8, strongly typed, as a draft that is never published.
 ///
 /// # Errors
-/// [`Error::Input`] when weights are beyond the precision's range.
+/// [`Error::input`] when weights are beyond the precision's range.
 pub fn lowered(bundle: &Bundle, weights: &Weights, precision: Precision, policy: Option<&Policy>) -> Result<Draft> {
     let manifest = &bundle.manifest;
     let opset = if precision == Precision::Bf16 { BF16_OPSET } else { manifest.opset };
@@ -61,7 +61,7 @@ pub struct Built {
 /// `progress` is told the stage and the phase the builder is in; `done` what was built.
 ///
 /// # Errors
-/// [`Error::Run`] with TensorRT's words when a graph cannot be built, or a file not written.
+/// [`Error::run`] with TensorRT's words when a graph cannot be built, or a file not written.
 pub fn build(
     bundle: &Bundle,
     lowered: &Bundle,
@@ -70,7 +70,7 @@ pub fn build(
     progress: impl Fn(Stage, &str) + Clone + Send + Sync + 'static,
     mut done: impl FnMut(Stage, &EngineRecord),
 ) -> Result<Built> {
-    let failed = |error: std::io::Error| Error::run(bundle.folder.display(), format!("cannot be written: {error}"));
+    let failed = |error: std::io::Error| Error::run(bundle.folder.display(), "cannot be written").because(error);
     let folder = files::temporary(0o777).tempdir_in(files::folder(&bundle.folder)).map_err(failed)?;
     let config = &bundle.manifest.model;
     let mut engines = BTreeMap::new();
@@ -116,8 +116,13 @@ pub fn build(
 /// is one.
 ///
 /// # Errors
-/// [`Error::Run`] when they cannot be moved there; [`Error::Input`] when the bundle was replaced meanwhile.
-pub fn publish(built: Built, bundle: &Bundle, drift: Option<&Drift>, report: Option<&Report>) -> Result<()> {
+/// [`Error::run`] when they cannot be moved there; [`Error::input`] when the bundle was replaced meanwhile.
+pub fn publish(
+    built: Built,
+    bundle: &Bundle,
+    drift: Option<&Drift>,
+    report: Option<&QuantizationReport>,
+) -> Result<()> {
     if let Some(report) = report {
         report.write(built.folder.path())?;
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use eqim::model::{Axis, BATCH, Port, Stage};
+use eqim::model::{Dimension, Stage, Symbol, ValueInfo};
 use eqim::{Config, Error, Result};
 use eqim_engines::trt::Profile;
 
@@ -49,7 +49,7 @@ impl Limits {
     /// Checks the limits, and that every shape given belongs to an input.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the flag.
+    /// [`Error::input`] naming the flag.
     pub fn check(&self, config: &Config) -> Result<()> {
         if self.max_batch == 0 {
             return Err(Error::input("--max-batch", "is 0, expected at least 1"));
@@ -60,7 +60,7 @@ impl Limits {
         }
         let dynamic = |name: &String| {
             let mut inputs = Stage::ALL.iter().flat_map(|stage| stage.inputs(config));
-            inputs.any(|port| port.name == *name && is_dynamic(&port))
+            inputs.any(|info| info.name == *name && is_dynamic(&info))
         };
         for (flag, shapes) in [("--minShapes", &self.min), ("--optShapes", &self.opt), ("--maxShapes", &self.max)] {
             if let Some(name) = shapes.0.keys().find(|name| !dynamic(name)) {
@@ -74,20 +74,23 @@ impl Limits {
     /// Profiles of a stage's inputs of unknown shape.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the flag whose shape does not fit.
+    /// [`Error::input`] naming the flag whose shape does not fit.
     pub fn profiles(&self, stage: Stage, config: &Config) -> Result<BTreeMap<String, Profile>> {
         let inputs = stage.inputs(config).into_iter().filter(is_dynamic);
-        inputs.map(|port| Ok((port.name.clone(), self.profile(stage, config, &port)?))).collect()
+        inputs.map(|info| Ok((info.name.clone(), self.profile(stage, config, &info)?))).collect()
     }
 
-    fn profile(&self, stage: Stage, config: &Config, port: &Port) -> Result<Profile> {
+    fn profile(&self, stage: Stage, config: &Config, info: &ValueInfo) -> Result<Profile> {
         let sizes = |which: usize| -> Vec<i64> {
-            let axis = |axis: &Axis| axis.size(|name| self.range(stage, config, name)[which]) as i64;
-            port.shape.iter().map(axis).collect()
+            let size = |axis: &Dimension| match *axis {
+                Dimension::Fixed(size) => size as i64,
+                Dimension::Symbolic(symbol) => self.range(stage, config, symbol)[which] as i64,
+            };
+            info.shape.iter().map(size).collect()
         };
-        let given = |flag: &str, shapes: &Shapes, derived: Vec<i64>| match shapes.0.get(&port.name) {
+        let given = |flag: &str, shapes: &Shapes, derived: Vec<i64>| match shapes.0.get(&info.name) {
             None => Ok(derived),
-            Some(shape) => fits(flag, port, shape).map(|()| shape.clone()),
+            Some(shape) => fits(flag, info, shape).map(|()| shape.clone()),
         };
         let min = given("--minShapes", &self.min, sizes(0))?;
         let opt = given("--optShapes", &self.opt, sizes(1))?;
@@ -95,47 +98,50 @@ impl Limits {
         let grows = |less: &[i64], more: &[i64]| less.iter().zip(more).all(|(less, more)| less <= more);
         if !grows(&min, &opt) || !grows(&opt, &max) {
             let problem =
-                format!("of {} do not grow: min {min:?}, opt {opt:?}, max {max:?}; give those that differ", port.name);
+                format!("of {} do not grow: min {min:?}, opt {opt:?}, max {max:?}; give those that differ", info.name);
             return Err(Error::input("shapes", problem));
         }
         Ok(Profile { min, opt, max })
     }
 
     /// Smallest, expected and largest size of an axis.
-    fn range(&self, stage: Stage, config: &Config, axis: &str) -> [usize; 3] {
+    fn range(&self, stage: Stage, config: &Config, symbol: Symbol) -> [usize; 3] {
         let (batch, tokens) = (self.max_batch, self.max_tokens);
         let length = [LEAST, 16.min(tokens), tokens];
         let rows = [1, 2, 2 * batch];
         let steps = config.generator.steps;
-        match (stage, axis) {
-            (Stage::Prefill | Stage::Step, BATCH) | (_, "rows") => rows,
-            (_, "tokens") => length,
-            (_, "width") => length.map(|tokens| config.image_size(tokens).0),
-            (_, "evaluations") => [1, steps, steps],
-            _ => [1, 1, batch],
+        match (stage, symbol) {
+            (Stage::Prefill | Stage::Step, Symbol::Batch) | (_, Symbol::Rows) => rows,
+            (Stage::Flow | Stage::Decoder | Stage::Encoder, Symbol::Batch) => [1, 1, batch],
+            (_, Symbol::Tokens) => length,
+            (_, Symbol::Width) => length.map(|tokens| config.image_size(tokens).0),
+            (_, Symbol::Evaluations) => [1, steps, steps],
         }
     }
 }
 
-fn is_dynamic(port: &Port) -> bool {
-    port.shape.iter().any(|axis| matches!(axis, Axis::Any(_)))
+fn is_dynamic(info: &ValueInfo) -> bool {
+    info.shape.iter().any(|axis| matches!(axis, Dimension::Symbolic(_)))
 }
 
-/// Checks that a shape has the port's fixed sizes.
-fn fits(flag: &str, port: &Port, shape: &[i64]) -> Result<()> {
-    let same = |(axis, size): (&Axis, &i64)| axis.size(|_| *size as usize) as i64 == *size;
-    if shape.len() == port.shape.len() && port.shape.iter().zip(shape).all(same) {
+/// Checks that a shape has the info's fixed sizes.
+fn fits(flag: &str, info: &ValueInfo, shape: &[i64]) -> Result<()> {
+    let same = |(axis, size): (&Dimension, &i64)| match axis {
+        Dimension::Fixed(fixed) => *fixed as i64 == *size,
+        Dimension::Symbolic(_) => true,
+    };
+    if shape.len() == info.shape.len() && info.shape.iter().zip(shape).all(same) {
         return Ok(());
     }
-    let words = port.shape.iter().map(|axis| match axis {
-        Axis::Is(size) => size.to_string(),
-        Axis::Any(name) => name.clone(),
+    let words = info.shape.iter().map(|axis| match axis {
+        Dimension::Fixed(size) => size.to_string(),
+        Dimension::Symbolic(symbol) => symbol.name().to_string(),
     });
     let expected: Vec<String> = words.collect();
     let shape: Vec<String> = shape.iter().map(i64::to_string).collect();
     Err(Error::input(
         flag,
-        format!("gives {} the shape {}, expected {}", port.name, shape.join("x"), expected.join("x")),
+        format!("gives {} the shape {}, expected {}", info.name, shape.join("x"), expected.join("x")),
     ))
 }
 
@@ -158,7 +164,7 @@ mod tests {
         let flow = limits().profiles(Stage::Flow, &config)?;
         assert_eq!((flow["z"].max[0], flow["noise"].max[0]), (8, 4));
         assert_eq!(flow["times"].max, [config.generator.steps as i64]);
-        let decoder = limits().profiles(Stage::Decode, &config)?;
+        let decoder = limits().profiles(Stage::Decoder, &config)?;
         assert_eq!(decoder["tokens"].min, [1, 2, config.generator.embed as i64]);
         assert_eq!(decoder["tokens"].max, [4, 64, config.generator.embed as i64]);
         Ok(())
@@ -168,11 +174,11 @@ mod tests {
     fn given_shapes_replace_derived_ones() -> Result<()> {
         let config = Preset::Small.config();
         let embed = config.generator.embed;
-        let given: Shapes = format!("times:1000,updates:1000x2x3,tokens:16x128x{embed}").parse().map_err(Error::Run)?;
+        let given: Shapes = format!("times:1000,updates:1000x2x3,tokens:16x128x{embed}").parse()?;
         let limits = Limits { max: given, ..limits() };
         limits.check(&config)?;
         assert_eq!(limits.profiles(Stage::Flow, &config)?["times"].max, [1000]);
-        assert_eq!(limits.profiles(Stage::Decode, &config)?["tokens"].max, [16, 128, embed as i64]);
+        assert_eq!(limits.profiles(Stage::Decoder, &config)?["tokens"].max, [16, 128, embed as i64]);
         Ok(())
     }
 

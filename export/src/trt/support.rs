@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
-use eqim::{Error, Result, files};
+use eqim::{Error, Result, ResultExt, files};
 use eqim_engines::trt::{Profile, Target};
 use prost::Message;
 use serde::Serialize;
@@ -49,7 +49,7 @@ pub struct Unsupported {
 /// Those of loading the library and the graph; what is not supported stands in the report.
 pub fn check(stage: &str, model: &Path, profiles: &BTreeMap<String, Profile>, targets: &[Target]) -> Result<Support> {
     let bytes = files::read(model)?;
-    let graph = onnx::Model::decode(&bytes[..]).map_err(|error| Error::input(model.display(), error))?;
+    let graph = onnx::ModelProto::decode(&bytes[..]).or_input(model.display())?;
     let graph = graph.graph.unwrap_or_default();
     let mut unsupported = builder::unsupported(model)?;
     // The builder takes a graph only once the parser has taken all of it.
@@ -77,7 +77,7 @@ pub fn check(stage: &str, model: &Path, profiles: &BTreeMap<String, Profile>, ta
 }
 
 /// Finds the node that the builder's words name.
-fn refused(graph: &onnx::Graph, target: Target, reason: String) -> Unsupported {
+fn refused(graph: &onnx::GraphProto, target: Target, reason: String) -> Unsupported {
     let bodies = graph.node.iter().flat_map(|node| node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()));
     let nodes = bodies.flat_map(|body| &body.node).chain(&graph.node);
     let named = nodes.filter(|node| reason.contains(&format!("'{}'", node.name.as_deref().unwrap_or_default())));

@@ -11,35 +11,35 @@ use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Config, Result};
 use eqim_calibration::int8::{Rounded, round_bias, round_weight};
-use eqim_calibration::{Plan, Policy, Scheme, levels};
+use eqim_calibration::{Policy, QuantizationPlan, Scheme, levels};
 use safetensors::Dtype;
 
 use super::convert;
 use crate::lower::{bias_name, scale_name, weight_name};
 
 /// Scopes in INT8 with their schemes. One that several stages use has the same weights in all of them.
-fn schemes(plans: &BTreeMap<Stage, Plan>) -> BTreeMap<&str, Scheme> {
+fn schemes(plans: &BTreeMap<Stage, QuantizationPlan>) -> BTreeMap<&str, Scheme> {
     let all = plans.values().flat_map(|plan| &plan.schemes);
     all.filter(|(_, scheme)| **scheme != Scheme::Float).map(|(scope, scheme)| (scope.as_str(), *scheme)).collect()
 }
 
 /// What the manifest says of a policy.
-pub fn describe(policy: &Policy, plans: &BTreeMap<Stage, Plan>, calibration: FileRecord) -> Quantization {
-    let quantized = |plan: &Plan| plan.schemes.values().any(|scheme| *scheme != Scheme::Float);
+pub fn describe(policy: &Policy, plans: &BTreeMap<Stage, QuantizationPlan>, calibration: FileRecord) -> Quantization {
+    let quantized = |plan: &QuantizationPlan| plan.schemes.values().any(|scheme| *scheme != Scheme::Float);
     let stages = plans.iter().filter(|(_, plan)| quantized(plan)).map(|(stage, _)| stage.name().to_string());
     let scopes = schemes(plans).into_keys().map(str::to_string).collect();
-    Quantization { flavour: policy.flavour, stages: stages.collect(), scopes, calibration }
+    Quantization { target: policy.target, stages: stages.collect(), scopes, calibration }
 }
 
 /// Writes the weights that some plans need: as they are, in `precision`, or as integers with their scales.
 ///
 /// # Errors
-/// [`eqim::Error::Input`] for weights beyond the precision's range; [`eqim::Error::Run`] when the file cannot be written.
+/// [`eqim::Error::input`] for weights beyond the precision's range; [`eqim::Error::Run`] when the file cannot be written.
 pub fn write_weights(
     path: &Path,
     config: &Config,
     weights: &Weights,
-    plans: &BTreeMap<Stage, Plan>,
+    plans: &BTreeMap<Stage, QuantizationPlan>,
     precision: Precision,
 ) -> Result<()> {
     let floats: BTreeSet<&String> = plans.values().flat_map(|plan| &plan.floats).collect();

@@ -51,7 +51,7 @@ fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     Ok(&values[start..end])
 }
 
-/// Calls `read` with the values of contiguous tensors of `f32` on the CPU.
+/// CallTimes `read` with the values of contiguous tensors of `f32` on the CPU.
 fn with_values<const N: usize, R>(tensors: [&Tensor; N], read: impl FnOnce([&[f32]; N]) -> Result<R>) -> Result<R> {
     let stored = tensors.map(Tensor::storage_and_layout);
     let mut slices: [&[f32]; N] = [&[]; N];

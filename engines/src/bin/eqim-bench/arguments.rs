@@ -2,12 +2,11 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use eqim::model::Stage;
-use eqim::request::solver::Solver;
-use eqim::request::{MOST_STEPS, MOST_TOKENS};
+use eqim::request::{MOST_TOKENS, SamplingSettings};
 
-use eqim_cli::flags::{solvers, within};
+use eqim_cli::flags::within;
 use eqim_engines::Backend;
 
 const EXAMPLES: &str = "\
@@ -71,9 +70,9 @@ pub struct Arguments {
     #[arg(long, value_name = "PNG", requires = "equivariance")]
     pub plot: Option<PathBuf>,
 
-    /// What is measured: whole images, or one stage by itself
-    #[arg(long, value_enum, value_name = "STAGE", default_value_t, conflicts_with_all = ["reference", "pytorch", "tail"])]
-    pub stage: Measured,
+    /// Measure one stage by itself, of prefill, step, flow and decoder [default: whole images, stage by stage]
+    #[arg(long, value_name = "STAGE", value_parser = measured, conflicts_with_all = ["reference", "pytorch", "tail"])]
+    pub stage: Option<Stage>,
 
     /// Lengths of images in tokens
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "16", value_parser = tokens)]
@@ -87,21 +86,9 @@ pub struct Arguments {
     #[arg(long, value_name = "N", value_parser = least_one)]
     pub tail: Option<usize>,
 
-    /// Guidance at the last token; 1 is none
-    #[arg(long, value_name = "SCALE", default_value_t = 7.0, value_parser = cfg)]
-    pub cfg: f32,
-
-    /// What integrates a token's ODE; the reference always uses euler, and the model's steps
-    #[arg(long, value_name = "SOLVER", default_value_t, value_parser = solvers())]
-    pub solver: Solver,
-
-    /// Steps that each token is denoised in [default: the model's]
-    #[arg(long, value_name = "N", value_parser = steps)]
-    pub steps: Option<usize>,
-
-    /// Number that the noise is drawn from
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub seed: u64,
+    /// How tokens are sampled. The reference always uses euler, and the model's steps; guidance is 7 by default.
+    #[command(flatten)]
+    pub sampling: SamplingSettings,
 
     /// Work for at least this long before measuring, milliseconds
     #[arg(long = "warmUp", value_name = "MS", default_value_t = 200)]
@@ -136,32 +123,10 @@ pub struct Arguments {
     pub export_markdown: Option<PathBuf>,
 }
 
-/// What is measured.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Measured {
-    /// Whole images, stage by stage.
-    #[default]
-    All,
-    /// What depends on the class alone.
-    Prefill,
-    /// One token through the transformer.
-    Step,
-    /// The flow head's whole ODE for one token.
-    Flow,
-    /// Tokens to an image.
-    Decode,
-}
-
-impl Measured {
-    /// The one stage that is measured.
-    pub fn stage(self) -> Option<Stage> {
-        match self {
-            Self::All => None,
-            Self::Prefill => Some(Stage::Prefill),
-            Self::Step => Some(Stage::Step),
-            Self::Flow => Some(Stage::Flow),
-            Self::Decode => Some(Stage::Decode),
-        }
+impl Arguments {
+    /// Seed of the noise.
+    pub fn seed(&self) -> u64 {
+        self.sampling.seed.unwrap_or_default()
     }
 }
 
@@ -181,12 +146,9 @@ fn least_one(text: &str) -> Result<usize, String> {
     within(text, 1..=MOST_TOKENS)
 }
 
-fn cfg(text: &str) -> Result<f32, String> {
-    within(text, 0.0..=f32::MAX).map_err(|_| "expected a finite number of at least 0".into())
-}
-
-fn steps(text: &str) -> Result<usize, String> {
-    within(text, 1..=MOST_STEPS)
+fn measured(text: &str) -> Result<Stage, String> {
+    let stage: Stage = text.parse().map_err(|error: eqim::Error| error.to_string())?;
+    if stage == Stage::Encoder { Err("the encoder is not measured".into()) } else { Ok(stage) }
 }
 
 fn percentile(text: &str) -> Result<f64, String> {

@@ -2,31 +2,24 @@
 
 use std::time::Instant;
 
+use eqim::close::{Tolerance, close, largest_difference, relative_error};
 use eqim::engine::{Engine, Row};
 use eqim::generate::generate;
 use eqim::model::Stage;
-use eqim::picture::quality::relative_error;
-use eqim::request::condition::{Condition, Label};
+use eqim::request::condition::{ClassMix, ClassSchedule};
 use eqim::request::solver::Tableau;
-use eqim::request::timing::Calls;
+use eqim::request::timing::CallTimes;
 use eqim::request::{Generated, Request};
 use eqim::{Config, Error, Result};
 use ndarray::{Array2, Array3, s};
 use serde::Serialize;
 
 use super::pytorch::PyTorch;
-use super::workload::{Image, Work};
+use super::workload::{TimedBatch, Workload};
 use eqim::bundle::Bundle;
 
-/// How far tokens in FP32 may lie apart, whoever computes them.
-const EQUAL: f32 = 1e-4;
-
-/// How far those in a lower precision, or of another solver, may, as a part of the tokens' own size: an image is then still
-/// the same image.
-const ALIKE: f32 = 0.1;
-
 /// One that is measured.
-pub enum Contestant {
+pub enum Candidate {
     /// A bundle on its engine, and the engine's threads where they were asked for.
     Bundle(Box<Bundle>, Box<dyn Engine>, Option<usize>),
     /// The reference's algorithm.
@@ -46,7 +39,7 @@ pub struct Agreement {
     pub agrees: bool,
 }
 
-impl Contestant {
+impl Candidate {
     /// What it is, for people.
     pub fn name(&self) -> String {
         match self {
@@ -74,25 +67,25 @@ impl Contestant {
     ///
     /// # Errors
     /// When its engine fails.
-    pub fn run(&self, work: &Work) -> Result<Image> {
+    pub fn run(&self, work: &Workload) -> Result<TimedBatch> {
         let engine = match self {
             Self::Bundle(_, engine, _) | Self::Reference(engine) => engine,
             Self::PyTorch(pytorch) => return pytorch.run(work),
         };
         let start = Instant::now();
         let Generated { tokens, times, .. } = generate(engine.as_ref(), &work.request, |_| {})?;
-        let mut decode = Calls::default();
+        let mut decode = CallTimes::default();
         for row in 0..if work.decode { tokens.dim().0 } else { 0 } {
             decode.time(|| engine.decode_tokens(tokens.slice(s![row..=row, .., ..])))?;
         }
-        Ok(Image { tokens, times, decode, total: start.elapsed() })
+        Ok(TimedBatch { tokens, times, decode, total: start.elapsed() })
     }
 
     /// How its tokens agree with another's, `exactly` where both solve the ODE in the same way.
     pub fn agreement(&self, found: &Array3<f32>, expected: &Array3<f32>, exactly: bool) -> Agreement {
-        let largest = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        let relative = relative_error(found, expected);
-        let agrees = if exactly && !self.is_lossy() { largest <= EQUAL } else { relative <= ALIKE };
+        let (largest, relative) = (largest_difference(found, expected), relative_error(found, expected));
+        let tolerance = if exactly && !self.is_lossy() { Tolerance::SAMPLING } else { Tolerance::ALIKE };
+        let agrees = close(found, expected, tolerance).is_ok();
         Agreement { largest, relative, agrees }
     }
 }
@@ -105,17 +98,18 @@ pub fn stage_times(
     engine: &dyn Engine,
     stage: Stage,
     request: &Request,
-    mut more: impl FnMut(&Calls) -> bool,
-) -> Result<Calls> {
+    mut more: impl FnMut(&CallTimes) -> bool,
+) -> Result<CallTimes> {
     let config: &Config = engine.config();
     let g = &config.generator;
-    let (batch, guided) = (request.labels.len(), request.cfg != 1.0);
-    let mut labels: Vec<i64> = request.labels.iter().flat_map(Label::classes).map(|class| class as i64).collect();
+    let (batch, guided) = (request.classes.len(), request.cfg != 1.0);
+    let mut labels: Vec<i64> =
+        request.classes.iter().flat_map(ClassSchedule::classes).map(|class| class as i64).collect();
     labels.extend(vec![g.unconditional() as i64; if guided { batch } else { 0 }]);
-    let rows: Vec<Row> = labels.iter().map(|&label| Row::new(Condition::of(label))).collect();
+    let rows: Vec<Row> = labels.iter().map(|&label| Row::new(ClassMix::of(label))).collect();
     let wave =
         |rows: usize, width: usize| Array2::from_shape_fn((rows, width), |(row, i)| ((row * width + i) as f32).sin());
-    let mut calls = Calls::default();
+    let mut calls = CallTimes::default();
     match stage {
         Stage::Prefill => {
             while more(&calls) {
@@ -139,7 +133,7 @@ pub fn stage_times(
                 calls.time(|| engine.sample(z.view(), noise.view(), &guidance, &tableau))?;
             }
         }
-        Stage::Decode => {
+        Stage::Decoder => {
             let latents =
                 Array3::from_shape_fn((1, request.tokens, g.embed), |(_, n, e)| ((n * g.embed + e) as f32).sin());
             let latents = latents / g.vae_norm as f32;
@@ -147,7 +141,7 @@ pub fn stage_times(
                 calls.time(|| engine.decode(latents.view()))?;
             }
         }
-        Stage::Encode => return Err(Error::run("encoder", "is not measured")),
+        Stage::Encoder => return Err(Error::run("encoder", "is not measured")),
     }
     Ok(calls)
 }

@@ -21,14 +21,14 @@ use arguments::Arguments;
 use clap::Parser;
 use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
+use eqim::request::Request;
 use eqim::request::random::TorchRng;
 use eqim::request::solver::Solver;
-use eqim::request::timing::Calls;
-use eqim::request::{Noise, Request, Schedule};
+use eqim::request::timing::CallTimes;
 use eqim::{Config, Error, Result, checkpoint, files};
 use ndarray::Array3;
 
-use contest::Contestant;
+use contest::Candidate;
 use eqim::bundle::Bundle;
 use eqim::generate::memory::check_memory;
 use eqim_cli::Spinner;
@@ -38,10 +38,10 @@ use eqim_engines::{Options, native};
 use equivariance::Subject;
 use pytorch::PyTorch;
 use reference::Reference;
-use report::{Case, Measurement, Report, StageMeasurement};
+use report::{BenchReport, Case, Measurement, StageMeasurement};
 use roofline::Machine;
 use statistics::Summary;
-use workload::{Image, Work};
+use workload::{TimedBatch, Workload};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -51,16 +51,16 @@ fn main() -> ExitCode {
 /// Measures as the command line says.
 ///
 /// # Errors
-/// [`Error::Input`] for what cannot be measured; [`Error::Run`] when something fails, or tokens do not agree.
+/// [`Error::input`] for what cannot be measured; [`Error::run`] when something fails, or tokens do not agree.
 fn run(arguments: &Arguments) -> Result<()> {
     let bundles = arguments.engines.iter().map(|folder| Bundle::open(folder)).collect::<Result<Vec<_>>>()?;
     let config = bundles[0].manifest.model.clone();
     check(arguments, &bundles)?;
     let spinner = Spinner::new();
-    let contestants = contestants(arguments, bundles, &spinner)?;
-    let mut report = Report { machine: machine()?, ..Report::default() };
+    let candidates = candidates(arguments, bundles, &spinner)?;
+    let mut report = BenchReport { machine: machine()?, ..BenchReport::default() };
     if arguments.solvers || arguments.tiling || arguments.equivariance {
-        let Some(Contestant::Bundle(_, engine, _)) = contestants.first() else { return Ok(()) };
+        let Some(Candidate::Bundle(_, engine, _)) = candidates.first() else { return Ok(()) };
         let request = request(arguments, &config, arguments.batch[0], arguments.tokens[0]);
         let show = &mut |what| spinner.show(what);
         if arguments.solvers {
@@ -68,14 +68,14 @@ fn run(arguments: &Arguments) -> Result<()> {
         } else if arguments.tiling {
             report.tiling = Some(tiling::try_tiles(engine.as_ref(), &request, arguments.images.as_deref(), show)?);
         } else if let Some(images) = &arguments.images {
-            let &Arguments { trained, positions, seed, .. } = arguments;
+            let (seed, &Arguments { trained, positions, .. }) = (arguments.seed(), arguments);
             let subject = Subject { engine: engine.as_ref(), images, trained, positions, seed };
             report.equivariance = Some(equivariance::measure(&subject, show)?);
         }
     } else {
         for &batch in &arguments.batch {
             for &tokens in &arguments.tokens {
-                report.cases.push(case(arguments, &contestants, &mut report.machine, (batch, tokens), &spinner)?);
+                report.cases.push(case(arguments, &candidates, &mut report.machine, (batch, tokens), &spinner)?);
             }
         }
     }
@@ -101,7 +101,7 @@ fn run(arguments: &Arguments) -> Result<()> {
 fn check(arguments: &Arguments, bundles: &[Bundle]) -> Result<()> {
     let first = &bundles[0].manifest;
     for bundle in &bundles[1..] {
-        if bundle.manifest.model != first.model {
+        if !bundle.manifest.model.is_same_model(&first.model) {
             return Err(Error::input(bundle.folder.display(), "is of another model than the first --engine"));
         }
     }
@@ -125,13 +125,13 @@ fn check(arguments: &Arguments, bundles: &[Bundle]) -> Result<()> {
 }
 
 /// All that take part, what is measured against first.
-fn contestants(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) -> Result<Vec<Contestant>> {
+fn candidates(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) -> Result<Vec<Candidate>> {
     let mut all = vec![];
     let first = &bundles[0];
     if let (Some(checkout), Some(python)) = (&arguments.pytorch, &arguments.python) {
         spinner.show("starting PyTorch".into());
         let embed = first.manifest.model.generator.embed;
-        all.push(Contestant::PyTorch(PyTorch::start(
+        all.push(Candidate::PyTorch(PyTorch::start(
             checkout,
             python,
             &first.folder,
@@ -141,7 +141,7 @@ fn contestants(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) -
     }
     if arguments.reference {
         let (config, weights) = checkpoint::load_safetensors(&first.weights_path())?;
-        all.push(Contestant::Reference(Box::new(Reference(CandleEngine::new(config, weights)))));
+        all.push(Candidate::Reference(Box::new(Reference(CandleEngine::new(config, weights)))));
     }
     let threads: Vec<Option<usize>> = match arguments.threads.as_slice() {
         [] => vec![None],
@@ -152,7 +152,7 @@ fn contestants(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) -
         for &threads in &threads {
             let engine =
                 eqim_engines::open(&bundle, Options { backend: arguments.backend, threads, cuda_graph: false })?;
-            all.push(Contestant::Bundle(Box::new(bundle.clone()), engine, threads));
+            all.push(Candidate::Bundle(Box::new(bundle.clone()), engine, threads));
         }
     }
     Ok(all)
@@ -169,42 +169,38 @@ fn machine() -> Result<Option<Machine>> {
     }
 }
 
+/// Guidance by default: that of the published images.
+const CFG: f32 = 7.0;
+
 /// The images of a case: classes in turn, and noise of one seed.
 fn request(arguments: &Arguments, config: &Config, batch: usize, tokens: usize) -> Request {
     let g = &config.generator;
     let given = arguments.tail.map(|tail| tokens.saturating_sub(tail));
     let prefix = given.map(|given| {
-        let values = TorchRng::new(!arguments.seed).randn(batch * given * g.embed);
+        let values = TorchRng::new(!arguments.seed()).randn(batch * given * g.embed);
         Array3::from_shape_fn((batch, given, g.embed), |(b, n, e)| values[(b * given + n) * g.embed + e])
     });
-    Request {
-        labels: (0..batch).map(|row| Some(row % g.class_num).into()).collect(),
-        tokens,
-        cfg: arguments.cfg,
-        schedule: Schedule::Linear,
-        solver: arguments.solver,
-        steps: arguments.steps.unwrap_or(g.steps),
-        prefix,
-        noise: Noise::Seed(arguments.seed),
-    }
+    let classes = (0..batch).map(|row| Some(row % g.class_num));
+    let request = Request { cfg: CFG, prefix, ..Request::new(config, classes, tokens) };
+    arguments.sampling.apply(request)
 }
 
-/// Times of one contestant's batches.
+/// Times of one candidate's batches.
 #[derive(Default)]
-struct Times {
-    prefill: Calls,
-    step: Calls,
-    flow: Calls,
-    decode: Calls,
-    total: Calls,
-    first: Calls,
+struct Samples {
+    prefill: CallTimes,
+    step: CallTimes,
+    flow: CallTimes,
+    decode: CallTimes,
+    total: CallTimes,
+    first: CallTimes,
     peak: u64,
     tokens: Option<Array3<f32>>,
 }
 
-impl Times {
-    fn add(&mut self, image: Image, whole: bool) {
-        let Image { tokens, times, decode, total } = image;
+impl Samples {
+    fn add(&mut self, image: TimedBatch, whole: bool) {
+        let TimedBatch { tokens, times, decode, total } = image;
         if whole && let Some(flow) = times.flow.0.first() {
             let before =
                 times.prefill.total() + if times.prefill.0.is_empty() { times.step.0[0] } else { Duration::ZERO };
@@ -219,52 +215,52 @@ impl Times {
     }
 }
 
-/// Measures all contestants on the same work, in turn.
+/// Measures all candidates on the same work, in turn.
 fn case(
     arguments: &Arguments,
-    contestants: &[Contestant],
+    candidates: &[Candidate],
     machine: &mut Option<Machine>,
     (batch, tokens): (usize, usize),
     spinner: &Spinner,
 ) -> Result<Case> {
-    let Some(Contestant::Bundle(bundle, ..)) = contestants.iter().find(|it| !it.is_reference()) else {
+    let Some(Candidate::Bundle(bundle, ..)) = candidates.iter().find(|it| !it.is_reference()) else {
         return Err(Error::run("bench", "no bundle takes part"));
     };
     let config = bundle.manifest.model.clone();
     let ours = request(arguments, &config, batch, tokens);
-    let own_way = arguments.solver == Solver::Euler;
+    let own_way = ours.solver == Solver::Euler;
     let theirs = Request {
         solver: Solver::Euler,
         steps: if own_way { ours.steps } else { config.generator.steps },
         ..ours.clone()
     };
-    let work = |contestant: &Contestant| Work {
-        request: if contestant.is_reference() { theirs.clone() } else { ours.clone() },
-        seed: arguments.seed,
+    let work = |candidate: &Candidate| Workload {
+        request: if candidate.is_reference() { theirs.clone() } else { ours.clone() },
+        seed: arguments.seed(),
         decode: arguments.tail.is_none(),
     };
-    let mut all: Vec<Times> = contestants.iter().map(|_| Times::default()).collect();
-    match arguments.stage.stage() {
+    let mut all: Vec<Samples> = candidates.iter().map(|_| Samples::default()).collect();
+    match arguments.stage {
         Some(stage) => {
-            for (contestant, times) in contestants.iter().zip(&mut all) {
-                spinner.show(format!("{}: {}", contestant.name(), stage.name()));
+            for (candidate, times) in candidates.iter().zip(&mut all) {
+                spinner.show(format!("{}: {}", candidate.name(), stage.name()));
                 memory::forget_peak();
-                one_stage(arguments, contestant, stage, &ours, times)?;
+                one_stage(arguments, candidate, stage, &ours, times)?;
                 times.peak = memory::peak();
             }
         }
         None => {
-            for contestant in contestants {
-                spinner.show(format!("{}: warming up", contestant.name()));
-                warm_up(arguments, contestant, &work(contestant))?;
+            for candidate in candidates {
+                spinner.show(format!("{}: warming up", candidate.name()));
+                warm_up(arguments, candidate, &work(candidate))?;
             }
             let start = Instant::now();
             let mut rounds = 0;
             while rounds < arguments.iterations || start.elapsed() < Duration::from_secs(arguments.duration) {
-                for (contestant, times) in contestants.iter().zip(&mut all) {
-                    spinner.show(format!("{}: batch {batch}, {tokens} tokens, round {rounds}", contestant.name()));
+                for (candidate, times) in candidates.iter().zip(&mut all) {
+                    spinner.show(format!("{}: batch {batch}, {tokens} tokens, round {rounds}", candidate.name()));
                     memory::forget_peak();
-                    let image = contestant.run(&work(contestant))?;
+                    let image = candidate.run(&work(candidate))?;
                     match arguments.tail {
                         Some(tail) => times.add(image.last(tail), false),
                         None => times.add(image, true),
@@ -277,17 +273,17 @@ fn case(
     }
     let generated = arguments.tail.unwrap_or(tokens);
     let evaluations = ours.solver.evaluations(ours.steps);
-    let results = measurements(arguments, contestants, all, machine, (&ours, own_way))?;
+    let results = measurements(arguments, candidates, all, machine, (&ours, own_way))?;
     Ok(Case { batch, tokens, generated, cfg: ours.cfg, solver: ours.solver.to_string(), evaluations, results })
 }
 
 /// Runs short images until the time for it is over: first runs allocate, and read what is on disk.
-fn warm_up(arguments: &Arguments, contestant: &Contestant, work: &Work) -> Result<()> {
+fn warm_up(arguments: &Arguments, candidate: &Candidate, work: &Workload) -> Result<()> {
     let request = Request { tokens: 2, prefix: None, ..work.request.clone() };
-    let short = Work { request, ..work.clone() };
+    let short = Workload { request, ..work.clone() };
     let start = Instant::now();
     loop {
-        contestant.run(&short)?;
+        candidate.run(&short)?;
         if start.elapsed() >= Duration::from_millis(arguments.warm_up) {
             return Ok(());
         }
@@ -296,12 +292,12 @@ fn warm_up(arguments: &Arguments, contestant: &Contestant, work: &Work) -> Resul
 
 fn one_stage(
     arguments: &Arguments,
-    contestant: &Contestant,
+    candidate: &Candidate,
     stage: Stage,
     request: &Request,
-    times: &mut Times,
+    times: &mut Samples,
 ) -> Result<()> {
-    let Contestant::Bundle(_, engine, _) = contestant else { return Ok(()) };
+    let Candidate::Bundle(_, engine, _) = candidate else { return Ok(()) };
     let start = Instant::now();
     let warm_up = Duration::from_millis(arguments.warm_up);
     contest::stage_times(engine.as_ref(), stage, request, |calls| calls.0.is_empty() || start.elapsed() < warm_up)?;
@@ -314,41 +310,41 @@ fn one_stage(
         Stage::Prefill => times.prefill = calls,
         Stage::Step => times.step = calls,
         Stage::Flow => times.flow = calls,
-        Stage::Decode | Stage::Encode => times.decode = calls,
+        Stage::Decoder | Stage::Encoder => times.decode = calls,
     }
     Ok(())
 }
 
-/// Sums up what all contestants took. Ratios are to the first.
+/// Sums up what all candidates took. Ratios are to the first.
 fn measurements(
     arguments: &Arguments,
-    contestants: &[Contestant],
-    all: Vec<Times>,
+    candidates: &[Candidate],
+    all: Vec<Samples>,
     machine: &mut Option<Machine>,
     (request, own_way): (&Request, bool),
 ) -> Result<Vec<Measurement>> {
     let rounds = all[0].total.0.len().max(1) as f64;
     let mut results: Vec<Measurement> = vec![];
-    for (index, (contestant, times)) in contestants.iter().zip(&all).enumerate() {
+    for (index, (candidate, times)) in candidates.iter().zip(&all).enumerate() {
         let mut stages = vec![];
         let calls = [
             (Stage::Prefill, &times.prefill),
             (Stage::Step, &times.step),
             (Stage::Flow, &times.flow),
-            (Stage::Decode, &times.decode),
+            (Stage::Decoder, &times.decode),
         ];
         for (stage, calls) in calls {
             let Some(call) = Summary::new(&calls.0, &arguments.percentiles) else { continue };
-            let effort = match (contestant, machine.as_mut()) {
-                (Contestant::Bundle(bundle, ..), Some(machine)) => Some(effort(bundle, machine, stage, request)?),
+            let effort = match (candidate, machine.as_mut()) {
+                (Candidate::Bundle(bundle, ..), Some(machine)) => Some(effort(bundle, machine, stage, request)?),
                 _ => None,
             };
             stages.push(StageMeasurement { stage: stage.name(), calls: call.count as f64 / rounds, call, effort });
         }
         let batch = Summary::new(&times.total.0, &arguments.percentiles);
-        let exactly = own_way || !contestants[0].is_reference();
+        let exactly = own_way || !candidates[0].is_reference();
         let agreement = match (&all[0].tokens, &times.tokens) {
-            (Some(expected), Some(found)) if index > 0 => Some(contestant.agreement(found, expected, exactly)),
+            (Some(expected), Some(found)) if index > 0 => Some(candidate.agreement(found, expected, exactly)),
             _ => None,
         };
         let ratio = match (agreement, &batch, results.first().and_then(|first| first.batch.as_ref())) {
@@ -356,8 +352,8 @@ fn measurements(
             _ => None,
         };
         results.push(Measurement {
-            name: contestant.name(),
-            is_reference: contestant.is_reference(),
+            name: candidate.name(),
+            is_reference: candidate.is_reference(),
             first_token: Summary::new(&times.first.0, &arguments.percentiles),
             batch,
             stages,
@@ -371,12 +367,12 @@ fn measurements(
 
 /// What a call of a stage does: an image at a time is decoded, and a class computed once.
 fn effort(bundle: &Bundle, machine: &mut Machine, stage: Stage, request: &Request) -> Result<roofline::Effort> {
-    let (batch, guided) = (request.labels.len(), request.cfg != 1.0);
+    let (batch, guided) = (request.classes.len(), request.cfg != 1.0);
     let classes = batch.min(bundle.manifest.model.generator.class_num);
     let rows = match stage {
         Stage::Prefill => classes + usize::from(guided),
         Stage::Step | Stage::Flow => batch * if guided { 2 } else { 1 },
-        Stage::Decode | Stage::Encode => 1,
+        Stage::Decoder | Stage::Encoder => 1,
     };
     machine.effort(bundle, stage, rows, request.tokens, request.solver.evaluations(request.steps))
 }

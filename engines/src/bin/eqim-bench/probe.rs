@@ -59,9 +59,9 @@ impl Gemm {
     /// Measures it.
     ///
     /// # Errors
-    /// [`Error::Run`] when ONNX Runtime fails.
+    /// [`Error::run`] when ONNX Runtime fails.
     pub fn measure(runtime: Runtime) -> Result<Self> {
-        let failed = |error: ort::Error| Error::run("GEMM probe", error);
+        let failed = |error: ort::Error| Error::run_caused("GEMM probe", error);
         let fp32 = product::<f32, f32>("MatMul", TensorElementType::Float32, runtime, (0.5, 0.25)).map_err(failed)?;
         let int8 = product::<u8, i8>("MatMulInteger", TensorElementType::Int32, runtime, (3, -2)).map_err(failed)?;
         Ok(Self { fp32, int8 })

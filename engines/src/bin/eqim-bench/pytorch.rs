@@ -6,15 +6,15 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use eqim::request::condition::Label;
-use eqim::request::timing::{Calls, Times};
-use eqim::{Error, Result};
+use eqim::request::condition::ClassSchedule;
+use eqim::request::timing::{CallTimes, StageTimes};
+use eqim::{Error, Result, ResultExt};
 use ndarray::Array3;
 use serde::Deserialize;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::workload::{Image, Work};
+use super::workload::{TimedBatch, Workload};
 
 const SCRIPT: &str = include_str!("../../../../benches/pytorch/reference.py");
 
@@ -48,14 +48,14 @@ impl PyTorch {
     /// Starts it on the weights of a bundle in FP32.
     ///
     /// # Errors
-    /// [`Error::Input`] for a checkout or Python that is not there; [`Error::Run`] when Python fails, which says why on
+    /// [`Error::input`] for a checkout or Python that is not there; [`Error::run`] when Python fails, which says why on
     /// standard error.
     pub fn start(checkout: &Path, python: &Path, bundle: &Path, threads: Option<usize>, embed: usize) -> Result<Self> {
         if !checkout.join("generator/equ_modeling.py").is_file() {
             let problem = "has no generator/equ_modeling.py, expected a checkout of drx-code/EquivariantModeling";
             return Err(Error::input(format!("--pytorch {}", checkout.display()), problem));
         }
-        let failed = |error| Error::run("PyTorch", error);
+        let failed = |error| Error::run_caused("PyTorch", error);
         let folder = tempfile::tempdir().map_err(failed)?;
         let script = folder.path().join("reference.py");
         std::fs::write(&script, SCRIPT).map_err(failed)?;
@@ -64,8 +64,7 @@ impl PyTorch {
         command.arg(&script).arg(checkout).arg(bundle).arg(threads.unwrap_or(0).to_string());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         command.env("PYTHONWARNINGS", "ignore");
-        let mut child =
-            command.spawn().map_err(|error| Error::input(format!("--python {}", python.display()), error))?;
+        let mut child = command.spawn().or_input(format!("--python {}", python.display()))?;
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(Error::run("PyTorch", "has no pipes"));
         };
@@ -78,7 +77,7 @@ impl PyTorch {
 
     fn receive<T: for<'a> Deserialize<'a>>(&self) -> Result<T> {
         let mut line = String::new();
-        self.pipes.borrow_mut().1.read_line(&mut line).map_err(|error| Error::run("PyTorch", error))?;
+        self.pipes.borrow_mut().1.read_line(&mut line).or_run("PyTorch")?;
         serde_json::from_str(&line)
             .map_err(|_| Error::run("PyTorch", format!("stopped; it said {line:?}: see its message above")))
     }
@@ -86,9 +85,9 @@ impl PyTorch {
     /// Makes a batch of images.
     ///
     /// # Errors
-    /// [`Error::Run`] when Python fails.
-    pub fn run(&self, work: &Work) -> Result<Image> {
-        let failed = |error: std::io::Error| Error::run("PyTorch", error);
+    /// [`Error::run`] when Python fails.
+    pub fn run(&self, work: &Workload) -> Result<TimedBatch> {
+        let failed = |error: std::io::Error| Error::run_caused("PyTorch", error);
         let (output, prefix) = (self.folder.path().join("tokens"), self.folder.path().join("prefix"));
         if let Some(given) = &work.request.prefix {
             let bytes: Vec<u8> = given.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -96,7 +95,7 @@ impl PyTorch {
         }
         let request = &work.request;
         let line = json!({
-            "labels": request.labels.iter().flat_map(Label::classes).collect::<Vec<_>>(),
+            "labels": request.classes.iter().flat_map(ClassSchedule::classes).collect::<Vec<_>>(),
             "tokens": request.tokens,
             "cfg": request.cfg,
             "steps": request.steps,
@@ -112,12 +111,12 @@ impl PyTorch {
         let answer: Answer = self.receive()?;
         let bytes = std::fs::read(output).map_err(failed)?;
         let values = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-        let shape = (request.labels.len(), request.tokens, self.embed);
-        let tokens = Array3::from_shape_vec(shape, values).map_err(|error| Error::run("PyTorch", error))?;
-        let calls = |seconds: &[f64]| Calls(seconds.iter().map(|&time| Duration::from_secs_f64(time)).collect());
-        let times = Times { step: calls(&answer.step), flow: calls(&answer.flow), ..Times::default() };
+        let shape = (request.classes.len(), request.tokens, self.embed);
+        let tokens = Array3::from_shape_vec(shape, values).or_run("PyTorch")?;
+        let calls = |seconds: &[f64]| CallTimes(seconds.iter().map(|&time| Duration::from_secs_f64(time)).collect());
+        let times = StageTimes { step: calls(&answer.step), flow: calls(&answer.flow), ..StageTimes::default() };
         let total = Duration::from_secs_f64(answer.total);
-        Ok(Image { tokens, times, decode: calls(&answer.decode), total })
+        Ok(TimedBatch { tokens, times, decode: calls(&answer.decode), total })
     }
 }
 

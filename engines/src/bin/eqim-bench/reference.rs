@@ -7,8 +7,8 @@ use eqim::engine::{Engine, Session};
 use eqim::model::{flow, transformer};
 use eqim::ops::eager::Eager;
 use eqim::request::solver::Tableau;
-use eqim::request::timing::Times;
-use eqim::request::{Rollout, check_finite};
+use eqim::request::timing::StageTimes;
+use eqim::request::{PreparedRequest, check_finite};
 use eqim::{Config, Error, Result};
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, Axis, Ix3, concatenate, s};
 
@@ -64,9 +64,9 @@ impl Engine for Reference {
 
     fn fused_rollout(
         &self,
-        rollout: &Rollout,
+        rollout: &PreparedRequest,
         progress: &mut dyn FnMut(usize),
-    ) -> Result<Option<(Array3<f32>, Times)>> {
+    ) -> Result<Option<(Array3<f32>, StageTimes)>> {
         let g = &self.config().generator;
         let (n, batch) = (rollout.tokens, rollout.batch());
         let labels: Vec<i64> = rollout.conditions(self.config(), 0).iter().map(|condition| condition.label).collect();
@@ -74,7 +74,7 @@ impl Engine for Reference {
         let labels = Tensor::from_slice(&labels, labels.len(), &Device::Cpu)?;
         let mut tokens = Array3::zeros((batch, n, g.embed));
         tokens.slice_mut(s![.., ..rollout.given(), ..]).assign(&rollout.prefix);
-        let mut times = Times::default();
+        let mut times = StageTimes::default();
         for index in rollout.given()..n {
             let z = times.step.time(|| -> Result<Array3<f32>> {
                 let streams = vec![tokens.view(); streams];

@@ -13,7 +13,7 @@ use super::tiling::Tilings;
 
 /// Everything measured.
 #[derive(Debug, Default, Serialize)]
-pub struct Report {
+pub struct BenchReport {
     /// Nothing where ONNX Runtime is not found.
     pub machine: Option<Machine>,
     /// One for each batch and length.
@@ -29,7 +29,7 @@ pub struct Report {
     pub equivariance: Option<Equivariance>,
 }
 
-/// All contestants on the same work.
+/// All candidates on the same work.
 #[derive(Debug, Serialize)]
 pub struct Case {
     /// Images at once.
@@ -44,11 +44,11 @@ pub struct Case {
     pub solver: String,
     /// Evaluations of the velocity a token.
     pub evaluations: usize,
-    /// One for each contestant.
+    /// One for each candidate.
     pub results: Vec<Measurement>,
 }
 
-/// What one contestant did.
+/// What one candidate did.
 #[derive(Debug, Serialize)]
 pub struct Measurement {
     /// What it is.
@@ -80,7 +80,7 @@ pub struct StageMeasurement {
     pub stage: &'static str,
     /// Seconds a call.
     pub call: Summary,
-    /// Calls a batch.
+    /// CallTimes a batch.
     pub calls: f64,
     /// What a call does, where that is known.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -107,7 +107,7 @@ impl Measurement {
     }
 }
 
-impl Report {
+impl BenchReport {
     /// For people.
     pub fn text(&self) -> String {
         let mut text = String::new();

@@ -3,9 +3,10 @@
 use std::fmt::Write;
 
 use eqim::Result;
+use eqim::close::relative_error;
 use eqim::engine::Engine;
 use eqim::generate::generate;
-use eqim::picture::quality::{psnr, relative_error};
+use eqim::picture::quality::psnr;
 use eqim::request::Request;
 use eqim::request::solver::Solver;
 use ndarray::{Array3, Array4, s};

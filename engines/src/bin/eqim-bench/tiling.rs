@@ -4,13 +4,14 @@ use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
+use eqim::close;
 use eqim::engine::Engine;
 use eqim::generate::generate;
 use eqim::generate::tiles::{Tiling, decode_tiles};
 use eqim::picture::quality;
 use eqim::request::Request;
 use eqim::request::timing::timed;
-use eqim::{Error, Result};
+use eqim::{Error, Result, ResultExt};
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis, concatenate, s};
 use serde::Serialize;
 
@@ -84,7 +85,7 @@ impl Row {
         let [pixels, decoded] = [&pixels, &decoded].map(|images| beside(images));
         let tokens: Vec<_> = tokens.iter().map(|tokens| tokens.view()).collect();
         let count = tokens.len();
-        let tokens = concatenate(Axis(0), &tokens).map_err(|error| Error::run("tokens", error))?;
+        let tokens = concatenate(Axis(0), &tokens).or_run("tokens")?;
         let (pixels, decoded) = (pixels?, decoded?);
         let alone = psnr(&decoded, &pixels).map(|psnr| (count, psnr));
         Ok(Self { tokens, photographs: Some(pixels), alone })
@@ -94,7 +95,7 @@ impl Row {
 /// Images `[3, height, width]` side by side.
 fn beside(images: &[Array3<f32>]) -> Result<Array3<f32>> {
     let images: Vec<_> = images.iter().map(|image| image.view()).collect();
-    concatenate(Axis(2), &images).map_err(|error| Error::run("images", error))
+    concatenate(Axis(2), &images).or_run("images")
 }
 
 /// Peak signal-to-noise ratio of an image to photographs, dB; `None` for an image that equals them.
@@ -105,7 +106,7 @@ fn psnr(found: &Array3<f32>, expected: &Array3<f32>) -> Option<f32> {
 /// Tries tiles on the first image of a request, or on the pictures of a folder side by side; `progress` is told what is next.
 ///
 /// # Errors
-/// [`Error::Input`] for pictures that cannot be used; when the engine fails.
+/// [`Error::input`] for pictures that cannot be used; when the engine fails.
 pub fn try_tiles(
     engine: &dyn Engine,
     request: &Request,
@@ -133,7 +134,7 @@ pub fn try_tiles(
             all.push(Tiled {
                 tile,
                 overlap,
-                largest: difference.iter().copied().fold(0.0, f32::max),
+                largest: close::largest(&difference),
                 mean: difference.mean().unwrap_or(0.0),
                 seams: steps(image.view(), &shared) / steps(exact.view(), &shared),
                 psnr: psnr(&image),

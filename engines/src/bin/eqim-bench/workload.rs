@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use eqim::request::Request;
-use eqim::request::timing::{Calls, Times};
+use eqim::request::timing::{CallTimes, StageTimes};
 use ndarray::{Array3, s};
 
 /// A batch of images to make.
 #[derive(Clone, Debug)]
-pub struct Work {
+pub struct Workload {
     /// What they are.
     pub request: Request,
     /// What `request`'s noise is drawn from.
@@ -18,24 +18,24 @@ pub struct Work {
 }
 
 /// A batch of images, and how long it took.
-pub struct Image {
+pub struct TimedBatch {
     /// `[B, N, E]`.
     pub tokens: Array3<f32>,
     /// Times of the stages.
-    pub times: Times,
+    pub times: StageTimes,
     /// Those of decoding.
-    pub decode: Calls,
+    pub decode: CallTimes,
     /// From the classes to the last pixel.
     pub total: Duration,
 }
 
-impl Image {
+impl TimedBatch {
     /// No more than the last `tail` tokens, and the time that they took.
     pub fn last(mut self, tail: usize) -> Self {
         let steps = &mut self.times.step.0;
         steps.drain(..steps.len() - tail.min(steps.len()));
         self.tokens = self.tokens.slice(s![.., -(tail as isize).., ..]).to_owned();
-        self.times.prefill = Calls::default();
+        self.times.prefill = CallTimes::default();
         self.total = self.times.step.total() + self.times.flow.total();
         self
     }

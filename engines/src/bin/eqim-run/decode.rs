@@ -7,7 +7,7 @@ use eqim::engine::Engine;
 use eqim::generate::tiles::{Strip, Tiling, decode_tiles};
 use eqim::picture::canvas::Canvas;
 use eqim::request::timing::timed;
-use eqim::{Error, Result, files, picture};
+use eqim::{Error, Result, ResultExt, files, picture};
 use ndarray::{ArrayView2, Axis};
 
 use super::finish::Finish;
@@ -34,8 +34,7 @@ pub fn decode_to(
         }
         return picture::write_png(path, finish.columns(0, image, width).1.view());
     };
-    let beside =
-        files::temporary(0o666).tempfile_in(files::folder(path)).map_err(|error| Error::run(path.display(), error))?;
+    let beside = files::temporary(0o666).tempfile_in(files::folder(path)).or_run(path.display())?;
     let mut canvas = Canvas::open(beside.path(), width, height)?;
     let write = |strip: Strip| {
         let (x, pixels) = finish.columns(strip.x, strip.pixels, width);

@@ -9,17 +9,12 @@ use eqim::engine::candle;
 use eqim::generate::memory::check_memory;
 use eqim::generate::tiles::Tiling;
 use eqim::picture::{self, Side};
-use eqim::request::condition::{Label, Span};
-use eqim::request::{MOST_TOKENS, Noise, Request};
+use eqim::request::{Noise, Request, Settings, TileSize};
 use eqim::{Config, Error, Result};
 use ndarray::{Array3, Axis, Ix3};
 
-use super::arguments::{Arguments, Spans, Tile, tokens_of_width};
 use super::finish::Finish;
 use super::outputs;
-
-/// Length of an image unless told otherwise: square, in the published models.
-const TOKENS: usize = 16;
 
 /// Longest image that is decoded as a whole unless told otherwise: beyond, attention would soon outweigh all else.
 const MOST_WHOLE: usize = 256;
@@ -46,43 +41,33 @@ pub struct Inputs {
     pub tiling: Option<Tiling>,
 }
 
-/// Checks the flags, and reads the files that they name.
+/// Checks the settings, and reads the files that they and `noise` name. `output` is where the image goes.
 ///
 /// # Errors
-/// [`Error::Input`] naming the flag, and the file, that does not fit the model.
-pub fn read(arguments: &Arguments, config: &Config) -> Result<Inputs> {
-    let labels = labels(arguments, config)?;
-    let rows = labels.len();
-    let mut request = Request {
-        labels,
-        tokens: length(arguments, rows, config)?,
-        cfg: arguments.cfg,
-        schedule: arguments.cfg_schedule,
-        solver: arguments.solver,
-        steps: arguments.steps.unwrap_or(config.generator.steps),
-        prefix: None,
-        noise: Noise::Seed(arguments.seed),
-    };
-    request.check(config)?;
-    let tiling = tiling(arguments, request.tokens)?;
+/// [`Error::setting`] for a setting that does not fit the model; [`Error::input`] for a file that does not.
+pub fn read(settings: &Settings, noise: Option<&Path>, output: Option<&Path>, config: &Config) -> Result<Inputs> {
+    let mut request = settings.request(config)?;
+    let rows = request.classes.len();
+    let tiling = tiling(settings, output, request.tokens)?;
     check_memory(&request, config, tiling)?;
-    let prefix = match &arguments.prefix {
-        Some(path) => Some(Prefix::read(path, rows, request.tokens, config, arguments.direction)?),
-        None if arguments.direction == Side::Left => {
-            return Err(Error::input("--direction left", "needs --prefix: what is to be continued"));
+    let side = settings.direction.unwrap_or_default();
+    let prefix = match &settings.prefix {
+        Some(path) => Some(Prefix::read(path, rows, request.tokens, config, side)?),
+        None if side == Side::Left => {
+            return Err(Error::setting("direction", "is left, which needs a prefix: what is to be continued"));
         }
         None => None,
     };
-    let finish = finish(arguments, prefix.as_ref(), config)?;
-    if let Some(path) = &arguments.noise {
+    let finish = finish(settings, prefix.as_ref(), config)?;
+    if let Some(path) = noise {
         let given = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
-        let file = TensorFile::open(path).map_err(about("--noise"))?;
-        let noise = read_tokens("--noise", file, "noise", &[rows], config)?;
+        let file = TensorFile::open(path).map_err(about("noise"))?;
+        let noise = read_tokens("noise", file, "noise", &[rows], config)?;
         let (found, expected) = (noise.dim().1, request.tokens - given);
         if found != expected {
             let problem =
                 format!("is noise of {found} tokens, expected {expected}: the run's length without its prefix");
-            return Err(about("--noise")(Error::input(path.display(), problem)));
+            return Err(about("noise")(Error::input(path.display(), problem)));
         }
         request.noise = Noise::Given(noise);
     }
@@ -90,78 +75,52 @@ pub fn read(arguments: &Arguments, config: &Config) -> Result<Inputs> {
 }
 
 /// How images are finished.
-fn finish(arguments: &Arguments, prefix: Option<&Prefix>, config: &Config) -> Result<Finish> {
+fn finish(settings: &Settings, prefix: Option<&Prefix>, config: &Config) -> Result<Finish> {
+    let keeps = settings.keep_prefix_pixels.unwrap_or_default();
     let kept = match prefix {
-        Some(Prefix::Picture(pixels)) if arguments.keep_prefix_pixels => Some(pixels.clone()),
-        _ if arguments.keep_prefix_pixels => {
-            return Err(Error::input("--keep-prefix-pixels", "needs a PNG or JPEG as --prefix: tokens have no pixels"));
+        Some(Prefix::Picture(pixels)) if keeps => Some(pixels.clone()),
+        _ if keeps => {
+            let problem = "needs a PNG or JPEG as the prefix: tokens have no pixels";
+            return Err(Error::setting("keep_prefix_pixels", problem));
         }
         _ => None,
     };
-    Ok(Finish { kept, side: arguments.direction, token_width: config.tokenizer.token_width() })
-}
-
-/// The class of each image.
-fn labels(arguments: &Arguments, config: &Config) -> Result<Vec<Label>> {
-    let class = |flag: &str, text: &str| config.generator.class(text).map_err(|problem| Error::input(flag, problem));
-    let Some(Spans(spans)) = &arguments.spans else {
-        return arguments.classes.iter().map(|text| Ok(class("--class", text)?.into())).collect();
-    };
-    let span = |(text, begin, end): &(String, usize, Option<usize>)| {
-        Ok(Span { class: class("--classes", text)?, begin: *begin, end: *end })
-    };
-    Ok(vec![Label::Spans(spans.iter().map(span).collect::<Result<_>>()?)])
+    let side = settings.direction.unwrap_or_default();
+    Ok(Finish { kept, side, token_width: config.tokenizer.token_width() })
 }
 
 /// How images of `tokens` are decoded: in tiles, or as a whole.
-fn tiling(arguments: &Arguments, tokens: usize) -> Result<Option<Tiling>> {
-    let tile = match arguments.tile {
-        Some(Tile::Tokens(tile)) => tile,
-        Some(Tile::Whole) if outputs::is_folder(arguments.output.as_deref()) => {
-            return Err(Error::input(
-                "--tile none",
-                "has no tiles for the folder of --output: name a PNG, or leave it out",
-            ));
+fn tiling(settings: &Settings, output: Option<&Path>, tokens: usize) -> Result<Option<Tiling>> {
+    let tile = match settings.tile {
+        Some(TileSize::Tokens(tile)) => tile,
+        Some(TileSize::Whole) if outputs::is_folder(output) => {
+            let problem = "is none, which gives no tiles for the folder of the output: name a PNG, or leave it out";
+            return Err(Error::setting("tile", problem));
         }
-        None if tokens > MOST_WHOLE || outputs::is_folder(arguments.output.as_deref()) => Tiling::default().tile,
-        Some(Tile::Whole) | None => return Ok(None),
+        None if tokens > MOST_WHOLE || outputs::is_folder(output) => Tiling::default().tile,
+        Some(TileSize::Whole) | None => return Ok(None),
     };
-    let tiling = Tiling { tile, overlap: arguments.overlap.unwrap_or(tile / 4) };
+    let tiling = Tiling { tile, overlap: settings.overlap.unwrap_or(tile / 4) };
     tiling.check()?;
     Ok(Some(tiling))
 }
 
-/// The images' length in tokens.
-fn length(arguments: &Arguments, images: usize, config: &Config) -> Result<usize> {
-    let (flag, tokens) = match arguments.width {
-        Some(width) => {
-            let tokens = tokens_of_width(width, config.tokenizer.token_width());
-            ("--width", tokens.map_err(|problem| Error::input("--width", problem))?)
-        }
-        None => ("--tokens", arguments.tokens.unwrap_or(TOKENS)),
-    };
-    if tokens > MOST_TOKENS / images {
-        let problem = format!("asks for {images} × {tokens} tokens, expected at most {MOST_TOKENS} in a run");
-        return Err(Error::input(flag, problem));
-    }
-    Ok(tokens)
-}
-
 impl Prefix {
     fn read(path: &Path, rows: usize, tokens: usize, config: &Config, side: Side) -> Result<Self> {
-        let flag = "--prefix";
-        let prefix = if picture::is_picture(path).map_err(about(flag))? {
+        let field = "prefix";
+        let prefix = if picture::is_picture(path).map_err(about(field))? {
             Self::read_picture(path, config, side)?
         } else {
-            let neither = |error| Error::Input(format!("{}; nor is it a PNG or JPEG", about(flag)(error)));
+            let neither = |error| about(field)(error).advise("; nor is it a PNG or JPEG");
             let file = TensorFile::open(path).map_err(neither)?;
-            Self::Tokens(read_tokens(flag, file, "tokens", &[1, rows], config)?)
+            Self::Tokens(read_tokens(field, file, "tokens", &[1, rows], config)?)
         };
         let given = prefix.tokens(config);
         if given >= tokens {
-            let problem =
-                format!("is {given} tokens long and the image {tokens}, so nothing is left to generate: set --tokens");
-            return Err(about(flag)(Error::input(path.display(), problem)));
+            let problem = format!(
+                "is {given} tokens long and the image {tokens}, so nothing is left to generate: ask for more tokens"
+            );
+            return Err(about(field)(Error::input(path.display(), problem)));
         }
         Ok(prefix)
     }
@@ -169,7 +128,7 @@ impl Prefix {
     fn read_picture(path: &Path, config: &Config, side: Side) -> Result<Self> {
         let token_width = config.tokenizer.token_width();
         let height = config.tokenizer.image_height();
-        let mut read = picture::read(path, height, token_width, side).map_err(about("--prefix"))?;
+        let mut read = picture::read(path, height, token_width, side).map_err(about("prefix"))?;
         let (width, height) = read.original;
         let (_, scaled_height, kept) = read.pixels.dim();
         eqim_cli::note(format_args!(
@@ -212,9 +171,15 @@ impl Prefix {
 }
 
 /// Reads `key` of a `.safetensors`: at least one token, as many rows as one of `rows`, finite numbers of any precision.
-fn read_tokens(flag: &str, mut file: TensorFile, key: &str, rows: &[usize], config: &Config) -> Result<Array3<f32>> {
+fn read_tokens(
+    field: &'static str,
+    mut file: TensorFile,
+    key: &str,
+    rows: &[usize],
+    config: &Config,
+) -> Result<Array3<f32>> {
     let path = file.path().to_path_buf();
-    let bad = |problem: String| about(flag)(Error::input(path.display(), problem));
+    let bad = |problem: String| about(field)(Error::input(path.display(), problem));
     let Some((dtype, shape)) = file.tensors().get(key).map(|info| (info.dtype, info.shape.clone())) else {
         let mut names: Vec<String> = file.tensors().into_keys().collect();
         names.sort();
@@ -231,17 +196,17 @@ fn read_tokens(flag: &str, mut file: TensorFile, key: &str, rows: &[usize], conf
     if !DType::try_from(dtype).is_ok_and(|dtype| float.contains(&dtype)) {
         return Err(bad(format!("`{key}` is of type {dtype}, expected F32, F16, BF16 or F64")));
     }
-    let array = candle::to_array::<Ix3>(&file.read(key).map_err(about(flag))?.to_dtype(DType::F32)?)?;
+    let array = candle::to_array::<Ix3>(&file.read(key).map_err(about(field))?.to_dtype(DType::F32)?)?;
     if array.iter().any(|value| !value.is_finite()) {
         return Err(bad(format!("`{key}` has a value that is not finite")));
     }
     Ok(array)
 }
 
-/// Puts the flag that named a file before what is wrong with the file.
-fn about(flag: &str) -> impl Fn(Error) -> Error {
-    move |error| match error {
-        Error::Input(problem) => Error::Input(format!("{flag} {problem}")),
-        other => other,
+/// Puts the setting that named a file before what is wrong with the file.
+fn about(field: &'static str) -> impl Fn(Error) -> Error {
+    move |error| match error.is_input() {
+        true => Error::setting(field, error),
+        false => error,
     }
 }

@@ -5,23 +5,19 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use eqim::bundle::Flavour;
+use eqim::bundle::Int8Target;
 use eqim::engine::Engine;
-use eqim::generate::batch::{Image, generate_all};
+use eqim::generate::batch::{Sequence, generate_all};
 use eqim::generate::memory::check_memory;
 use eqim::generate::tiles::Tiling;
-use eqim::picture::Side;
-use eqim::request::Sampling;
-use eqim::request::condition::Label;
-use eqim::request::solver::Solver;
-use eqim::request::{Request, Rollout, Schedule};
-use eqim::{Error, Result, files};
+use eqim::request::condition::ClassSchedule;
+use eqim::request::{PreparedRequest, Request, Sampling, Settings, TileSize};
+use eqim::{Error, Result, ResultExt, files};
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 use super::arguments::Arguments;
-use super::arguments::Spans;
 use super::decode::decode_to;
 use super::finish::Finish;
 use super::inputs::{self, Inputs, Prefix};
@@ -29,73 +25,27 @@ use super::outputs;
 use eqim::bundle::Bundle;
 use eqim_cli::Progress;
 
-/// A line of the file. What it leaves out is as the flags say.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct Line {
-    id: Option<String>,
-    class: Option<Class>,
-    classes: Option<String>,
-    seed: Option<u64>,
-    tokens: Option<usize>,
-    width: Option<usize>,
-    cfg: Option<f32>,
-    cfg_schedule: Option<Schedule>,
-    solver: Option<Solver>,
-    steps: Option<usize>,
-    prefix: Option<PathBuf>,
-    direction: Option<Side>,
-    keep_prefix_pixels: Option<bool>,
-}
-
-/// A class by number or name.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Class {
-    Number(usize),
-    Name(String),
-}
-
-/// What an image was made from: it stands beside the image, so that a run that goes on knows what is done.
+/// What an image was made from: it stands next to the image, so that a run that goes on knows what is done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Record {
-    class: Label,
-    seed: u64,
-    tokens: usize,
-    cfg: f32,
-    cfg_schedule: Schedule,
-    solver: Solver,
-    steps: usize,
-    prefix: Option<PathBuf>,
-    #[serde(default)]
-    direction: Side,
-    #[serde(default)]
-    keep_prefix_pixels: bool,
-    /// Tokens of a tile, and those that two share, where it was decoded in tiles.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    tiles: Option<(usize, usize)>,
+    #[serde(flatten)]
+    settings: Settings,
     /// SHA-256 of the weights.
     weights: String,
-}
-
-impl Record {
-    /// How the image is decoded.
-    fn tiling(&self) -> Option<Tiling> {
-        self.tiles.map(|(tile, overlap)| Tiling { tile, overlap })
-    }
 }
 
 /// A job that can run.
 struct Job {
     id: String,
     record: Record,
+    tiling: Option<Tiling>,
     request: Request,
     prefix: Option<Prefix>,
     finish: Finish,
 }
 
 /// How far the jobs of a file are.
-struct Desk<'a> {
+struct JobRunner<'a> {
     folder: &'a Path,
     progress: Progress,
     done: usize,
@@ -105,16 +55,16 @@ struct Desk<'a> {
 /// Runs the jobs of a file.
 ///
 /// # Errors
-/// [`Error::Input`] for flags and files that cannot be used; [`Error::Run`] when the engine fails, or at the end when jobs
+/// [`Error::input`] for flags and files that cannot be used; [`Error::run`] when the engine fails, or at the end when jobs
 /// failed.
 pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     let subject = format!("--jobs {}", file.display());
-    let text = std::fs::read_to_string(file).map_err(|error| Error::input(&subject, error))?;
+    let text = std::fs::read_to_string(file).or_input(&subject)?;
     let missing = || Error::input("--output", "is not given: --jobs needs a folder for its images");
     let folder = arguments.output.as_deref().ok_or_else(missing)?;
     let bundle = Bundle::open(&arguments.engine)?;
     outputs::prepare_folder(folder, &bundle.folder)?;
-    let is_dynamic = bundle.manifest.quantization.as_ref().is_some_and(|it| it.flavour == Flavour::Cpu);
+    let is_dynamic = bundle.manifest.quantization.as_ref().is_some_and(|it| it.target == Int8Target::Cpu);
     if is_dynamic && arguments.max_batch > 1 {
         let effect = "rows of a batch share the ranges of dynamic quantization, so images differ within INT8's error";
         tracing::warn!("{}: {effect} from those of --max-batch 1", bundle.folder.display());
@@ -123,7 +73,7 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     let shared = |index: usize| arguments.shard.is_none_or(|shard| shard.holds(index));
     let mine = lines.into_iter().enumerate().filter(|(index, _)| shared(*index)).map(|(_, line)| line);
     let mine: Vec<(usize, &str)> = mine.collect();
-    let mut desk = Desk { folder, progress: Progress::new("finished", mine.len(), "jobs"), done: 0, failed: 0 };
+    let mut desk = JobRunner { folder, progress: Progress::new("finished", mine.len(), "jobs"), done: 0, failed: 0 };
     let jobs = desk.jobs(arguments, &bundle, &mine)?;
     let before = desk.done;
     if !jobs.is_empty() {
@@ -133,7 +83,7 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
             batches(engine.as_ref(), jobs, arguments, &shared)?;
         }
     }
-    let Desk { done, failed, progress, .. } = desk;
+    let JobRunner { done, failed, progress, .. } = desk;
     drop(progress);
     eqim_cli::note(format_args!("{} jobs done, {before} done before, {failed} failed", done - before));
     if failed > 0 {
@@ -144,7 +94,7 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
 
 /// Jobs that can share a batch.
 fn alike(jobs: Vec<Job>) -> Vec<Vec<Job>> {
-    let key = |job: &Job| (job.record.cfg != 1.0, job.record.solver, job.record.steps);
+    let key = |job: &Job| (job.request.cfg != 1.0, job.request.solver, job.request.steps);
     let mut groups: Vec<Vec<Job>> = vec![];
     for job in jobs {
         match groups.iter_mut().find(|group| key(&group[0]) == key(&job)) {
@@ -156,22 +106,23 @@ fn alike(jobs: Vec<Job>) -> Vec<Vec<Job>> {
 }
 
 /// Runs jobs that can share a batch.
-fn batches(engine: &dyn Engine, jobs: Vec<Job>, arguments: &Arguments, desk: &RefCell<&mut Desk>) -> Result<()> {
+fn batches(engine: &dyn Engine, jobs: Vec<Job>, arguments: &Arguments, desk: &RefCell<&mut JobRunner>) -> Result<()> {
     let (config, most) = (engine.config(), arguments.max_batch);
     let mut together = jobs[0].request.clone();
-    together.labels = vec![Label::One(None); most.min(jobs.len())];
-    check_memory(&together, config, jobs[0].record.tiling()).map_err(|error| Error::input("--max-batch", error))?;
+    together.classes = vec![ClassSchedule::Constant(None); most.min(jobs.len())];
+    check_memory(&together, config, jobs[0].tiling)
+        .map_err(|error| error.about("max_batch").with_field("max_batch"))?;
     let sampling = Sampling::new(config, &jobs[0].request);
-    let named = |job: &Job| (job.id.clone(), job.record.clone(), job.finish.clone());
-    let names: Vec<(String, Record, Finish)> = jobs.iter().map(named).collect();
+    let named = |job: &Job| (job.id.clone(), job.record.clone(), job.tiling, job.finish.clone());
+    let names: Vec<(String, Record, Option<Tiling>, Finish)> = jobs.iter().map(named).collect();
     let images = jobs.into_iter().enumerate().filter_map(|(number, job)| match job.image(engine) {
         Ok(image) => Some(Ok((number, image))),
         Err(error) => desk.borrow_mut().finish(&names[number].0, Err(error)).err().map(Err),
     });
     generate_all(engine, sampling, images, most, |(number, tokens)| {
         let desk = &mut *desk.borrow_mut();
-        let (id, record, finish) = &names[number];
-        let written = tokens.and_then(|tokens| write(engine, (desk.folder, id), record, finish, tokens));
+        let (id, record, tiling, finish) = &names[number];
+        let written = tokens.and_then(|tokens| write(engine, (desk.folder, id), record, (*tiling, finish), tokens));
         desk.finish(id, written)
     })
 }
@@ -181,11 +132,11 @@ fn write(
     engine: &dyn Engine,
     (folder, id): (&Path, &str),
     record: &Record,
-    finish: &Finish,
+    (tiling, finish): (Option<Tiling>, &Finish),
     tokens: Array2<f32>,
 ) -> Result<PathBuf> {
     let path = image_path(folder, id);
-    decode_to(engine, tokens.view(), record.tiling(), finish, &path, &mut Duration::default())?;
+    decode_to(engine, tokens.view(), tiling, finish, &path, &mut Duration::default())?;
     files::write_json(&record_path(folder, id), record)?;
     Ok(path)
 }
@@ -198,24 +149,26 @@ fn record_path(folder: &Path, id: &str) -> PathBuf {
     folder.join(format!("{id}.json"))
 }
 
-impl Desk<'_> {
+impl JobRunner<'_> {
     /// The jobs of some lines, numbered from 0, that are still to be done. Lines that are no jobs have failed.
     fn jobs(&mut self, arguments: &Arguments, bundle: &Bundle, lines: &[(usize, &str)]) -> Result<Vec<Job>> {
         let mut jobs = vec![];
         let mut ids = HashSet::new();
         for &(number, text) in lines {
+            let line = format!("line {}", number + 1);
             let fallback = (number + 1).to_string();
-            let (id, job) = match serde_json::from_str::<Line>(text) {
-                Ok(line) => {
-                    let id = line.id.clone().unwrap_or(fallback);
+            let (id, job) = match read_line(text) {
+                Ok((id, settings)) => {
+                    let id = id.unwrap_or(fallback);
                     let known = if ids.insert(id.clone()) {
                         check_id(&id)
                     } else {
                         Err(Error::input("id", "is another job's too"))
                     };
-                    (id.clone(), known.and_then(|()| Job::new(arguments, bundle, id, line)))
+                    let job = known.and_then(|()| Job::new(arguments, bundle, id.clone(), settings));
+                    (id, job.map_err(|error| error.about(&line)))
                 }
-                Err(error) => (fallback, Err(Error::input(format!("line {}", number + 1), error))),
+                Err(error) => (fallback, Err(error.about(&line))),
             };
             match job {
                 Ok(job) if job.is_done(self.folder) => {
@@ -256,55 +209,30 @@ fn check_id(id: &str) -> Result<()> {
     Ok(())
 }
 
+/// The id and the settings of a line.
+fn read_line(text: &str) -> Result<(Option<String>, Settings)> {
+    let mut object: Map<String, Value> = serde_json::from_str(text).or_input("a job")?;
+    let id = match object.remove("id") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(id)) => Some(id),
+        Some(other) => return Err(Error::input("id", format!("is {other}, expected text"))),
+    };
+    Ok((id, Settings::from_json(object)?))
+}
+
 impl Job {
-    fn new(arguments: &Arguments, bundle: &Bundle, id: String, line: Line) -> Result<Self> {
-        let mut own = arguments.clone();
-        if line.class.is_some() && line.classes.is_some() {
-            return Err(Error::input("class", "and classes are given, expected one of them"));
+    fn new(arguments: &Arguments, bundle: &Bundle, id: String, settings: Settings) -> Result<Self> {
+        let settings = settings.over(&arguments.settings);
+        // The folder of all images is not a folder of tiles.
+        let Inputs { request, prefix, finish, tiling } = inputs::read(&settings, None, None, &bundle.manifest.model)?;
+        if request.classes.len() > 1 {
+            return Err(Error::setting("class", format!("names {} classes, expected one", request.classes.len())));
         }
-        if let Some(class) = line.class {
-            let class = match class {
-                Class::Number(number) => number.to_string(),
-                Class::Name(name) => name,
-            };
-            (own.classes, own.spans) = (vec![class], None);
-        }
-        if let Some(classes) = line.classes {
-            own.spans = Some(Spans::parse(&classes).map_err(|problem| Error::input("classes", problem))?);
-        }
-        own.seed = line.seed.unwrap_or(own.seed);
-        if line.tokens.is_some() && line.width.is_some() {
-            return Err(Error::input("tokens", "and width are given, expected one of them"));
-        }
-        if line.tokens.is_some() || line.width.is_some() {
-            (own.tokens, own.width) = (line.tokens, line.width);
-        }
-        own.cfg = line.cfg.unwrap_or(own.cfg);
-        own.cfg_schedule = line.cfg_schedule.unwrap_or(own.cfg_schedule);
-        own.solver = line.solver.unwrap_or(own.solver);
-        own.steps = line.steps.or(own.steps);
-        own.prefix = line.prefix.or(own.prefix);
-        own.direction = line.direction.unwrap_or(own.direction);
-        own.keep_prefix_pixels = line.keep_prefix_pixels.unwrap_or(own.keep_prefix_pixels);
-        // The folder of all images is no folder of tiles.
-        own.output = None;
-        let Inputs { request, prefix, finish, tiling } = inputs::read(&own, &bundle.manifest.model)?;
-        let tiles = tiling.map(|tiling| (tiling.tile, tiling.overlap));
-        let record = Record {
-            class: request.labels[0].clone(),
-            seed: own.seed,
-            tokens: request.tokens,
-            cfg: request.cfg,
-            cfg_schedule: request.schedule,
-            solver: request.solver,
-            steps: request.steps,
-            prefix: own.prefix,
-            direction: own.direction,
-            keep_prefix_pixels: own.keep_prefix_pixels,
-            tiles,
-            weights: bundle.manifest.weights.sha256.clone(),
-        };
-        Ok(Self { id, record, request, prefix, finish })
+        let tile = tiling.map_or(TileSize::Whole, |tiling| TileSize::Tokens(tiling.tile));
+        let overlap = tiling.map(|tiling| tiling.overlap);
+        let settings = Settings { tile: Some(tile), overlap, ..settings.resolved(&request, 0) };
+        let record = Record { settings, weights: bundle.manifest.weights.sha256.clone() };
+        Ok(Self { id, record, tiling, request, prefix, finish })
     }
 
     /// Whether its image is there already, made from the same.
@@ -315,12 +243,12 @@ impl Job {
     }
 
     /// Its image, ready to be generated.
-    fn image(mut self, engine: &dyn Engine) -> Result<Image> {
+    fn image(mut self, engine: &dyn Engine) -> Result<Sequence> {
         if let Some(prefix) = self.prefix {
             self.request.prefix = Some(prefix.encode(engine, 1)?);
         }
-        let rollout = Rollout::new(engine.config(), &self.request)?;
-        Image::all(&rollout).pop().ok_or_else(|| Error::run(self.id, "has no image"))
+        let rollout = PreparedRequest::new(engine.config(), &self.request)?;
+        Sequence::of_batch(&rollout).pop().ok_or_else(|| Error::run(self.id, "has no image"))
     }
 }
 

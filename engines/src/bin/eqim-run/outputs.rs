@@ -23,7 +23,7 @@ impl Outputs {
     /// Checks that all results can be written.
     ///
     /// # Errors
-    /// [`Error::Input`] naming the flag, and the file or folder that cannot be written.
+    /// [`Error::input`] naming the flag, and the file or folder that cannot be written.
     pub fn check(arguments: &Arguments) -> Result<Self> {
         let images = numbered(arguments.output.as_deref().unwrap_or(Path::new("image.png")), arguments.images())?;
         let outputs = Self { images, tokens: arguments.save_tokens.clone(), trace: arguments.trace.clone() };
@@ -58,10 +58,10 @@ impl Outputs {
 /// Makes the folder of many images, where it is not there yet.
 ///
 /// # Errors
-/// [`Error::Input`] for one that cannot be made or written to, or that is a bundle's.
+/// [`Error::input`] for one that cannot be made or written to, or that is a bundle's.
 pub fn prepare_folder(folder: &Path, bundle: &Path) -> Result<()> {
     let bad = |problem: String| Error::input(format!("--output {}", folder.display()), problem);
-    std::fs::create_dir_all(folder).map_err(|error| bad(format!("cannot be made: {error}")))?;
+    std::fs::create_dir_all(folder).map_err(|error| bad("cannot be made".into()).because(error))?;
     if folder.canonicalize().ok() == bundle.canonicalize().ok() {
         return Err(bad("is the bundle of --engine: name another folder".into()));
     }
@@ -76,7 +76,7 @@ pub fn is_folder(output: Option<&Path>) -> bool {
 /// Checks that an image of `width` pixels can be written as it is named. Readers on libpng's default limits stop at a million.
 ///
 /// # Errors
-/// [`Error::Input`] for a PNG wider than the format allows.
+/// [`Error::input`] for a PNG wider than the format allows.
 pub fn check_width(path: &Path, width: usize) -> Result<()> {
     if is_folder(Some(path)) {
         return Ok(());

@@ -4,10 +4,10 @@ use std::fmt::Write;
 use std::time::Duration;
 
 use eqim::engine::Engine;
-use eqim::request::Request;
-use eqim::request::condition::Label;
-use eqim::request::timing::Times;
-use eqim::{Error, Result};
+use eqim::request::condition::ClassSchedule;
+use eqim::request::timing::StageTimes;
+use eqim::request::{Noise, Request};
+use eqim::{Error, Result, ResultExt};
 use serde::Serialize;
 
 use super::arguments::Arguments;
@@ -16,13 +16,13 @@ use eqim_cli::memory;
 
 /// A finished run.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct RunReport {
     /// The bundle's folder.
     engine: String,
     /// What ran it.
     backend: String,
     /// One an image; `null` is none, a list is of classes along the way.
-    classes: Vec<Label>,
+    classes: Vec<ClassSchedule>,
     /// `null` when the noise was given.
     seed: Option<u64>,
     /// Length of an image, its prefix included.
@@ -91,7 +91,7 @@ pub struct Device {
 
 impl Seconds {
     /// Where the time went; `encoder` when a picture was encoded.
-    pub fn new(load: Duration, encoder: Option<Duration>, times: &Times, decoder: Duration) -> Self {
+    pub fn new(load: Duration, encoder: Option<Duration>, times: &StageTimes, decoder: Duration) -> Self {
         let total =
             encoder.unwrap_or_default() + times.prefill.total() + times.step.total() + times.flow.total() + decoder;
         Self {
@@ -112,7 +112,7 @@ impl Seconds {
     }
 }
 
-impl Report {
+impl RunReport {
     /// The report of a run that took `seconds`.
     pub fn new(
         arguments: &Arguments,
@@ -124,14 +124,17 @@ impl Report {
         seconds: Seconds,
     ) -> Self {
         let (width, height) = engine.config().image_size(request.tokens);
-        let images = request.labels.len();
+        let images = request.classes.len();
         let resumed = tiles.map_or(0, |tiles| tiles.resumed_tokens);
         let generated = (images * (request.tokens - prefix_tokens)).saturating_sub(resumed);
         Self {
             engine: arguments.engine.display().to_string(),
             backend: engine.name().to_string(),
-            classes: request.labels.clone(),
-            seed: arguments.noise.is_none().then_some(arguments.seed),
+            classes: request.classes.clone(),
+            seed: match request.noise {
+                Noise::Seed(seed) => Some(seed),
+                Noise::Given(_) => None,
+            },
             tokens: request.tokens,
             prefix_tokens,
             width,
@@ -150,7 +153,7 @@ impl Report {
     /// # Errors
     /// Never for a run's numbers.
     pub fn json(&self) -> Result<String> {
-        serde_json::to_string_pretty(self).map_err(|error| Error::run("report", error))
+        serde_json::to_string_pretty(self).or_run("report")
     }
 
     /// For people.

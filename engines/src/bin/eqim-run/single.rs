@@ -8,9 +8,9 @@ use eqim::checkpoint::tensors;
 use eqim::engine::{Engine, candle};
 use eqim::generate::generate;
 use eqim::generate::tiles::Tiling;
-use eqim::request::timing::{Times, timed};
-use eqim::request::{Generated, Request, Rollout};
-use eqim::{Error, Result};
+use eqim::request::timing::{StageTimes, timed};
+use eqim::request::{Generated, PreparedRequest, Request};
+use eqim::{Error, Result, ResultExt};
 use eqim_cli::Progress;
 use ndarray::{Axis, concatenate};
 
@@ -19,20 +19,21 @@ use super::decode::decode_to;
 use super::finish::Finish;
 use super::inputs::{self, Inputs, Prefix};
 use super::outputs::{self, Outputs};
-use super::report::{Report, Seconds, Tiles};
+use super::report::{RunReport, Seconds, Tiles};
 use super::stream::{self, Context};
 use super::trace::{self, Traced};
 
 /// Generates images as the flags say.
 ///
 /// # Errors
-/// [`Error::Input`] naming the flag or file that cannot be used, before anything slow runs; [`Error::Run`] for a run
+/// [`Error::input`] naming the flag or file that cannot be used, before anything slow runs; [`Error::run`] for a run
 /// that failed.
 pub fn run(arguments: &Arguments) -> Result<()> {
     let outputs = Outputs::check(arguments)?;
     let bundle = Bundle::open(&arguments.engine)?;
     let config = &bundle.manifest.model;
-    let Inputs { mut request, prefix, finish, tiling } = inputs::read(arguments, config)?;
+    let Inputs { mut request, prefix, finish, tiling } =
+        inputs::read(&arguments.settings, arguments.noise.as_deref(), arguments.output.as_deref(), config)?;
     if arguments.trace.is_some() && tiling.is_some() {
         let problem = "decodes every frame as a whole: leave --tile out, and ask for a shorter image";
         return Err(Error::input("--trace", problem));
@@ -45,7 +46,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let engine = timed(&mut load, || eqim_engines::open(&bundle, arguments.options()?))?;
     let encoded = matches!(prefix, Some(Prefix::Picture(_)));
     if let Some(prefix) = prefix {
-        request.prefix = Some(timed(&mut encoder, || prefix.encode(engine.as_ref(), request.labels.len()))?);
+        request.prefix = Some(timed(&mut encoder, || prefix.encode(engine.as_ref(), request.classes.len()))?);
     }
     let (times, tiles) = match tiling {
         None => {
@@ -60,8 +61,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
                     request: &request,
                     generated: &generated,
                     has_picture: encoded,
-                    side: arguments.direction,
-                    seed: arguments.seed,
+                    side: finish.side,
+                    seed: arguments.settings.sampling.seed.unwrap_or_default(),
                 };
                 trace::write(&traced, folder)?;
             }
@@ -81,7 +82,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     };
 
     let seconds = Seconds::new(load, encoded.then_some(encoder), &times, decoder);
-    let report = Report::new(arguments, engine.as_ref(), &request, prefix_tokens, &outputs, tiles, seconds);
+    let report = RunReport::new(arguments, engine.as_ref(), &request, prefix_tokens, &outputs, tiles, seconds);
     eqim_cli::print(if arguments.json { report.json()? } else { report.table() })
 }
 
@@ -91,10 +92,10 @@ fn stream(
     request: &Request,
     outputs: &Outputs,
     decoder: &mut Duration,
-) -> Result<(Times, Option<Tiles>)> {
+) -> Result<(StageTimes, Option<Tiles>)> {
     let Tiling { tile, overlap } = context.tiling;
     let mut tiles = Tiles { tile, overlap, count: context.tiling.count(request.tokens), resumed_tokens: 0 };
-    let mut times = Times::default();
+    let mut times = StageTimes::default();
     let mut rows = vec![];
     for (row, path) in outputs.images.iter().enumerate() {
         let mut progress = Progress::new("generated and decoded", request.tokens, "tokens");
@@ -116,9 +117,9 @@ fn stream(
     }
     if outputs.tokens.is_some() {
         let rows: Vec<_> = rows.iter().map(|row| row.view()).collect();
-        let tokens = concatenate(Axis(0), &rows).map_err(|error| Error::run("tokens", error))?;
-        let noise = Rollout::new(context.engine.config(), request)?.noise;
-        save_tokens(outputs, &Generated { tokens, noise, times: Times::default() })?;
+        let tokens = concatenate(Axis(0), &rows).or_run("tokens")?;
+        let noise = PreparedRequest::new(context.engine.config(), request)?.noise;
+        save_tokens(outputs, &Generated { tokens, noise, times: StageTimes::default() })?;
     }
     Ok((times, Some(tiles)))
 }

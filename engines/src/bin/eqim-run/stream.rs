@@ -6,20 +6,17 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use eqim::digest::Hash;
 use eqim::engine::Engine;
-use eqim::generate::batch::{Batch, Image};
+use eqim::generate::batch::{Batch, Sequence};
 use eqim::generate::tiles::{TileDecoder, Tiling};
 use eqim::picture::canvas::Canvas;
 use eqim::picture::{self, Side};
-use eqim::request::Sampling;
-use eqim::request::condition::Label;
-use eqim::request::solver::Solver;
-use eqim::request::timing::{Times, timed};
-use eqim::request::{Noise, Request, Schedule};
-use eqim::{Error, Result, files};
+use eqim::request::timing::{StageTimes, timed};
+use eqim::request::{Noise, Request, Sampling, Settings, TileSize};
+use eqim::{Error, Result, ResultExt, files};
 use ndarray::{Array1, Array2, ArrayView3, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
 use super::finish::Finish;
 use super::outputs::is_folder;
@@ -27,16 +24,8 @@ use super::outputs::is_folder;
 /// What an unfinished image is made from: only a run of the same goes on with it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Record {
-    class: Label,
-    seed: Option<u64>,
-    tokens: usize,
-    cfg: f32,
-    cfg_schedule: Schedule,
-    solver: Solver,
-    steps: usize,
-    tile: usize,
-    overlap: usize,
-    direction: Side,
+    #[serde(flatten)]
+    settings: Settings,
     /// What runs the model, since another engine's tokens differ in their last digits.
     backend: String,
     threads: Option<usize>,
@@ -65,7 +54,7 @@ pub struct Context<'a> {
 /// Where the time of an image went.
 pub struct Streamed {
     /// Generation.
-    pub times: Times,
+    pub times: StageTimes,
     /// Decoding and writing.
     pub decoder: Duration,
     /// Tokens that an earlier run had done.
@@ -78,7 +67,7 @@ pub struct Streamed {
 /// tokens known so far.
 ///
 /// # Errors
-/// [`Error::Input`] where an unfinished image of other settings lies; [`Error::Run`] for a run that failed: what it had done
+/// [`Error::input`] where an unfinished image of other settings lies; [`Error::run`] for a run that failed: what it had done
 /// is kept beside `path`.
 pub fn run(
     context: &Context,
@@ -95,7 +84,7 @@ pub fn run(
     let mut sink = Sink::open(path, &work.folder, width, height)?;
     let done = work.forget_unfinished(tiling, request.tokens)?;
     let known = work.known;
-    let mut streamed = Streamed { times: Times::default(), decoder: Duration::ZERO, resumed: known, tokens: None };
+    let mut streamed = Streamed { times: StageTimes::default(), decoder: Duration::ZERO, resumed: known, tokens: None };
     if known > 0 {
         eqim_cli::note(format_args!("{}: goes on after {known} of {} tokens", path.display(), request.tokens));
     }
@@ -174,7 +163,7 @@ impl Sink {
                 let path = folder.join(tile_name(x));
                 picture::write_png(&path, columns)?;
                 let synced = File::open(&path).and_then(|file| file.sync_data());
-                synced.map_err(|error| Error::run(path.display(), error))
+                synced.or_run(path.display())
             }
         }
     }
@@ -231,13 +220,13 @@ fn reach(engine: &dyn Engine) -> usize {
 }
 
 /// The image that is left to do: tokens known before are passed through the transformer again, as far back as it looks.
-fn image(engine: &dyn Engine, request: &Request, row: usize, work: &mut Work) -> Result<Image> {
-    let mut image = Image::streamed(engine.config(), request, row);
+fn image(engine: &dyn Engine, request: &Request, row: usize, work: &mut Work) -> Result<Sequence> {
+    let mut image = Sequence::streamed(engine.config(), request, row);
     let (known, given) = (work.known, image.prefix.dim().0);
     image.begin = known.saturating_sub(reach(engine));
     let before = work.read(image.begin)?;
     let rest = image.prefix.slice(s![known.min(given).., ..]);
-    image.prefix = concatenate(Axis(0), &[before.view(), rest]).map_err(|error| Error::run("tokens", error))?;
+    image.prefix = concatenate(Axis(0), &[before.view(), rest]).or_run("tokens")?;
     for _ in given..known {
         image.noise.next(engine.config().generator.embed)?;
     }
@@ -252,37 +241,29 @@ fn partial(path: &Path) -> PathBuf {
 }
 
 fn record(context: &Context, request: &Request, row: usize) -> Record {
-    let Tiling { tile, overlap } = context.tiling;
-    let mut hash = Sha256::new();
-    let mut add = |values: ArrayView3<f32>| values.iter().for_each(|value| hash.update(value.to_le_bytes()));
+    let mut hash = Hash::default();
+    let mut add = |values: ArrayView3<f32>| hash.add_values(&values);
     if let Some(prefix) = &request.prefix {
         add(prefix.slice(s![row..=row, .., ..]));
     }
-    let seed = match &request.noise {
-        Noise::Seed(seed) => Some(*seed),
-        Noise::Given(noise) => {
-            add(noise.slice(s![row..=row, .., ..]));
-            None
-        }
-    };
+    if let Noise::Given(noise) = &request.noise {
+        add(noise.slice(s![row..=row, .., ..]));
+    }
     if let Some(kept) = &context.finish.kept {
         add(kept.view());
     }
+    let own = Settings {
+        direction: Some(context.finish.side),
+        tile: Some(TileSize::Tokens(context.tiling.tile)),
+        overlap: Some(context.tiling.overlap),
+        ..Settings::default()
+    };
     Record {
-        class: request.labels[row].clone(),
-        seed,
-        tokens: request.tokens,
-        cfg: request.cfg,
-        cfg_schedule: request.schedule,
-        solver: request.solver,
-        steps: request.steps,
-        tile,
-        overlap,
-        direction: context.finish.side,
+        settings: own.resolved(request, row),
         backend: context.engine.name().into(),
         threads: context.threads,
         weights: context.weights.into(),
-        given: hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+        given: hash.hex(),
     }
 }
 
@@ -307,20 +288,20 @@ impl Work {
         } else {
             // The folder appears with its description.
             let beside = files::temporary(0o777).tempdir_in(files::folder(&folder));
-            let beside = beside.map_err(|error| Error::run(folder.display(), error))?;
+            let beside = beside.or_run(folder.display())?;
             files::write_json(&beside.path().join("run.json"), record)?;
-            std::fs::rename(beside.keep(), &folder).map_err(|error| Error::run(folder.display(), error))?;
+            std::fs::rename(beside.keep(), &folder).or_run(folder.display())?;
         }
         let path = folder.join("tokens.f32");
         let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
-        let tokens = opened.map_err(|error| Error::run(path.display(), error))?;
-        let bytes = tokens.metadata().map_err(|error| Error::run(path.display(), error))?.len();
+        let tokens = opened.or_run(path.display())?;
+        let bytes = tokens.metadata().or_run(path.display())?.len();
         Ok(Self { folder, tokens, known: bytes as usize / (4 * embed), embed })
     }
 
     fn failed(&self) -> impl Fn(std::io::Error) -> Error {
         let path = self.folder.join("tokens.f32");
-        move |error| Error::run(path.display(), error)
+        move |error| Error::run_caused(path.display(), error)
     }
 
     /// Drops the tokens of an image of `tokens` whose tile was not finished; gives the number of tiles that are.
@@ -339,7 +320,7 @@ impl Work {
         let read = self.tokens.seek(from).and_then(|_| self.tokens.read_exact(&mut bytes));
         read.map_err(self.failed())?;
         let values = bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
-        Array2::from_shape_vec((self.known - begin, self.embed), values).map_err(|error| Error::run("tokens", error))
+        Array2::from_shape_vec((self.known - begin, self.embed), values).or_run("tokens")
     }
 
     /// Adds tokens whose tile is on disk.
@@ -354,14 +335,14 @@ impl Work {
     /// Makes the folder a finished image's: with an index, under its own name, without what a run needs to go on.
     fn publish(self, path: &Path, index: &Index) -> Result<()> {
         files::write_json(&self.folder.join("index.json"), index)?;
-        std::fs::rename(&self.folder, path).map_err(|error| Error::run(path.display(), error))?;
+        std::fs::rename(&self.folder, path).or_run(path.display())?;
         for file in ["run.json", "tokens.f32"] {
-            std::fs::remove_file(path.join(file)).map_err(|error| Error::run(path.display(), error))?;
+            std::fs::remove_file(path.join(file)).or_run(path.display())?;
         }
         Ok(())
     }
 
     fn remove(self) -> Result<()> {
-        std::fs::remove_dir_all(&self.folder).map_err(|error| Error::run(self.folder.display(), error))
+        std::fs::remove_dir_all(&self.folder).or_run(self.folder.display())
     }
 }

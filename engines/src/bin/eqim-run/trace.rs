@@ -8,9 +8,9 @@ use eqim::engine::Engine;
 use eqim::picture::animation;
 use eqim::picture::{self, Side};
 use eqim::request::random::TorchRng;
-use eqim::request::timing::Calls;
+use eqim::request::timing::CallTimes;
 use eqim::request::{Generated, Request};
-use eqim::{Error, Result, files};
+use eqim::{Error, Result, ResultExt, files};
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Axis, s};
 use serde::Serialize;
 
@@ -89,9 +89,9 @@ pub struct Traced<'a> {
 /// # Errors
 /// When the engine fails or a file cannot be written: nothing is left then.
 pub fn write(traced: &Traced, folder: &Path) -> Result<()> {
-    let failed = |error: std::io::Error| Error::run(folder.display(), error);
+    let failed = |error: std::io::Error| Error::run_caused(folder.display(), error);
     let beside = files::temporary(0o777).tempdir_in(files::folder(folder)).map_err(failed)?;
-    let rows = traced.request.labels.len();
+    let rows = traced.request.classes.len();
     for row in 0..rows {
         let place = if rows == 1 { beside.path().to_path_buf() } else { beside.path().join(row.to_string()) };
         std::fs::create_dir_all(&place).map_err(failed)?;
@@ -128,7 +128,7 @@ fn token_records(request: &Request, generated: &Generated, row: usize) -> Vec<To
     let norm = |values: ArrayView1<f32>| values.dot(&values).sqrt();
     let given = request.tokens - generated.noise.dim().1;
     let times = &generated.times;
-    let milliseconds = |calls: &Calls, call: Option<usize>| Some(1e3 * calls.0.get(call?)?.as_secs_f64());
+    let milliseconds = |calls: &CallTimes, call: Option<usize>| Some(1e3 * calls.0.get(call?)?.as_secs_f64());
     let token = |index: usize| {
         let sampled = index.checked_sub(given);
         Token {
@@ -151,9 +151,9 @@ fn view(traced: &Traced, folder: &Path, name: &str, of: &str, tokens: ArrayView2
     let token_width = engine.config().tokenizer.token_width();
     let finish = Finish { side: traced.side, token_width, kept: None };
     let frames = folder.join(name);
-    std::fs::create_dir(&frames).map_err(|error| Error::run(frames.display(), error))?;
+    std::fs::create_dir(&frames).or_run(frames.display())?;
     let mut latents = Array2::from_shape_vec((count, embed), TorchRng::new(traced.seed).randn(count * embed))
-        .map_err(|error| Error::run("random tokens", error))?;
+        .or_run("random tokens")?;
     let mut progress = Progress::new("traced", count + 1, "frames");
     let (mut before, mut changes) = (None, vec![]);
     let animation = format!("{name}.png");

@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use eqim::bundle::Bundle;
-use eqim::bundle::Flavour;
+use eqim::bundle::Int8Target;
 use eqim::model::Stage;
 use eqim::picture::folder::pictures;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, checkpoint, files};
-use eqim_calibration::policy::{STAGES, stage_named};
+use eqim_calibration::policy::STAGES;
 use eqim_calibration::{
     Collection, Estimator, Policy, Samples, Sensitivity, Table, fingerprint, hashes, quantized, search,
 };
@@ -61,17 +61,17 @@ pub struct Calibrate {
     #[arg(long, value_name = "DB", default_value_t = 30.0, requires = "sensitivity", value_parser = super::tolerance)]
     min_psnr: f32,
     /// What the scopes are quantized for
-    #[arg(long = "for", value_enum, default_value_t = Flavour::TensorRt, requires = "sensitivity")]
-    flavour: Flavour,
+    #[arg(long, alias = "for", value_enum, default_value_t = Int8Target::TensorRt, requires = "sensitivity")]
+    int8_target: Int8Target,
     /// Stages that are quantized
-    #[arg(long = "int8", value_name = "STAGES", value_delimiter = ',', requires = "sensitivity", value_parser = stage_named)]
+    #[arg(long = "int8", value_name = "STAGES", value_delimiter = ',', requires = "sensitivity")]
     stages: Vec<Stage>,
 }
 
 /// Calibrates a bundle's model.
 ///
 /// # Errors
-/// [`Error::Input`] for pictures or a bundle that do not fit; [`Error::Run`] for values that are not finite.
+/// [`Error::input`] for pictures or a bundle that do not fit; [`Error::run`] for values that are not finite.
 pub fn run(arguments: &Calibrate) -> Result<()> {
     check_output(&arguments.output)?;
     let bundle = Bundle::open(&arguments.engine)?;
@@ -158,7 +158,7 @@ fn rank(
     collection: (&mut Collection, &Path),
 ) -> Result<Sensitivity> {
     let stages = if arguments.stages.is_empty() { STAGES.to_vec() } else { arguments.stages.clone() };
-    let policy = Policy::new(arguments.flavour, stages, table.clone());
+    let policy = Policy::new(arguments.int8_target, stages, table.clone());
     let mut progress = eqim_cli::Progress::new("looked at", quantized(config, &policy)?.len(), "scopes");
     let found = search(config, weights, &policy, arguments.min_psnr, collection, |done| progress.at(done))?;
     drop(progress);
@@ -167,11 +167,11 @@ fn rank(
         let psnr = ranked.damage.psnr.map_or("equal".into(), |psnr| format!("{psnr:.1}"));
         super::say(format_args!("{:<56}{:>12.1e}{psnr:>12}", ranked.scope, ranked.damage.token_error));
     }
-    let (all, kept) = (found.scopes.len(), found.keep.len());
+    let (all, kept) = (found.scopes.len(), found.exclude.len());
     let psnr = found.psnr.map_or("an equal image".into(), |psnr| format!("{psnr:.1} dB"));
     super::say(format_args!("{} of {all} scopes in INT8 together: {psnr}", all - kept));
     if kept > 0 {
-        let names: Vec<&str> = found.keep.iter().map(String::as_str).collect();
+        let names: Vec<&str> = found.exclude.iter().map(String::as_str).collect();
         super::say(format_args!("left out for {} dB: {}", found.min_psnr, names.join(", ")));
     }
     Ok(found)

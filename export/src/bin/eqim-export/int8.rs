@@ -3,15 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use eqim::bundle::Flavour;
+use eqim::bundle::Int8Target;
 use eqim::bundle::Precision;
 use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
-use eqim_calibration::policy::{STAGES, patterns, stage_named};
-use eqim_calibration::{Policy, Preview, Table, fingerprint, plan};
-use eqim_export::quantization::{self, LEAST_SPEEDUP, Pair, Report, Settings, Times};
+use eqim_calibration::policy::{STAGES, patterns};
+use eqim_calibration::{Policy, Preview, Table, plan};
+use eqim_export::quantization::{self, LEAST_SPEEDUP, Pair, QuantizationReport, Settings, SpeedPair};
 use eqim_export::validate::validate_preview;
 use eqim_export::write::{self, Draft, Options};
 
@@ -25,14 +25,14 @@ const FP16_SCALES_OPSET: i64 = 19;
 pub struct Int8 {
     /// Put products in INT8, of these stages: prefill, step, flow, decoder, encoder [default: step,flow,decoder]; the rest of
     /// an engine is in FP16, of a bundle in --dtype
-    #[arg(long, value_name = "STAGES", num_args = 0..=1, value_delimiter = ',', value_parser = stage_named, requires = "calibration", group = "precision")]
+    #[arg(long, value_name = "STAGES", num_args = 0..=1, value_delimiter = ',', requires = "calibration", group = "precision")]
     pub int8: Option<Vec<Stage>>,
     /// The table that eqim-export calibrate wrote for this model
     #[arg(long, value_name = "TABLE.json", requires = "int8")]
     pub calibration: Option<PathBuf>,
     /// Scopes to leave out of INT8, as a regular expression; may be given again
-    #[arg(long, value_name = "REGEX", requires = "int8")]
-    keep: Vec<String>,
+    #[arg(long, alias = "keep", value_name = "REGEX", requires = "int8")]
+    exclude: Vec<String>,
     /// Matrices to run W8A8 instead of weight-only, as a regular expression, for TensorRT; may be given again
     #[arg(long, value_name = "REGEX", requires = "int8")]
     w8a8: Vec<String>,
@@ -48,16 +48,16 @@ impl Int8 {
     /// The policy that the flags describe, where they ask for INT8.
     ///
     /// # Errors
-    /// [`Error::Input`] for a table or pattern that does not fit the model.
-    pub fn policy(&self, config: &Config, weights: &Weights, flavour: Flavour) -> Result<Option<Policy>> {
+    /// [`Error::input`] for a table or pattern that does not fit the model.
+    pub fn policy(&self, config: &Config, weights: &Weights, target: Int8Target) -> Result<Option<Policy>> {
         let (Some(stages), Some(path)) = (&self.int8, &self.calibration) else { return Ok(None) };
         let table = Table::read(path)?;
-        table.check_model(path, &fingerprint(config, weights)?)?;
+        table.check_model(path, config, weights)?;
         let stages = if stages.is_empty() { STAGES.to_vec() } else { stages.clone() };
-        let mut policy = Policy::new(flavour, stages, table);
-        policy.keep = patterns("--keep", &self.keep)?;
-        policy.w8a8 = patterns("--w8a8", &self.w8a8)?;
-        if flavour == Flavour::Cpu && !policy.w8a8.is_empty() {
+        let mut policy = Policy::new(target, stages, table);
+        policy.exclude = patterns("exclude", &self.exclude)?;
+        policy.w8a8 = patterns("w8a8", &self.w8a8)?;
+        if target == Int8Target::Cpu && !policy.w8a8.is_empty() {
             return Err(Error::input("--w8a8", "is for TensorRT: on a CPU all products are W8A8"));
         }
         plan(config, &policy)?;
@@ -72,8 +72,8 @@ impl Int8 {
     /// Makes and shows a report.
     ///
     /// # Errors
-    /// [`Error::Run`] when it does not pass, unless it is forced.
-    pub fn judged(&self, pair: &Pair, settings: &Settings) -> Result<Report> {
+    /// [`Error::run`] when it does not pass, unless it is forced.
+    pub fn judged(&self, pair: &Pair, settings: &Settings) -> Result<QuantizationReport> {
         let report = quantization::measure(pair, settings, |what| say(format_args!("measuring {what}")))?;
         say(report.text());
         if report.passed || self.force {
@@ -81,7 +81,7 @@ impl Int8 {
         }
         let problem = format!(
             "{}, so nothing was written: eqim-export calibrate --sensitivity finds the scopes that do the damage, \
-             --keep leaves scopes out, --min-psnr sets another floor, --force writes it all the same",
+             --exclude leaves scopes out, --min-psnr sets another floor, --force writes it all the same",
             report.verdict
         );
         Err(Error::run("INT8", problem))
@@ -91,7 +91,7 @@ impl Int8 {
 /// Checks that graphs in INT8 compute what the policy's preview does.
 ///
 /// # Errors
-/// [`Error::Run`] when they do not.
+/// [`Error::run`] when they do not.
 pub fn check_preview(draft: &Draft, config: &Config, weights: &Weights, policy: &Policy, library: &Path) -> Result<()> {
     say("Validating on ONNX Runtime against the preview of INT8 on Candle (same inputs):");
     let preview = Preview::engine(config, weights, policy)?;
@@ -110,7 +110,7 @@ pub fn check_preview(draft: &Draft, config: &Config, weights: &Weights, policy: 
 /// A bundle in INT8 with its report, not yet at its destination.
 ///
 /// # Errors
-/// [`Error::Run`] when it does not compute what the preview does, or does not pay.
+/// [`Error::run`] when it does not compute what the preview does, or does not pay.
 pub fn draft(
     arguments: &super::Onnx,
     config: &Config,
@@ -119,8 +119,8 @@ pub fn draft(
     mut policy: Policy,
     library: Option<&Path>,
 ) -> Result<Draft> {
-    if policy.flavour == Flavour::Cpu && options.precision != Precision::Fp32 {
-        return Err(Error::input("--for cpu", "runs what is not in INT8 in FP32: leave --dtype fp16 away"));
+    if policy.target == Int8Target::Cpu && options.precision != Precision::Fp32 {
+        return Err(Error::input("--int8-target cpu", "runs what is not in INT8 in FP32: leave --dtype fp16 away"));
     }
     if options.precision == Precision::Fp16 && options.opset < FP16_SCALES_OPSET {
         let problem =
@@ -137,9 +137,9 @@ pub fn draft(
     say("INT8:");
     let mut int8 = write(Some(&policy), options.precision)?;
     let mut settings = arguments.int8.settings();
-    if policy.flavour == Flavour::Cpu && !arguments.int8.force {
+    if policy.target == Int8Target::Cpu && !arguments.int8.force {
         let pair = Pair::load(&fp32.bundle, &int8.bundle, library)?;
-        let gains = |times: &Times| times.speedup() >= LEAST_SPEEDUP;
+        let gains = |times: &SpeedPair| times.speedup() >= LEAST_SPEEDUP;
         settings.gained_nothing = pair.stage_times()?.into_iter().filter(|(_, times)| !gains(times)).collect();
     }
     if !settings.gained_nothing.is_empty() {

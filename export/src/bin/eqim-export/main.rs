@@ -8,13 +8,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use eqim::bundle::Flavour;
+use eqim::bundle::Int8Target;
 use eqim::bundle::{Bundle, Precision};
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::config::Preset;
 use eqim::engine::candle::CandleEngine;
 use eqim::weights::Weights;
-use eqim::{Config, Error, Result};
+use eqim::{Config, Error, Result, ResultExt};
 use eqim_engines::native;
 use eqim_export::inspect::inspect;
 use eqim_export::lower::{NEWEST_OPSET, OLDEST_OPSET};
@@ -72,8 +72,8 @@ struct Onnx {
     #[command(flatten)]
     int8: int8::Int8,
     /// What INT8 is for: explicit Q/DQ that TensorRT takes, or integer operators that are fast on a CPU
-    #[arg(long = "for", value_enum, default_value_t = Flavour::TensorRt, requires = "int8")]
-    flavour: Flavour,
+    #[arg(long, alias = "for", value_enum, default_value_t = Int8Target::TensorRt, requires = "int8")]
+    int8_target: Int8Target,
 }
 
 /// Where weights come from.
@@ -214,12 +214,12 @@ fn export(arguments: &Onnx) -> Result<()> {
     };
     let (mut config, weights) = load(arguments)?;
     if let Some(file) = &arguments.class_names {
-        let text = std::fs::read_to_string(file).map_err(|error| Error::input(file.display(), error))?;
+        let text = std::fs::read_to_string(file).or_input(file.display())?;
         config.generator.class_names = text.lines().map(|line| line.trim().to_string()).collect();
-        config.check().map_err(|error| Error::input(format!("--class-names {}", file.display()), error))?;
+        config.check().map_err(|error| error.about(format!("--class-names {}", file.display())))?;
     }
     let options = Options { precision, opset: arguments.opset, policy: None };
-    let draft = match arguments.int8.policy(&config, &weights, arguments.flavour)? {
+    let draft = match arguments.int8.policy(&config, &weights, arguments.int8_target)? {
         Some(policy) => int8::draft(arguments, &config, &weights, options, policy, library.as_deref())?,
         None => float(arguments, config, weights, options, library)?,
     };
@@ -247,8 +247,8 @@ fn say(text: impl std::fmt::Display) {
     let _ = eqim_cli::print(text);
 }
 
-fn without_validation(problem: String) -> Error {
-    Error::Run(format!("{problem}, or give --no-validate to write the bundle unseen"))
+fn without_validation(problem: Error) -> Error {
+    problem.advise(", or give --no-validate to write the bundle unseen")
 }
 
 /// Passes a draft on if it computes what the model does.
@@ -270,7 +270,7 @@ fn show(arguments: &Inspect) -> Result<()> {
     let steps = arguments.steps.map_or(bundle.manifest.model.generator.steps, |steps| steps as usize);
     let inspection = inspect(&bundle, arguments.tokens as usize, steps)?;
     if arguments.json {
-        let json = serde_json::to_string_pretty(&inspection).map_err(|error| Error::run("--json", error))?;
+        let json = serde_json::to_string_pretty(&inspection).or_run("--json")?;
         return eqim_cli::print(json);
     }
     eqim_cli::print(inspection.text().trim_end())

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{ArgGroup, Args};
-use eqim::bundle::Flavour;
+use eqim::bundle::Int8Target;
 use eqim::bundle::{Bundle, Precision};
 use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
@@ -114,7 +114,7 @@ impl Trt {
             );
             return Ok(None);
         }
-        let problem = |problem| Error::Run(format!("{problem}, or give --no-validate to build the engines unseen"));
+        let problem = |problem: Error| problem.advise(", or give --no-validate to build the engines unseen");
         native::find_onnxruntime().map(Some).map_err(problem)
     }
 }
@@ -135,7 +135,7 @@ pub fn run(arguments: &Trt) -> Result<()> {
     super::say(format_args!("{version}, {int8}{precision}, for {}", names.join(", ")));
     trt::check_weights(&bundle, precision)?;
     let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;
-    let policy = arguments.int8.policy(&config, &weights, Flavour::TensorRt)?;
+    let policy = arguments.int8.policy(&config, &weights, Int8Target::TensorRt)?;
     let draft = trt::lowered(&bundle, &weights, precision, policy.as_ref())?;
     supported(&draft.bundle, &limits, if arguments.check_only { &targets } else { &[] })?;
     if arguments.check_only {

@@ -7,13 +7,13 @@ use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use eqim::bundle::FileRecord;
 use eqim::checkpoint::{self, WeightSet};
-use eqim::{Error, Result, files};
+use eqim::{Error, Result, ResultExt, files};
 use eqim_training::data::Photos;
 use eqim_training::dino::Dino;
 use eqim_training::generator::GeneratorTask;
 use eqim_training::latents::Encoder;
 use eqim_training::perceptual::Lpips;
-use eqim_training::recipe::{Base, Plan, Recipe};
+use eqim_training::recipe::{Base, Recipe, TrainingPlan};
 use eqim_training::run::{Output, Task, run as run_task};
 use eqim_training::tokenizer::{Teachers, TokenizerTask, mean};
 use mimalloc::MiMalloc;
@@ -126,10 +126,10 @@ impl Shared {
         }
         let number = self.device.strip_prefix("cuda:").and_then(|number| number.parse().ok());
         let number = number.ok_or_else(|| bad("expected cpu or cuda:N".into()))?;
-        Device::new_cuda(number).map_err(|error| bad(format!("which cannot be used: {error}")))
+        Device::new_cuda(number).map_err(|error| bad("which cannot be used".into()).because(error))
     }
 
-    fn photos(&self, plan: &Plan, height: usize, token_width: usize) -> Result<Photos> {
+    fn photos(&self, plan: &TrainingPlan, height: usize, token_width: usize) -> Result<Photos> {
         let photos = Photos::open(&self.images, height, plan.tokens * token_width)?;
         for (_, problem) in &photos.skipped {
             eqim_cli::note(format_args!("skipped: {problem}"));
@@ -146,7 +146,7 @@ impl Shared {
 /// program over where it is not there.
 ///
 /// # Errors
-/// [`Error::Run`] when the program cannot be started.
+/// [`Error::run`] when the program cannot be started.
 fn one_thread_a_tensor() -> Result<()> {
     const VARIABLE: &str = "CANDLE_NUM_THREADS";
     if std::env::var_os(VARIABLE).is_some() {
@@ -166,7 +166,7 @@ fn one_thread_a_tensor() -> Result<()> {
 /// Does what the command line says.
 ///
 /// # Errors
-/// [`Error::Input`] naming the flag, file or key that cannot be used; [`Error::Run`] for a training that failed.
+/// [`Error::input`] naming the flag, file or key that cannot be used; [`Error::run`] for a training that failed.
 fn run(arguments: &Arguments) -> Result<()> {
     match &arguments.part {
         Part::Recipe { preset } => eqim_cli::print(Recipe::new(*preset).text()?),
@@ -198,8 +198,8 @@ fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>, dino: O
     };
     let mut task = TokenizerTask::new(recipe, photos, initial.map(|(_, weights)| weights), teachers, device)?;
     train(&mut task, &output, shared.resume)?;
-    let report = Report::new(&task)?;
-    let text = serde_json::to_string_pretty(&report).map_err(|error| Error::run("report", error))?;
+    let report = ReconstructionReport::new(&task)?;
+    let text = serde_json::to_string_pretty(&report).or_run("report")?;
     files::write(&output.file("report.json"), text.as_bytes())?;
     eqim_cli::print(report.text())
 }
@@ -232,14 +232,14 @@ fn train(task: &mut impl Task, output: &Output, resume: bool) -> Result<()> {
 
 /// How well a tokenizer reconstructs the photographs.
 #[derive(Serialize)]
-struct Report {
+struct ReconstructionReport {
     /// Peak signal-to-noise ratio in dB of every photograph that was trained on, by file.
     training: Vec<(String, f64)>,
     /// Of those held out.
     held_out: Vec<(String, f64)>,
 }
 
-impl Report {
+impl ReconstructionReport {
     fn new(task: &TokenizerTask) -> Result<Self> {
         let (training, held_out) = task.photos();
         Ok(Self { training: task.psnr(training)?, held_out: task.psnr(held_out)? })

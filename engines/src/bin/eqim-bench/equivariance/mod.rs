@@ -48,7 +48,7 @@ pub struct Equivariance {
 /// Measures; `progress` is told what is next.
 ///
 /// # Errors
-/// [`Error::Input`] for pictures that cannot be used; when the engine fails.
+/// [`Error::input`] for pictures that cannot be used; when the engine fails.
 pub fn measure(subject: &Subject, progress: &mut dyn FnMut(String)) -> Result<Equivariance> {
     let config = subject.engine.config();
     let (photos, classes) = photos(subject.images, config)?;
@@ -77,7 +77,7 @@ impl Equivariance {
         }
     }
 
-    /// Draws both halves into a PNG.
+    /// NoiseSource both halves into a PNG.
     ///
     /// # Errors
     /// When it cannot be written.

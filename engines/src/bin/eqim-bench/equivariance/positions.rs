@@ -6,6 +6,8 @@ use eqim::request::solver::Tableau;
 use ndarray::{Array2, Array3, ArrayView2, Axis, concatenate, s};
 use serde::Serialize;
 
+use eqim::ResultExt;
+
 use super::{Error, Photo, Result, Subject};
 
 /// Rows of tokens of a picture, that begin at other places of it: what stands at a position is then not the same in all.
@@ -91,7 +93,7 @@ fn views(subject: &Subject, photo: &Photo) -> Result<Array3<f32>> {
     };
     let views = (0..VIEWS).map(view).collect::<Result<Vec<_>>>()?;
     let views: Vec<_> = views.iter().map(|view| view.view()).collect();
-    concatenate(Axis(0), &views).map_err(|error| Error::run("tokens", error))
+    concatenate(Axis(0), &views).or_run("tokens")
 }
 
 /// The loss of rows of tokens `[rows, N, E]` at every position, `[rows, N]`: each token is predicted from those before it.
@@ -115,7 +117,7 @@ fn noise(seed: u64, rows: usize, embed: usize) -> Result<Vec<Array2<f32>>> {
     let mut random = TorchRng::new(seed);
     let draw = |_| Array2::from_shape_vec((rows, embed), random.randn(rows * embed));
     let draws: std::result::Result<_, _> = (0..TIMES).map(draw).collect();
-    draws.map_err(|error| Error::run("noise", error))
+    draws.or_run("noise")
 }
 
 /// The loss of one token a row: the mean over times of |v(z_t, t) - (noise - token)|², `z_t = t·noise + (1-t)·token`

@@ -50,7 +50,7 @@ impl Part {
 /// Measures all shifts that pictures are wide enough for: windows of the length that the model was trained on.
 ///
 /// # Errors
-/// [`Error::Input`] when no picture is wide enough; when the engine fails.
+/// [`Error::input`] when no picture is wide enough; when the engine fails.
 pub fn measure(subject: &Subject, photos: &[Photo], progress: &mut dyn FnMut(String)) -> Result<Vec<Shift>> {
     let width = subject.engine.config().tokenizer.token_width();
     let window = subject.trained * width;
