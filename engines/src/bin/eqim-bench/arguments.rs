@@ -149,6 +149,7 @@ pub enum Measured {
     /// The flow head's whole ODE for one token.
     Flow,
     /// Tokens to an image.
+    #[value(name = "decoder", alias = "decode")]
     Decode,
 }
 

@@ -61,7 +61,7 @@ pub struct Calibrate {
     #[arg(long, value_name = "DB", default_value_t = 30.0, requires = "sensitivity", value_parser = super::tolerance)]
     min_psnr: f32,
     /// What the scopes are quantized for
-    #[arg(long = "for", value_enum, default_value_t = Flavour::TensorRt, requires = "sensitivity")]
+    #[arg(long = "int8-target", alias = "for", value_enum, default_value_t = Flavour::TensorRt, requires = "sensitivity")]
     flavour: Flavour,
     /// Stages that are quantized
     #[arg(long = "int8", value_name = "STAGES", value_delimiter = ',', requires = "sensitivity", value_parser = stage_named)]

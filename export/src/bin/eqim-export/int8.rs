@@ -31,7 +31,7 @@ pub struct Int8 {
     #[arg(long, value_name = "TABLE.json", requires = "int8")]
     pub calibration: Option<PathBuf>,
     /// Scopes to leave out of INT8, as a regular expression; may be given again
-    #[arg(long, value_name = "REGEX", requires = "int8")]
+    #[arg(long = "exclude", alias = "keep", value_name = "REGEX", requires = "int8")]
     keep: Vec<String>,
     /// Matrices to run W8A8 instead of weight-only, as a regular expression, for TensorRT; may be given again
     #[arg(long, value_name = "REGEX", requires = "int8")]

@@ -72,7 +72,7 @@ struct Onnx {
     #[command(flatten)]
     int8: int8::Int8,
     /// What INT8 is for: explicit Q/DQ that TensorRT takes, or integer operators that are fast on a CPU
-    #[arg(long = "for", value_enum, default_value_t = Flavour::TensorRt, requires = "int8")]
+    #[arg(long = "int8-target", alias = "for", value_enum, default_value_t = Flavour::TensorRt, requires = "int8")]
     flavour: Flavour,
 }
 
