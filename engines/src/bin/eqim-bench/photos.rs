@@ -20,7 +20,7 @@ pub struct Photo {
 /// The pictures of a folder, and how they got their classes.
 ///
 /// # Errors
-/// [`Error::Input`] for a folder without pictures, or one that cannot be read.
+/// [`eqim::Error::Input`] for a folder without pictures, or one that cannot be read.
 pub fn photos(folder: &Path, config: &Config) -> Result<(Vec<Photo>, &'static str)> {
     let Classes { names, pictures } = classes(folder)?;
     let generator = &config.generator;
