@@ -15,7 +15,7 @@ use batch::{Batch, Image};
 /// Generates a batch of token rows. `progress` is told the number of tokens known so far, prefix included.
 ///
 /// # Errors
-/// [`Error::Input`] for a request that does not fit the model; whatever the engine fails with.
+/// [`crate::Error::Input`] for a request that does not fit the model; whatever the engine fails with.
 pub fn generate(engine: &dyn Engine, request: &Request, mut progress: impl FnMut(usize)) -> Result<Generated> {
     let rollout = Rollout::new(engine.config(), request)?;
     let (tokens, times) = match engine.fused_rollout(&rollout, &mut progress)? {
@@ -28,7 +28,7 @@ pub fn generate(engine: &dyn Engine, request: &Request, mut progress: impl FnMut
 /// A rollout whose images are a [`Batch`] on the engine.
 ///
 /// # Errors
-/// Whatever the engine fails with; [`Error::Run`] for a token that is not finite.
+/// Whatever the engine fails with; [`crate::Error::Run`] for a token that is not finite.
 pub fn token_by_token<E: Engine + ?Sized>(
     engine: &E,
     rollout: &Rollout,
