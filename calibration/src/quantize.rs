@@ -95,7 +95,7 @@ pub fn plan(config: &Config, policy: &Policy) -> Result<BTreeMap<Stage, Plan>> {
         plans.insert(stage, quantize.chosen);
     }
     let scopes: Vec<&String> = plans.values().flat_map(|plan: &Plan| plan.schemes.keys()).collect();
-    for (flag, patterns) in [("--keep", &policy.keep), ("--w8a8", &policy.w8a8)] {
+    for (flag, patterns) in [("--exclude", &policy.keep), ("--w8a8", &policy.w8a8)] {
         if let Some(pattern) = patterns.iter().find(|pattern| !scopes.iter().any(|scope| pattern.is_match(scope))) {
             let problem = format!("{pattern} fits no scope: the calibration table lists them");
             return Err(Error::input(flag, problem));

@@ -55,7 +55,7 @@ impl Int8 {
         table.check_model(path, &fingerprint(config, weights)?)?;
         let stages = if stages.is_empty() { STAGES.to_vec() } else { stages.clone() };
         let mut policy = Policy::new(flavour, stages, table);
-        policy.keep = patterns("--keep", &self.keep)?;
+        policy.keep = patterns("--exclude", &self.keep)?;
         policy.w8a8 = patterns("--w8a8", &self.w8a8)?;
         if flavour == Flavour::Cpu && !policy.w8a8.is_empty() {
             return Err(Error::input("--w8a8", "is for TensorRT: on a CPU all products are W8A8"));
@@ -81,7 +81,7 @@ impl Int8 {
         }
         let problem = format!(
             "{}, so nothing was written: eqim-export calibrate --sensitivity finds the scopes that do the damage, \
-             --keep leaves scopes out, --min-psnr sets another floor, --force writes it all the same",
+             --exclude leaves scopes out, --min-psnr sets another floor, --force writes it all the same",
             report.verdict
         );
         Err(Error::run("INT8", problem))
@@ -120,7 +120,7 @@ pub fn draft(
     library: Option<&Path>,
 ) -> Result<Draft> {
     if policy.flavour == Flavour::Cpu && options.precision != Precision::Fp32 {
-        return Err(Error::input("--for cpu", "runs what is not in INT8 in FP32: leave --dtype fp16 away"));
+        return Err(Error::input("--int8-target cpu", "runs what is not in INT8 in FP32: leave --dtype fp16 away"));
     }
     if options.precision == Precision::Fp16 && options.opset < FP16_SCALES_OPSET {
         let problem =
