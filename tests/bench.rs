@@ -4,8 +4,9 @@ mod common;
 
 use candle_core::{Device, Tensor};
 use common::bins::{Workplace, export_line};
-use common::{ACTIVATION, Fixture, fixtures};
+use common::{Fixture, fixtures};
 use eqim::checkpoint::WeightSet;
+use eqim::close::Tolerance;
 use eqim::engine::Engine;
 use eqim::engine::candle::{to_array, to_tensor};
 use eqim::model::{flow, transformer};
@@ -218,14 +219,19 @@ fn equivariance_of_the_tokenizer_and_of_positions() {
     assert_eq!(positions.len(), 25);
     for (position, expected) in positions.iter().zip(&expected) {
         let loss = position["loss"].as_f64().unwrap();
-        assert!((loss - expected).abs() <= f64::from(ACTIVATION) * expected, "{position}, expected {expected}");
+        assert!(
+            (loss - expected).abs() <= f64::from(Tolerance::ACTIVATION.limit) * expected,
+            "{position}, expected {expected}"
+        );
     }
     let bands = found["bands"].as_array().unwrap();
     let ranges: Vec<_> = bands.iter().map(|band| (band["first"].as_u64(), band["last"].as_u64())).collect();
     assert_eq!(ranges.first(), Some(&(Some(0), Some(0))));
     assert_eq!(ranges.last(), Some(&(Some(21), Some(24))));
     let mean = expected[21..].iter().sum::<f64>() / 4.0;
-    assert!((bands.last().unwrap()["loss"].as_f64().unwrap() - mean).abs() <= f64::from(ACTIVATION) * mean);
+    assert!(
+        (bands.last().unwrap()["loss"].as_f64().unwrap() - mean).abs() <= f64::from(Tolerance::ACTIVATION.limit) * mean
+    );
 
     let shifts = found["shifts"].as_array().unwrap();
     let whole = shifts.iter().find(|shift| shift["tokens"] == 1.0).unwrap();

@@ -8,8 +8,7 @@ use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
 use eqim::generate::generate;
 use eqim::picture::{self, Side};
-use eqim::request::solver::Solver;
-use eqim::request::{GuidanceSchedule, Noise, Request};
+use eqim::request::{Noise, Request};
 use ndarray::{Array3, Axis, s};
 
 fn file(name: &str) -> PathBuf {

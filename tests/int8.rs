@@ -131,7 +131,7 @@ fn rules_say_what_is_in_int8() {
     let (engine, table) = calibrated(&Fixture::open(fixtures()));
     let config = engine_config(&engine);
     let [tensorrt, cpu, batched] = policies(&table).map(|policy| plan(config, &policy).unwrap());
-    let scheme = |plans: &std::collections::BTreeMap<Stage, eqim_calibration::Plan>, stage, scope: &str| {
+    let scheme = |plans: &std::collections::BTreeMap<Stage, eqim_calibration::QuantizationPlan>, stage, scope: &str| {
         plans[&stage].schemes.get(scope).copied().unwrap_or_else(|| panic!("no {scope}"))
     };
     let (qkv, ada) = ("encoder_blocks.0.attn.qkv", "diffloss.net.res_blocks.0.adaLN_modulation.1");
@@ -306,7 +306,7 @@ fn fp16_around_int8() {
     let line = format!("{} --int8 --calibration table.json --dtype fp16", export_line(&fixture));
     place.run(&format!("{line} -o half")).succeeded();
     checker_accepts(&place, "half");
-    place.refused(&format!("{line} --for cpu -o no"), &["--for cpu", "--dtype fp16"]);
+    place.refused(&format!("{line} --int8-target cpu -o no"), &["--int8-target cpu", "--dtype fp16"]);
     place.refused(&format!("{line} --opset 17 -o no"), &["--opset", "19"]);
 }
 
@@ -323,8 +323,8 @@ fn stages_and_scopes_can_be_left_out() {
     assert!(scopes.contains(&"decoder.mid.block_1.conv1"), "{scopes:?}");
     assert!(scopes.iter().all(|scope| scope.starts_with("decoder.")), "{scopes:?}");
     assert!(!scopes.iter().any(|scope| scope.starts_with("decoder.up.0") || scope.ends_with("conv2")), "{scopes:?}");
-    place.refused(&format!("{line} --keep nonsense -o no"), &["--keep", "nonsense", "fits no scope"]);
-    place.refused(&format!("{line} --keep ( -o no"), &["--keep"]);
+    place.refused(&format!("{line} --exclude nonsense -o no"), &["--exclude", "nonsense", "fits no scope"]);
+    place.refused(&format!("{line} --exclude ( -o no"), &["--exclude"]);
     place.refused(&format!("{line} --for cpu --w8a8 adaLN -o no"), &["--w8a8", "TensorRT"]);
     place
         .run(&format!("{} --int8 nonsense --calibration table.json -o no", export_line(&fixture)))

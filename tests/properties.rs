@@ -3,9 +3,9 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor};
-use eqim::close::Tolerance;
 use eqim::Config;
 use eqim::checkpoint::WeightSet;
+use eqim::close::Tolerance;
 use eqim::config::{GROUPS, GeneratorConfig, Level, TokenizerConfig, Tower};
 use eqim::engine::Engine;
 use eqim::engine::candle::{CandleEngine, to_array, to_tensor};

@@ -6,7 +6,7 @@ use std::fmt::Write;
 use eqim::bundle::{Bundle, Manifest};
 use eqim::model::{Dimension, Stage, ValueInfo, ValueKind, report_group};
 use eqim::ops::cost::Row;
-use eqim::{Error, Result, ResultExt, files};
+use eqim::{Result, ResultExt, files};
 use eqim_engines::trt::{self, EngineSet, FOLDER, Target};
 use prost::Message;
 use serde::Serialize;
@@ -53,7 +53,7 @@ pub struct StageInspection {
 /// Reads a bundle, verifying every file, and counts its stages.
 ///
 /// # Errors
-/// [`Error::input`] for a file that is not what was exported.
+/// [`eqim::Error::input`] for a file that is not what was exported.
 pub fn inspect(bundle: &Bundle, tokens: usize, steps: usize) -> Result<Inspection> {
     bundle.manifest.weights.verify(&bundle.folder)?;
     let stages = Stage::ALL.iter().map(|&stage| report(bundle, stage, tokens, steps)).collect::<Result<_>>()?;

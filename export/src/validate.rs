@@ -15,7 +15,7 @@ use eqim::ops::eager::Eager;
 use eqim::request::random::TorchRng;
 use eqim::request::solver::{Solver, Tableau};
 use eqim::request::{Noise, Request};
-use eqim::{Config, Error, Result, ResultExt};
+use eqim::{Config, Result, ResultExt};
 use eqim_calibration::{Preview, Ranges};
 use eqim_engines::onnxruntime::{DynValue, OrtEngine, Runtime, float_input, float_output, integer_input};
 use half::f16;

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use eqim::Config;
 use eqim::bundle::Precision;
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::engine::candle::CandleEngine;
 use eqim::weights::Weights;
-use eqim::{Config, Error};
 use eqim_engines::native::find_onnxruntime;
 use eqim_export::drift::{Drift, LEAST_PSNR, LENGTHS, measure};
 use eqim_export::lower::NEWEST_OPSET;

@@ -14,6 +14,17 @@ const EXTENSIONS: [&str; 3] = ["jpg", "jpeg", "png"];
 /// # Errors
 /// [`Error::input`] for a folder that cannot be read or that holds no picture.
 pub fn pictures(folder: &Path) -> Result<Vec<PathBuf>> {
+    let found = walk(folder)?;
+    if found.is_empty() { Err(none_in(folder)) } else { Ok(found) }
+}
+
+/// The error for a folder that holds no picture.
+pub fn none_in(folder: &Path) -> Error {
+    Error::input(folder.display(), "holds no PNG or JPEG")
+}
+
+/// Paths of all pictures below `folder`, sorted.
+fn walk(folder: &Path) -> Result<Vec<PathBuf>> {
     let is_hidden = |entry: &DirEntry| entry.depth() > 0 && entry.file_name().to_string_lossy().starts_with('.');
     let entries = WalkDir::new(folder).follow_links(true).sort_by_file_name().into_iter();
     let mut found = vec![];
@@ -23,9 +34,6 @@ pub fn pictures(folder: &Path) -> Result<Vec<PathBuf>> {
         if is_picture(&entry) {
             found.push(entry.into_path());
         }
-    }
-    if found.is_empty() {
-        return Err(Error::input(folder.display(), "holds no PNG or JPEG"));
     }
     Ok(found)
 }
@@ -39,13 +47,13 @@ pub struct Classes {
     pub pictures: Vec<(PathBuf, Option<usize>)>,
 }
 
-/// The pictures below `folder`. Each of its sub-folders is a class. Hidden files and folders are left out.
+/// The pictures below `folder`, which may be none. Each of its sub-folders is a class. Hidden files and folders are left out.
 ///
 /// # Errors
 /// [`Error::input`] for a folder that cannot be read or that holds no picture.
 pub fn classes(folder: &Path) -> Result<Classes> {
     let mut found = Classes { names: vec![], pictures: vec![] };
-    for path in pictures(folder)? {
+    for path in walk(folder)? {
         let inside = path.strip_prefix(folder).unwrap_or(&path);
         let mut parts = inside.components();
         let (first, is_nested) = (parts.next(), parts.next().is_some());

@@ -11,10 +11,9 @@ use eqim::engine::candle::CandleEngine;
 use eqim::generate::generate;
 use eqim::model::{Stage, flow, parameters_of, transformer};
 use eqim::ops::eager::{Dropout, Eager, Training};
-use eqim::request::solver::Solver;
 use eqim::request::{GuidanceSchedule, Noise, Request};
 use eqim::weights::Weights;
-use eqim::{Config, Error, Result, ResultExt};
+use eqim::{Config, Result, ResultExt};
 use ndarray::{Array3, Axis, concatenate};
 use rand::{Rng, RngCore};
 use rand_mt::Mt;
@@ -98,7 +97,7 @@ impl GeneratorTask {
     /// A generator with random weights, over latents that are computed into `cache` first.
     ///
     /// # Errors
-    /// [`Error::input`] when the photographs or the recipe do not fit the tokenizer.
+    /// [`eqim::Error::input`] when the photographs or the recipe do not fit the tokenizer.
     pub fn new(
         mut recipe: GeneratorRecipe,
         posterior_std: f64,

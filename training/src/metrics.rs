@@ -5,7 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use eqim::{Error, Result, ResultExt, files};
+use eqim::{Result, ResultExt, files};
 use serde::{Deserialize, Serialize};
 
 /// A line of `metrics.jsonl`.
@@ -31,7 +31,7 @@ impl Metrics {
     /// killed wrote after its last checkpoint, are cut off, and so is a last line that is not whole.
     ///
     /// # Errors
-    /// [`Error::input`] naming the line that is no record; [`Error::run`] when the file cannot be written.
+    /// [`eqim::Error::input`] naming the line that is no record; [`Error::run`] when the file cannot be written.
     pub fn open(path: &Path, step: usize) -> Result<Self> {
         let bytes = if path.exists() { files::read(path)? } else { vec![] };
         let text = String::from_utf8_lossy(&bytes);
@@ -53,7 +53,7 @@ impl Metrics {
     /// Adds a record to the file.
     ///
     /// # Errors
-    /// [`Error::run`] when it cannot be written.
+    /// [`eqim::Error::run`] when it cannot be written.
     pub fn append(&mut self, record: Record) -> Result<()> {
         let text = line(&self.path, &record)?;
         self.file.write_all(text.as_bytes()).or_run(self.path.display())?;

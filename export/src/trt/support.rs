@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::Path;
 
-use eqim::{Error, Result, ResultExt, files};
+use eqim::{Result, ResultExt, files};
 use eqim_engines::trt::{Profile, Target};
 use prost::Message;
 use serde::Serialize;

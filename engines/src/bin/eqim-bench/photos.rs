@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use eqim::picture::folder::{Classes, classes};
+use eqim::picture::folder::{Classes, classes, none_in};
 use eqim::picture::{self, Side};
 use eqim::{Config, Result};
 use ndarray::Array3;
@@ -23,6 +23,9 @@ pub struct Photo {
 /// [`Error::input`] for a folder without pictures, or one that cannot be read.
 pub fn photos(folder: &Path, config: &Config) -> Result<(Vec<Photo>, &'static str)> {
     let Classes { names, pictures } = classes(folder)?;
+    if pictures.is_empty() {
+        return Err(none_in(folder));
+    }
     let generator = &config.generator;
     let named = !names.is_empty() && names.iter().all(|name| generator.class_names.contains(name));
     let (known, how): (&[String], _) = if named {
