@@ -15,7 +15,7 @@ use eqim::engine::candle::CandleEngine;
 use eqim::generate::generate;
 use eqim::generate::tiles::{TileDecoder, Tiling, decode_tiles};
 use eqim::request::solver::Solver;
-use eqim::request::{GuidanceSchedule, Noise, Request};
+use eqim::request::{Noise, Request};
 use ndarray::{Array2, Array3, Axis, s};
 
 fn demo() -> CandleEngine {

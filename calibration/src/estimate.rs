@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use eqim::{Error, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::histogram::Histogram;
@@ -46,18 +47,20 @@ impl From<Estimator> for String {
 }
 
 impl TryFrom<String> for Estimator {
-    type Error = String;
+    type Error = Error;
 
-    fn try_from(text: String) -> Result<Self, String> {
+    fn try_from(text: String) -> Result<Self> {
         text.parse()
     }
 }
 
 impl FromStr for Estimator {
-    type Err = String;
+    type Err = Error;
 
-    fn from_str(text: &str) -> Result<Self, String> {
-        let expected = || format!("is {text}, expected max, percentile, percentile:99.9, entropy or mse");
+    fn from_str(text: &str) -> Result<Self> {
+        let expected = || {
+            Error::setting("estimator", format!("is {text}, expected max, percentile, percentile:99.9, entropy or mse"))
+        };
         match text.split_once(':') {
             None => match text {
                 "max" => Ok(Self::Max),
@@ -68,7 +71,10 @@ impl FromStr for Estimator {
             },
             Some(("percentile", percentage)) => match percentage.parse::<f64>() {
                 Ok(value) if value > 50.0 && value <= 100.0 => Ok(Self::Percentile(value)),
-                _ => Err(format!("asks for a percentile of {percentage}, expected one above 50 and at most 100")),
+                _ => {
+                    let problem = format!("is percentile:{percentage}, expected a percentage above 50 and at most 100");
+                    Err(Error::setting("estimator", problem))
+                }
             },
             _ => Err(expected()),
         }

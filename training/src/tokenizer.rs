@@ -64,7 +64,7 @@ fn semantics(width: usize) -> Semantics {
 fn semantic_parameters(model: &TokenizerConfig, width: usize) -> Result<Vec<(String, Vec<usize>)>> {
     if !width.is_multiple_of(model.groups) {
         let problem = format!("has features {width} wide, expected a multiple of the {} groups", model.groups);
-        return Err(Error::input("--dino", problem));
+        return Err(Error::setting("dino", problem));
     }
     let mut cost = Cost::default();
     let channels = model.decoder.levels.last().map_or(model.decoder.conv_in, |level| level.channels);

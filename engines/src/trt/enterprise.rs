@@ -7,7 +7,7 @@ use trtx::{BuilderConfig, CudaEngine, ExecutionContext};
 
 use super::Target;
 
-/// Name of the library, for people and sidecars.
+/// Name of the library, in messages and sidecars.
 pub const NAME: &str = "TensorRT";
 /// File name of the library.
 pub const LIBRARY: &str = "libnvinfer.so.11";
@@ -21,7 +21,7 @@ pub const PARSER: &str = "libnvonnxparser.so.11";
 pub fn check_targets(targets: &[Target]) -> Result<()> {
     match targets {
         [_] => Ok(()),
-        _ => Err(Error::input("--target", "names several GPUs: ordinary TensorRT builds for the one of this machine")),
+        _ => Err(Error::setting("target", "names several GPUs: ordinary TensorRT builds for the one of this machine")),
     }
 }
 

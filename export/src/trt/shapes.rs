@@ -26,11 +26,11 @@ pub struct Limits {
 pub struct Shapes(BTreeMap<String, Vec<i64>>);
 
 impl std::str::FromStr for Shapes {
-    type Err = String;
+    type Err = Error;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self> {
         let one = |part: &str| {
-            let bad = || format!("{part:?} is no shape: expected NAME:1x16x8");
+            let bad = || Error::input(format!("{part:?}"), "is not a shape, expected NAME:1x16x8");
             let (name, sizes) = part.rsplit_once(':').ok_or_else(bad)?;
             let sizes = sizes.split('x').map(str::parse).collect::<Result<Vec<i64>, _>>().map_err(|_| bad())?;
             if name.is_empty() || sizes.iter().any(|&size| size < 1) {
@@ -38,7 +38,7 @@ impl std::str::FromStr for Shapes {
             }
             Ok((name.to_string(), sizes))
         };
-        Ok(Self(text.split(',').map(one).collect::<Result<_, String>>()?))
+        Ok(Self(text.split(',').map(one).collect::<Result<_>>()?))
     }
 }
 
@@ -49,23 +49,23 @@ impl Limits {
     /// Checks the limits, and that every shape given belongs to an input.
     ///
     /// # Errors
-    /// [`Error::input`] naming the flag.
+    /// [`Error::input`] naming the setting.
     pub fn check(&self, config: &Config) -> Result<()> {
         if self.max_batch == 0 {
-            return Err(Error::input("--max-batch", "is 0, expected at least 1"));
+            return Err(Error::setting("max_batch", "is 0, expected at least 1"));
         }
         if self.max_tokens < LEAST {
             let problem = format!("is {}, expected at least {LEAST}: the decoder mirrors at edges", self.max_tokens);
-            return Err(Error::input("--max-tokens", problem));
+            return Err(Error::setting("max_tokens", problem));
         }
         let dynamic = |name: &String| {
             let mut inputs = Stage::ALL.iter().flat_map(|stage| stage.inputs(config));
             inputs.any(|info| info.name == *name && is_dynamic(&info))
         };
-        for (flag, shapes) in [("--minShapes", &self.min), ("--optShapes", &self.opt), ("--maxShapes", &self.max)] {
+        for (field, shapes) in [("minShapes", &self.min), ("optShapes", &self.opt), ("maxShapes", &self.max)] {
             if let Some(name) = shapes.0.keys().find(|name| !dynamic(name)) {
-                let problem = format!("names {name}, which is no input of a stage: see eqim-export inspect");
-                return Err(Error::input(flag, problem));
+                let problem = format!("names {name}, which is not an input of a stage: see eqim-export inspect");
+                return Err(Error::setting(field, problem));
             }
         }
         Stage::ALL.iter().try_for_each(|stage| self.profiles(*stage, config).map(|_| ()))
@@ -74,7 +74,7 @@ impl Limits {
     /// Profiles of a stage's inputs of unknown shape.
     ///
     /// # Errors
-    /// [`Error::input`] naming the flag whose shape does not fit.
+    /// [`Error::input`] naming the setting whose shape does not fit.
     pub fn profiles(&self, stage: Stage, config: &Config) -> Result<BTreeMap<String, Profile>> {
         let inputs = stage.inputs(config).into_iter().filter(is_dynamic);
         inputs.map(|info| Ok((info.name.clone(), self.profile(stage, config, &info)?))).collect()
@@ -88,13 +88,13 @@ impl Limits {
             };
             info.shape.iter().map(size).collect()
         };
-        let given = |flag: &str, shapes: &Shapes, derived: Vec<i64>| match shapes.0.get(&info.name) {
+        let given = |field, shapes: &Shapes, derived: Vec<i64>| match shapes.0.get(&info.name) {
             None => Ok(derived),
-            Some(shape) => fits(flag, info, shape).map(|()| shape.clone()),
+            Some(shape) => fits(field, info, shape).map(|()| shape.clone()),
         };
-        let min = given("--minShapes", &self.min, sizes(0))?;
-        let opt = given("--optShapes", &self.opt, sizes(1))?;
-        let max = given("--maxShapes", &self.max, sizes(2))?;
+        let min = given("minShapes", &self.min, sizes(0))?;
+        let opt = given("optShapes", &self.opt, sizes(1))?;
+        let max = given("maxShapes", &self.max, sizes(2))?;
         let grows = |less: &[i64], more: &[i64]| less.iter().zip(more).all(|(less, more)| less <= more);
         if !grows(&min, &opt) || !grows(&opt, &max) {
             let problem =
@@ -124,8 +124,8 @@ fn is_dynamic(info: &ValueInfo) -> bool {
     info.shape.iter().any(|axis| matches!(axis, Dimension::Symbolic(_)))
 }
 
-/// Checks that a shape has the info's fixed sizes.
-fn fits(flag: &str, info: &ValueInfo, shape: &[i64]) -> Result<()> {
+/// Checks that a shape has the input's fixed sizes.
+fn fits(field: &'static str, info: &ValueInfo, shape: &[i64]) -> Result<()> {
     let same = |(axis, size): (&Dimension, &i64)| match axis {
         Dimension::Fixed(fixed) => *fixed as i64 == *size,
         Dimension::Symbolic(_) => true,
@@ -139,8 +139,8 @@ fn fits(flag: &str, info: &ValueInfo, shape: &[i64]) -> Result<()> {
     });
     let expected: Vec<String> = words.collect();
     let shape: Vec<String> = shape.iter().map(i64::to_string).collect();
-    Err(Error::input(
-        flag,
+    Err(Error::setting(
+        field,
         format!("gives {} the shape {}, expected {}", info.name, shape.join("x"), expected.join("x")),
     ))
 }

@@ -11,7 +11,7 @@ use eqim::generate::tiles::{Tiling, decode_tiles};
 use eqim::picture::quality;
 use eqim::request::Request;
 use eqim::request::timing::timed;
-use eqim::{Error, Result, ResultExt};
+use eqim::{Result, ResultExt};
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis, concatenate, s};
 use serde::Serialize;
 
@@ -106,7 +106,7 @@ fn psnr(found: &Array3<f32>, expected: &Array3<f32>) -> Option<f32> {
 /// Tries tiles on the first image of a request, or on the pictures of a folder side by side; `progress` is told what is next.
 ///
 /// # Errors
-/// [`Error::input`] for pictures that cannot be used; when the engine fails.
+/// [`eqim::Error::input`] for pictures that cannot be used; when the engine fails.
 pub fn try_tiles(
     engine: &dyn Engine,
     request: &Request,

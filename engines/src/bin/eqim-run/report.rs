@@ -7,7 +7,7 @@ use eqim::engine::Engine;
 use eqim::request::condition::ClassSchedule;
 use eqim::request::timing::StageTimes;
 use eqim::request::{Noise, Request};
-use eqim::{Error, Result, ResultExt};
+use eqim::{Result, ResultExt};
 use serde::Serialize;
 
 use super::arguments::Arguments;

@@ -72,7 +72,7 @@ pub struct Trt {
     no_validate: bool,
 }
 
-fn shapes(text: &str) -> Result<Shapes, String> {
+fn shapes(text: &str) -> Result<Shapes> {
     if text.is_empty() { Ok(Shapes::default()) } else { text.parse() }
 }
 
