@@ -1,4 +1,4 @@
-//! TensorRT's loop on a device that is no GPU: its engines are the model on Candle, its memory is the host's.
+//! TensorRT's loop on a device that is not a GPU: its engines are the model on Candle, its memory is the host's.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,13 +18,13 @@ use eqim::model::{Sizes, Stage, ValueInfo, ValueKind};
 use eqim::ops::eager::Eager;
 use eqim::request::condition::{ClassSchedule, ClassSpan};
 use eqim::request::solver::{Solver, Tableau};
-use eqim::request::{GuidanceSchedule, Noise, PreparedRequest, Request};
+use eqim::request::{Noise, PreparedRequest, Request};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use eqim_engines::trt::{
     ALIGNMENT, Address, Binding, Device, EngineRecord, EngineSet, Profile, SIDECAR_FORMAT, TrtEngine,
 };
-use ndarray::{Array2, Array3, Axis as ArrayAxis, concatenate, s};
+use ndarray::{Array, Array2, Array3, Axis, Dimension, concatenate, s};
 
 fn fixture() -> Result<(Config, Weights)> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
@@ -232,13 +232,13 @@ fn request(classes: &[Option<usize>], tokens: usize, cfg: f32) -> Request {
     Request { cfg, steps: 4, noise: Noise::Seed(5), ..Request::new(&config, classes.iter().copied(), tokens) }
 }
 
-fn assert_close(found: &Array3<f32>, expected: &Array3<f32>) {
+fn assert_close<D: Dimension>(found: &Array<f32, D>, expected: &Array<f32, D>) {
     assert_eq!(found.dim(), expected.dim());
-    close(found, expected, Tolerance::SUMS).expect("the same tokens");
+    close(found, expected, Tolerance::SUMS).expect("the same values");
 }
 
 #[test]
-#[should_panic(expected = "the same tokens")]
+#[should_panic(expected = "the same values")]
 fn a_value_that_is_not_a_number_fails_a_comparison() {
     assert_close(&Array3::from_elem((1, 2, 3), f32::NAN), &Array3::zeros((1, 2, 3)));
 }
@@ -300,21 +300,18 @@ fn the_token_by_token_interface_gives_the_same() -> Result<()> {
     let labels = [1, generator.unconditional() as i64];
     let (mut found, z) = mock.start(&labels)?;
     let (mut expected, z_expected) = candle.start(&labels)?;
-    let close = |a: &Array2<f32>, b: &Array2<f32>| {
-        assert_close(&a.clone().insert_axis(ArrayAxis(0)), &b.clone().insert_axis(ArrayAxis(0)));
-    };
-    close(&z, &z_expected);
+    assert_close(&z, &z_expected);
     let noise = Array2::from_elem((1, generator.embed), 0.3);
     let tableau = Tableau::new(Solver::Heun, 2);
     for position in 0..6 {
         let token = mock.sample(z.view(), noise.view(), &[2.0], &tableau)?;
-        close(&token, &candle.sample(z.view(), noise.view(), &[2.0], &tableau)?);
-        let rows = concatenate![ArrayAxis(0), token, token];
-        close(&found.step(rows.view(), &[position; 2])?, &expected.step(rows.view(), &[position; 2])?);
+        assert_close(&token, &candle.sample(z.view(), noise.view(), &[2.0], &tableau)?);
+        let rows = concatenate![Axis(0), token, token];
+        assert_close(&found.step(rows.view(), &[position; 2])?, &expected.step(rows.view(), &[position; 2])?);
     }
     let latents = Array3::from_shape_fn((2, 5, generator.embed), |(b, n, e)| (b + n) as f32 * 0.1 - e as f32 * 0.05);
     let image = mock.decode(latents.view())?;
-    close(&image, &candle.decode(latents.view())?, Tolerance::SUMS).expect("the same image");
+    assert_close(&image, &candle.decode(latents.view())?);
     assert_close(&mock.encode(image.view())?, &candle.encode(image.view())?);
     Ok(())
 }
@@ -330,7 +327,7 @@ fn rows_begin_and_end_at_any_time() -> Result<()> {
     let images = rollouts.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
     generate_all(&mock, rollouts[0].sampling.clone(), images, 2, |(number, tokens)| {
         let expected = generate(&candle, &requests[number], |_| {})?.tokens;
-        assert_close(&tokens?.insert_axis(ArrayAxis(0)), &expected);
+        assert_close(&tokens?.insert_axis(Axis(0)), &expected);
         finished += 1;
         Ok(())
     })?;
