@@ -1,8 +1,9 @@
-//! What all command lines share: exit codes, logging, output, progress, charts.
+//! What all command lines share: exit codes, logging, output, progress, tables, charts.
 
 pub mod chart;
 pub mod flags;
 pub mod memory;
+pub mod table;
 
 use std::fmt::{self, Display};
 use std::io::{self, ErrorKind, Write};
@@ -83,6 +84,11 @@ pub fn print(text: impl Display) -> Result<()> {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::run("standard output", error)),
         _ => Ok(()),
     }
+}
+
+/// Reports progress on standard output. The work goes on when nobody reads it.
+pub fn say(text: impl Display) {
+    let _ = print(text);
 }
 
 /// Says something beside a program's output, on standard error.

@@ -1,13 +1,12 @@
 //! What a bundle holds and what its stages cost.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::fmt::Write;
 
 use eqim::bundle::{Bundle, Manifest};
-use eqim::model::{Dimension, Stage, ValueInfo, ValueKind, report_group};
+use eqim::model::{Stage, report_group};
 use eqim::ops::cost::Row;
 use eqim::{Result, ResultExt, files};
-use eqim_engines::trt::{self, EngineSet, FOLDER, Target};
+use eqim_engines::trt::{self, EngineSet, FOLDER};
 use prost::Message;
 use serde::Serialize;
 use serde_json::Value;
@@ -127,159 +126,4 @@ pub(crate) fn count_operators(graph: &onnx::GraphProto, operators: &mut BTreeMap
             count_operators(body, operators);
         }
     }
-}
-
-fn show_ports(infos: &[ValueInfo]) -> String {
-    let caches = |info: &&ValueInfo| info.kind == ValueKind::Cache;
-    let shape = |info: &ValueInfo| {
-        let axes = info.shape.iter().map(|axis| match axis {
-            Dimension::Fixed(size) => size.to_string(),
-            Dimension::Symbolic(symbol) => symbol.name().to_string(),
-        });
-        axes.collect::<Vec<_>>().join(",")
-    };
-    let mut shown: Vec<String> =
-        infos.iter().filter(|info| !caches(info)).map(|info| format!("{} [{}]", info.name, shape(info))).collect();
-    let mut groups: BTreeMap<&str, Vec<&ValueInfo>> = BTreeMap::new();
-    for info in infos.iter().filter(caches) {
-        groups.entry(info.name.split('.').next().unwrap_or_default()).or_default().push(info);
-    }
-    for (group, infos) in groups {
-        shown.push(format!("{group}.0..{}.key/value [{}]", infos.len() / 2 - 1, shape(infos[0])));
-    }
-    shown.join(", ")
-}
-
-/// A number with a unit prefix: 1.23 G.
-fn short(value: u64) -> String {
-    let (scale, unit) = match value {
-        0..1_000 => return value.to_string(),
-        1_000..1_000_000 => (1e3, "k"),
-        1_000_000..1_000_000_000 => (1e6, "M"),
-        _ => (1e9, "G"),
-    };
-    format!("{:.2} {unit}", value as f64 / scale)
-}
-
-impl Inspection {
-    /// The report as text.
-    pub fn text(&self) -> String {
-        let manifest = &self.manifest;
-        let (g, t) = (&manifest.model.generator, &manifest.model.tokenizer);
-        let mut text = String::new();
-        let mut line = |words: String| {
-            // Writing to a string cannot fail.
-            let _ = writeln!(text, "{words}");
-        };
-        line(format!("bundle of {}, {}, opset {}", manifest.producer, manifest.precision, manifest.opset));
-        if let Some(quantization) = &manifest.quantization {
-            line(format!(
-                "INT8 for {}: {} products of {}",
-                quantization.target,
-                quantization.scopes.len(),
-                quantization.stages.join(", ")
-            ));
-        }
-        line(format!(
-            "generator: {} classes, width {}, {} blocks, {} heads, window {}, {} condition tokens, token of {} values",
-            g.class_num, g.dim, g.depth, g.heads, g.window, g.buffer, g.embed
-        ));
-        line(format!(
-            "flow head: width {}, {} blocks, {} steps by default; vae_norm {}",
-            g.flow_dim, g.flow_depth, g.steps, g.vae_norm
-        ));
-        line(format!(
-            "tokenizer: tokens of {}×{} pixels, {} rows, levels of {:?} channels",
-            t.token_width(),
-            t.image_height(),
-            t.rows,
-            t.decoder.levels.iter().map(|level| level.channels).collect::<Vec<_>>()
-        ));
-        line(format!("weights: {}B in {}, sha256 verified", short(manifest.weights.bytes), manifest.weights.file));
-        line(format!(
-            "\nCosts of one run of one row (decoder, encoder: {} tokens; sampler: {} steps, no guidance):\n",
-            self.tokens, self.steps
-        ));
-        line(format!(
-            "{:<18}{:>12}{:>12}{:>14}{:>14}{:>8}",
-            "stage", "parameters", "bytes", "weights read", "multiply-adds", "nodes"
-        ));
-        for stage in &self.stages {
-            line(format!(
-                "{:<18}{:>12}{:>12}{:>14}{:>14}{:>8}",
-                stage.name,
-                short(stage.cost.parameters),
-                short(stage.parameter_bytes) + "B",
-                short(stage.weight_bytes_read) + "B",
-                short(stage.cost.multiply_adds),
-                stage.operators.values().sum::<usize>()
-            ));
-        }
-        for (stage, report) in Stage::ALL.iter().zip(&self.stages) {
-            line(format!("\n{}.onnx, {}B", report.name, short(report.file_bytes)));
-            line(format!("  inputs:    {}", show_ports(&stage.inputs(&manifest.model))));
-            line(format!("  outputs:   {}", show_ports(&stage.outputs(&manifest.model))));
-            let operators: Vec<String> =
-                report.operators.iter().map(|(name, count)| format!("{name} {count}")).collect();
-            line(format!("  operators: {}", operators.join(", ")));
-            for (scope, row) in report.scopes.iter().filter(|(_, row)| row.multiply_adds > 0) {
-                let (weights, products) = (short(row.parameters), short(row.multiply_adds));
-                line(format!("  {scope:<40} {weights:>10} parameters {products:>10} multiply-adds"));
-            }
-        }
-        if let Some(engines) = &self.engines {
-            text += &show_engines(engines, &self.fused);
-        }
-        text
-    }
-}
-
-fn show_engines(set: &EngineSet, fused: &BTreeMap<&str, Value>) -> String {
-    let targets: Vec<String> = set.targets.iter().map(Target::to_string).collect();
-    let mut text = format!("\nEngines of {} for {}, built by {}\n", set.tensorrt, targets.join(", "), set.producer);
-    if fused.is_empty() {
-        text +=
-            "Layers are those before fusion: TensorRT tells what it fused only where a GPU of these can load them.\n";
-    }
-    for stage in Stage::ALL {
-        let Some(engine) = set.engines.get(stage.name()) else { continue };
-        // Writing to a string cannot fail.
-        let _ = writeln!(
-            text,
-            "\n{}, {}, {}B, built in {:.2} s with {}B",
-            engine.file.file,
-            if engine.int8 { format!("int8 and {}", engine.precision) } else { engine.precision.to_string() },
-            short(engine.file.bytes),
-            engine.seconds,
-            short(engine.peak_bytes)
-        );
-        let _ = writeln!(text, "  inputs:    {}", show_ports(&stage.inputs(&set.model)));
-        let _ = writeln!(text, "  outputs:   {}", show_ports(&stage.outputs(&set.model)));
-        let mut shown: Vec<String> = vec![];
-        for (input, profile) in &engine.profiles {
-            let [min, opt, max] = [&profile.min, &profile.opt, &profile.max].map(|shape| dimensions(shape));
-            let group = input.split_once('.').map_or(&input[..], |(group, _)| group);
-            let words = format!("{group}: {min} … {opt} … {max}");
-            if !shown.contains(&words) {
-                shown.push(words);
-            }
-        }
-        for profile in shown {
-            let _ = writeln!(text, "  profile:   {profile}");
-        }
-        let layers: Vec<String> = engine
-            .layers
-            .iter()
-            .map(|layers| format!("{} {} {}", layers.kind, layers.precision, layers.count))
-            .collect();
-        let _ = writeln!(text, "  layers:    {}", layers.join(", "));
-        if let Some(fused) = fused.get(stage.name()) {
-            let _ = writeln!(text, "  fused:     {fused}");
-        }
-    }
-    text
-}
-
-fn dimensions(shape: &[i64]) -> String {
-    shape.iter().map(i64::to_string).collect::<Vec<_>>().join("x")
 }

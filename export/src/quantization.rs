@@ -1,12 +1,9 @@
 //! What INT8 does to a model: quality and speed beside each other, against FP32 from the same noise.
 
-use std::fmt::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::write::{REPORT_FILE, REPORT_TEXT_FILE};
-use eqim::bundle::Int8Target;
-use eqim::bundle::{Bundle, Precision};
+use eqim::bundle::{Bundle, Int8Target, Precision};
 use eqim::close::{largest, largest_difference, relative_error};
 use eqim::engine::Engine;
 use eqim::generate::generate;
@@ -14,7 +11,7 @@ use eqim::model::Stage;
 use eqim::picture::quality::{cosine, psnr, ssim};
 use eqim::request::solver::{Solver, Tableau};
 use eqim::request::{Generated, GuidanceSchedule, Noise, Request};
-use eqim::{Config, Error, Result, files};
+use eqim::{Config, Error, Result};
 use eqim_engines::onnxruntime::OrtEngine;
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
@@ -410,13 +407,8 @@ fn bytes(bundle: &Bundle) -> u64 {
     graphs.sum::<u64>() + bundle.manifest.weights.bytes
 }
 
-/// Milliseconds of both, and how many times as fast INT8 is.
-fn timed_columns(times: SpeedPair) -> String {
-    let [fp32, int8] = [times.fp32, times.int8].map(|seconds| seconds * 1e3);
-    format!("{fp32:>12.2}{int8:>12.2}{:>9.2}×", times.speedup())
-}
-
-fn decibels(psnr: Option<f32>) -> String {
+/// A PSNR as text; images that are equal have none.
+pub fn decibels(psnr: Option<f32>) -> String {
     psnr.map_or("equal".into(), |psnr| format!("{psnr:.1} dB"))
 }
 
@@ -454,63 +446,5 @@ impl QuantizationReport {
                 format!("an image {:.2} times as fast", times.speedup())
             });
         (true, format!("INT8 pays: {quality}, {speed}"))
-    }
-
-    /// The report for people.
-    pub fn text(&self) -> String {
-        let mut text = format!("{}\n", self.verdict);
-        let mut line = |words: String| {
-            // Writing to a string cannot fail.
-            let _ = writeln!(text, "{words}");
-        };
-        line(format!(
-            "\nFP32 against INT8 for {} (the rest in {}), same noise, {} steps, guidance {}, on ONNX Runtime:\n",
-            self.target, self.precision, self.steps, self.cfg
-        ));
-        let head = ["", "error", "FP32 ms", "INT8 ms", "speed"];
-        line(format!("{:<18}{:>8}{:>10}{:>12}{:>12}{:>10}", "stage", head[0], head[1], head[2], head[3], head[4]));
-        for stage in &self.stages {
-            let int8 = if stage.int8 { "INT8" } else { "" };
-            let columns = format!("{:<18}{int8:>8}{:>10.1e}", stage.stage, stage.relative_error);
-            let times = stage.times.or(stage.gained_nothing).map_or(String::new(), timed_columns);
-            let kept = if stage.gained_nothing.is_some() { "  gains nothing, stays as it was" } else { "" };
-            line(format!("{columns}{times}{kept}"));
-        }
-        if let Some(times) = self.end_to_end {
-            line(format!("{:<36}{}", "image of 16 tokens", timed_columns(times)));
-        }
-        let [fp32, int8] = [self.bytes.fp32, self.bytes.int8].map(|bytes| bytes as f64 / 1e6);
-        line(format!("{:<36}{fp32:>12.1}{int8:>12.1}{:>9.2}×", "size, MB", fp32 / int8));
-
-        line(format!("\n{:<26}{:>12}{:>12}{:>10}", "images of 16 tokens", "token error", "PSNR", "SSIM"));
-        for image in &self.images {
-            let (name, psnr) = (format!("class {}, seed {}", image.class, image.seed), decibels(image.psnr));
-            line(format!("{name:<26}{:>12.2e}{psnr:>12}{:>10.4}", image.relative_error, image.ssim));
-        }
-        line(format!("\n{:<26}{:>12}{:>12}{:>10}{:>14}", "rollout", "token error", "PSNR", "SSIM", "largest drift"));
-        for rollout in &self.rollouts {
-            let (name, psnr) = (format!("{} tokens", rollout.tokens), decibels(rollout.psnr));
-            let drift = format!("{:.2} of {:.2}", rollout.largest_drift, rollout.largest_value);
-            line(format!("{name:<26}{:>12.2e}{psnr:>12}{:>10.4}{drift:>14}", rollout.relative_error, rollout.ssim));
-        }
-        line(format!("\n{:<26}{:>12}{:>12}", "token", "error", "cosine"));
-        for position in self.shown_positions() {
-            line(format!("{:<26}{:>12.2e}{:>12.6}", position.token, position.relative_error, position.cosine));
-        }
-        text
-    }
-
-    /// Positions 0, 1, 3, 7, 15 and so on.
-    fn shown_positions(&self) -> impl Iterator<Item = &TokenQuality> {
-        self.positions.iter().filter(|position| (position.token + 1).is_power_of_two())
-    }
-
-    /// Writes the report in `folder`, as JSON and as text.
-    ///
-    /// # Errors
-    /// [`Error::run`] when it cannot be written.
-    pub fn write(&self, folder: &Path) -> Result<()> {
-        files::write_json(&folder.join(REPORT_FILE), self)?;
-        files::write(&folder.join(REPORT_TEXT_FILE), self.text().as_bytes())
     }
 }

@@ -1,6 +1,7 @@
 //! From a bundle to the engines beside its graphs.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::Instant;
 
 use eqim::bundle::{Bundle, FileRecord, Precision};
@@ -16,7 +17,6 @@ use super::builder;
 use super::shapes::Limits;
 use crate::drift::Drift;
 use crate::lower::BF16_OPSET;
-use crate::quantization::QuantizationReport;
 use crate::write::{self, Draft, Options, PRODUCER};
 
 /// Name of the file, beside the engines, that tells how far their graphs lie from FP32.
@@ -112,20 +112,18 @@ pub fn build(
     Ok(Built { folder, set })
 }
 
-/// Puts engines in their bundle, in place of older ones, with the report of their graphs' drift, or of INT8, where there
-/// is one.
+impl Built {
+    /// The folder that the engines are in until they are published: reports can be added to it.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+/// Puts engines in their bundle, in place of older ones, with the report of their graphs' drift, where there is one.
 ///
 /// # Errors
 /// [`Error::run`] when they cannot be moved there; [`Error::input`] when the bundle was replaced meanwhile.
-pub fn publish(
-    built: Built,
-    bundle: &Bundle,
-    drift: Option<&Drift>,
-    report: Option<&QuantizationReport>,
-) -> Result<()> {
-    if let Some(report) = report {
-        report.write(built.folder.path())?;
-    }
+pub fn publish(built: Built, bundle: &Bundle, drift: Option<&Drift>) -> Result<()> {
     if let Some(drift) = drift {
         files::write_json(&built.folder.path().join(DRIFT_FILE), drift)?;
     }

@@ -1,7 +1,8 @@
-//! What was measured, for people and programs.
+//! What was measured, as text, in Markdown and in JSON.
 
 use std::fmt::Write;
 
+use eqim_cli::table;
 use serde::Serialize;
 
 use super::contest::Agreement;
@@ -80,7 +81,7 @@ pub struct StageMeasurement {
     pub stage: &'static str,
     /// Seconds a call.
     pub call: Summary,
-    /// CallTimes a batch.
+    /// Calls per batch.
     pub calls: f64,
     /// What a call does, where that is known.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -100,6 +101,12 @@ impl Measurement {
         self.stages.iter().map(StageMeasurement::total).sum()
     }
 
+    /// One row of [`COLUMNS`] for each stage.
+    fn rows(&self) -> Vec<Vec<String>> {
+        let all = self.in_stages();
+        self.stages.iter().map(|stage| stage.cells(all)).collect()
+    }
+
     /// Everything about the times that makes them doubtful.
     fn warnings(&self) -> Vec<String> {
         let stages = self.stages.iter().flat_map(|stage| stage.call.warnings(stage.stage));
@@ -108,7 +115,7 @@ impl Measurement {
 }
 
 impl BenchReport {
-    /// For people.
+    /// The report as text.
     pub fn text(&self) -> String {
         let mut text = String::new();
         if let Some(machine) = &self.machine {
@@ -129,26 +136,21 @@ impl BenchReport {
         text.trim_end().to_string()
     }
 
-    /// For documents.
+    /// The report in Markdown.
     pub fn markdown(&self) -> String {
         let mut text = String::new();
         for case in &self.cases {
             let _ = writeln!(text, "{}\n", case.title());
-            let _ = writeln!(text, "| | s/batch | images/s | s/token | ratio | tokens differ | peak MB |");
-            let _ = writeln!(text, "|---|---|---|---|---|---|---|");
-            for result in &case.results {
-                let cells = case.row(result).join(" | ");
-                let _ = writeln!(text, "| {cells} |");
-            }
-            let _ = writeln!(text, "\n| {} |", COLUMNS.join(" | "));
-            let _ = writeln!(text, "{}|", "|---".repeat(COLUMNS.len()));
-            for result in &case.results {
-                for stage in &result.stages {
-                    let cells = stage.cells(result.in_stages()).join(" | ");
-                    let _ = writeln!(text, "| {}: {cells} |", result.name);
-                }
-            }
-            text.push('\n');
+            let head = ["", "s/batch", "images/s", "s/token", "ratio", "tokens differ", "peak MB"];
+            let _ = writeln!(text, "{}\n", table::markdown(&head, case.results.iter().map(|result| case.row(result))));
+            let of_engine = |result: &Measurement| {
+                let named = |mut cells: Vec<String>| {
+                    cells[0] = format!("{}: {}", result.name, cells[0]);
+                    cells
+                };
+                result.rows().into_iter().map(named).collect::<Vec<_>>()
+            };
+            let _ = writeln!(text, "{}\n", table::markdown(&COLUMNS, case.results.iter().flat_map(of_engine)));
         }
         Solved::table(&self.solvers, &mut text);
         self.tiling.iter().for_each(|found| found.table(&mut text));
@@ -166,7 +168,7 @@ impl StageMeasurement {
         self.calls * self.call.mean
     }
 
-    /// One cell a column; `all` is the total of all stages.
+    /// One cell per column; `all` is the total of all stages.
     fn cells(&self, all: f64) -> Vec<String> {
         let median = self.call.median;
         let share = 100.0 * self.total() / all;
@@ -242,15 +244,7 @@ impl Case {
             for stage in &result.stages {
                 let _ = writeln!(text, "{}, {} times: {}", stage.stage, stage.call.count, stage.call.line());
             }
-            let line = |cells: Vec<String>| {
-                let mut line = format!("{:<18}", cells[0]);
-                cells[1..].iter().for_each(|cell| line += &format!("{cell:>11}"));
-                line
-            };
-            let _ = writeln!(text, "\n{}", line(COLUMNS.map(String::from).to_vec()));
-            for stage in &result.stages {
-                let _ = writeln!(text, "{}", line(stage.cells(result.in_stages())));
-            }
+            let _ = writeln!(text, "\n{}", table::text(&COLUMNS, result.rows()));
             for warning in result.warnings() {
                 let _ = writeln!(text, "warning: {warning}");
             }

@@ -9,6 +9,7 @@ use eqim::generate::generate;
 use eqim::picture::quality::psnr;
 use eqim::request::Request;
 use eqim::request::solver::Solver;
+use eqim_cli::table;
 use ndarray::{Array3, Array4, s};
 use serde::Serialize;
 
@@ -68,24 +69,19 @@ pub fn solve(engine: &dyn Engine, request: &Request, progress: &mut dyn FnMut(St
 }
 
 impl Solved {
-    /// A table in Markdown, which people read too.
+    /// A table in Markdown.
     pub fn table(all: &[Self], text: &mut String) {
         if all.is_empty() {
             return;
         }
-        let _ = writeln!(
-            text,
-            "| solver | steps | evaluations | tokens from {MANY} steps | image, dB | from the default's, dB |"
-        );
-        let _ = writeln!(text, "|---|---:|---:|---:|---:|---:|");
-        for Self { solver, steps, evaluations, tokens, psnr_exact, psnr_default } in all {
-            let decibel = |value: &Option<f32>| value.map_or("same".into(), |value| format!("{value:.1}"));
+        let decibel = |value: &Option<f32>| value.map_or("same".into(), |value| format!("{value:.1}"));
+        let row = |Self { solver, steps, evaluations, tokens, psnr_exact, psnr_default }: &Self| {
+            let tokens = format!("{:.3} %", 100.0 * tokens);
             let (exact, default) = (decibel(psnr_exact), decibel(psnr_default));
-            let _ = writeln!(
-                text,
-                "| {solver} | {steps} | {evaluations} | {:.3} % | {exact} | {default} |",
-                100.0 * tokens
-            );
-        }
+            vec![solver.to_string(), steps.to_string(), evaluations.to_string(), tokens, exact, default]
+        };
+        let tokens = format!("tokens from {MANY} steps");
+        let head = ["solver", "steps", "evaluations", &tokens, "image, dB", "from the default's, dB"];
+        let _ = writeln!(text, "{}", table::markdown(&head, all.iter().map(row)));
     }
 }

@@ -12,6 +12,7 @@ use eqim::picture::quality;
 use eqim::request::Request;
 use eqim::request::timing::timed;
 use eqim::{Result, ResultExt};
+use eqim_cli::table;
 use ndarray::{Array2, Array3, ArrayView2, ArrayView3, Axis, concatenate, s};
 use serde::Serialize;
 
@@ -184,19 +185,21 @@ fn steps(image: ArrayView3<f32>, shared: &[bool]) -> f32 {
 }
 
 impl Tilings {
-    /// A table in Markdown, which people read too.
+    /// A table in Markdown.
     pub fn table(&self, text: &mut String) {
-        let (mut title, mut line) = (String::new(), "");
+        let mut head =
+            vec!["tile", "shared", "largest, of 255", "mean, of 255", "steps where tiles meet", "decoder, s"];
         if let Some((count, psnr)) = self.alone {
             let _ = writeln!(text, "{count} pictures side by side; each decoded alone: {psnr:.2} dB\n");
-            (title, line) = (" PSNR, dB |".into(), "---:|");
+            head.push("PSNR, dB");
         }
-        let columns = "| tile | shared | largest, of 255 | mean, of 255 | steps where tiles meet | decoder, s |";
-        let _ = writeln!(text, "{columns}{title}\n|---:|---:|---:|---:|---:|---:|{line}");
-        for Tiled { tile, overlap, largest, mean, seams, psnr, seconds } in &self.tiles {
-            let psnr = psnr.map_or(String::new(), |psnr| format!(" {psnr:.2} |"));
-            let _ =
-                writeln!(text, "| {tile} | {overlap} | {largest:.1} | {mean:.3} | {seams:.4} | {seconds:.2} |{psnr}");
-        }
+        let row = |Tiled { tile, overlap, largest, mean, seams, psnr, seconds }: &Tiled| {
+            let (largest, mean) = (format!("{largest:.1}"), format!("{mean:.3}"));
+            let mut row = vec![tile.to_string(), overlap.to_string(), largest, mean];
+            row.extend([format!("{seams:.4}"), format!("{seconds:.2}")]);
+            row.extend(psnr.map(|psnr| format!("{psnr:.2}")));
+            row
+        };
+        let _ = writeln!(text, "{}", table::markdown(&head, self.tiles.iter().map(row)));
     }
 }

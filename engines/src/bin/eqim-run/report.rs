@@ -8,11 +8,11 @@ use eqim::request::condition::ClassSchedule;
 use eqim::request::timing::StageTimes;
 use eqim::request::{Noise, Request};
 use eqim::{Result, ResultExt};
+use eqim_cli::{memory, table};
 use serde::Serialize;
 
 use super::arguments::Arguments;
 use super::outputs::Outputs;
-use eqim_cli::memory;
 
 /// A finished run.
 #[derive(Debug, Serialize)]
@@ -148,7 +148,7 @@ impl RunReport {
         }
     }
 
-    /// For programs.
+    /// The report as JSON.
     ///
     /// # Errors
     /// Never for a run's numbers.
@@ -156,8 +156,8 @@ impl RunReport {
         serde_json::to_string_pretty(self).or_run("report")
     }
 
-    /// For people.
-    pub fn table(&self) -> String {
+    /// The report as text.
+    pub fn text(&self) -> String {
         let Self { seconds, tokens, prefix_tokens, .. } = self;
         let images = self.classes.len();
         let stages = [
@@ -168,13 +168,19 @@ impl RunReport {
             ("decoder", Some(seconds.decoder), images * self.tiles.map_or(1, |tiles| tiles.count)),
         ];
         let mut text = format!("{} on {}, loaded in {:.2} s\n\n", self.engine, self.backend, seconds.load);
-        text += "stage              calls     total s    mean ms   share\n";
-        for (name, time, calls) in stages {
-            let Some(time) = time else { continue };
-            let (mean, share) = (1e3 * time / calls as f64, 100.0 * time / seconds.total);
-            let _ = writeln!(text, "{name:<16} {calls:>7} {time:>11.3} {mean:>10.3} {share:>6.1}%");
-        }
-        let _ = writeln!(text, "{:<16} {:>7} {:>11.3}\n", "total", "", seconds.total);
+        let row = |(name, time, calls): (&str, Option<f64>, usize)| {
+            let (mean, share) = (1e3 * time? / calls as f64, 100.0 * time? / seconds.total);
+            Some(vec![
+                name.into(),
+                calls.to_string(),
+                format!("{:.3}", time?),
+                format!("{mean:.3}"),
+                format!("{share:.1} %"),
+            ])
+        };
+        let total = vec!["total".into(), String::new(), format!("{:.3}", seconds.total)];
+        let rows = stages.into_iter().filter_map(row).chain([total]);
+        let _ = writeln!(text, "{}\n", table::text(&["stage", "calls", "total s", "mean ms", "share"], rows));
         if let Some(Device { enqueue, host_to_device, device_to_host }) = seconds.device {
             let [enqueue, h2d, d2h] = [enqueue, host_to_device, device_to_host].map(|seconds| 1e3 * seconds);
             let _ = writeln!(text, "GPU: enqueue {enqueue:.3} ms, H2D {h2d:.3} ms, D2H {d2h:.3} ms\n");

@@ -83,7 +83,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 
     let seconds = Seconds::new(load, encoded.then_some(encoder), &times, decoder);
     let report = RunReport::new(arguments, engine.as_ref(), &request, prefix_tokens, &outputs, tiles, seconds);
-    eqim_cli::print(if arguments.json { report.json()? } else { report.table() })
+    eqim_cli::print(if arguments.json { report.json()? } else { report.text() })
 }
 
 /// Generates and decodes long images one after another.

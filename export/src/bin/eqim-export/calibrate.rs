@@ -3,16 +3,18 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use eqim::bundle::Bundle;
-use eqim::bundle::Int8Target;
+use eqim::bundle::{Bundle, Int8Target};
 use eqim::model::Stage;
 use eqim::picture::folder::pictures;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, checkpoint, files};
 use eqim_calibration::policy::STAGES;
 use eqim_calibration::{
-    Collection, Estimator, Policy, Samples, Sensitivity, Table, fingerprint, hashes, quantized, search,
+    Collection, Estimator, Policy, Ranked, Samples, Sensitivity, Table, fingerprint, hashes, quantized, search,
 };
+use eqim_cli::flags::tolerance;
+use eqim_cli::{say, table};
+use eqim_export::quantization::decibels;
 
 /// Watch a model work on pictures and rollouts, and write the ranges of its activations: what INT8 is scaled by.
 ///
@@ -49,7 +51,7 @@ pub struct Calibrate {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     steps: Option<u32>,
     /// Guidance at a rollout's last token
-    #[arg(long, default_value_t = 3.0, value_parser = super::tolerance)]
+    #[arg(long, default_value_t = 3.0, value_parser = tolerance)]
     cfg: f32,
     /// Seed of the first rollout
     #[arg(long, default_value_t = 0)]
@@ -58,7 +60,7 @@ pub struct Calibrate {
     #[arg(long)]
     sensitivity: bool,
     /// Least PSNR of the image against FP32, dB: as few scopes stay out as it needs
-    #[arg(long, value_name = "DB", default_value_t = 30.0, requires = "sensitivity", value_parser = super::tolerance)]
+    #[arg(long, value_name = "DB", default_value_t = 30.0, requires = "sensitivity", value_parser = tolerance)]
     min_psnr: f32,
     /// What the scopes are quantized for
     #[arg(long, alias = "for", value_enum, default_value_t = Int8Target::TensorRt, requires = "sensitivity")]
@@ -138,7 +140,7 @@ fn collect(
     pictures: &[PathBuf],
 ) -> Result<()> {
     if collection.done() > 0 {
-        super::say(format_args!("going on after {} of {} samples", collection.done(), collection.total()));
+        say(format_args!("going on after {} of {} samples", collection.done(), collection.total()));
     }
     let mut progress = eqim_cli::Progress::new("calibrated", collection.total(), "pictures and rollouts");
     while collection.done() < collection.total() {
@@ -162,17 +164,16 @@ fn rank(
     let mut progress = eqim_cli::Progress::new("looked at", quantized(config, &policy)?.len(), "scopes");
     let found = search(config, weights, &policy, arguments.min_psnr, collection, |done| progress.at(done))?;
     drop(progress);
-    super::say(format_args!("{:<56}{:>12}{:>12}", "scope alone in INT8", "token error", "PSNR, dB"));
-    for ranked in &found.scopes {
-        let psnr = ranked.damage.psnr.map_or("equal".into(), |psnr| format!("{psnr:.1}"));
-        super::say(format_args!("{:<56}{:>12.1e}{psnr:>12}", ranked.scope, ranked.damage.token_error));
-    }
+    let rows = found.scopes.iter().map(|Ranked { scope, damage }| {
+        vec![scope.clone(), format!("{:.1e}", damage.token_error), decibels(damage.psnr)]
+    });
+    say(table::text(&["scope alone in INT8", "token error", "PSNR"], rows));
     let (all, kept) = (found.scopes.len(), found.exclude.len());
-    let psnr = found.psnr.map_or("an equal image".into(), |psnr| format!("{psnr:.1} dB"));
-    super::say(format_args!("{} of {all} scopes in INT8 together: {psnr}", all - kept));
+    let psnr = decibels(found.psnr);
+    say(format_args!("{} of {all} scopes in INT8 together: image {psnr}", all - kept));
     if kept > 0 {
         let names: Vec<&str> = found.exclude.iter().map(String::as_str).collect();
-        super::say(format_args!("left out for {} dB: {}", found.min_psnr, names.join(", ")));
+        say(format_args!("left out for {} dB: {}", found.min_psnr, names.join(", ")));
     }
     Ok(found)
 }

@@ -3,19 +3,20 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use eqim::bundle::Int8Target;
-use eqim::bundle::Precision;
+use eqim::bundle::{Int8Target, Precision};
 use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use eqim_calibration::policy::{STAGES, patterns};
 use eqim_calibration::{Policy, Preview, Table, plan};
+use eqim_cli::flags::tolerance;
+use eqim_cli::say;
 use eqim_export::quantization::{self, LEAST_SPEEDUP, Pair, QuantizationReport, Settings, SpeedPair};
 use eqim_export::validate::validate_preview;
 use eqim_export::write::{self, Draft, Options};
 
-use super::say;
+use super::report;
 
 /// The first operator set in which `QuantizeLinear` and `DequantizeLinear` have scales of FP16.
 const FP16_SCALES_OPSET: i64 = 19;
@@ -37,7 +38,7 @@ pub struct Int8 {
     #[arg(long, value_name = "REGEX", requires = "int8")]
     w8a8: Vec<String>,
     /// Least PSNR of an image of 16 tokens against FP32, dB
-    #[arg(long, value_name = "DB", default_value_t = 30.0, requires = "int8", value_parser = super::tolerance)]
+    #[arg(long, value_name = "DB", default_value_t = 30.0, requires = "int8", value_parser = tolerance)]
     min_psnr: f32,
     /// Write the INT8 even if it is slower than FP32, or below --min-psnr
     #[arg(long, requires = "int8")]
@@ -75,7 +76,7 @@ impl Int8 {
     /// [`Error::run`] when it does not pass, unless it is forced.
     pub fn judged(&self, pair: &Pair, settings: &Settings) -> Result<QuantizationReport> {
         let report = quantization::measure(pair, settings, |what| say(format_args!("measuring {what}")))?;
-        say(report.text());
+        say(report::text(&report));
         if report.passed || self.force {
             return Ok(report);
         }
@@ -85,6 +86,58 @@ impl Int8 {
             report.verdict
         );
         Err(Error::run("INT8", problem))
+    }
+
+    /// A bundle in INT8 with its report, not yet at its destination.
+    ///
+    /// # Errors
+    /// [`Error::run`] when it does not compute what the preview does, or does not pay.
+    pub fn draft(
+        &self,
+        output: &Path,
+        config: &Config,
+        weights: &Weights,
+        options: Options,
+        mut policy: Policy,
+        library: Option<&Path>,
+    ) -> Result<Draft> {
+        if policy.target == Int8Target::Cpu && options.precision != Precision::Fp32 {
+            return Err(Error::input("--int8-target cpu", "runs what is not in INT8 in FP32: leave --dtype fp16 away"));
+        }
+        if options.precision == Precision::Fp16 && options.opset < FP16_SCALES_OPSET {
+            let problem = format!(
+                "is {}, expected at least {FP16_SCALES_OPSET}: older ones have no scales of FP16",
+                options.opset
+            );
+            return Err(Error::input("--opset", problem));
+        }
+        let write = |policy: Option<&Policy>, precision| {
+            let options = Options { policy, precision, ..options };
+            write::draft(output, config, weights, options, |file| say(format_args!("writing {file}")))
+        };
+        let Some(library) = library else { return write(Some(&policy), options.precision) };
+        say("FP32, to compare with:");
+        let fp32 = write(None, Precision::Fp32)?;
+        say("INT8:");
+        let mut int8 = write(Some(&policy), options.precision)?;
+        let mut settings = self.settings();
+        if policy.target == Int8Target::Cpu && !self.force {
+            let pair = Pair::load(&fp32.bundle, &int8.bundle, library)?;
+            let gains = |times: &SpeedPair| times.speedup() >= LEAST_SPEEDUP;
+            settings.gained_nothing = pair.stage_times()?.into_iter().filter(|(_, times)| !gains(times)).collect();
+        }
+        if !settings.gained_nothing.is_empty() {
+            for (stage, times) in &settings.gained_nothing {
+                policy.stages.remove(stage);
+                say(format_args!("{} gains nothing ({:.2}×) and stays in FP32", stage.name(), times.speedup()));
+            }
+            int8 = write(Some(&policy), options.precision)?;
+        }
+        check_preview(&int8, config, weights, &policy, library)?;
+        let pair = Pair::load(&fp32.bundle, &int8.bundle, library)?;
+        let report = self.judged(&pair, &settings)?;
+        report::write(&report, &int8.bundle.folder)?;
+        Ok(int8)
     }
 }
 
@@ -105,53 +158,4 @@ pub fn check_preview(draft: &Draft, config: &Config, weights: &Weights, policy: 
         "what is marked -[x] does not compute what the preview does, so no bundle was written; --no-validate writes the \
          bundle unseen",
     ))
-}
-
-/// A bundle in INT8 with its report, not yet at its destination.
-///
-/// # Errors
-/// [`Error::run`] when it does not compute what the preview does, or does not pay.
-pub fn draft(
-    arguments: &super::Onnx,
-    config: &Config,
-    weights: &Weights,
-    options: Options,
-    mut policy: Policy,
-    library: Option<&Path>,
-) -> Result<Draft> {
-    if policy.target == Int8Target::Cpu && options.precision != Precision::Fp32 {
-        return Err(Error::input("--int8-target cpu", "runs what is not in INT8 in FP32: leave --dtype fp16 away"));
-    }
-    if options.precision == Precision::Fp16 && options.opset < FP16_SCALES_OPSET {
-        let problem =
-            format!("is {}, expected at least {FP16_SCALES_OPSET}: older ones have no scales of FP16", options.opset);
-        return Err(Error::input("--opset", problem));
-    }
-    let write = |policy: Option<&Policy>, precision| {
-        let options = Options { policy, precision, ..options };
-        write::draft(&arguments.output, config, weights, options, |file| say(format_args!("writing {file}")))
-    };
-    let Some(library) = library else { return write(Some(&policy), options.precision) };
-    say("FP32, to compare with:");
-    let fp32 = write(None, Precision::Fp32)?;
-    say("INT8:");
-    let mut int8 = write(Some(&policy), options.precision)?;
-    let mut settings = arguments.int8.settings();
-    if policy.target == Int8Target::Cpu && !arguments.int8.force {
-        let pair = Pair::load(&fp32.bundle, &int8.bundle, library)?;
-        let gains = |times: &SpeedPair| times.speedup() >= LEAST_SPEEDUP;
-        settings.gained_nothing = pair.stage_times()?.into_iter().filter(|(_, times)| !gains(times)).collect();
-    }
-    if !settings.gained_nothing.is_empty() {
-        for (stage, times) in &settings.gained_nothing {
-            policy.stages.remove(stage);
-            say(format_args!("{} gains nothing ({:.2}×) and stays in FP32", stage.name(), times.speedup()));
-        }
-        int8 = write(Some(&policy), options.precision)?;
-    }
-    check_preview(&int8, config, weights, &policy, library)?;
-    let pair = Pair::load(&fp32.bundle, &int8.bundle, library)?;
-    let report = arguments.int8.judged(&pair, &settings)?;
-    report.write(&int8.bundle.folder)?;
-    Ok(int8)
 }

@@ -1,25 +1,15 @@
 //! `eqim-export`: from checkpoints to bundles of ONNX graphs and TensorRT engines, and what is in them.
 
 mod calibrate;
+mod inspect;
 mod int8;
+mod onnx;
+mod report;
 mod trt;
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use eqim::bundle::Int8Target;
-use eqim::bundle::{Bundle, Precision};
-use eqim::checkpoint::{self, Hints, WeightSet};
-use eqim::config::Preset;
-use eqim::engine::candle::CandleEngine;
-use eqim::weights::Weights;
-use eqim::{Config, Error, Result, ResultExt};
-use eqim_engines::native;
-use eqim_export::inspect::inspect;
-use eqim_export::lower::{NEWEST_OPSET, OLDEST_OPSET};
-use eqim_export::validate::{default_tolerance, validate};
-use eqim_export::write::{self, Draft, Options};
+use clap::{Parser, Subcommand};
 
 /// Export Equivariant Image Modeling checkpoints, and inspect what was exported.
 #[derive(Parser)]
@@ -31,247 +21,18 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    Onnx(Onnx),
+    Onnx(onnx::Onnx),
     Calibrate(calibrate::Calibrate),
     Trt(trt::Trt),
-    Inspect(Inspect),
-}
-
-/// Write a bundle: five ONNX graphs around one file of weights, validated against Candle.
-#[derive(Args)]
-#[command(
-    after_help = "Example:\n  eqim-export onnx --generator places_large.ckpt --tokenizer tokenizer.ckpt \\\n    --preset places-large -o bundle"
-)]
-struct Onnx {
-    #[command(flatten)]
-    source: Source,
-    #[command(flatten)]
-    hints: HintArguments,
-    /// Text file of the classes' names, one a line in their order, for command lines that name classes [default: those of the
-    /// checkpoint, where eqim-train wrote it]
-    #[arg(long, value_name = "FILE")]
-    class_names: Option<PathBuf>,
-    /// Which weights of the checkpoints to take
-    #[arg(long, value_enum, default_value_t = WeightsArgument::Ema)]
-    weights: WeightsArgument,
-    /// Folder to write; an older bundle there is replaced
-    #[arg(short, long, value_name = "BUNDLE")]
-    output: PathBuf,
-    /// ONNX operator set
-    #[arg(long, default_value_t = NEWEST_OPSET, value_parser = clap::value_parser!(i64).range(OLDEST_OPSET..=NEWEST_OPSET))]
-    opset: i64,
-    /// Precision of weights and matrix products
-    #[arg(long, value_enum, default_value_t = DtypeArgument::Fp32)]
-    dtype: DtypeArgument,
-    /// Largest difference from Candle that validation accepts, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 2e-2 for fp16]
-    #[arg(long, value_parser = tolerance, conflicts_with = "no_validate")]
-    atol: Option<f32>,
-    /// Write the bundle without running it
-    #[arg(long)]
-    no_validate: bool,
-    #[command(flatten)]
-    int8: int8::Int8,
-    /// What INT8 is for: explicit Q/DQ that TensorRT takes, or integer operators that are fast on a CPU
-    #[arg(long, alias = "for", value_enum, default_value_t = Int8Target::TensorRt, requires = "int8")]
-    int8_target: Int8Target,
-}
-
-/// Where weights come from.
-#[derive(Args)]
-struct Source {
-    /// The generator's checkpoint: .pth of the reference, or .safetensors of eqim
-    #[arg(long, value_name = "FILE", required_unless_present = "random", requires = "tokenizer")]
-    generator: Option<PathBuf>,
-    /// The tokenizer's checkpoint: .ckpt of the reference, or .safetensors of eqim
-    #[arg(long, value_name = "FILE", required_unless_present = "random", requires = "generator")]
-    tokenizer: Option<PathBuf>,
-    /// Random weights of a published size instead, for benchmarks without a download
-    #[arg(long, value_enum, value_name = "PRESET", conflicts_with_all = ["generator", "tokenizer", "preset"])]
-    random: Option<PresetArgument>,
-    /// Seed of --random
-    #[arg(long, default_value_t = 0, conflicts_with_all = ["generator", "tokenizer"])]
-    seed: u32,
-}
-
-/// What a checkpoint may not say.
-#[derive(Args)]
-struct HintArguments {
-    /// Published size that the generator's checkpoint has
-    #[arg(long, value_enum)]
-    preset: Option<PresetArgument>,
-    /// Attention heads
-    #[arg(long)]
-    heads: Option<usize>,
-    /// Earlier tokens that self-attention sees (cond_length)
-    #[arg(long)]
-    window: Option<usize>,
-    /// Scale of latents
-    #[arg(long)]
-    vae_norm: Option<f64>,
-    /// Euler steps of a run by default
-    #[arg(long)]
-    steps: Option<usize>,
-}
-
-/// Show a bundle's graphs, parameters and costs; verifies every file.
-#[derive(Args)]
-struct Inspect {
-    /// A folder that eqim-export onnx wrote
-    bundle: PathBuf,
-    /// Tokens that decoder and encoder are counted for
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(2..=1_000_000))]
-    tokens: u32,
-    /// Euler steps that the sampler is counted for [default: the model's]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100_000))]
-    steps: Option<u32>,
-    /// Report as JSON
-    #[arg(long)]
-    json: bool,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum PresetArgument {
-    Small,
-    Base,
-    Large,
-    Huge,
-    PlacesLarge,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum WeightsArgument {
-    Ema,
-    Raw,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum DtypeArgument {
-    Fp32,
-    Fp16,
-}
-
-impl From<PresetArgument> for Preset {
-    fn from(preset: PresetArgument) -> Self {
-        match preset {
-            PresetArgument::Small => Self::Small,
-            PresetArgument::Base => Self::Base,
-            PresetArgument::Large => Self::Large,
-            PresetArgument::Huge => Self::Huge,
-            PresetArgument::PlacesLarge => Self::PlacesLarge,
-        }
-    }
-}
-
-fn tolerance(text: &str) -> Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
-        _ => Err("expected a number of at least 0".into()),
-    }
+    Inspect(inspect::Inspect),
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     eqim_cli::main(|| match &arguments.command {
-        Command::Onnx(onnx) => export(onnx),
+        Command::Onnx(arguments) => onnx::run(arguments),
         Command::Calibrate(arguments) => calibrate::run(arguments),
         Command::Trt(arguments) => trt::run(arguments),
-        Command::Inspect(arguments) => show(arguments),
+        Command::Inspect(arguments) => inspect::run(arguments),
     })
-}
-
-/// Loads or draws the weights.
-fn load(arguments: &Onnx) -> Result<(Config, Weights)> {
-    let HintArguments { preset, heads, window, vae_norm, steps } = arguments.hints;
-    if let Some(preset) = arguments.source.random {
-        let mut config = Preset::from(preset).config();
-        let generator = &mut config.generator;
-        generator.heads = heads.unwrap_or(generator.heads);
-        generator.window = window.unwrap_or(generator.window);
-        generator.vae_norm = vae_norm.unwrap_or(generator.vae_norm);
-        generator.steps = steps.unwrap_or(generator.steps);
-        config.check()?;
-        let weights = Weights::random(&config, arguments.source.seed)?;
-        return Ok((config, weights));
-    }
-    let (Some(generator), Some(tokenizer)) = (&arguments.source.generator, &arguments.source.tokenizer) else {
-        return Err(Error::input("--generator and --tokenizer", "are both needed without --random"));
-    };
-    let hints = Hints { preset: preset.map(Preset::from), heads, window, vae_norm, steps };
-    let set = match arguments.weights {
-        WeightsArgument::Ema => WeightSet::Ema,
-        WeightsArgument::Raw => WeightSet::Raw,
-    };
-    checkpoint::load(generator, tokenizer, set, &hints)
-}
-
-fn export(arguments: &Onnx) -> Result<()> {
-    write::check_destination(&arguments.output)?;
-    let library =
-        if arguments.no_validate { None } else { Some(native::find_onnxruntime().map_err(without_validation)?) };
-    let precision = match arguments.dtype {
-        DtypeArgument::Fp32 => Precision::Fp32,
-        DtypeArgument::Fp16 => Precision::Fp16,
-    };
-    let (mut config, weights) = load(arguments)?;
-    if let Some(file) = &arguments.class_names {
-        let text = std::fs::read_to_string(file).or_input(file.display())?;
-        config.generator.class_names = text.lines().map(|line| line.trim().to_string()).collect();
-        config.check().map_err(|error| error.about(format!("--class-names {}", file.display())))?;
-    }
-    let options = Options { precision, opset: arguments.opset, policy: None };
-    let draft = match arguments.int8.policy(&config, &weights, arguments.int8_target)? {
-        Some(policy) => int8::draft(arguments, &config, &weights, options, policy, library.as_deref())?,
-        None => float(arguments, config, weights, options, library)?,
-    };
-    let bundle = draft.publish()?;
-    eqim_cli::print(format_args!("The ONNX export succeeded and the bundle was saved at: {}", bundle.folder.display()))
-}
-
-/// A bundle without INT8, validated where there is a library to run it.
-fn float(
-    arguments: &Onnx,
-    config: Config,
-    weights: Weights,
-    options: Options,
-    library: Option<PathBuf>,
-) -> Result<Draft> {
-    let draft =
-        write::draft(&arguments.output, &config, &weights, options, |file| say(format_args!("writing {file}")))?;
-    let Some(library) = library else { return Ok(draft) };
-    let atol = arguments.atol.unwrap_or(default_tolerance(options.precision));
-    validated(draft, &CandleEngine::new(config, weights), &library, atol)
-}
-
-/// Reports progress; the export goes on when nobody listens.
-fn say(text: impl std::fmt::Display) {
-    let _ = eqim_cli::print(text);
-}
-
-fn without_validation(problem: Error) -> Error {
-    problem.advise(", or give --no-validate to write the bundle unseen")
-}
-
-/// Passes a draft on if it computes what the model does.
-fn validated(draft: Draft, reference: &CandleEngine, library: &std::path::Path, atol: f32) -> Result<Draft> {
-    say("Validating on ONNX Runtime against Candle in FP32 (same inputs, same noise):");
-    let report = validate(&draft.bundle, reference, library, atol, |line| say(line))?;
-    if report.passed() {
-        return Ok(draft);
-    }
-    Err(Error::run(
-        "validation",
-        "what is marked -[x] does not compute what the model does, so no bundle was written; --atol accepts larger \
-         differences, --no-validate writes the bundle unseen",
-    ))
-}
-
-fn show(arguments: &Inspect) -> Result<()> {
-    let bundle = Bundle::open(&arguments.bundle)?;
-    let steps = arguments.steps.map_or(bundle.manifest.model.generator.steps, |steps| steps as usize);
-    let inspection = inspect(&bundle, arguments.tokens as usize, steps)?;
-    if arguments.json {
-        let json = serde_json::to_string_pretty(&inspection).or_run("--json")?;
-        return eqim_cli::print(json);
-    }
-    eqim_cli::print(inspection.text().trim_end())
 }

@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{ArgGroup, Args};
-use eqim::bundle::Int8Target;
-use eqim::bundle::{Bundle, Precision};
+use eqim::bundle::{Bundle, Int8Target, Precision};
 use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Error, Result, checkpoint};
+use eqim_cli::flags::tolerance;
+use eqim_cli::{say, table};
 use eqim_engines::native;
 use eqim_engines::trt::{EngineRecord, EngineSet, FOLDER, Target};
 use eqim_export::drift::{self, Drift};
@@ -18,6 +19,7 @@ use eqim_export::trt::{self, Limits, Shapes, Support};
 use eqim_export::validate::default_tolerance;
 
 use super::int8::{self, Int8};
+use super::report;
 
 /// Build TensorRT engines of a bundle, for GPUs that need not be here.
 ///
@@ -65,7 +67,7 @@ pub struct Trt {
     #[arg(long)]
     check_only: bool,
     /// Largest drift of tokens from Candle in FP32, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 2e-2 for fp16]
-    #[arg(long, value_parser = super::tolerance, conflicts_with_all = ["no_validate", "check_only"])]
+    #[arg(long, value_parser = tolerance, conflicts_with_all = ["no_validate", "check_only"])]
     atol: Option<f32>,
     /// Build without running the graphs
     #[arg(long)]
@@ -109,9 +111,7 @@ impl Trt {
             return Ok(None);
         }
         if precision == Precision::Bf16 {
-            super::say(
-                "ONNX Runtime's CPU has no kernels for BF16: how far these engines drift from FP32 is not measured",
-            );
+            say("ONNX Runtime's CPU has no kernels for BF16: how far these engines drift from FP32 is not measured");
             return Ok(None);
         }
         let problem = |problem: Error| problem.advise(", or give --no-validate to build the engines unseen");
@@ -119,7 +119,10 @@ impl Trt {
     }
 }
 
-/// Does what the command line says.
+/// Builds the engines that the flags describe.
+///
+/// # Errors
+/// [`Error::input`] for a bundle, targets or shapes that do not fit; [`Error::run`] when TensorRT does not take the graphs.
 pub fn run(arguments: &Trt) -> Result<()> {
     let precision = arguments.precision();
     let targets = arguments.targets();
@@ -132,7 +135,7 @@ pub fn run(arguments: &Trt) -> Result<()> {
 
     let names: Vec<String> = targets.iter().map(Target::to_string).collect();
     let int8 = if arguments.int8.int8.is_some() { "int8 and " } else { "" };
-    super::say(format_args!("{version}, {int8}{precision}, for {}", names.join(", ")));
+    say(format_args!("{version}, {int8}{precision}, for {}", names.join(", ")));
     trt::check_weights(&bundle, precision)?;
     let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;
     let policy = arguments.int8.policy(&config, &weights, Int8Target::TensorRt)?;
@@ -162,24 +165,27 @@ pub fn run(arguments: &Trt) -> Result<()> {
     let done = |stage: Stage, engine: &EngineRecord| {
         let (seconds, size) = (engine.seconds, megabytes(engine.file.bytes));
         let line = format!("{}: Engine built in {seconds:.2} sec., {size:.1} MB", stage.name());
-        spinner.aside(|| super::say(line));
+        spinner.aside(|| say(line));
     };
     let built = trt::build(&bundle, &draft.bundle, &limits, &targets, progress, done)?;
     spinner.finish();
-    let table = table(&built.set);
-    trt::publish(built, &bundle, drift.as_ref(), report.as_ref())?;
-    super::say(table);
+    let engines = engines(&built.set);
+    if let Some(report) = report {
+        report::write(&report, built.folder())?;
+    }
+    trt::publish(built, &bundle, drift.as_ref())?;
+    say(engines);
     eqim_cli::print(format_args!("The engines were saved at: {}", bundle.folder.join(FOLDER).display()))
 }
 
 /// Shows the support report; fails when anything is not supported.
 fn supported(lowered: &Bundle, limits: &Limits, targets: &[Target]) -> Result<()> {
-    super::say("Support by TensorRT:");
+    say("Support by TensorRT:");
     let config = &lowered.manifest.model;
     let check = |stage: Stage| {
         let profiles = limits.profiles(stage, config)?;
         let support = trt::check(stage.name(), &lowered.graph_path(stage)?, &profiles, targets)?;
-        super::say(support.text());
+        say(support.text());
         Ok(support)
     };
     let reports = Stage::ALL.into_iter().map(check).collect::<Result<Vec<Support>>>()?;
@@ -192,8 +198,8 @@ fn supported(lowered: &Bundle, limits: &Limits, targets: &[Target]) -> Result<()
 /// Measures how far the lowered graphs drift from FP32; fails beyond the tolerance.
 fn drifts(arguments: &Trt, lowered: &Bundle, reference: CandleEngine, library: &Path) -> Result<Drift> {
     let atol = arguments.atol.unwrap_or(default_tolerance(lowered.manifest.precision));
-    super::say("Rollouts of the lowered graphs on ONNX Runtime against Candle in FP32:");
-    let drift = drift::measure(lowered, &reference, library, &drift::LENGTHS, atol, |line| super::say(line))?;
+    say("Rollouts of the lowered graphs on ONNX Runtime against Candle in FP32:");
+    let drift = drift::measure(lowered, &reference, library, &drift::LENGTHS, atol, |line| say(line))?;
     if drift.passed() {
         return Ok(drift);
     }
@@ -211,23 +217,18 @@ fn megabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-/// The engines side by side.
-fn table(set: &EngineSet) -> String {
-    let mut lines = vec![format!(
-        "\n{:<18}{:>10}{:>10}{:>10}{:>14}{:>8}",
-        "stage", "precision", "seconds", "MB", "peak MB", "layers"
-    )];
-    for stage in Stage::ALL {
-        let Some(engine) = set.engines.get(stage.name()) else { continue };
+/// One row for each engine.
+fn engines(set: &EngineSet) -> String {
+    let row = |stage: Stage| {
+        let engine = set.engines.get(stage.name())?;
+        let precision = engine.precision.to_string();
+        let precision = if engine.int8 { format!("int8+{precision}") } else { precision };
+        let (size, peak) = (megabytes(engine.file.bytes), megabytes(engine.peak_bytes));
         let layers: usize = engine.layers.iter().map(|layers| layers.count).sum();
-        lines.push(format!(
-            "{:<18}{:>10}{:>10.2}{:>10.1}{:>14.0}{layers:>8}",
-            stage.name(),
-            if engine.int8 { format!("int8+{}", engine.precision) } else { engine.precision.to_string() },
-            engine.seconds,
-            megabytes(engine.file.bytes),
-            megabytes(engine.peak_bytes)
-        ));
-    }
-    lines.join("\n")
+        let mut row = vec![stage.name().into(), precision, format!("{:.2}", engine.seconds)];
+        row.extend([format!("{size:.1}"), format!("{peak:.0}"), layers.to_string()]);
+        Some(row)
+    };
+    let head = ["stage", "precision", "seconds", "MB", "peak MB", "layers"];
+    table::text(&head, Stage::ALL.into_iter().filter_map(row))
 }

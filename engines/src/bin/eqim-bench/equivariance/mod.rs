@@ -9,10 +9,11 @@ use std::path::Path;
 
 use eqim::engine::Engine;
 use eqim::{Error, Result};
+use eqim_cli::chart::{self, Chart, Series};
+use eqim_cli::table;
 use serde::Serialize;
 
 use super::photos::{Photo, photos};
-use eqim_cli::chart::{self, Chart, Series};
 use positions::{Band, Position};
 use shifts::Shift;
 
@@ -58,26 +59,27 @@ pub fn measure(subject: &Subject, progress: &mut dyn FnMut(String)) -> Result<Eq
 }
 
 impl Equivariance {
-    /// Tables in Markdown, which people read too.
+    /// Tables in Markdown.
     pub fn table(&self, text: &mut String) {
         let Self { images, classes, shifts, bands, .. } = self;
         let _ = writeln!(text, "{images} pictures, their classes by {classes}\n");
         let _ = writeln!(text, "Tokens of the shifted image against shifted tokens, as a part of their norm:\n");
-        let _ = writeln!(text, "| shift, pixels | tokens | images | all | inside | not shifted |");
-        let _ = writeln!(text, "|---:|---:|---:|---:|---:|---:|");
-        for Shift { pixels, tokens, images, all, inside, unshifted } in shifts {
-            let inside = inside.map_or("".into(), |inside| format!("{inside:.4}"));
-            let _ = writeln!(text, "| {pixels} | {tokens} | {images} | {all:.4} | {inside} | {unshifted:.4} |");
-        }
+        let part = |value: &f64| format!("{value:.4}");
+        let shift = |Shift { pixels, tokens, images, all, inside, unshifted }: &Shift| {
+            let inside = inside.as_ref().map_or(String::new(), part);
+            vec![pixels.to_string(), tokens.to_string(), images.to_string(), part(all), inside, part(unshifted)]
+        };
+        let head = ["shift, pixels", "tokens", "images", "all", "inside", "not shifted"];
+        let _ = writeln!(text, "{}", table::markdown(&head, shifts.iter().map(shift)));
         let _ = writeln!(text, "\nThe flow loss by position:\n");
-        let _ = writeln!(text, "| positions | in training | loss | ± | against those that training sees in full |");
-        let _ = writeln!(text, "|---|---|---:|---:|---:|");
-        for Band { first, last, what, loss, error, ratio } in bands {
-            let _ = writeln!(text, "| {first} to {last} | {what} | {loss:.4} | {error:.4} | {ratio:.4} |");
-        }
+        let band = |Band { first, last, what, loss, error, ratio }: &Band| {
+            vec![format!("{first} to {last}"), what.to_string(), part(loss), part(error), part(ratio)]
+        };
+        let head = ["positions", "in training", "loss", "±", "against those that training sees in full"];
+        let _ = writeln!(text, "{}", table::markdown(&head, bands.iter().map(band)));
     }
 
-    /// NoiseSource both halves into a PNG.
+    /// Draws both halves in a PNG.
     ///
     /// # Errors
     /// When it cannot be written.
