@@ -1,10 +1,6 @@
 //! Classes that follow each other along an image: each token is of its class, two that share tokens fade, every backend agrees.
 
-mod common;
-
 use candle_core::{DType, Device, Tensor};
-use common::bins::{Workplace, export_line};
-use common::{Fixture, fixtures};
 use eqim::Config;
 use eqim::bundle::Bundle;
 use eqim::checkpoint::WeightSet;
@@ -19,6 +15,9 @@ use eqim::request::{Noise, PreparedRequest, Request};
 use eqim_engines::native::find_onnxruntime;
 use eqim_engines::onnxruntime::OrtEngine;
 use ndarray::{Array2, Axis, s};
+
+use crate::common::bins::{Workplace, export_line};
+use crate::common::{Fixture, fixtures};
 
 fn candle() -> CandleEngine {
     Fixture::open(fixtures()).engine(WeightSet::Ema)
@@ -201,7 +200,7 @@ fn a_change_is_resumed_in_its_middle() {
     let line = "eqim-run --engine bundle --seed 4 --tokens 30 --cfg 2 --tile 8 --overlap 2 --classes 1:0-20,2:6-";
     place.run(&format!("{line} -o whole.png")).succeeded();
     // The limit on the size of a file stops it after the first tiles.
-    let program = common::bins::program("eqim-run").display().to_string();
+    let program = crate::common::bins::program("eqim-run").display().to_string();
     let limited = format!("trap '' XFSZ; ulimit -f 1; exec {} -o part.png", line.replace("eqim-run", &program));
     let output =
         std::process::Command::new("bash").args(["-c", &limited]).current_dir(place.path("")).output().unwrap();

@@ -1,11 +1,10 @@
 //! Photographs that are carried on, to either side; and images as folders of tiles.
 
-mod common;
-
-use common::bins::Workplace;
-use common::{Fixture, fixtures};
 use image::{RgbImage, imageops};
 use serde_json::Value;
+
+use crate::common::bins::Workplace;
+use crate::common::{Fixture, fixtures};
 
 /// Tokens of the photograph.
 const GIVEN: u32 = 7;

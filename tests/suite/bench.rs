@@ -1,10 +1,6 @@
 //! `eqim-bench`, on the fixture: that it measures what it says, not how long it takes.
 
-mod common;
-
 use candle_core::{Device, Tensor};
-use common::bins::{Workplace, export_line};
-use common::{Fixture, fixtures};
 use eqim::checkpoint::WeightSet;
 use eqim::close::Tolerance;
 use eqim::engine::Engine;
@@ -16,6 +12,9 @@ use eqim::request::random::TorchRng;
 use image::RgbImage;
 use ndarray::{Array2, Array3, Axis, s};
 use serde_json::Value;
+
+use crate::common::bins::{Workplace, export_line};
+use crate::common::{Fixture, fixtures};
 
 fn workplace() -> Workplace {
     Workplace::with_bundle(&Fixture::open(fixtures()))

@@ -1,9 +1,6 @@
 //! The model on Candle against what the PyTorch reference computed, at two configurations.
 
-mod common;
-
 use candle_core::{Device, Tensor};
-use common::{Fixture, all, close, close_array};
 use eqim::checkpoint::{self, Hints, Shapes, WeightSet};
 use eqim::close::{self as comparison, Tolerance};
 use eqim::config::Preset;
@@ -20,6 +17,8 @@ use eqim::request::condition::ClassSchedule;
 use eqim::request::random::TorchRng;
 use eqim::request::solver::{Solver, Tableau};
 use ndarray::{Array3, Axis, Ix3, Ix4, concatenate};
+
+use crate::common::{Fixture, all, close, close_array};
 
 fn dims(fixture: &Fixture, key: &str) -> Vec<usize> {
     fixture.tensor(key).dims().to_vec()
@@ -242,7 +241,7 @@ fn torch_random_numbers() {
 
 #[test]
 fn published_checkpoints_give_the_published_configurations() {
-    let text = std::fs::read_to_string(common::fixtures().join("published_shapes.json")).unwrap();
+    let text = std::fs::read_to_string(crate::common::fixtures().join("published_shapes.json")).unwrap();
     let published: serde_json::Value = serde_json::from_str(&text).unwrap();
     let shapes = |key: &str| -> Shapes { serde_json::from_value(published[key]["state_dict"].clone()).unwrap() };
     let tokenizer = checkpoint::infer_tokenizer(&shapes("tokenizer")).unwrap();

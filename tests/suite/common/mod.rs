@@ -1,5 +1,4 @@
 //! The golden fixtures, and tolerances with their reasons.
-#![allow(dead_code, missing_docs)]
 
 pub mod bins;
 

@@ -1,13 +1,9 @@
 //! Long images in tiles: as close to exact decoding as documented, without seams, and the same file after an interruption.
 
-mod common;
-
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::bins::{Workplace, program};
-use common::{Fixture, fixtures};
 use eqim::checkpoint;
 use eqim::close;
 use eqim::engine::Engine;
@@ -17,6 +13,9 @@ use eqim::generate::tiles::{TileDecoder, Tiling, decode_tiles};
 use eqim::request::solver::Solver;
 use eqim::request::{Noise, Request};
 use ndarray::{Array2, Array3, Axis, s};
+
+use crate::common::bins::{Workplace, program};
+use crate::common::{Fixture, fixtures};
 
 fn demo() -> CandleEngine {
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo/model.safetensors");

@@ -1,7 +1,5 @@
 //! What holds for every model, sequence, seed and image.
 
-mod common;
-
 use candle_core::{DType, Device, Tensor};
 use eqim::Config;
 use eqim::checkpoint::WeightSet;
@@ -271,7 +269,7 @@ proptest! {
     fn a_png_holds_every_pixel(tokens in 2..=20usize, seed: u64) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("image.png");
-        for fixture in common::all() {
+        for fixture in crate::common::all() {
             let engine = fixture.engine(WeightSet::Ema);
             let tokenizer = &engine.config().tokenizer;
             let (width, height) = (tokens * tokenizer.token_width(), tokenizer.image_height());

@@ -1,9 +1,5 @@
 //! A batch of unequal images gives each the tokens that it has alone.
 
-mod common;
-
-use common::bins::Workplace;
-use common::{Fixture, fixtures};
 use eqim::bundle::Bundle;
 use eqim::checkpoint::WeightSet;
 use eqim::close::{Tolerance, close};
@@ -15,6 +11,9 @@ use eqim::request::{GuidanceSchedule, Noise, PreparedRequest, Request};
 use eqim_engines::native::find_onnxruntime;
 use eqim_engines::onnxruntime::OrtEngine;
 use ndarray::{Array2, Array3, Axis};
+
+use crate::common::bins::Workplace;
+use crate::common::{Fixture, fixtures};
 
 /// Images of different classes, lengths, beginnings and guidance.
 fn requests(engine: &dyn Engine, guided: bool) -> Vec<Request> {

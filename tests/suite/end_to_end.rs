@@ -1,13 +1,9 @@
 //! From checkpoints to images through the programs alone, against what the PyTorch reference computed.
 
-mod common;
-
 use std::collections::{BTreeSet, HashMap};
 use std::process::{Command, Stdio};
 
 use candle_core::Tensor;
-use common::bins::{Workplace, export_line, program};
-use common::{Fixture, all, close, fixtures};
 use eqim::checkpoint;
 use eqim::checkpoint::tensors::{self, TensorFile};
 use eqim::close::Tolerance;
@@ -17,6 +13,9 @@ use eqim::request::solver::Solver;
 use image::RgbImage;
 use ndarray::{Array3, Array4};
 use serde_json::Value;
+
+use crate::common::bins::{Workplace, export_line, program};
+use crate::common::{Fixture, all, close, fixtures};
 
 const BACKENDS: [&str; 2] = ["candle", "ort"];
 
@@ -283,7 +282,7 @@ fn raw_weights_are_not_the_averages() {
         let image: Array4<f32> = fixture.array("tokenizer/image3");
         for (bundle, expected) in [("bundle", "tokenizer/latent3"), ("raw", "tokenizer/latent3_raw_weights")] {
             let latent: Array3<f32> = place.engine(bundle).encode(image.view()).unwrap();
-            common::close_array(&fixture, expected, &latent, Tolerance::ACTIVATION);
+            crate::common::close_array(&fixture, expected, &latent, Tolerance::ACTIVATION);
         }
         assert!(place.read("bundle/model.safetensors") != place.read("raw/model.safetensors"));
     }

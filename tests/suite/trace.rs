@@ -1,11 +1,10 @@
 //! `eqim-run --trace`: pictures of what each token means.
 
-mod common;
-
-use common::bins::Workplace;
-use common::{Fixture, fixtures};
 use image::RgbImage;
 use serde_json::Value;
+
+use crate::common::bins::Workplace;
+use crate::common::{Fixture, fixtures};
 
 const RUN: &str = "eqim-run --engine bundle --seed 3 --tokens 5 --cfg 2";
 

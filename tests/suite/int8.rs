@@ -1,13 +1,9 @@
 //! INT8: calibration, its table, the preview against ONNX Runtime, and the commands.
 
-mod common;
-
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use candle_core::{Device, Tensor};
-use common::bins::{Workplace, export_line};
-use common::{Fixture, all, fixtures};
 use eqim::bundle::Int8Target;
 use eqim::bundle::Precision;
 use eqim::checkpoint::WeightSet;
@@ -24,6 +20,9 @@ use eqim_export::validate::validate_preview;
 use eqim_export::write::{Options, draft};
 use image::RgbImage;
 use serde_json::Value;
+
+use crate::common::bins::{Workplace, export_line};
+use crate::common::{Fixture, all, fixtures};
 
 /// A smooth picture with noise.
 fn picture(width: u32, height: u32, seed: u32) -> RgbImage {

@@ -1,18 +1,17 @@
 //! Broken, wrong and hostile input: every case ends with exit code 2, a message that names what is wrong, and no trace.
 
-mod common;
-
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Cursor, Write};
 
 use candle_core::{DType, Device, Tensor};
-use common::bins::Workplace;
-use common::{Fixture, all, fixtures};
 use eqim::checkpoint::CONFIG_KEY;
 use eqim::checkpoint::tensors::{self, TensorFile};
 use serde_json::{Value, json};
 use zip::ZipWriter;
 use zip::write::SimpleFileOptions;
+
+use crate::common::bins::Workplace;
+use crate::common::{Fixture, all, fixtures};
 
 fn first() -> Fixture {
     Fixture::open(fixtures())

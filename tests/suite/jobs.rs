@@ -1,11 +1,10 @@
 //! `eqim-run --jobs`: many images from one file.
 
-mod common;
-
-use common::bins::Workplace;
-use common::{Fixture, fixtures};
 use image::RgbImage;
 use serde_json::Value;
+
+use crate::common::bins::Workplace;
+use crate::common::{Fixture, fixtures};
 
 const JOBS: &str = r#"{"id": "a", "class": 1, "seed": 3, "tokens": 9}
 {"id": "b", "class": 2, "seed": 4, "tokens": 3, "cfg": 2.5}

@@ -1,19 +1,18 @@
 //! TensorRT: NVIDIA's parser and builder on the fixture, and the runtime up to the driver's door.
 
-mod common;
-
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use common::bins::{Workplace, program};
-use common::{Fixture, fixtures};
 use eqim::model::Stage;
 use eqim_engines::trt::{ENABLED, EngineSet};
 use eqim_export::onnx;
 use eqim_export::trt::{Limits, Shapes, check};
 use prost::Message;
 use serde_json::Value;
+
+use crate::common::bins::{Workplace, program};
+use crate::common::{Fixture, fixtures};
 
 fn first() -> Fixture {
     Fixture::open(fixtures())
