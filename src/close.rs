@@ -2,6 +2,10 @@
 
 use std::fmt;
 
+use candle_core::{DType, Tensor};
+
+use crate::Result;
+
 /// How far values may lie apart: a level with a name and a reason.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tolerance {
@@ -122,6 +126,14 @@ pub fn close<'a>(
 ) -> Result<f32, NotClose> {
     let difference = difference(found, expected, tolerance.measure);
     if difference <= tolerance.limit { Ok(difference) } else { Err(NotClose { difference, tolerance }) }
+}
+
+/// The values of a tensor in row-major order, to be compared.
+///
+/// # Errors
+/// When Candle fails.
+pub fn values(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
 }
 
 /// Values that lie too far apart.

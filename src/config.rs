@@ -173,10 +173,9 @@ impl GeneratorConfig {
             return Err(Error::input("generator configuration", format!("{name} is {size}, expected 1 to {most}")));
         }
         if !self.dim.is_multiple_of(self.heads) || !self.head_dim().is_multiple_of(2) {
-            return Err(Error::input(
-                "generator configuration",
-                format!("{} heads do not split width {} into heads of even width", self.heads, self.dim),
-            ));
+            let problem =
+                format!("heads is {}, expected to split width {} into heads of even width", self.heads, self.dim);
+            return Err(Error::input("generator configuration", problem).with_field("heads"));
         }
         if !self.vae_norm.is_finite() || self.vae_norm <= 0.0 {
             return Err(Error::input(

@@ -2,6 +2,23 @@
 //!
 //! The model is written once, in [`model`], over the primitives of [`ops::Ops`]. What runs it, counts it or lowers it
 //! to ONNX is an interpreter of those primitives. [`generate`] drives any [`engine::Engine`] token by token.
+//!
+//! ```
+//! use eqim::engine::{Engine, candle::CandleEngine};
+//! use eqim::generate::generate;
+//! use eqim::request::{Noise, Request};
+//! # use std::path::Path;
+//!
+//! let (config, weights) = eqim::checkpoint::load_safetensors(Path::new("assets/demo/model.safetensors"))?;
+//! let engine = CandleEngine::new(config, weights);
+//!
+//! // Two tokens of class 3, from the noise of torch.manual_seed(7), in 4 steps of Euler's method.
+//! let request = Request { steps: 4, noise: Noise::Seed(7), ..Request::new(engine.config(), [Some(3)], 2) };
+//! let generated = generate(&engine, &request, |_| {})?;
+//! let image = engine.decode_tokens(generated.tokens.view())?;
+//! assert_eq!(image.dim(), (1, 3, 256, 32)); // batch, channels, height, width
+//! # Ok::<(), eqim::Error>(())
+//! ```
 
 pub mod bundle;
 pub mod checkpoint;

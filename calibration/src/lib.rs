@@ -3,6 +3,21 @@
 //! [`Observe`] shows every computed value. A [`Collection`] runs the model on pictures and rollouts and counts what it
 //! shows; an [`Estimator`] makes a [`Table`] of that. A [`Policy`] says by rules which product runs in INT8 and how, and
 //! [`Quantize`] applies it around any interpreter: around Candle as a [`Preview`], around the lowering as an export.
+//!
+//! ```
+//! use eqim_calibration::{Estimator, Histogram};
+//!
+//! // One value lies far from the others.
+//! let mut activations: Vec<f32> = (0..10_000).map(|i| (i as f32).sin()).collect();
+//! activations.push(40.0);
+//! let mut histogram = Histogram::default();
+//! histogram.add(&activations)?;
+//!
+//! // The scale of INT8 is the threshold divided by 127: a small threshold cuts the outlier off and keeps the others precise.
+//! assert_eq!(Estimator::Max.threshold(&histogram), 40.0);
+//! assert!(Estimator::Percentile(99.9).threshold(&histogram) < 2.0);
+//! # Ok::<(), eqim::Error>(())
+//! ```
 
 mod collect;
 mod estimate;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use eqim::close::relative_error;
+use eqim::close::{largest, relative_error};
 use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
 use eqim::generate::generate;
@@ -48,7 +48,8 @@ impl<'a> Search<'a> {
         let engine = Preview::engine(self.config, self.weights, policy)?;
         let tokens = generate(&engine, &request(self.config, &policy.table.samples), |_| {})?.tokens;
         let rows = tokens.outer_iter().zip(self.reference.tokens.outer_iter());
-        let token_error = rows.map(|(found, expected)| relative_error(found, expected)).fold(0.0, f32::max);
+        let errors: Vec<f32> = rows.map(|(found, expected)| relative_error(found, expected)).collect();
+        let token_error = largest(&errors);
         Ok(Damage { token_error, psnr: self.worst_psnr(&decode(&engine, &tokens)?) })
     }
 

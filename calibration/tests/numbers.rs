@@ -1,6 +1,7 @@
 //! Properties of 8-bit numbers, histograms and estimators.
 
 use candle_core::{Device, Tensor};
+use eqim::close::largest;
 use eqim_calibration::int8::{
     Affine, CPU_WEIGHT_LEVELS, WEIGHT_LEVELS, representable, round_bias, round_symmetric, round_weight,
 };
@@ -109,7 +110,7 @@ proptest! {
     #[test]
     fn every_estimator_stays_within_what_was_seen(values in values()) {
         let histogram = histogram(&values);
-        let largest = values.iter().fold(0.0f32, |most, value| most.max(value.abs()));
+        let largest = largest(&values);
         prop_assert_eq!(histogram.largest(), largest);
         for estimator in ESTIMATORS {
             let threshold = estimator.threshold(&histogram);

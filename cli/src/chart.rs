@@ -62,7 +62,7 @@ type Drawn<T = ()> = Result<T, Box<dyn error::Error>>;
 type Canvas<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 type Area<'a, 'b> = ChartContext<'a, BitMapBackend<'b>, Cartesian2d<Axis, Axis>>;
 
-/// NoiseSource charts below each other, replacing `path` by a PNG of [`WIDTH`] × [`HEIGHT`] a chart.
+/// Draws charts below each other, replacing `path` by a PNG of [`WIDTH`] × [`HEIGHT`] a chart.
 ///
 /// # Errors
 /// [`Error::run`] when they cannot be drawn or written.

@@ -1,4 +1,10 @@
 //! What all command lines share: exit codes, logging, output, progress, tables, charts.
+//!
+//! ```
+//! let rows = [("decoder", 0.125), ("flow_sampler", 1.5)].map(|(stage, seconds)| vec![stage.into(), seconds.to_string()]);
+//! let table = eqim_cli::table::text(&["stage", "seconds"], rows);
+//! assert_eq!(table.lines().next(), Some("stage         seconds"));
+//! ```
 
 pub mod chart;
 pub mod flags;

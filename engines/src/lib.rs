@@ -1,4 +1,16 @@
 //! The engines that run bundles: ONNX Runtime, TensorRT, and the choice among them.
+//!
+//! ```no_run
+//! use eqim::bundle::Bundle;
+//! use eqim_engines::{Backend, Options, open};
+//! # use std::path::Path;
+//!
+//! // A folder that `eqim-export onnx` wrote.
+//! let bundle = Bundle::open(Path::new("bundle"))?;
+//! let engine = open(&bundle, Options { backend: Backend::Ort, threads: Some(4), ..Options::default() })?;
+//! println!("{} classes on {}", engine.config().generator.class_num, engine.name());
+//! # Ok::<(), eqim::Error>(())
+//! ```
 
 pub mod native;
 pub mod onnxruntime;

@@ -187,7 +187,7 @@ fn compare(
     let found = found.slice_move(s![.., ..tokens, ..]);
     let relative = |(found, expected): (&f32, &f32)| (found - expected).abs() / expected.abs().max(1.0);
     let differences: Vec<f32> = found.iter().zip(&expected).map(relative).collect();
-    let largest = close::difference(&found, &expected, Measure::Scaled);
+    let largest = close::difference(found, expected, Measure::Scaled);
     let mean = differences.iter().sum::<f32>() / differences.len() as f32;
 
     let norm = reference.config().generator.vae_norm as f32;

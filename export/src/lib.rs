@@ -1,4 +1,21 @@
 //! From checkpoints to bundles: lowering to ONNX, and checking what was written.
+//!
+//! ```
+//! use eqim::bundle::Precision;
+//! use eqim_export::lower::NEWEST_OPSET;
+//! use eqim_export::write::{Options, draft};
+//! # use std::path::Path;
+//!
+//! let (config, weights) = eqim::checkpoint::load_safetensors(Path::new("../assets/demo/model.safetensors"))?;
+//! # let folder = tempfile::tempdir().expect("a folder");
+//! # let output = folder.path().join("bundle");
+//! let options = Options { precision: Precision::Fp16, opset: NEWEST_OPSET, policy: None };
+//! // Nothing is at `output` until the draft is published: it can be validated before that.
+//! let draft = draft(&output, &config, &weights, options, |file| println!("writing {file}"))?;
+//! let bundle = draft.publish()?;
+//! assert_eq!(bundle.manifest.graphs.len(), 5);
+//! # Ok::<(), eqim::Error>(())
+//! ```
 
 pub mod drift;
 pub mod inspect;

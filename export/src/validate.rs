@@ -5,10 +5,9 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use eqim::bundle::{Bundle, Precision};
-use eqim::close::{Measure, Tolerance, difference, relative_error};
+use eqim::close::{Measure, Tolerance, difference, largest, relative_error};
 use eqim::engine::Engine;
-use eqim::engine::candle::tableau_tensors;
-use eqim::engine::candle::{CandleEngine, StageEngine, to_array};
+use eqim::engine::candle::{CandleEngine, StageEngine, tableau_tensors, to_array};
 use eqim::generate::generate;
 use eqim::model::{Sizes, Stage, ValueInfo, ValueKind, transformer};
 use eqim::ops::eager::Eager;
@@ -281,10 +280,9 @@ pub fn validate_preview(
 /// The worst relative error of a stage's outputs; infinite where one is not finite.
 fn worst(found: &[ArrayD<f32>], expected: &[ArrayD<f32>]) -> f32 {
     let error = |(found, expected): (&ArrayD<f32>, &ArrayD<f32>)| {
-        let error = if found.shape() == expected.shape() { relative_error(found, expected) } else { f32::INFINITY };
-        if error.is_nan() { f32::INFINITY } else { error }
+        if found.shape() == expected.shape() { relative_error(found, expected) } else { f32::INFINITY }
     };
-    found.iter().zip(expected).map(error).fold(0.0, f32::max)
+    largest(&found.iter().zip(expected).map(error).collect::<Vec<_>>())
 }
 
 /// A rollout of a guided batch, past the first wrap of the cache's window, on both engines from one seed.

@@ -42,7 +42,7 @@ impl Sequence {
         (0..rollout.batch()).map(image).collect()
     }
 
-    /// Sequence `row` of a [checked](Request::check) request; noise of a seed is drawn when it is needed.
+    /// The sequence of image `row` of a [checked](Request::check) request; noise of a seed is drawn when it is needed.
     pub fn streamed(config: &Config, request: &Request, row: usize) -> Self {
         let (rows, embed) = (request.classes.len(), config.generator.embed);
         let given = |tokens: &Array3<f32>| tokens.index_axis(Axis(0), row).to_owned();
@@ -69,7 +69,7 @@ pub enum NoiseSource {
     Given(VecDeque<Array1<f32>>),
     /// Drawn when it is needed: row `row` of the `torch.randn(rows, E)` of every token.
     Seed {
-        /// NoiseSource it.
+        /// Draws it.
         random: Box<TorchRng>,
         /// Images that are drawn for together.
         rows: usize,

@@ -32,7 +32,7 @@ pub struct Dropout {
     pub attention: f64,
     /// Probability that an element of a projection is dropped.
     pub projection: f64,
-    /// NoiseSource which.
+    /// Draws which.
     pub random: Mt,
 }
 

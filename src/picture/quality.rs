@@ -12,9 +12,14 @@ pub fn cosine(found: ArrayView1<f32>, expected: ArrayView1<f32>) -> f32 {
     (dot(found, expected) / size.max(f64::MIN_POSITIVE)) as f32
 }
 
-/// Peak signal-to-noise ratio in dB of images in -1..1, as bytes; `None` for equal images, whose ratio is infinite.
+/// Peak signal-to-noise ratio in dB of images in -1..1, as bytes; `None` for equal images, whose ratio is infinite. A value
+/// that is not finite is as far from any other as black from white.
 pub fn psnr(found: ArrayView4<f32>, expected: ArrayView4<f32>) -> Option<f32> {
-    let squared = |(&found, &expected): (&f32, &f32)| u64::from(to_byte(found).abs_diff(to_byte(expected))).pow(2);
+    let apart = |found: f32, expected: f32| match found.is_finite() && expected.is_finite() {
+        true => to_byte(found).abs_diff(to_byte(expected)),
+        false => u8::MAX,
+    };
+    let squared = |(&found, &expected): (&f32, &f32)| u64::from(apart(found, expected)).pow(2);
     let squares: u64 = found.iter().zip(expected).map(squared).sum();
     let peak = 255.0f64.powi(2) * expected.len() as f64;
     (squares > 0).then(|| (10.0 * (peak / squares as f64).log10()) as f32)
@@ -25,7 +30,7 @@ const WINDOW: usize = 8;
 const STRIDE: usize = 4;
 
 /// Structural similarity of images `[B, 3, height, width]` in -1..1, the mean over 8×8 windows of luma in bytes
-/// (Wang et al., Image Quality Assessment, 2004, with their constants).
+/// (Wang et al., Image Quality Assessment, 2004, with their constants). It is not a number where a value is not finite.
 pub fn ssim(found: ArrayView4<f32>, expected: ArrayView4<f32>) -> f32 {
     let (mut sum, mut count) = (0.0, 0);
     for (found, expected) in found.axis_iter(Axis(0)).zip(expected.axis_iter(Axis(0))) {
@@ -46,7 +51,8 @@ fn luma(image: ArrayView3<f32>) -> ndarray::Array2<f64> {
     const WEIGHTS: [f64; 3] = [0.299, 0.587, 0.114];
     let (_, height, width) = image.dim();
     ndarray::Array2::from_shape_fn((height, width), |(y, x)| {
-        WEIGHTS.iter().enumerate().map(|(channel, weight)| weight * f64::from(to_byte(image[[channel, y, x]]))).sum()
+        let level = |value: f32| if value.is_finite() { f64::from(to_byte(value)) } else { f64::NAN };
+        WEIGHTS.iter().enumerate().map(|(channel, weight)| weight * level(image[[channel, y, x]])).sum()
     })
 }
 

@@ -467,7 +467,7 @@ mod tests {
             (r#"{"solver": "rk4"}"#, "solver is \"rk4\": unknown variant"),
             (r#"{"classes": "forest"}"#, "classes is \"forest\": classes is \"forest\", expected CLASS:BEGIN-END"),
             (r#"{"tile": 2}"#, "tile is 2: tile is 2, expected a number of tokens from 4"),
-            (r#"{"guidance": 2}"#, "guidance: is not a setting, expected one of class, classes"),
+            (r#"{"guidance": 2}"#, "guidance: is not a setting, expected one of cfg, cfg_schedule, class, classes"),
             (r#"{"class": 1, "classes": "1:0-"}"#, "class and classes are given"),
             (r#"{"tokens": 4, "width": 64}"#, "tokens and width are given"),
         ] {

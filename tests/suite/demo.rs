@@ -1,7 +1,6 @@
 //! The trained model that ships: how well it does what `assets/demo/README.md` says.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 use eqim::checkpoint;
 use eqim::engine::Engine;
@@ -11,9 +10,7 @@ use eqim::picture::{self, Side};
 use eqim::request::{Noise, Request};
 use ndarray::{Array3, Axis, s};
 
-fn file(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
-}
+use crate::common::file;
 
 fn engine() -> CandleEngine {
     let (config, weights) = checkpoint::load_safetensors(&file("assets/demo/model.safetensors")).unwrap();

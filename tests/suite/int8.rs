@@ -22,7 +22,7 @@ use image::RgbImage;
 use serde_json::Value;
 
 use crate::common::bins::{Workplace, export_line};
-use crate::common::{Fixture, all, fixtures};
+use crate::common::{Fixture, all, file, fixtures};
 
 /// A smooth picture with noise.
 fn picture(width: u32, height: u32, seed: u32) -> RgbImage {
@@ -269,11 +269,10 @@ fn bundles_in_int8_run_and_report() {
 
 /// Asserts that the onnx package's checker accepts a bundle's graphs.
 fn checker_accepts(place: &Workplace, bundle: &str) {
-    let repository = Path::new(env!("CARGO_MANIFEST_DIR"));
     let graphs = Stage::ALL.map(|stage| place.path(bundle).join(format!("{}.onnx", stage.name())));
     let mut command = Command::new("python3");
-    command.arg(repository.join("tests/check_onnx.py")).args(&graphs);
-    let output = command.env("PYTHONPATH", repository.join(".native/python")).output().unwrap();
+    command.arg(file("tests/check_onnx.py")).args(&graphs);
+    let output = command.env("PYTHONPATH", file(".native/python")).output().unwrap();
     assert!(output.status.success(), "{bundle}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -281,8 +280,8 @@ fn checker_accepts(place: &Workplace, bundle: &str) {
 #[test]
 fn the_demo_model_keeps_its_images() {
     let place = Workplace::new(&Fixture::open(fixtures()));
-    let [model, photos] = ["assets/demo/model.safetensors", "assets/photos"]
-        .map(|name| Path::new(env!("CARGO_MANIFEST_DIR")).join(name).display().to_string());
+    let [model, photos] =
+        ["assets/demo/model.safetensors", "assets/photos"].map(|name| file(name).display().to_string());
     let line = format!("eqim-export onnx --generator {model} --tokenizer {model}");
     place.run(&format!("{line} --no-validate -o bundle")).succeeded();
     let calibrate = format!("eqim-export calibrate --engine bundle --images {photos} --resize -o table.json");
@@ -354,7 +353,7 @@ fn the_sensitivity_search_ranks_scopes_and_keeps_the_worst_out() {
     let scopes = found["scopes"].as_array().unwrap();
     let psnr: Vec<f64> = scopes.iter().map(|scope| scope["psnr"].as_f64().unwrap_or(f64::INFINITY)).collect();
     assert!(scopes.len() > 20 && psnr.is_sorted(), "{psnr:?}");
-    assert!(found["keep"].as_array().unwrap().is_empty() && ranked.stdout.contains("scope alone in INT8"));
+    assert!(found["exclude"].as_array().unwrap().is_empty() && ranked.stdout.contains("scope alone in INT8"));
     let all = found["psnr"].as_f64().unwrap();
 
     // A floor between that of everything in INT8 and that of the worst scope alone.
@@ -363,18 +362,22 @@ fn the_sensitivity_search_ranks_scopes_and_keeps_the_worst_out() {
     let table: Value = serde_json::from_slice(&place.read("kept.json")).unwrap();
     let found = &table["sensitivity"];
     assert!(found["psnr"].as_f64().unwrap() >= floor, "{found}");
-    let keep = found["keep"].as_array().unwrap();
-    assert!(!keep.is_empty() && keep.len() < scopes.len());
-    assert!(keep.iter().any(|scope| *scope == scopes[0]["scope"]));
+    let excluded = found["exclude"].as_array().unwrap();
+    assert!(!excluded.is_empty() && excluded.len() < scopes.len());
+    assert!(excluded.iter().any(|scope| *scope == scopes[0]["scope"]));
 
     let line = format!("{} --int8 --calibration kept.json --for cpu --no-validate -o out", export_line(&fixture));
     place.run(&line).succeeded();
     let config: Value = serde_json::from_slice(&place.read("out/config.json")).unwrap();
     let quantized = config["quantization"]["scopes"].as_array().unwrap();
-    assert_eq!(quantized.len() + keep.len(), scopes.len());
-    assert!(keep.iter().all(|scope| !quantized.contains(scope)));
-    let line = format!("{CALIBRATE} -o no.json --sensitivity --min-psnr 1000");
-    place.run(&line).succeeded();
+    assert_eq!(quantized.len() + excluded.len(), scopes.len());
+    assert!(excluded.iter().all(|scope| !quantized.contains(scope)));
+    // A floor that no scope in INT8 reaches: all stay out, and the image is FP32's.
+    place.run(&format!("{CALIBRATE} -o none.json --sensitivity --for cpu --min-psnr 1000")).succeeded();
+    let table: Value = serde_json::from_slice(&place.read("none.json")).unwrap();
+    let found = &table["sensitivity"];
+    assert_eq!(found["exclude"].as_array().unwrap().len(), scopes.len());
+    assert!(found["psnr"].is_null(), "{found}");
 }
 
 #[test]

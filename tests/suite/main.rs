@@ -7,6 +7,7 @@ mod bench;
 mod classes;
 mod demo;
 mod end_to_end;
+mod examples;
 mod hostile;
 mod int8;
 mod jobs;

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 use eqim::Config;
 use eqim::checkpoint::WeightSet;
-use eqim::close::Tolerance;
+use eqim::close::{Tolerance, largest_difference, values};
 use eqim::config::{GROUPS, GeneratorConfig, Level, TokenizerConfig, Tower};
 use eqim::engine::Engine;
 use eqim::engine::candle::{CandleEngine, to_array, to_tensor};
@@ -75,11 +75,6 @@ fn normal(seed: u64, shape: (usize, usize, usize)) -> Array3<f32> {
 
 fn integers(values: &[i64]) -> Tensor {
     Tensor::from_slice(values, values.len(), &Device::Cpu).unwrap()
-}
-
-fn largest_difference(a: &Array2<f32>, b: &Array2<f32>) -> f32 {
-    assert_eq!(a.dim(), b.dim());
-    (a - b).iter().fold(0.0, |most, value| if value.is_nan() { f32::INFINITY } else { most.max(value.abs()) })
 }
 
 /// Rows of one batch from the same parts of single rows.
@@ -158,7 +153,7 @@ proptest! {
             let past = batch(&pasts.collect::<Vec<_>>());
             let o = &mut Eager::new(engine.weights());
             let step = transformer::step(o, g, &to_tensor(token.view()).unwrap(), &integers(&positions), &past, &cross);
-            let largest = largest_difference(&to_array(&step.unwrap().z).unwrap(), &expected);
+            let largest = largest_difference(&values(&step.unwrap().z).unwrap(), &expected);
             prop_assert!(largest <= Tolerance::ACTIVATION.limit, "positions {positions:?}, garbage {garbage}: {largest:e}");
         }
     }

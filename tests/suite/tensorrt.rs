@@ -1,11 +1,11 @@
-//! TensorRT: NVIDIA's parser and builder on the fixture, and the runtime up to the driver's door.
+//! TensorRT: NVIDIA's parser and builder on the fixture, and the runtime up to the driver.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use eqim::model::Stage;
-use eqim_engines::trt::{ENABLED, EngineSet};
+use eqim_engines::trt::EngineSet;
 use eqim_export::onnx;
 use eqim_export::trt::{Limits, Shapes, check};
 use prost::Message;
@@ -18,23 +18,6 @@ fn first() -> Fixture {
     Fixture::open(fixtures())
 }
 
-/// Whether TensorRT was compiled in; says so where it was not.
-fn enabled() -> bool {
-    if !ENABLED {
-        eprintln!("skipped: built without the feature tensorrt, which `cargo xtask test` turns on");
-    }
-    ENABLED
-}
-
-/// Whether engines could run here; says that the test is skipped then.
-fn has_driver() -> bool {
-    let found = eqim_engines::trt::ready().is_ok();
-    if found {
-        eprintln!("skipped: a GPU is here, and this test is about machines without one");
-    }
-    found
-}
-
 /// Writes a value in the sidecar of the engines.
 fn edit(place: &Workplace, edit: impl FnOnce(&mut Value)) {
     let mut sidecar: Value = serde_json::from_slice(&place.read("bundle/trt/engines.json")).unwrap();
@@ -43,10 +26,8 @@ fn edit(place: &Workplace, edit: impl FnOnce(&mut Value)) {
 }
 
 #[test]
+#[cfg_attr(not(feature = "tensorrt"), ignore = "built without TensorRT: `cargo xtask test` builds with it")]
 fn engines_of_every_precision_for_one_and_for_two_targets() {
-    if !enabled() {
-        return;
-    }
     let place = Workplace::with_bundle(&first());
     for precision in ["fp32", "fp16", "bf16"] {
         for targets in ["sm86", "sm120", "sm86,sm120"] {
@@ -98,10 +79,8 @@ fn engines_of_every_precision_for_one_and_for_two_targets() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "tensorrt"), ignore = "built without TensorRT: `cargo xtask test` builds with it")]
 fn fp16_is_compared_with_fp32_and_the_report_kept() {
-    if !enabled() {
-        return;
-    }
     let place = Workplace::with_bundle(&first());
     let before = place.listing();
     let line = "eqim-export trt --engine bundle --fp16 --target sm86";
@@ -119,10 +98,8 @@ fn fp16_is_compared_with_fp32_and_the_report_kept() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "tensorrt"), ignore = "built without TensorRT: `cargo xtask test` builds with it")]
 fn engines_in_int8_with_the_scales_of_a_table() {
-    if !enabled() {
-        return;
-    }
     let place = Workplace::with_bundle(&first());
     std::fs::create_dir(place.path("photos")).unwrap();
     let wave = |x: u32, y: u32| image::Rgb([x * 7, y * 5, x + y].map(|value| value as u8));
@@ -159,10 +136,8 @@ fn engines_in_int8_with_the_scales_of_a_table() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "tensorrt"), ignore = "built without TensorRT: `cargo xtask test` builds with it")]
 fn what_a_target_does_not_support_is_named() {
-    if !enabled() {
-        return;
-    }
     let place = Workplace::with_bundle(&first());
     let before = place.listing();
     let line = "eqim-export trt --engine bundle --check-only --target turing,sm86";
@@ -179,10 +154,8 @@ fn what_a_target_does_not_support_is_named() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "tensorrt"), ignore = "built without TensorRT: `cargo xtask test` builds with it")]
 fn nodes_that_the_parser_does_not_take_are_named_all() {
-    if !enabled() {
-        return;
-    }
     let place = Workplace::with_bundle(&first());
     let path = place.path("bundle/decoder.onnx");
     let mut model = onnx::ModelProto::decode(&std::fs::read(&path).unwrap()[..]).unwrap();
@@ -207,10 +180,8 @@ fn nodes_that_the_parser_does_not_take_are_named_all() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "tensorrt"), ignore = "built without TensorRT: `cargo xtask test` builds with it")]
 fn lines_that_cannot_be_done_are_refused() {
-    if !enabled() {
-        return;
-    }
     let place = Workplace::with_bundle(&first());
     for (arguments, mentions) in [
         ("--int8", &["--calibration"][..]),
@@ -237,10 +208,8 @@ fn lines_that_cannot_be_done_are_refused() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "tensorrt"), ignore = "built without TensorRT: `cargo xtask test` builds with it")]
 fn a_build_that_is_killed_leaves_the_bundle_as_it_was() {
-    if !enabled() {
-        return;
-    }
     let place = Workplace::with_bundle(&first());
     for older in [false, true] {
         if older {
@@ -268,10 +237,8 @@ fn a_build_that_is_killed_leaves_the_bundle_as_it_was() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "tensorrt"), ignore = "built without TensorRT: `cargo xtask test` builds with it")]
 fn the_runtime_stops_at_the_driver() {
-    if !enabled() || has_driver() {
-        return;
-    }
     let place = Workplace::with_bundle(&first());
     let line = "eqim-run --engine bundle --tokens 3 -o out.png --backend";
     place.run(&format!("{line} trt")).failed(2, &["has no TensorRT engines", "eqim-export trt"]);
@@ -296,10 +263,8 @@ fn the_runtime_stops_at_the_driver() {
 }
 
 #[test]
+#[cfg_attr(not(feature = "tensorrt"), ignore = "built without TensorRT: `cargo xtask test` builds with it")]
 fn engines_that_are_stale_or_foreign_are_refused() {
-    if !enabled() {
-        return;
-    }
     let place = Workplace::with_bundle(&first());
     place.run("eqim-export trt --engine bundle --fp16 --target sm86 --no-validate").succeeded();
     let sidecar = place.read("bundle/trt/engines.json");
@@ -344,11 +309,8 @@ fn engines_that_are_stale_or_foreign_are_refused() {
 }
 
 #[test]
+#[cfg_attr(feature = "tensorrt", ignore = "built with TensorRT: the test is about programs without it")]
 fn without_the_feature_the_commands_say_so() {
-    if ENABLED {
-        eprintln!("skipped: built with the feature tensorrt");
-        return;
-    }
     let place = Workplace::with_bundle(&first());
     place.run("eqim-export trt --engine bundle --fp16").failed(1, &["built without it", "--features"]);
     assert!(!Path::new(&place.path("bundle/trt")).exists());

@@ -1,6 +1,5 @@
 //! Long images in tiles: as close to exact decoding as documented, without seams, and the same file after an interruption.
 
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -15,11 +14,10 @@ use eqim::request::{Noise, Request};
 use ndarray::{Array2, Array3, Axis, s};
 
 use crate::common::bins::{Workplace, program};
-use crate::common::{Fixture, fixtures};
+use crate::common::{Fixture, file, fixtures};
 
 fn demo() -> CandleEngine {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo/model.safetensors");
-    let (config, weights) = checkpoint::load_safetensors(&file).unwrap();
+    let (config, weights) = checkpoint::load_safetensors(&file("assets/demo/model.safetensors")).unwrap();
     CandleEngine::new(config, weights)
 }
 

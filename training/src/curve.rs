@@ -7,7 +7,7 @@ use eqim_cli::chart::{self, Chart, Series};
 
 use crate::metrics::Record;
 
-/// NoiseSource the values of these names over the steps, replacing `path` by a PNG: each as a thin line, and smoothed as a thick
+/// Draws the values of these names over the steps, replacing `path` by a PNG: each as a thin line, and smoothed as a thick
 /// one. What is missing in a record is left out.
 ///
 /// # Errors

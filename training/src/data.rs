@@ -158,7 +158,7 @@ pub struct Crops {
 }
 
 impl Crops {
-    /// NoiseSource a crop of a picture, `[3, height, width]` in -1..1.
+    /// Draws a crop of a picture, `[3, height, width]` in -1..1.
     pub fn draw(&self, picture: &RgbImage, random: &mut impl Rng) -> Array3<f32> {
         let height = self.window_height(picture, random);
         let width = self.width as f64 * height / self.height as f64;
@@ -167,7 +167,7 @@ impl Crops {
         self.cut(picture, (left, width), height as u32, self.width, random)
     }
 
-    /// NoiseSource a view of a picture as wide as the picture, `[3, height, any width]` in -1..1: a whole number of times
+    /// Draws a view of a picture as wide as the picture, `[3, height, any width]` in -1..1: a whole number of times
     /// `multiple` wide, beginning somewhere in its first `multiple` pixels.
     pub fn draw_wide(&self, picture: &RgbImage, multiple: usize, random: &mut impl Rng) -> Array3<f32> {
         let height = self.window_height(picture, random);

@@ -39,7 +39,7 @@ pub struct GeneratorTask {
 }
 
 /// Everything that a step's loss depends on beside the weights.
-pub struct NoiseSource {
+pub struct StepInputs {
     /// Data, `[batch, tokens, E]`.
     pub tokens: Tensor,
     /// Labels, `[batch]`; dropped ones are `class_num`.
@@ -67,20 +67,20 @@ const VALIDATION_BATCHES: usize = 4;
 ///
 /// # Errors
 /// When the shapes do not fit.
-pub fn loss(config: &GeneratorConfig, weights: &Weights, draws: &NoiseSource) -> Result<Tensor> {
-    let (batch, n, embed) = draws.tokens.dims3()?;
-    let copies = draws.noise.dim(0)?;
+pub fn loss(config: &GeneratorConfig, weights: &Weights, inputs: &StepInputs) -> Result<Tensor> {
+    let (batch, n, embed) = inputs.tokens.dims3()?;
+    let copies = inputs.noise.dim(0)?;
     let rows = copies * batch * n;
-    let mut o = match &draws.training {
+    let mut o = match &inputs.training {
         Some(training) => Eager::training(weights, training.clone()),
         None => Eager::new(weights),
     };
-    let tokens = draws.tokens.reshape((batch * n, embed))?;
-    let z = transformer::teacher_forced(&mut o, config, &draws.labels, &tokens, n, draws.shift)?;
+    let tokens = inputs.tokens.reshape((batch * n, embed))?;
+    let z = transformer::teacher_forced(&mut o, config, &inputs.labels, &tokens, n, inputs.shift)?;
     let z = z.repeat((copies, 1))?;
     let token = tokens.repeat((copies, 1))?;
-    let noise = draws.noise.reshape((rows, embed))?;
-    let t = draws.times.reshape((rows, 1))?;
+    let noise = inputs.noise.reshape((rows, embed))?;
+    let t = inputs.times.reshape((rows, 1))?;
     let velocity = (&noise - &token)?;
     let at = (&token + velocity.broadcast_mul(&t)?)?;
     let found = flow::velocity(&mut o, config, &at, &t.flatten_all()?, &z)?;
@@ -137,8 +137,8 @@ impl GeneratorTask {
         &self.classes
     }
 
-    /// NoiseSource a batch of `latents`.
-    fn draw(&self, latents: &Latents, step: usize, training: bool) -> Result<NoiseSource> {
+    /// Draws a batch of `latents`.
+    fn draw(&self, latents: &Latents, step: usize, training: bool) -> Result<StepInputs> {
         let GeneratorRecipe { model, plan, .. } = &self.recipe;
         let (batch, n, embed) = (plan.batch_size, plan.tokens, model.embed);
         let copies = self.recipe.diffusion_batch_mul;
@@ -163,7 +163,7 @@ impl GeneratorTask {
         };
         let training = training.then(|| Training { dropout: Some(forgotten), products: plan.products() });
         let device = &self.device;
-        Ok(NoiseSource {
+        Ok(StepInputs {
             tokens: tokens.to_device(device)?,
             labels: Tensor::from_vec(classes, batch, device)?,
             shift,
@@ -190,7 +190,7 @@ pub fn time(uniform: f32) -> f32 {
     uniform * (1.0 - LEAST) + LEAST
 }
 
-impl NoiseSource {
+impl StepInputs {
     /// The batch in parts, each with its share of the batch.
     ///
     /// # Errors
@@ -239,8 +239,8 @@ impl Task for GeneratorTask {
         let shards = self.draw(&self.training, step, true)?.shards()?;
         let weights = self.learner.weights()?;
         let model = &self.recipe.model;
-        let (gradients, mut measures) = self.learner.differentiate(&shards, |draws| {
-            let total = loss(model, &weights, draws)?;
+        let (gradients, mut measures) = self.learner.differentiate(&shards, |inputs| {
+            let total = loss(model, &weights, inputs)?;
             Ok(Losses { total: total.clone(), parts: vec![("loss", total)] })
         })?;
         let plan = &self.recipe.plan;
@@ -264,8 +264,8 @@ impl Task for GeneratorTask {
         let weights = self.learner.average()?;
         let mut sum = 0.0;
         for batch in 0..VALIDATION_BATCHES {
-            let draws = self.draw(&self.held_out, batch, false)?;
-            sum += f64::from(loss(&self.recipe.model, &weights, &draws)?.to_dtype(DType::F32)?.to_scalar::<f32>()?);
+            let inputs = self.draw(&self.held_out, batch, false)?;
+            sum += f64::from(loss(&self.recipe.model, &weights, &inputs)?.to_dtype(DType::F32)?.to_scalar::<f32>()?);
         }
         Ok(Measures::from([("loss".into(), sum / VALIDATION_BATCHES as f64)]))
     }

@@ -51,7 +51,7 @@ fn tokenizer(name: &str, shape: &[usize]) -> Start {
     }
 }
 
-/// NoiseSource the generator's weights of these names and shapes.
+/// Draws the generator's weights of these names and shapes.
 ///
 /// # Errors
 /// When Candle refuses.
@@ -59,7 +59,7 @@ pub fn generator_weights(parameters: &[(String, Vec<usize>)], seed: u64) -> Resu
     draw(parameters, seed, generator)
 }
 
-/// NoiseSource the tokenizer's weights of these names and shapes.
+/// Draws the tokenizer's weights of these names and shapes.
 ///
 /// # Errors
 /// When Candle refuses.
@@ -114,7 +114,7 @@ fn orthogonal(shape: &[usize], seed: u64) -> Vec<f32> {
     values
 }
 
-/// NoiseSource from the normal distribution.
+/// Draws from the normal distribution.
 pub fn normal(random: &mut impl Rng, count: usize) -> Vec<f32> {
     StandardNormal.sample_iter(random).take(count).collect()
 }

@@ -111,7 +111,7 @@ impl Latents {
         self.views[photo].class
     }
 
-    /// NoiseSource `tokens` neighbouring tokens, `[tokens, E]`, of a photograph's latents.
+    /// Draws `tokens` neighbouring tokens, `[tokens, E]`, of a photograph's latents.
     ///
     /// # Errors
     /// [`Error::input`] when its file cannot be read any more.

@@ -1,4 +1,17 @@
 //! Training in Candle: the tokenizer and the generator from folders of photographs.
+//!
+//! ```
+//! use eqim_training::recipe::{Base, Recipe};
+//!
+//! // A preset, and a TOML file that changes some of its keys.
+//! # let folder = tempfile::tempdir().expect("a folder");
+//! # let path = folder.path().join("recipe.toml");
+//! std::fs::write(&path, "[generator]\nlabel_drop_prob = 0.2\n").expect("a file");
+//! let recipe = Recipe::read(Base::Demo, &path)?;
+//! assert_eq!(recipe.generator.label_drop_prob, 0.2);
+//! assert_eq!(recipe.tokenizer, Recipe::new(Base::Demo).tokenizer);
+//! # Ok::<(), eqim::Error>(())
+//! ```
 
 pub mod curve;
 pub mod data;

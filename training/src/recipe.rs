@@ -137,7 +137,7 @@ pub struct GeneratorRecipe {
     pub proj_dropout: f64,
     /// Positions start anywhere in 0 to this, excluded.
     pub shift_num: usize,
-    /// NoiseSource of noise and time for every token.
+    /// Draws of noise and time for every token.
     pub diffusion_batch_mul: usize,
 }
 

@@ -1,11 +1,12 @@
-//! One training step of the generator against the PyTorch reference's, from its recorded random draws.
+//! One training step of the generator against the PyTorch reference's, from its recorded random inputs.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 use eqim::checkpoint::{self, Hints, WeightSet};
-use eqim_training::generator::{NoiseSource, decays, loss, time};
+use eqim::close::{largest, largest_difference, values};
+use eqim_training::generator::{StepInputs, decays, loss, time};
 use eqim_training::learner::{Learner, Losses, Update};
 
 fn fixtures() -> PathBuf {
@@ -15,18 +16,14 @@ fn fixtures() -> PathBuf {
 /// Single precision, summed in another order than PyTorch's.
 const RELATIVE: f32 = 1e-5;
 
-fn largest(x: &Tensor) -> f32 {
-    x.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
-}
-
 /// Gradients below this are rounding: that of a key's bias, which attention does not see, is one.
 const NOTHING: f32 = 1e-3;
 
-/// Whether values are as close as single precision lets them, beside the largest of the tensor.
+/// Whether values are as close as single precision lets them, relative to the largest of the tensor.
 fn close(name: &str, found: &Tensor, expected: &Tensor) {
     assert_eq!(found.dims(), expected.dims(), "{name}");
-    let difference = largest(&(found - expected).unwrap());
-    let scale = largest(expected).max(NOTHING);
+    let [found, expected] = [found, expected].map(|tensor| values(tensor).unwrap());
+    let (difference, scale) = (largest_difference(&found, &expected), largest(&expected).max(NOTHING));
     println!("{name}: {:e}", difference / scale);
     assert!(difference <= RELATIVE * scale, "{name}: {difference:e} beside {scale:e}");
 }
@@ -55,7 +52,7 @@ fn one_step_is_the_references() {
     let labels = labels.zip(dropped).map(|(label, u)| if u < 0.4 { config.class_num as i64 } else { label });
     let times = get("t_uniform").flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(time);
     let cpu = candle_core::Device::Cpu;
-    let draws = NoiseSource {
+    let inputs = StepInputs {
         tokens,
         labels: Tensor::from_iter(labels, &cpu).unwrap(),
         shift: get("rope_shift").to_vec1::<i64>().unwrap()[0] as usize,
@@ -69,11 +66,11 @@ fn one_step_is_the_references() {
     let mut learner =
         Learner::new("generator", own.map(|(name, tensor)| (name.to_string(), tensor.clone())), &cpu).unwrap();
     let parameters = learner.weights().unwrap();
-    let objective = |draws: &NoiseSource| {
-        let total = loss(&config, &parameters, draws)?;
+    let objective = |inputs: &StepInputs| {
+        let total = loss(&config, &parameters, inputs)?;
         Ok(Losses { total: total.clone(), parts: vec![("loss", total)] })
     };
-    let shards = draws.shards().unwrap();
+    let shards = inputs.shards().unwrap();
     let (gradients, measures) = learner.differentiate(&shards, objective).unwrap();
     println!("loss: {:e}", measures["loss"] as f32 / scalar("loss") - 1.0);
     assert!((measures["loss"] as f32 / scalar("loss") - 1.0).abs() <= 1e-6, "{}", measures["loss"]);
@@ -111,7 +108,7 @@ fn one_step_is_the_references() {
     for name in expected.keys().filter_map(|name| name.strip_prefix("train/after_step/")) {
         let expected = get(&format!("after_step/{name}"));
         let found = after.get(name, expected.dims()).unwrap();
-        let difference = largest(&(&found - &expected).unwrap());
+        let difference = largest_difference(&values(&found).unwrap(), &values(&expected).unwrap());
         println!("{name}: {difference:e}");
         assert!(difference <= 1e-3 * LEARNING_RATE as f32, "{name}: {difference:e}");
         let averaged = ((&before[name] * 0.9999).unwrap() + (&found * 0.0001).unwrap()).unwrap();

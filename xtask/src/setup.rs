@@ -51,7 +51,7 @@ pub fn setup(root: &Path) -> Result<()> {
 
 /// What `cargo` is told to build with, so that everything that was installed is used.
 pub fn features() -> &'static [&'static str] {
-    if has_tensorrt() { &["--features", "eqim-export/tensorrt"] } else { &[] }
+    if has_tensorrt() { &["--features", "tensorrt"] } else { &[] }
 }
 
 /// Whether TensorRT's libraries exist for this system.

@@ -36,7 +36,7 @@ fn capability(target: Target) -> Result<ComputeCapability> {
         _ => {
             let problem = format!(
                 "{target} is a datacenter GPU that TensorRT for RTX does not build for: on that GPU, build \
-                 eqim-export with --features eqim-export/tensorrt-enterprise, which uses ordinary TensorRT"
+                 eqim-export with --features tensorrt-enterprise, which uses ordinary TensorRT"
             );
             return Err(Error::setting("target", problem));
         }

@@ -12,7 +12,7 @@ fn missing<T>() -> Result<T> {
     Err(Error::run(
         "TensorRT",
         "this eqim-export was built without it: run `cargo xtask setup`, then build with \
-         `cargo build --release --features eqim-export/tensorrt`",
+         `cargo build --release --features tensorrt`",
     ))
 }
 

@@ -51,7 +51,7 @@ fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     Ok(&values[start..end])
 }
 
-/// CallTimes `read` with the values of contiguous tensors of `f32` on the CPU.
+/// Calls `read` with the values of contiguous tensors of `f32` on the CPU.
 fn with_values<const N: usize, R>(tensors: [&Tensor; N], read: impl FnOnce([&[f32]; N]) -> Result<R>) -> Result<R> {
     let stored = tensors.map(Tensor::storage_and_layout);
     let mut slices: [&[f32]; N] = [&[]; N];
@@ -83,6 +83,7 @@ mod tests {
     use candle_core::{Device, Tensor, Var};
 
     use super::*;
+    use crate::close::{largest, largest_difference, values};
 
     fn random(shape: &[usize]) -> Var {
         Var::from_tensor(&Tensor::randn(0f32, 1f32, shape, &Device::Cpu).unwrap()).unwrap()
@@ -108,9 +109,8 @@ mod tests {
 
     fn close(found: &Tensor, expected: &Tensor, tolerance: f32) {
         assert_eq!(found.dims(), expected.dims());
-        let largest = |x: &Tensor| x.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-        let difference = largest(&(found - expected).unwrap());
-        let scale = largest(expected).max(1.0);
+        let [found, expected] = [found, expected].map(|tensor| values(tensor).unwrap());
+        let (difference, scale) = (largest_difference(&found, &expected), largest(&expected).max(1.0));
         assert!(difference <= tolerance * scale, "{difference:e} of {scale:e}");
     }
 

@@ -13,7 +13,7 @@ use super::Fixture;
 /// Far longer than any run on the fixtures takes: a program that hangs fails its test.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Path of the program `name`. It is built first: Cargo builds only the programs of a test's own package.
+/// Path of the program or example `name`. It is built first: Cargo builds only the programs of a test's own package.
 pub fn program(name: &str) -> &'static Path {
     static PROGRAMS: OnceLock<BTreeMap<String, PathBuf>> = OnceLock::new();
     PROGRAMS.get_or_init(build).get(name).unwrap_or_else(|| panic!("no program {name}"))
@@ -25,6 +25,9 @@ fn build() -> BTreeMap<String, PathBuf> {
     cargo.args([
         "build",
         "--bins",
+        "--examples",
+        "-p",
+        "eqim",
         "-p",
         "eqim-export",
         "-p",
@@ -35,7 +38,7 @@ fn build() -> BTreeMap<String, PathBuf> {
         cargo.arg("--release");
     }
     if eqim_engines::trt::ENABLED {
-        cargo.args(["--features", "eqim-export/tensorrt"]);
+        cargo.args(["--features", "tensorrt"]);
     }
     let output = cargo.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -60,9 +63,14 @@ pub struct Finished {
 type Listing = BTreeMap<PathBuf, Option<(u64, SystemTime)>>;
 
 impl Workplace {
+    /// A folder with nothing in it.
+    pub fn empty() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
     /// A folder with a fixture's `generator.pth` and `tokenizer.ckpt`.
     pub fn new(fixture: &Fixture) -> Self {
-        let place = Self(tempfile::tempdir().unwrap());
+        let place = Self::empty();
         for file in ["generator.pth", "tokenizer.ckpt"] {
             std::fs::copy(fixture.folder.join(file), place.path(file)).unwrap();
         }

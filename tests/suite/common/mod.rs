@@ -9,7 +9,7 @@ use candle_core::{DType, Tensor};
 use eqim::Config;
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, Hints, WeightSet};
-use eqim::close::Tolerance;
+use eqim::close::{Tolerance, values};
 use eqim::engine::candle::CandleEngine;
 use eqim::request::{GuidanceSchedule, Noise, Request};
 use ndarray::{Array, Dimension};
@@ -23,9 +23,14 @@ pub struct Fixture {
     pub expected: BTreeMap<String, Tensor>,
 }
 
+/// A file of the repository.
+pub fn file(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+}
+
 /// Folder of the fixtures.
 pub fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+    file("tests/fixtures")
 }
 
 /// Both sets: the reference's at two configurations that differ in every size.
@@ -86,9 +91,9 @@ impl Fixture {
 /// Asserts that `found` is within `tolerance` of the fixture `key` everywhere.
 #[track_caller]
 pub fn close(fixture: &Fixture, key: &str, found: &Tensor, tolerance: Tolerance) {
-    let values =
-        |tensor: &Tensor| tensor.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
-    match eqim::close::close(&values(found), &values(fixture.tensor(key)), tolerance) {
+    assert_eq!(found.dims(), fixture.tensor(key).dims(), "{key}");
+    let [found, expected] = [found, fixture.tensor(key)].map(|tensor| values(tensor).unwrap());
+    match eqim::close::close(&found, &expected, tolerance) {
         Ok(difference) => println!("{key}: {difference:.1e}"),
         Err(error) => panic!("{key}: {error}"),
     }

@@ -1,0 +1,17 @@
+//! The examples, run as their first pages say.
+
+use crate::common::bins::Workplace;
+use crate::common::file;
+
+#[test]
+fn a_checkpoint_is_exported_an_image_generated_and_a_panorama_streamed() {
+    let place = Workplace::empty();
+    let weights = file("assets/demo/model.safetensors").display().to_string();
+    let exported = place.run(&format!("export_checkpoint {weights} bundle")).succeeded().stdout;
+    assert!(exported.contains("-[✓] rollout") && !exported.contains("-[x]"), "{exported}");
+    place.run("generate_image bundle image.png").succeeded();
+    assert_eq!(image::image_dimensions(place.path("image.png")).unwrap(), (256, 5 * 256));
+    place.run("stream_panorama bundle 70 panorama.png").succeeded();
+    assert_eq!(image::image_dimensions(place.path("panorama.png")).unwrap(), (70 * 16, 256));
+    place.run("stream_panorama bundle 70").failed(1, &["expected BUNDLE TOKENS PANORAMA.png"]);
+}
