@@ -2,7 +2,7 @@
 
 use eqim::bundle::Bundle;
 use eqim::checkpoint::WeightSet;
-use eqim::close::{Tolerance, close};
+use eqim::close::Tolerance;
 use eqim::engine::Engine;
 use eqim::generate::batch::{Sequence, generate_all};
 use eqim::generate::generate;
@@ -13,7 +13,7 @@ use eqim_engines::onnxruntime::OrtEngine;
 use ndarray::{Array2, Array3, Axis};
 
 use crate::common::bins::Workplace;
-use crate::common::{Fixture, fixtures};
+use crate::common::{Fixture, assert_close, fixtures};
 
 /// Images of different classes, lengths, beginnings and guidance.
 fn requests(engine: &dyn Engine, guided: bool) -> Vec<Request> {
@@ -55,8 +55,8 @@ fn check(engine: &dyn Engine) {
                 let (found, expected) = (tokens?, &alone[number]);
                 assert_eq!(found.dim(), expected.dim());
                 // Sums of a batch's products are in another order than those of one row.
-                close(&found, expected, Tolerance::ACTIVATION)
-                    .unwrap_or_else(|error| panic!("image {number} of at most {most} on {}: {error}", engine.name()));
+                let what = format!("image {number} of at most {most} on {}", engine.name());
+                assert_close(what, &found, expected, Tolerance::ACTIVATION);
                 order.push(number);
                 Ok(())
             })

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use eqim::Config;
 use eqim::bundle::Bundle;
 use eqim::checkpoint::WeightSet;
-use eqim::close::{Tolerance, close, largest_difference};
+use eqim::close::Tolerance;
 use eqim::engine::candle::{CandleEngine, to_array, to_tensor};
 use eqim::engine::{Engine, Row};
 use eqim::generate::batch::{Sequence, generate_all};
@@ -17,7 +17,7 @@ use eqim_engines::onnxruntime::OrtEngine;
 use ndarray::{Array2, Axis, s};
 
 use crate::common::bins::{Workplace, export_line};
-use crate::common::{Fixture, fixtures};
+use crate::common::{Fixture, assert_close, fixtures};
 
 fn candle() -> CandleEngine {
     Fixture::open(fixtures()).engine(WeightSet::Ema)
@@ -90,8 +90,7 @@ fn fading_mixes_keys_and_values_by_their_shares() {
     let mut session = engine.session().unwrap();
     let mut found = session.arrange(&[Row::new(label.condition(0, none))]).unwrap();
     for (position, expected) in expected.iter().enumerate() {
-        let difference = largest_difference(&found, expected);
-        assert!(difference <= Tolerance::ACTIVATION.limit, "token {position}: {difference:e}");
+        assert_close(format_args!("token {position}"), &found, expected, Tolerance::ACTIVATION);
         if let Some(token) = given.rows().into_iter().nth(position) {
             session.arrange(&[Row { kept: Some(0), condition: label.condition(position + 1, none) }]).unwrap();
             found = session.step(token.insert_axis(Axis(0)), &[position as i64]).unwrap();
@@ -102,7 +101,7 @@ fn fading_mixes_keys_and_values_by_their_shares() {
     let first = |class: i64| -> Array2<f32> {
         to_array(&engine.run(Stage::Prefill, &[Tensor::new(&[class], &Device::Cpu).unwrap()]).unwrap()[0]).unwrap()
     };
-    assert!(largest_difference(&begun, &((first(1) + first(2)) / 2.0)) <= Tolerance::ACTIVATION.limit);
+    assert_close("begun in the middle", &begun, &((first(1) + first(2)) / 2.0), Tolerance::ACTIVATION);
 }
 
 /// What changes, fades, or begins without a class, beside images that do not.
@@ -125,7 +124,7 @@ fn images_of_a_batch_change_by_themselves() {
     let mut done = 0;
     generate_all(&engine, rollouts[0].sampling.clone(), images, 3, |(number, found)| {
         let alone = tokens(&engine, requests[number].classes[0].clone(), 3.0);
-        assert!(largest_difference(&found?, &alone) <= Tolerance::ACTIVATION.limit, "image {number}");
+        assert_close(format_args!("image {number}"), &found?, &alone, Tolerance::ACTIVATION);
         done += 1;
         Ok(())
     })
@@ -143,9 +142,8 @@ fn onnx_runtime_gives_the_same() {
         let ort = OrtEngine::new(&bundle, &find_onnxruntime().expect("cargo xtask setup"), Some(1)).unwrap();
         for (label, cfg) in labels().into_iter().zip([1.0, 3.0, 3.0, 1.0]) {
             let found = tokens(&ort, label.clone(), cfg);
-            let difference = close(&found, &tokens(&engine, label.clone(), cfg), tolerance);
-            let difference = difference.unwrap_or_else(|error| panic!("{dtype}, {label:?}: {error}"));
-            println!("{dtype}, {label:?}: {difference:e}");
+            let expected = tokens(&engine, label.clone(), cfg);
+            assert_close(format_args!("{dtype}, {label:?}"), &found, &expected, tolerance);
         }
     }
 }

@@ -15,7 +15,7 @@ use ndarray::{Array3, Array4};
 use serde_json::Value;
 
 use crate::common::bins::{Workplace, export_line, program};
-use crate::common::{Fixture, all, close, fixtures};
+use crate::common::{Fixture, all, assert_array, assert_close, assert_tensor, fixtures};
 
 const BACKENDS: [&str; 2] = ["candle", "ort"];
 
@@ -59,11 +59,12 @@ fn image_names(count: usize) -> Vec<String> {
     if count == 1 { vec!["out.png".into()] } else { (0..count).map(|row| format!("out-{row}.png")).collect() }
 }
 
+/// Asserts that two runs gave the same tokens.
 #[track_caller]
-fn within(found: &Tensor, expected: &Tensor, tolerance: Tolerance) {
+fn assert_same(found: &Tensor, expected: &Tensor) {
     assert_eq!(found.dims(), expected.dims());
     let [found, expected] = [found, expected].map(|tensor| values(tensor).unwrap());
-    eqim::close::close(&found, &expected, tolerance).unwrap();
+    assert_close("tokens", &found, &expected, Tolerance::SAMPLING);
 }
 
 #[test]
@@ -84,8 +85,8 @@ fn what_the_reference_sampled() {
                     let line = format!("{line} {noise} --backend {backend} --save-tokens saved.safetensors -o out.png");
                     place.run(&line).succeeded();
                     let tokens = place.tensor("saved.safetensors", "tokens");
-                    close(&fixture, &format!("{run}/tokens"), &tokens, Tolerance::SAMPLING);
-                    close(
+                    assert_tensor(&fixture, &format!("{run}/tokens"), &tokens, Tolerance::SAMPLING);
+                    assert_tensor(
                         &fixture,
                         &format!("{run}/noise"),
                         &place.tensor("saved.safetensors", "noise"),
@@ -124,7 +125,7 @@ fn every_image_of_a_batch_is_of_its_class() {
         place.write_tensor("noise.safetensors", "noise", &noise.narrow(0, row, 1).unwrap());
         let alone = "--noise noise.safetensors --save-tokens alone.safetensors -o alone.png";
         place.run(&format!("{line} --class {class} {alone}")).succeeded();
-        within(&place.tensor("alone.safetensors", "tokens"), &tokens.narrow(0, row, 1).unwrap(), Tolerance::SAMPLING);
+        assert_same(&place.tensor("alone.safetensors", "tokens"), &tokens.narrow(0, row, 1).unwrap());
         let (image, alone) = (place.image(&format!("out-{row}.png")), place.image("alone.png"));
         let levels = image.as_raw().iter().zip(alone.as_raw()).map(|(a, b)| a.abs_diff(*b)).max();
         assert!(levels <= Some(1), "{class}: {levels:?} levels");
@@ -158,7 +159,7 @@ fn every_solver_is_the_same_on_both_backends_and_another_than_euler() {
             place.run(&format!("{line} --backend {backend} --solver {solver}")).succeeded();
             place.tensor("t.safetensors", "tokens")
         });
-        within(&tokens[1], &tokens[0], Tolerance::SAMPLING);
+        assert_same(&tokens[1], &tokens[0]);
         let euler = euler.get_or_insert(tokens[0].clone());
         let difference = (&tokens[0] - &*euler).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
         assert_eq!(difference.to_scalar::<f32>().unwrap() > 1e-3, solver != Solver::Euler, "{solver}: {difference}");
@@ -173,7 +174,7 @@ fn an_image_far_longer_than_in_training() {
     place.run(&format!("{line} --seed 1 --backend ort --save-tokens saved.safetensors -o out.png")).succeeded();
     let tokens = place.tensor("saved.safetensors", "tokens");
     assert_eq!(tokens.dims(), [3, 600, 8]);
-    close(&fixture, "plain/tokens", &tokens.narrow(1, 0, 16).unwrap(), Tolerance::SAMPLING);
+    assert_tensor(&fixture, "plain/tokens", &tokens.narrow(1, 0, 16).unwrap(), Tolerance::SAMPLING);
     for name in image_names(3) {
         assert_eq!(place.image(&name).dimensions(), (2400, 32));
     }
@@ -197,7 +198,7 @@ fn a_picture_is_continued() {
             place.run(&format!("{line} --tokens 9 --save-tokens saved.safetensors -o out.png")).succeeded();
             let saved = place.tensor("saved.safetensors", "tokens");
             for row in 0..2 {
-                within(&saved.narrow(0, row, 1).unwrap().narrow(1, 0, 7).unwrap(), &prefix, Tolerance::SAMPLING);
+                assert_same(&saved.narrow(0, row, 1).unwrap().narrow(1, 0, 7).unwrap(), &prefix);
             }
             assert_eq!(place.tensor("saved.safetensors", "noise").dims(), [2, 2, saved.dim(2).unwrap()]);
         }
@@ -243,7 +244,7 @@ fn one_thread() {
     let place = Workplace::with_bundle(&fixture);
     let line = run_line(&fixture, "guided_linear") + " --seed 2 --backend ort --threads 1";
     place.run(&format!("{line} --save-tokens saved.safetensors -o out.png")).succeeded();
-    close(&fixture, "guided_linear/tokens", &place.tensor("saved.safetensors", "tokens"), Tolerance::SAMPLING);
+    assert_tensor(&fixture, "guided_linear/tokens", &place.tensor("saved.safetensors", "tokens"), Tolerance::SAMPLING);
 }
 
 #[test]
@@ -258,7 +259,12 @@ fn half_precision() {
             let line = run_line(&fixture, "guided_linear");
             let line = format!("{line} --seed {seed} --backend {backend} --save-tokens saved.safetensors -o out.png");
             place.run(&line).succeeded();
-            close(&fixture, "guided_linear/tokens", &place.tensor("saved.safetensors", "tokens"), Tolerance::FP16);
+            assert_tensor(
+                &fixture,
+                "guided_linear/tokens",
+                &place.tensor("saved.safetensors", "tokens"),
+                Tolerance::FP16,
+            );
         }
     }
 }
@@ -281,7 +287,7 @@ fn raw_weights_are_not_the_averages() {
         let image: Array4<f32> = fixture.array("tokenizer/image3");
         for (bundle, expected) in [("bundle", "tokenizer/latent3"), ("raw", "tokenizer/latent3_raw_weights")] {
             let latent: Array3<f32> = place.engine(bundle).encode(image.view()).unwrap();
-            crate::common::close_array(&fixture, expected, &latent, Tolerance::ACTIVATION);
+            assert_array(&fixture, expected, &latent, Tolerance::ACTIVATION);
         }
         assert!(place.read("bundle/model.safetensors") != place.read("raw/model.safetensors"));
     }
@@ -384,7 +390,7 @@ fn without_onnx_runtime() {
     for word in ["warning", "missing.so", "Candle"] {
         assert!(run.stderr.contains(word), "no {word}: {}", run.stderr);
     }
-    close(&fixture, "plain/tokens", &place.tensor("saved.safetensors", "tokens"), Tolerance::SAMPLING);
+    assert_tensor(&fixture, "plain/tokens", &place.tensor("saved.safetensors", "tokens"), Tolerance::SAMPLING);
 
     let before = place.listing();
     let line = "eqim-run --engine bundle --backend ort --tokens 3 -o new.png";

@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 use eqim::checkpoint::{self, Hints, Shapes, WeightSet};
-use eqim::close::{self as comparison, Tolerance};
+use eqim::close::Tolerance;
 use eqim::config::Preset;
 use eqim::engine::Engine;
 use eqim::engine::candle::tableau_tensors;
@@ -18,7 +18,7 @@ use eqim::request::random::TorchRng;
 use eqim::request::solver::{Solver, Tableau};
 use ndarray::{Array3, Axis, Ix3, Ix4, concatenate};
 
-use crate::common::{Fixture, all, close, close_array};
+use crate::common::{Fixture, all, assert_array, assert_close, assert_tensor};
 
 fn dims(fixture: &Fixture, key: &str) -> Vec<usize> {
     fixture.tensor(key).dims().to_vec()
@@ -40,7 +40,7 @@ fn teacher_forced_transformer() {
         };
         let mut c = transformer::embed_condition(o, g, labels).unwrap();
         let mut x = transformer::embed_tokens(o, g, &tokens).unwrap();
-        close(&fixture, "forward/z_proj_ln", &both(&c, &x), Tolerance::ACTIVATION);
+        assert_tensor(&fixture, "forward/z_proj_ln", &both(&c, &x), Tolerance::ACTIVATION);
         let (rope, bias) = transformer::teacher_forcing(o, g, n, 0).unwrap();
         for i in 0..g.depth {
             (c, x) = o
@@ -50,10 +50,10 @@ fn teacher_forced_transformer() {
                     Ok((c, x))
                 })
                 .unwrap();
-            close(&fixture, &format!("forward/block{i}"), &both(&c, &x), Tolerance::ACTIVATION);
+            assert_tensor(&fixture, &format!("forward/block{i}"), &both(&c, &x), Tolerance::ACTIVATION);
         }
         let z = transformer::teacher_forced(o, g, labels, &tokens, n, 0).unwrap();
-        close(&fixture, "forward/z", &z, Tolerance::ACTIVATION);
+        assert_tensor(&fixture, "forward/z", &z, Tolerance::ACTIVATION);
     }
 }
 
@@ -70,8 +70,7 @@ fn cached_steps_equal_the_teacher_forced_transformer() {
                 let token = tokens.index_axis(Axis(1), i - 1);
                 found = session.step(token, &vec![i as i64 - 1; labels.len()]).unwrap();
             }
-            let compared = comparison::close(&found, z.index_axis(Axis(1), i), Tolerance::ACTIVATION);
-            assert!(compared.is_ok(), "token {i}: {compared:?}");
+            assert_close(format_args!("token {i}"), &found, z.index_axis(Axis(1), i), Tolerance::ACTIVATION);
         }
     }
 }
@@ -84,7 +83,7 @@ fn flow_head() {
         let o = &mut Eager::new(engine.weights());
         let [x, t, c, guided_c] = ["x", "t", "c", "guided_c"].map(|key| fixture.tensor(&format!("flow/{key}")));
         let rows = x.dim(0).unwrap();
-        close(&fixture, "flow/v", &flow::velocity(o, g, x, t, c).unwrap(), Tolerance::ACTIVATION);
+        assert_tensor(&fixture, "flow/v", &flow::velocity(o, g, x, t, c).unwrap(), Tolerance::ACTIVATION);
 
         let [x2, t2] = [x, t].map(|tensor| Tensor::cat(&[tensor, tensor], 0).unwrap());
         let v = flow::velocity(o, g, &x2, &t2, guided_c).unwrap().reshape((2, rows, g.embed)).unwrap();
@@ -92,15 +91,15 @@ fn flow_head() {
         let guided = flow::guide(o, g, &v, &guidance).unwrap();
         let expected = dims(&fixture, "flow/guided_v_3.5")[0];
         let guided = if expected == 2 * rows { Tensor::cat(&[&guided, &guided], 0).unwrap() } else { guided };
-        close(&fixture, "flow/guided_v_3.5", &guided, Tolerance::ACTIVATION);
+        assert_tensor(&fixture, "flow/guided_v_3.5", &guided, Tolerance::ACTIVATION);
 
         let [times, updates] = tableau_tensors(&Tableau::new(Solver::Euler, g.steps)).unwrap();
         let end = flow::sample(o, g, c, x, &guidance, &times, &updates).unwrap();
-        close(&fixture, "flow/end", &end, Tolerance::ACTIVATION);
+        assert_tensor(&fixture, "flow/end", &end, Tolerance::ACTIVATION);
         let end = flow::sample(o, g, guided_c, x, &guidance, &times, &updates).unwrap();
         let expected = dims(&fixture, "flow/guided_end_3.5")[0];
         let end = if expected == 2 * rows { Tensor::cat(&[&end, &end], 0).unwrap() } else { end };
-        close(&fixture, "flow/guided_end_3.5", &end, Tolerance::ACTIVATION);
+        assert_tensor(&fixture, "flow/guided_end_3.5", &end, Tolerance::ACTIVATION);
     }
 }
 
@@ -110,13 +109,13 @@ fn tokenizer_both_ways() {
         let engine = fixture.engine(WeightSet::Ema);
         for n in [3, 16] {
             let latent = engine.encode(fixture.array::<Ix4>(&format!("tokenizer/image{n}")).view()).unwrap();
-            close_array(&fixture, &format!("tokenizer/latent{n}"), &latent, Tolerance::ACTIVATION);
+            assert_array(&fixture, &format!("tokenizer/latent{n}"), &latent, Tolerance::ACTIVATION);
             let decoded = engine.decode(fixture.array::<Ix3>(&format!("tokenizer/latent{n}")).view()).unwrap();
-            close_array(&fixture, &format!("tokenizer/decoded{n}"), &decoded, Tolerance::ACTIVATION);
+            assert_array(&fixture, &format!("tokenizer/decoded{n}"), &decoded, Tolerance::ACTIVATION);
         }
         let raw = fixture.engine(WeightSet::Raw);
         let latent = raw.encode(fixture.array::<Ix4>("tokenizer/image3").view()).unwrap();
-        close_array(&fixture, "tokenizer/latent3_raw_weights", &latent, Tolerance::ACTIVATION);
+        assert_array(&fixture, "tokenizer/latent3_raw_weights", &latent, Tolerance::ACTIVATION);
     }
 }
 
@@ -141,9 +140,9 @@ fn semantic_decoder() {
             let o = &mut Eager::new(&weights);
             let latent = fixture.tensor(&format!("tokenizer/latent{n}"));
             let (image, features) = tokenizer::decode_with_features(o, tokenizer, latent).unwrap();
-            close(&fixture, &format!("tokenizer/decoded{n}"), &image, Tolerance::ACTIVATION);
+            assert_tensor(&fixture, &format!("tokenizer/decoded{n}"), &image, Tolerance::ACTIVATION);
             let found = tokenizer::semantics(o, tokenizer, semantics, &features).unwrap();
-            close(&fixture, &format!("tokenizer/semantic{n}"), &found, Tolerance::ACTIVATION);
+            assert_tensor(&fixture, &format!("tokenizer/semantic{n}"), &found, Tolerance::ACTIVATION);
         }
     }
 }
@@ -157,7 +156,7 @@ fn encoder_before_its_last_projection() {
             let image = fixture.tensor(&format!("tokenizer/image{n}"));
             let columns = tokenizer::encode_columns(o, &engine.config().tokenizer, image).unwrap();
             let columns = columns.permute((0, 2, 1)).unwrap();
-            close(&fixture, &format!("tokenizer/encoder_out{n}"), &columns, Tolerance::ACTIVATION);
+            assert_tensor(&fixture, &format!("tokenizer/encoder_out{n}"), &columns, Tolerance::ACTIVATION);
         }
     }
 }
@@ -170,21 +169,20 @@ fn sampling_runs_from_the_seed_alone() {
             let request = fixture.request(engine.config(), &run);
             let generated = generate(&engine, &request, |_| {}).unwrap();
             let noise: Array3<f32> = fixture.array(&format!("{run}/noise"));
-            close_array(&fixture, &format!("{run}/noise"), &generated.noise, Tolerance::NOISE);
-            close_array(&fixture, &format!("{run}/tokens"), &generated.tokens, Tolerance::SAMPLING);
+            assert_array(&fixture, &format!("{run}/noise"), &generated.noise, Tolerance::NOISE);
+            assert_array(&fixture, &format!("{run}/tokens"), &generated.tokens, Tolerance::SAMPLING);
 
             let given = eqim::request::Request { noise: Noise::Given(noise), ..request };
             let given = generate(&engine, &given, |_| {}).unwrap();
-            close_array(&fixture, &format!("{run}/tokens"), &given.tokens, Tolerance::SAMPLING);
+            assert_array(&fixture, &format!("{run}/tokens"), &given.tokens, Tolerance::SAMPLING);
 
             if fixture.expected.contains_key(&format!("{run}/image")) {
                 let image =
                     engine.decode((&generated.tokens / engine.config().generator.vae_norm as f32).view()).unwrap();
-                close_array(&fixture, &format!("{run}/image"), &image, Tolerance::SAMPLING);
+                assert_array(&fixture, &format!("{run}/image"), &image, Tolerance::SAMPLING);
                 let bytes = image.permuted_axes([0, 2, 3, 1]).mapv(|value| f32::from(to_byte(value)));
                 let expected = fixture.array::<Ix4>(&format!("{run}/image_u8"));
-                let compared = comparison::close(&bytes, &expected, Tolerance::LEVEL);
-                assert!(compared.is_ok(), "{run}: {compared:?}");
+                assert_close(run, &bytes, &expected, Tolerance::LEVEL);
             }
         }
     }
@@ -216,7 +214,7 @@ fn conditions_of_sampling_runs() {
                     found.index_axis_mut(Axis(1), i - given).assign(&z);
                 }
             }
-            close_array(&fixture, &format!("{run}/z"), &found, Tolerance::ACTIVATION);
+            assert_array(&fixture, &format!("{run}/z"), &found, Tolerance::ACTIVATION);
         }
     }
 }
@@ -231,8 +229,7 @@ fn torch_random_numbers() {
         for key in [key.clone(), key.replace("_first", "_second")] {
             let expected = fixture.tensor(&key).flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let found = random.randn(expected.len());
-            let compared = comparison::close(&found, &expected, Tolerance::NOISE);
-            assert!(compared.is_ok(), "{key}: {compared:?}");
+            assert_close(key, &found, &expected, Tolerance::NOISE);
             checked += 1;
         }
     }
@@ -276,5 +273,5 @@ fn a_value_that_is_not_a_number_fails_a_comparison() {
     let mut values = expected.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     values[1] = f32::NAN;
     let found = Tensor::from_vec(values, expected.shape(), &Device::Cpu).unwrap();
-    close(fixture, "forward/z", &found, Tolerance::ACTIVATION);
+    assert_tensor(fixture, "forward/z", &found, Tolerance::ACTIVATION);
 }

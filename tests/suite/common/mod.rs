@@ -3,16 +3,17 @@
 pub mod bins;
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 use eqim::Config;
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, Hints, WeightSet};
-use eqim::close::{Tolerance, values};
-use eqim::engine::candle::CandleEngine;
+use eqim::close::{Tolerance, close, values};
+use eqim::engine::candle::{CandleEngine, to_array, to_tensor};
 use eqim::request::{GuidanceSchedule, Noise, Request};
-use ndarray::{Array, Dimension};
+use ndarray::{Array, Dimension, IxDyn};
 use serde_json::Value;
 
 /// One set of golden fixtures.
@@ -60,7 +61,7 @@ impl Fixture {
     }
 
     pub fn array<D: Dimension>(&self, key: &str) -> Array<f32, D> {
-        eqim::engine::candle::to_array(&self.tensor(key).to_dtype(DType::F32).unwrap()).unwrap()
+        to_array(&self.tensor(key).to_dtype(DType::F32).unwrap()).unwrap()
     }
 
     /// The request of a sampling run, with its noise from the seed.
@@ -88,19 +89,61 @@ impl Fixture {
     }
 }
 
-/// Asserts that `found` is within `tolerance` of the fixture `key` everywhere.
+/// Asserts that values are close to those expected, and prints how close.
 #[track_caller]
-pub fn close(fixture: &Fixture, key: &str, found: &Tensor, tolerance: Tolerance) {
-    assert_eq!(found.dims(), fixture.tensor(key).dims(), "{key}");
-    let [found, expected] = [found, fixture.tensor(key)].map(|tensor| values(tensor).unwrap());
-    match eqim::close::close(&found, &expected, tolerance) {
-        Ok(difference) => println!("{key}: {difference:.1e}"),
-        Err(error) => panic!("{key}: {error}"),
+pub fn assert_close<'a>(
+    what: impl Display,
+    found: impl IntoIterator<Item = &'a f32>,
+    expected: impl IntoIterator<Item = &'a f32>,
+    tolerance: Tolerance,
+) {
+    match close(found, expected, tolerance) {
+        Ok(difference) => println!("{what}: {difference:.1e}"),
+        Err(error) => panic!("{what}: {error}"),
     }
 }
 
-/// Asserts the same of arrays.
+/// Asserts that a tensor is close to the fixture's tensor `key`.
 #[track_caller]
-pub fn close_array<D: Dimension>(fixture: &Fixture, key: &str, found: &Array<f32, D>, tolerance: Tolerance) {
-    close(fixture, key, &eqim::engine::candle::to_tensor(found.view()).unwrap(), tolerance);
+pub fn assert_tensor(fixture: &Fixture, key: &str, found: &Tensor, tolerance: Tolerance) {
+    assert_eq!(found.dims(), fixture.tensor(key).dims(), "{key}");
+    let [found, expected] = [found, fixture.tensor(key)].map(|tensor| values(tensor).unwrap());
+    assert_close(key, &found, &expected, tolerance);
+}
+
+/// Asserts that an array is close to the fixture's tensor `key`.
+#[track_caller]
+pub fn assert_array<D: Dimension>(fixture: &Fixture, key: &str, found: &Array<f32, D>, tolerance: Tolerance) {
+    assert_tensor(fixture, key, &to_tensor(found.view()).unwrap(), tolerance);
+}
+
+/// The fixture's tensor `forward/z` with one value that is not a number.
+fn planted() -> (Fixture, Tensor) {
+    let fixture = Fixture::open(fixtures());
+    let tensor = fixture.tensor("forward/z");
+    let mut values = values(tensor).unwrap();
+    values[7] = f32::NAN;
+    let planted = Tensor::from_vec(values, tensor.dims(), tensor.device()).unwrap();
+    (fixture, planted)
+}
+
+#[test]
+#[should_panic(expected = "the difference is inf")]
+fn values_that_are_not_numbers_are_not_close() {
+    assert_close("planted", &[1.0, f32::NAN], &[1.0, 2.0], Tolerance::absolute("any", f32::MAX));
+}
+
+#[test]
+#[should_panic(expected = "forward/z: the difference is inf")]
+fn a_tensor_with_a_value_that_is_not_a_number_is_not_close() {
+    let (fixture, planted) = planted();
+    assert_tensor(&fixture, "forward/z", &planted, Tolerance::ACTIVATION);
+}
+
+#[test]
+#[should_panic(expected = "forward/z: the difference is inf")]
+fn an_array_with_a_value_that_is_not_a_number_is_not_close() {
+    let (fixture, planted) = planted();
+    let planted: Array<f32, IxDyn> = to_array(&planted).unwrap();
+    assert_array(&fixture, "forward/z", &planted, Tolerance::ACTIVATION);
 }
