@@ -1,5 +1,8 @@
 //! The part of Python's pickle format that `torch.save` writes, without running anything of it.
 //!
+//! Candle's reader is not used: it takes only archives whose pickle is a dictionary of tensors, and it copies what a pickle
+//! refers to, so that a small hostile file fills the memory.
+//!
 //! Values live in one arena and refer to one another by index: a hostile file can then neither expand by sharing nor
 //! overflow the stack by nesting.
 

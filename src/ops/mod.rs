@@ -5,7 +5,7 @@
 
 pub mod cost;
 pub mod eager;
-mod kernels;
+pub mod kernels;
 
 use crate::Result;
 

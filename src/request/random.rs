@@ -1,5 +1,7 @@
 //! `torch.randn` on the CPU: the same seed draws the same noise, and so the same image, as the reference.
 //!
+//! No library has this: the bits of `mt19937` are in `rand_mt`, and what PyTorch makes of them is here.
+//!
 //! The generator's bits are PyTorch's; its vectorized logarithm and cosine may differ from ours in a value's last place.
 //! PyTorch fills tensors of at least 16 elements by another rule than smaller ones
 //! (`aten/src/ATen/native/cpu/DistributionTemplates.h`, `aten/src/ATen/core/DistributionsHelper.h`).

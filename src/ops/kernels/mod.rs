@@ -6,7 +6,7 @@
 mod conv;
 mod norm;
 mod pad;
-mod portable;
+pub mod portable;
 mod silu;
 
 use conv::Conv3x3;
@@ -22,11 +22,17 @@ fn ours(x: &Tensor) -> bool {
 }
 
 /// x · sigmoid(x).
+///
+/// # Errors
+/// When Candle fails.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
     if ours(x) { x.contiguous()?.apply_op1(Silu) } else { x.silu() }
 }
 
 /// Normalization of `x [batch, channels, …]` over groups of channels, with `weight` and `bias` `[channels]`.
+///
+/// # Errors
+/// When the shapes do not fit.
 pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f32) -> Result<Tensor> {
     if ours(x) {
         return x.contiguous()?.apply_op3(weight, bias, GroupNorm { groups, eps });
@@ -35,11 +41,17 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
 }
 
 /// Convolution of `x [batch, input, height+2, width+2]` with `weight [output, input, 3, 3]` and `bias [output]`.
+///
+/// # Errors
+/// When the shapes do not fit.
 pub fn conv3x3(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     if ours(x) { x.contiguous()?.apply_op3(weight, bias, Conv3x3) } else { portable::conv3x3(x, weight, bias) }
 }
 
 /// `x [batch, channels, height, width]` with a mirrored row and column more on every side.
+///
+/// # Errors
+/// When the shapes do not fit.
 pub fn pad_reflect(x: &Tensor) -> Result<Tensor> {
     if ours(x) { x.contiguous()?.apply_op1(PadReflect) } else { portable::pad_reflect(x) }
 }
