@@ -152,15 +152,15 @@ fn onnx_runtime_gives_the_same() {
 fn classes_have_names_on_command_lines() {
     let place = Workplace::new(&Fixture::open(fixtures()));
     let line = format!("{} --no-validate -o bundle", export_line(&Fixture::open(fixtures())));
-    for (names, mention) in [
-        ("field\nforest", "are 2, expected one for each of 5 classes"),
-        ("field\nforest\na,b\nwater\nsky", "has \"a,b\", expected names without"),
-        ("field\n1\nsky\nwater\nmoor", "has \"1\""),
-        ("field\nforest\nnone\nwater\nsky", "has \"none\""),
-        ("sky\nforest\nsky\nwater\nfield", "has \"sky\" twice"),
+    for names in [
+        "field\nforest",
+        "field\nforest\na,b\nwater\nsky",
+        "field\n1\nsky\nwater\nmoor",
+        "field\nforest\nnone\nwater\nsky",
+        "sky\nforest\nsky\nwater\nfield",
     ] {
         place.write("names.txt", names);
-        place.refused(&format!("{line} --class-names names.txt"), &["--class-names names.txt", mention]);
+        place.refused(&format!("{line} --class-names names.txt"));
     }
     place.write("names.txt", "field\nforest\nopen_sea\nwater\nsky\n");
     place.run(&format!("{line} --class-names names.txt")).succeeded();
@@ -168,20 +168,14 @@ fn classes_have_names_on_command_lines() {
     place.run(&format!("{run} --class open_sea -o named.png")).succeeded();
     place.run(&format!("{run} --class 2 -o numbered.png")).succeeded();
     assert!(place.read("named.png") == place.read("numbered.png"));
-    place.refused(
-        &format!("{run} --class ocean -o a.png"),
-        &["--class", "is ocean", "0 to 4 (field, forest, open_sea, water, sky) or none"],
-    );
-    place.refused(&format!("{run} --class 5 -o a.png"), &["--class", "--class is 5", "0 to 4"]);
+    place.refused(&format!("{run} --class ocean -o a.png"));
+    place.refused(&format!("{run} --class 5 -o a.png"));
     place.run(&format!("{run} --classes open_sea:0-9 -o spans.png")).succeeded();
     assert!(place.read("spans.png") == place.read("numbered.png"));
     place.run(&format!("{run} --classes open_sea:0-6,1:3- -o blend.png")).succeeded();
     assert!(place.read("blend.png") != place.read("numbered.png"));
-    place.refused(
-        &format!("{run} --classes open_sea:0-6,1:7- -o a.png"),
-        &["--classes", "tokens 6 to 6 without a class"],
-    );
-    place.refused(&format!("{run} --classes open_sea:0-6,bog:6- -o a.png"), &["--classes", "class is bog"]);
+    place.refused(&format!("{run} --classes open_sea:0-6,1:7- -o a.png"));
+    place.refused(&format!("{run} --classes open_sea:0-6,bog:6- -o a.png"));
     // The same from a file of jobs.
     let job = r#"{"id": "a", "classes": "open_sea:0-6,1:3-", "seed": 4, "tokens": 9, "cfg": 2}
 {"id": "b", "class": "open_sea", "seed": 4, "tokens": 9, "cfg": 2}
@@ -190,6 +184,7 @@ fn classes_have_names_on_command_lines() {
     place.run("eqim-run --engine bundle --jobs jobs.jsonl --max-batch 1 -o many").succeeded();
     assert!(place.read("many/a.png") == place.read("blend.png"));
     assert!(place.read("many/b.png") == place.read("numbered.png"));
+    insta::assert_snapshot!(place.messages());
 }
 
 #[test]

@@ -321,8 +321,9 @@ fn an_older_bundle_is_replaced_and_nothing_else() {
     {
         std::fs::create_dir_all(place.path(folder)).unwrap();
         place.write(&format!("{folder}/{file}"), r#"{"model_type": "bert"}"#);
-        place.refused(&format!("{} --no-validate -o {folder}", export_line(&fixture)), &[folder]);
+        place.refused(&format!("{} --no-validate -o {folder}", export_line(&fixture)));
     }
+    insta::assert_snapshot!(place.messages());
 }
 
 #[test]

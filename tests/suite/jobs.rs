@@ -94,23 +94,19 @@ fn shards_share_the_jobs() {
 fn jobs_that_fail_do_not_fail_the_rest() {
     let (place, jobs) = workplace();
     let bad = [
-        (r#"{"id": "e", "class": 1"#, "line"),
-        (r#"{"id": "f", "colour": 1}"#, "colour"),
-        (r#"{"id": "g", "class": 99}"#, "--class"),
-        (r#"{"id": "../h"}"#, "id"),
-        (r#"{"id": "a"}"#, "another job's"),
-        (r#"{"id": "i", "prefix": "missing.png"}"#, "missing.png"),
-        (r#"{"id": "j", "tokens": 4, "width": 4}"#, "one of them"),
+        r#"{"id": "e", "class": 1"#,
+        r#"{"id": "f", "colour": 1}"#,
+        r#"{"id": "g", "class": 99}"#,
+        r#"{"id": "../h"}"#,
+        r#"{"id": "a"}"#,
+        r#"{"id": "i", "prefix": "missing.png"}"#,
+        r#"{"id": "j", "tokens": 4, "width": 4}"#,
     ];
-    let text: Vec<&str> = bad.iter().map(|(line, _)| *line).collect();
-    place.write("jobs.jsonl", format!("{jobs}{}", text.join("\n")));
+    place.write("jobs.jsonl", format!("{jobs}{}", bad.join("\n")));
     let run = place.run("eqim-run --engine bundle --jobs jobs.jsonl -o many");
     let all = lines(&run.stdout);
     let errors: Vec<&str> = all.iter().filter_map(|line| line["error"].as_str()).collect();
-    assert_eq!(errors.len(), bad.len(), "{errors:?}");
-    for ((line, mention), error) in bad.iter().zip(&errors) {
-        assert!(error.contains(mention), "{line}: {error}");
-    }
+    insta::assert_snapshot!(errors.join("\n"));
     run.failed(1, &["7 jobs failed", "jobs.jsonl"]);
     assert_eq!(place.listing_of("many").len(), 10, "an image and a record of each of the five others");
 }
@@ -118,15 +114,16 @@ fn jobs_that_fail_do_not_fail_the_rest() {
 #[test]
 fn lines_that_cannot_be_done_are_refused() {
     let (place, _) = workplace();
-    for (line, mentions) in [
-        ("--jobs missing.jsonl -o many", &["--jobs missing.jsonl"][..]),
-        ("--jobs jobs.jsonl", &["--output"]),
-        ("--jobs jobs.jsonl -o bundle", &["--output bundle", "is the bundle"]),
-        ("--jobs jobs.jsonl -o many --shard 3/2", &["--shard", "I/N"]),
-        ("--jobs jobs.jsonl -o many --max-batch 0", &["--max-batch"]),
-        ("--max-batch 2", &["--jobs"]),
-        ("--jobs jobs.jsonl -o many --save-tokens t.safetensors", &["--save-tokens"]),
+    for line in [
+        "--jobs missing.jsonl -o many",
+        "--jobs jobs.jsonl",
+        "--jobs jobs.jsonl -o bundle",
+        "--jobs jobs.jsonl -o many --shard 3/2",
+        "--jobs jobs.jsonl -o many --max-batch 0",
+        "--max-batch 2",
+        "--jobs jobs.jsonl -o many --save-tokens t.safetensors",
     ] {
-        place.refused(&format!("eqim-run --engine bundle {line}"), mentions);
+        place.refused(&format!("eqim-run --engine bundle {line}"));
     }
+    insta::assert_snapshot!(place.messages());
 }

@@ -8,6 +8,7 @@ mod classes;
 mod demo;
 mod end_to_end;
 mod examples;
+mod help;
 mod hostile;
 mod int8;
 mod jobs;

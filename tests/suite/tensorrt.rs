@@ -132,7 +132,7 @@ fn engines_in_int8_with_the_scales_of_a_table() {
     assert_eq!(report["precision"], "fp16");
     let onnx = "eqim-export onnx --generator generator.pth --tokenizer tokenizer.ckpt --heads 2";
     place.run(&format!("{onnx} --int8 --calibration table.json --no-validate -o quantized")).succeeded();
-    place.refused("eqim-export trt --engine quantized --fp16 --target sm86", &["int8", "--dtype fp32"]);
+    place.refused("eqim-export trt --engine quantized --fp16 --target sm86");
 }
 
 #[test]
@@ -183,24 +183,24 @@ fn nodes_that_the_parser_does_not_take_are_named_all() {
 #[cfg_attr(not(feature = "tensorrt"), ignore = "built without TensorRT: `cargo xtask test` builds with it")]
 fn lines_that_cannot_be_done_are_refused() {
     let place = Workplace::with_bundle(&first());
-    for (arguments, mentions) in [
-        ("--int8", &["--calibration"][..]),
-        ("--fp16 --target sm90", &["sm90", "tensorrt-enterprise"]),
-        ("--fp16 --target sm77", &["sm77", "sm86"]),
-        ("--fp16 --max-batch 0", &["--max-batch"]),
-        ("--fp16 --max-tokens 1", &["--max-tokens"]),
-        ("--fp16 --maxShapes tokens:1x2", &["--maxShapes", "batchxtokensx8"]),
-        ("--fp16 --minShapes what:1", &["--minShapes", "what"]),
-        ("--fp16 --fp32", &["--fp32"]),
-        ("", &["--fp16"]),
+    for arguments in [
+        "--int8",
+        "--fp16 --target sm90",
+        "--fp16 --target sm77",
+        "--fp16 --max-batch 0",
+        "--fp16 --max-tokens 1",
+        "--fp16 --maxShapes tokens:1x2",
+        "--fp16 --minShapes what:1",
+        "--fp16 --fp32",
+        "",
     ] {
-        place.refused(format!("eqim-export trt --engine bundle {arguments}").trim_end(), mentions);
+        place.refused(format!("eqim-export trt --engine bundle {arguments}").trim_end());
     }
-    place.refused("eqim-export trt --engine missing --fp16", &["missing"]);
+    place.refused("eqim-export trt --engine missing --fp16");
     let half =
         "eqim-export onnx --generator generator.pth --tokenizer tokenizer.ckpt --heads 2 --no-validate --dtype fp16";
     place.run(&format!("{half} -o half")).succeeded();
-    place.refused("eqim-export trt --engine half --fp32", &["rounded to fp16", "--dtype fp32"]);
+    place.refused("eqim-export trt --engine half --fp32");
     place.run("eqim-export trt --engine half --fp16 --target sm86 --no-validate").succeeded();
     let set: EngineSet = serde_json::from_slice(&place.read("half/trt/engines.json")).unwrap();
     // The same precision is the same graph: what is exported is what is built.
@@ -243,10 +243,17 @@ fn the_runtime_stops_at_the_driver() {
     let line = "eqim-run --engine bundle --tokens 3 -o out.png --backend";
     place.run(&format!("{line} trt")).failed(2, &["has no TensorRT engines", "eqim-export trt"]);
     place.run("eqim-export trt --engine bundle --fp16 --target sm86 --no-validate").succeeded();
-    place.run(&format!("{line} trt")).failed(1, &["no NVIDIA driver is here", "--backend ort"]);
+    // A library that cannot be loaded stands in the way of the driver's, so that a machine with a GPU has none either.
+    std::fs::create_dir(place.path("drivers")).unwrap();
+    for name in ["libcuda.so", "libcuda.so.1"] {
+        place.write(&format!("drivers/{name}"), "no library");
+    }
+    let drivers = place.path("drivers");
+    let no_driver = [("LD_LIBRARY_PATH", drivers.to_str().unwrap())];
+    place.run_with(&format!("{line} trt"), &no_driver).failed(1, &["no NVIDIA driver is here", "--backend ort"]);
     assert!(!place.path("out.png").exists());
-    let auto = place.run(&format!("{line} auto")).succeeded();
-    assert!(auto.stderr.contains("TensorRT engines are not used: no NVIDIA driver"), "{}", auto.stderr);
+    let auto = place.run_with(&format!("{line} auto"), &no_driver).succeeded();
+    assert!(auto.stderr.contains("TensorRT engines are not used: TensorRT: no NVIDIA driver"), "{}", auto.stderr);
     let picture = place.read("out.png");
     place.run(&format!("{line} ort")).succeeded();
     assert_eq!(picture, place.read("out.png"));
@@ -269,43 +276,44 @@ fn engines_that_are_stale_or_foreign_are_refused() {
     place.run("eqim-export trt --engine bundle --fp16 --target sm86 --no-validate").succeeded();
     let sidecar = place.read("bundle/trt/engines.json");
     let run = "eqim-run --engine bundle --tokens 3 -o out.png --backend trt";
-    let refused = |code: i32, mentions: &[&str]| {
-        place.run(run).failed(code, mentions);
-        assert!(!place.path("out.png").exists());
+    let refused = || {
+        place.refused(run);
         place.write("bundle/trt/engines.json", &sidecar);
     };
     edit(&place, |sidecar| sidecar["weights"] = "0".repeat(64).into());
-    refused(2, &["engines.json", "weights is 000000000000", "eqim-export trt"]);
+    refused();
     edit(&place, |sidecar| sidecar["model"]["generator"]["window"] = 2.into());
-    refused(2, &["engines.json", "model is not the bundle's"]);
+    refused();
     edit(&place, |sidecar| sidecar["engines"]["decoder"]["graph"] = "1".repeat(64).into());
-    refused(2, &["engines.json", "engines.decoder.graph is 111111111111"]);
+    refused();
     edit(&place, |sidecar| sidecar["format"] = 7.into());
-    refused(2, &["engines.json", "format 7"]);
+    refused();
     edit(&place, |sidecar| drop(sidecar["engines"].as_object_mut().unwrap().remove("encoder")));
-    refused(2, &["engines.json", "no encoder engine"]);
+    refused();
     edit(&place, |sidecar| sidecar["targets"] = serde_json::json!(["sm1"]));
-    refused(2, &["engines.json", "sm1 is no target"]);
+    refused();
     edit(&place, |sidecar| sidecar["tensorrt"] = "TensorRT-RTX 1.6.0".into());
-    refused(1, &["built by TensorRT-RTX 1.6.0", "is TensorRT-RTX 1.7.1"]);
+    place.run(run).failed(1, &["built by TensorRT-RTX 1.6.0", "is TensorRT-RTX 1.7.1"]);
+    place.write("bundle/trt/engines.json", &sidecar);
     place.write("bundle/trt/engines.json", "{");
-    refused(2, &["engines.json"]);
+    refused();
 
     let engine = place.read("bundle/trt/flow_sampler.engine");
     let mut edited = engine.clone();
     edited[engine.len() / 2] ^= 1;
     place.write("bundle/trt/flow_sampler.engine", edited);
-    refused(2, &["flow_sampler.engine", "sha256"]);
+    refused();
     place.write("bundle/trt/flow_sampler.engine", &engine[..engine.len() / 2]);
-    refused(2, &["flow_sampler.engine", "truncated?"]);
+    refused();
     std::fs::remove_file(place.path("bundle/trt/flow_sampler.engine")).unwrap();
-    refused(2, &["flow_sampler.engine"]);
+    refused();
     place.write("bundle/trt/flow_sampler.engine", engine);
 
-    // Whoever does not ask for TensorRT is told, and served.
+    // Without --backend trt, a stale engine is a warning, and ONNX Runtime runs.
     edit(&place, |sidecar| sidecar["weights"] = "0".repeat(64).into());
     let auto = place.run("eqim-run --engine bundle --tokens 3 -o out.png").succeeded();
     assert!(auto.stderr.contains("engines are not used") && auto.stderr.contains("is stale"), "{}", auto.stderr);
+    insta::assert_snapshot!(place.messages());
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The workspace's programs, run as a user runs them.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -32,6 +33,8 @@ fn build() -> BTreeMap<String, PathBuf> {
         "eqim-export",
         "-p",
         "eqim-engines",
+        "-p",
+        "eqim-training",
         "--message-format=json-render-diagnostics",
     ]);
     if !cfg!(debug_assertions) {
@@ -49,7 +52,11 @@ fn build() -> BTreeMap<String, PathBuf> {
 }
 
 /// A temporary folder that programs run in, so that their command lines stay short.
-pub struct Workplace(TempDir);
+pub struct Workplace {
+    folder: TempDir,
+    /// What programs said when they [refused](Workplace::refused) a command line.
+    messages: RefCell<String>,
+}
 
 /// A program that has ended.
 pub struct Finished {
@@ -65,7 +72,7 @@ type Listing = BTreeMap<PathBuf, Option<(u64, SystemTime)>>;
 impl Workplace {
     /// A folder with nothing in it.
     pub fn empty() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        Self { folder: tempfile::tempdir().unwrap(), messages: RefCell::default() }
     }
 
     /// A folder with a fixture's `generator.pth` and `tokenizer.ckpt`.
@@ -85,7 +92,7 @@ impl Workplace {
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
+        self.folder.path().join(name)
     }
 
     pub fn read(&self, name: &str) -> Vec<u8> {
@@ -105,18 +112,29 @@ impl Workplace {
     pub fn run_with(&self, line: &str, variables: &[(&str, &str)]) -> Finished {
         let mut words = line.split(' ');
         let mut command = assert_cmd::Command::new(program(words.next().unwrap()));
-        command.args(words).envs(variables.iter().copied()).current_dir(self.0.path()).timeout(PATIENCE);
+        command.args(words).envs(variables.iter().copied()).current_dir(self.folder.path()).timeout(PATIENCE);
         let output = command.output().unwrap();
         let [stdout, stderr] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
         Finished { line: line.into(), code: output.status.code(), stdout, stderr }
     }
 
-    /// Runs a command line that has to be refused with a message that holds `mentions`, and to leave no trace.
+    /// Runs a command line that has to be refused with exit code 2, and to leave no trace. The message is compared with a
+    /// snapshot: [`Workplace::messages`].
     #[track_caller]
-    pub fn refused(&self, line: &str, mentions: &[&str]) {
+    pub fn refused(&self, line: &str) {
         let before = self.listing();
-        self.run(line).failed(2, mentions);
+        let message = self.run(line).failed(2, &[]).stderr;
         assert_eq!(before, self.listing(), "{line}: left something behind");
+        let mut messages = self.messages.borrow_mut();
+        if !messages.contains(&message) {
+            *messages += &format!("$ {line}\n{message}\n");
+        }
+    }
+
+    /// Takes the messages of all command lines that were refused: each message once, below the first of its command lines.
+    pub fn messages(&self) -> String {
+        let folder = self.folder.path().display().to_string();
+        self.messages.take().replace(&folder, "[folder]").trim_end().to_string()
     }
 
     /// Names in a folder inside, sorted.
@@ -129,7 +147,7 @@ impl Workplace {
 
     /// Everything in the folder, however deep.
     pub fn listing(&self) -> Listing {
-        let (mut listing, mut folders) = (Listing::new(), vec![self.0.path().to_path_buf()]);
+        let (mut listing, mut folders) = (Listing::new(), vec![self.folder.path().to_path_buf()]);
         while let Some(folder) = folders.pop() {
             for entry in std::fs::read_dir(&folder).unwrap().map(Result::unwrap) {
                 let metadata = entry.metadata().unwrap();
@@ -141,6 +159,13 @@ impl Workplace {
             }
         }
         listing
+    }
+}
+
+impl Drop for Workplace {
+    fn drop(&mut self) {
+        let messages = self.messages.take();
+        assert!(messages.is_empty() || std::thread::panicking(), "messages without a snapshot:\n{messages}");
     }
 }
 

@@ -46,6 +46,9 @@ struct Job {
 
 /// How far the jobs of a file are.
 struct JobRunner<'a> {
+    /// The file of the jobs.
+    file: &'a Path,
+    /// The folder of the images.
     folder: &'a Path,
     progress: Progress,
     done: usize,
@@ -73,17 +76,18 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     let shared = |index: usize| arguments.shard.is_none_or(|shard| shard.holds(index));
     let mine = lines.into_iter().enumerate().filter(|(index, _)| shared(*index)).map(|(_, line)| line);
     let mine: Vec<(usize, &str)> = mine.collect();
-    let mut desk = JobRunner { folder, progress: Progress::new("finished", mine.len(), "jobs"), done: 0, failed: 0 };
-    let jobs = desk.jobs(arguments, &bundle, &mine)?;
-    let before = desk.done;
+    let mut runner =
+        JobRunner { file, folder, progress: Progress::new("finished", mine.len(), "jobs"), done: 0, failed: 0 };
+    let jobs = runner.jobs(arguments, &bundle, &mine)?;
+    let before = runner.done;
     if !jobs.is_empty() {
         let engine = eqim_engines::open(&bundle, arguments.options()?)?;
-        let shared = RefCell::new(&mut desk);
+        let shared = RefCell::new(&mut runner);
         for jobs in alike(jobs) {
             batches(engine.as_ref(), jobs, arguments, &shared)?;
         }
     }
-    let JobRunner { done, failed, progress, .. } = desk;
+    let JobRunner { done, failed, progress, .. } = runner;
     drop(progress);
     eqim_cli::note(format_args!("{} jobs done, {before} done before, {failed} failed", done - before));
     if failed > 0 {
@@ -106,7 +110,7 @@ fn alike(jobs: Vec<Job>) -> Vec<Vec<Job>> {
 }
 
 /// Runs jobs that can share a batch.
-fn batches(engine: &dyn Engine, jobs: Vec<Job>, arguments: &Arguments, desk: &RefCell<&mut JobRunner>) -> Result<()> {
+fn batches(engine: &dyn Engine, jobs: Vec<Job>, arguments: &Arguments, runner: &RefCell<&mut JobRunner>) -> Result<()> {
     let (config, most) = (engine.config(), arguments.max_batch);
     let mut together = jobs[0].request.clone();
     together.classes = vec![ClassSchedule::Constant(None); most.min(jobs.len())];
@@ -117,13 +121,13 @@ fn batches(engine: &dyn Engine, jobs: Vec<Job>, arguments: &Arguments, desk: &Re
     let names: Vec<(String, Record, Option<Tiling>, Finish)> = jobs.iter().map(named).collect();
     let images = jobs.into_iter().enumerate().filter_map(|(number, job)| match job.image(engine) {
         Ok(image) => Some(Ok((number, image))),
-        Err(error) => desk.borrow_mut().finish(&names[number].0, Err(error)).err().map(Err),
+        Err(error) => runner.borrow_mut().finish(&names[number].0, Err(error)).err().map(Err),
     });
     generate_all(engine, sampling, images, most, |(number, tokens)| {
-        let desk = &mut *desk.borrow_mut();
+        let runner = &mut *runner.borrow_mut();
         let (id, record, tiling, finish) = &names[number];
-        let written = tokens.and_then(|tokens| write(engine, (desk.folder, id), record, (*tiling, finish), tokens));
-        desk.finish(id, written)
+        let written = tokens.and_then(|tokens| write(engine, (runner.folder, id), record, (*tiling, finish), tokens));
+        runner.finish(id, written)
     })
 }
 
@@ -155,7 +159,7 @@ impl JobRunner<'_> {
         let mut jobs = vec![];
         let mut ids = HashSet::new();
         for &(number, text) in lines {
-            let line = format!("line {}", number + 1);
+            let line = format!("{} line {}", self.file.display(), number + 1);
             let fallback = (number + 1).to_string();
             let (id, job) = match read_line(text) {
                 Ok((id, settings)) => {
