@@ -10,6 +10,7 @@ use eqim::generate::generate;
 use eqim::model::Stage;
 use eqim::picture::quality::{cosine, psnr, ssim};
 use eqim::request::solver::{Solver, Tableau};
+use eqim::request::timing::median;
 use eqim::request::{Generated, GuidanceSchedule, Noise, Request};
 use eqim::{Config, Error, Result};
 use eqim_engines::onnxruntime::OrtEngine;
@@ -200,14 +201,10 @@ impl Pair {
         let (mut fp32, mut int8) = (vec![], vec![]);
         let start = Instant::now();
         while fp32.len() < LEAST_RUNS || (fp32.len() < MOST_RUNS && start.elapsed() < TIMED) {
-            fp32.push(work(&self.fp32)?);
-            int8.push(work(&self.int8)?);
+            fp32.push(work(&self.fp32)?.as_secs_f64());
+            int8.push(work(&self.int8)?.as_secs_f64());
         }
-        let [fp32, int8] = [fp32, int8].map(|mut times| {
-            times.sort_unstable();
-            times[times.len() / 2].as_secs_f64()
-        });
-        Ok(SpeedPair { fp32, int8 })
+        Ok(SpeedPair { fp32: median(&mut fp32), int8: median(&mut int8) })
     }
 }
 

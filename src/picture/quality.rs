@@ -1,7 +1,7 @@
 //! How alike two runs from the same noise are: tokens, and images as they would be written.
 
 use super::to_byte;
-use ndarray::{ArrayView1, ArrayView2, ArrayView3, ArrayView4, Axis, s};
+use ndarray::{ArrayView, ArrayView1, ArrayView2, ArrayView3, ArrayView4, Axis, Dimension, s};
 
 /// Cosine of the angle between two tokens.
 pub fn cosine(found: ArrayView1<f32>, expected: ArrayView1<f32>) -> f32 {
@@ -23,6 +23,12 @@ pub fn psnr(found: ArrayView4<f32>, expected: ArrayView4<f32>) -> Option<f32> {
     let squares: u64 = found.iter().zip(expected).map(squared).sum();
     let peak = 255.0f64.powi(2) * expected.len() as f64;
     (squares > 0).then(|| (10.0 * (peak / squares as f64).log10()) as f32)
+}
+
+/// Peak signal-to-noise ratio in dB of values in -1..1 that are not rounded to bytes; infinite for equal values.
+pub fn psnr_of_values<D: Dimension>(found: ArrayView<f32, D>, expected: ArrayView<f32, D>) -> f64 {
+    let squares: f64 = found.iter().zip(&expected).map(|(&a, &b)| f64::from(a - b).powi(2)).sum();
+    10.0 * (4.0 * expected.len() as f64 / squares).log10()
 }
 
 /// Side of the windows that [`ssim`] compares, and the distance between them.

@@ -45,6 +45,25 @@ pub struct DeviceTimes {
     pub device_to_host: Duration,
 }
 
+/// The value that `percent` of the sorted values do not exceed, interpolated between two of them.
+///
+/// # Panics
+/// Without values.
+pub fn percentile(sorted: &[f64], percent: f64) -> f64 {
+    let place = percent / 100.0 * (sorted.len() - 1) as f64;
+    let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
+    below + (above - below) * place.fract()
+}
+
+/// The median of values, which are sorted.
+///
+/// # Panics
+/// Without values.
+pub fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    percentile(values, 50.0)
+}
+
 /// Runs `work` and adds the time it took.
 pub fn timed<T>(total: &mut Duration, work: impl FnOnce() -> T) -> T {
     let start = Instant::now();

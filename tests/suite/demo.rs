@@ -6,6 +6,7 @@ use eqim::checkpoint;
 use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
 use eqim::generate::generate;
+use eqim::picture::quality::psnr_of_values;
 use eqim::picture::{self, Side};
 use eqim::request::{Noise, Request};
 use ndarray::{Array3, Axis, s};
@@ -23,8 +24,7 @@ fn psnr(engine: &CandleEngine, photo: &str) -> f64 {
         picture::read(&file(photo), tokenizer.image_height(), tokenizer.token_width(), Side::Right).unwrap().pixels;
     let latents = engine.encode(picture.view().insert_axis(Axis(0))).unwrap();
     let found = engine.decode(latents.view()).unwrap().mapv(|value| value.clamp(-1.0, 1.0));
-    let squares = (&found.index_axis(Axis(0), 0) - &picture).mapv(|value| f64::from(value).powi(2));
-    10.0 * (4.0 / squares.mean().unwrap()).log10()
+    psnr_of_values(found.index_axis(Axis(0), 0), picture.view())
 }
 
 #[test]

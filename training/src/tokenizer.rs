@@ -12,6 +12,7 @@ use eqim::model::tokenizer::{self, Semantics};
 use eqim::model::{Stage, parameters_of};
 use eqim::ops::cost::Cost;
 use eqim::ops::eager::{Eager, Training};
+use eqim::picture::quality::psnr_of_values;
 use eqim::picture::{self, Side};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, ResultExt};
@@ -162,8 +163,7 @@ impl TokenizerTask {
         let of = |photo: &crate::data::Photo| {
             let picture = self.whole_picture(&photo.path)?;
             let reconstruction = self.reconstruct(&weights, picture.view())?.mapv(|value| value.clamp(-1.0, 1.0));
-            let error = (&reconstruction - &picture).mapv(|value| f64::from(value).powi(2)).mean().unwrap_or(0.0);
-            Ok((photo.path.display().to_string(), 10.0 * (4.0 / error).log10()))
+            Ok((photo.path.display().to_string(), psnr_of_values(reconstruction.view(), picture.view())))
         };
         photos.photos.iter().map(of).collect()
     }

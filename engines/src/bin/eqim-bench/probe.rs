@@ -3,14 +3,14 @@
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use eqim::request::timing::median;
 use eqim::{Error, Result};
+use eqim_engines::onnxruntime::Runtime;
 use ort::editor::{Graph, Model, Node, ONNX_DOMAIN, Opset};
 use ort::session::Session;
 use ort::session::builder::SessionBuilder;
 use ort::value::{Outlet, PrimitiveTensorElementType, Shape, SymbolicDimensions, Tensor, TensorElementType, ValueType};
 use serde::Serialize;
-
-use eqim_engines::onnxruntime::Runtime;
 
 /// Side of the matrices: large enough for the best speed, small enough for a tenth of a second.
 const SIDE: usize = 1024;
@@ -51,8 +51,7 @@ fn rate(mut work: impl FnMut()) -> f64 {
         work();
         times.push(begin.elapsed().as_secs_f64());
     }
-    times.sort_by(f64::total_cmp);
-    1.0 / times[times.len() / 2]
+    1.0 / median(&mut times)
 }
 
 impl Gemm {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use eqim::request::timing::{self, percentile};
 use serde::Serialize;
 
 /// A modified z-score beyond this is an outlier: ten times what Iglewicz and Hoaglin (1993) call one by 1.4826, as background
@@ -41,10 +42,9 @@ impl Summary {
         let count = sorted.len();
         let mean = sorted.iter().sum::<f64>() / count as f64;
         let variance = sorted.iter().map(|time| (time - mean).powi(2)).sum::<f64>() / count as f64;
-        let median = rank(&sorted, 50.0);
+        let median = percentile(&sorted, 50.0);
         let mut distances: Vec<f64> = sorted.iter().map(|time| (time - median).abs()).collect();
-        distances.sort_by(f64::total_cmp);
-        let usual = rank(&distances, 50.0);
+        let usual = timing::median(&mut distances);
         let is_outlier = |time: f64| usual > 0.0 && 0.6745 * (time - median).abs() / usual > OUTLIER;
         Some(Self {
             count,
@@ -52,7 +52,7 @@ impl Summary {
             max,
             mean,
             median,
-            percentiles: percentiles.iter().map(|&percent| (percent, rank(&sorted, percent))).collect(),
+            percentiles: percentiles.iter().map(|&percent| (percent, percentile(&sorted, percent))).collect(),
             outliers: sorted.iter().filter(|&&time| is_outlier(time)).count(),
             spread: variance.sqrt() / mean,
             slow_start: is_outlier(seconds[0]),
@@ -94,13 +94,6 @@ impl Summary {
 pub fn milliseconds(seconds: f64) -> String {
     let value = 1e3 * seconds;
     if value < 10.0 { format!("{value:.3}") } else { format!("{value:.1}") }
-}
-
-/// The time that `percent` of the sorted times do not exceed, between two of them where none is exact.
-fn rank(sorted: &[f64], percent: f64) -> f64 {
-    let place = percent / 100.0 * (sorted.len() - 1) as f64;
-    let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
-    below + (above - below) * place.fract()
 }
 
 #[cfg(test)]
