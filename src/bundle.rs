@@ -209,7 +209,10 @@ impl Bundle {
         let version: Version =
             serde_json::from_slice(&text).map_err(|error| bad("does not describe a bundle".into()).because(error))?;
         if version.format != FORMAT {
-            return Err(bad(format!("is of format {}, this program reads {FORMAT}", version.format)));
+            return Err(bad(format!(
+                "has format {}, expected {FORMAT}: export the bundle again with this version",
+                version.format
+            )));
         }
         let manifest: Manifest = serde_json::from_slice(&text).or_input(path.display())?;
         manifest.model.check().map_err(|error| error.about(path.display()))?;
@@ -279,7 +282,7 @@ impl Bundle {
     /// [`Error::input`] when the bundle has none.
     pub fn graph(&self, stage: Stage) -> Result<&GraphRecord> {
         let missing =
-            || Error::input(self.folder.join(CONFIG_FILE).display(), format!("names no {} graph", stage.name()));
+            || Error::input(self.folder.join(CONFIG_FILE).display(), format!("has no {} graph", stage.name()));
         self.manifest.graphs.get(stage.name()).ok_or_else(missing)
     }
 

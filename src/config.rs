@@ -135,10 +135,10 @@ impl GeneratorConfig {
     fn check_names(&self) -> Result<()> {
         let (names, bad) = (&self.class_names, |problem| Err(Error::input("class_names", problem)));
         if !names.is_empty() && names.len() != self.class_num {
-            return bad(format!("are {}, expected one for each of {} classes", names.len(), self.class_num));
+            return bad(format!("has {} names, expected one for each of {} classes", names.len(), self.class_num));
         }
         if let Some(name) = names.iter().find(|name| !is_class_name(name)) {
-            return bad(format!("has {name:?}, expected names without ',' and ':' that are no number and not none"));
+            return bad(format!("has {name:?}, expected names without ',' and ':' other than numbers and none"));
         }
         match names.iter().enumerate().find(|(index, name)| names[..*index].contains(name)) {
             Some((_, name)) => bad(format!("has {name:?} twice")),

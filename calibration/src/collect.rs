@@ -65,7 +65,7 @@ pub fn read_picture(path: &Path, config: &Config, tokens: usize, resize: bool) -
     let picture = picture::read(path, height, token, Side::Right)?;
     if picture.original.1 as usize != height && !resize {
         let problem = format!(
-            "is {} pixels high, the model's images are {height}: scale it, or let it be resized",
+            "is {} pixels high, expected {height}, the height of the model's images: scale it, or allow resizing",
             picture.original.1
         );
         return Err(Error::input(path.display(), problem).with_field("resize"));
@@ -123,7 +123,7 @@ impl Collection {
         }
         let bad = |problem: String| Error::input(path.display(), problem);
         let state: Self = serde_json::from_slice(&files::read(path)?)
-            .map_err(|error| bad(format!("is no state of a calibration: {error}; remove it to begin anew")))?;
+            .map_err(|error| bad(format!("is not the state of a calibration: {error}; remove it to start again")))?;
         if state.model != model || state.samples != *samples {
             return Err(bad(
                 "is the state of a calibration of another model, or with other images or settings: give the same ones \

@@ -156,7 +156,7 @@ fn fewest(search: &Search, policy: &Policy, ranking: &[Ranked], min_psnr: f32) -
     }
     let (mut too_few, mut enough, mut best) = (0, ranking.len(), without(ranking.len())?);
     if !passes(best) {
-        return Err(Error::run("min_psnr", format!("{min_psnr} dB is not reached even without INT8")));
+        return Err(Error::run("min_psnr", format!("{min_psnr} dB is not reached, even without INT8")));
     }
     while enough - too_few > 1 {
         let middle = usize::midpoint(too_few, enough);

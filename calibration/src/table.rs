@@ -186,17 +186,20 @@ impl Table {
         let bad = |problem: String| Error::input(path.display(), problem);
         let text = files::read(path)?;
         let table: Self = serde_json::from_slice(&text).map_err(|error| {
-            bad("is no calibration table (a file that eqim-export calibrate wrote)".into()).because(error)
+            bad("is not a calibration table, a file that eqim-export calibrate wrote".into()).because(error)
         })?;
         if table.format != FORMAT {
-            return Err(bad(format!("is of format {}, this program reads {FORMAT}", table.format)));
+            return Err(bad(format!(
+                "has format {}, expected {FORMAT}: calibrate the model again with this version",
+                table.format
+            )));
         }
         for (scope, entry) in &table.scopes {
             if !(entry.scale.is_finite() && entry.scale > 0.0) {
                 return Err(bad(format!("{scope}: scale {} is not a positive number", entry.scale)));
             }
             if !(entry.input.is_valid() && entry.output.is_valid()) {
-                return Err(bad(format!("{scope}: a range is not finite or does not hold 0")));
+                return Err(bad(format!("{scope}: a range is not finite or does not contain 0")));
             }
         }
         Ok(table)
@@ -235,6 +238,6 @@ impl Table {
     pub fn entry(&self, scope: &str) -> Result<&Entry> {
         self.scopes
             .get(scope)
-            .ok_or_else(|| Error::setting("calibration", format!("is a table without the scope {scope}")))
+            .ok_or_else(|| Error::setting("calibration", format!("has no scope {scope}: calibrate the model again")))
     }
 }

@@ -88,10 +88,11 @@ fn onnxruntime(bundle: &Bundle, library: &Path, threads: Option<usize>) -> Resul
 
 fn candle(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {
     if threads.is_some() {
-        tracing::warn!("a number of threads limits those of ONNX Runtime; RAYON_NUM_THREADS sets those of Candle");
+        tracing::warn!("threads limits the threads of ONNX Runtime; RAYON_NUM_THREADS limits those of Candle");
     }
     if bundle.manifest.quantization.is_some() {
-        let problem = "is in INT8, which Candle does not run: use ONNX Runtime, or the bundle it was made of";
+        let problem =
+            "is in INT8, which Candle does not run: use ONNX Runtime, or the FP32 bundle that it was made from";
         return Err(Error::input(bundle.folder.display(), problem));
     }
     let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;

@@ -225,7 +225,10 @@ impl Drift {
     fn range_line(&self) -> Option<String> {
         let (scope, largest) = self.largest_activation.as_ref()?;
         let mark = if self.within_range() { '✓' } else { 'x' };
-        Some(format!("\t-[{mark}] largest activation {largest:.1} in {scope}, FP16 ends at {}", half::f16::MAX))
+        Some(format!(
+            "\t-[{mark}] largest activation {largest:.1} in {scope}, the maximum of FP16 is {}",
+            half::f16::MAX
+        ))
     }
 }
 

@@ -424,7 +424,7 @@ impl QuantizationReport {
             ));
         }
         if !self.stages.iter().any(|stage| stage.int8) {
-            faults.push("no stage gains from INT8, and all stay as they were".into());
+            faults.push("no stage is faster in INT8".into());
         }
         for stage in &self.stages {
             if let Some(times) = stage.times.filter(|times| times.speedup() < 1.0) {
@@ -432,16 +432,16 @@ impl QuantizationReport {
             }
         }
         if let Some(times) = self.end_to_end.filter(|times| times.speedup() < 1.0) {
-            faults.push(format!("an image takes longer, {:.2} times as fast as FP32", times.speedup()));
+            faults.push(format!("an image is slower, {:.2} times as fast as FP32", times.speedup()));
         }
         if !faults.is_empty() {
-            return (false, format!("INT8 does not pay: {}", faults.join("; ")));
+            return (false, format!("INT8 fails: {}", faults.join("; ")));
         }
         let quality = format!("images of 16 tokens within {} of FP32's", decibels(self.worst_psnr()));
         let speed =
-            self.end_to_end.map_or("speed is for a GPU to tell: these times would be of a CPU".into(), |times| {
+            self.end_to_end.map_or("the speed was not measured, since this target needs a GPU".into(), |times| {
                 format!("an image {:.2} times as fast", times.speedup())
             });
-        (true, format!("INT8 pays: {quality}, {speed}"))
+        (true, format!("INT8 passes: {quality}, {speed}"))
     }
 }

@@ -73,7 +73,7 @@ impl ValidationReport {
     fn range_line(&self) -> Option<String> {
         let (scope, largest) = self.largest_activation.as_ref()?;
         let mark = if self.within_range() { '✓' } else { 'x' };
-        Some(format!("\t-[{mark}] largest activation {largest:.1} in {scope}, FP16 ends at {}", f16::MAX))
+        Some(format!("\t-[{mark}] largest activation {largest:.1} in {scope}, the maximum of FP16 is {}", f16::MAX))
     }
 }
 

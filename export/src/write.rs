@@ -56,7 +56,9 @@ pub fn check_destination(destination: &Path) -> Result<()> {
     };
     let names: Vec<String> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     match names.iter().find(|name| !is_ours(destination, name)) {
-        Some(name) => bad(format!("holds {name}, which is no bundle's: name another folder, or remove that")),
+        Some(name) => {
+            bad(format!("contains {name}, which is not part of a bundle: choose another folder, or remove it"))
+        }
         None => Ok(()),
     }
 }
@@ -153,7 +155,7 @@ pub fn replace(new: TempDir, destination: &Path) -> Result<()> {
     if let Err(error) = std::fs::rename(new.path(), destination) {
         if replaces && std::fs::rename(&set_aside, destination).is_err() {
             let kept = older.keep();
-            let problem = format!("cannot be written: {error}; what was there is in {}", kept.display());
+            let problem = format!("cannot be written: {error}; the previous contents are in {}", kept.display());
             return Err(Error::run(destination.display(), problem));
         }
         return Err(failed(error));

@@ -44,8 +44,9 @@ fn count(shapes: &Shapes, name: impl Fn(usize) -> String) -> usize {
 pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<GeneratorConfig> {
     let preset = hints.preset.or(stored.preset);
     let unknown = |field: &'static str, what: &str| {
-        let problem =
-            format!("is not known: neither tensors nor `args` tell {what}; a preset of a published size does");
+        let problem = format!(
+            "is unknown: neither the tensors nor `args` contain {what}; set it, or choose the preset of a published size"
+        );
         Error::setting(field, problem)
     };
     let heads = hints.heads.or(preset.map(Preset::heads));
@@ -106,7 +107,8 @@ pub fn tokenizer(shapes: &Shapes) -> Result<TokenizerConfig> {
             (true, _) if len_down_scale == level => len_down_scale += 1,
             (_, true) => {}
             _ => {
-                let problem = format!("has shape {:?}, which halves neither height nor both", shapes[&name]);
+                let problem =
+                    format!("has shape {:?}, which halves neither the height nor both height and width", shapes[&name]);
                 return Err(Error::input(format!("tensor {name}"), problem));
             }
         }

@@ -162,8 +162,10 @@ fn load_generator(path: &Path, set: WeightSet, hints: &Hints, weights: &mut Weig
     };
     let model = file.item(key).ok_or_else(|| {
         let keys = file.keys().join(", ");
-        file.bad(format!("has no `{key}` (its keys: {keys}); is it a generator's? Else take the {other} weights"))
-            .with_field("weights")
+        file.bad(format!(
+            "has no `{key}`, expected the checkpoint of a generator (keys found: {keys}); or choose the {other} weights"
+        ))
+        .with_field("weights")
     })?;
     let tensors = file.state_dict(model)?;
     let shape = |(name, &id): (&String, &_)| Ok((name.clone(), file.shape(name, id)?));
@@ -187,7 +189,7 @@ fn load_tokenizer(path: &Path, set: WeightSet, weights: &mut Weights) -> Result<
     let mut file = TorchFile::open(path)?;
     let state = file.item("state_dict").ok_or_else(|| {
         let keys = file.keys().join(", ");
-        file.bad(format!("has no `state_dict` (its keys: {keys}); is it a tokenizer's?"))
+        file.bad(format!("has no `state_dict`, expected the checkpoint of a tokenizer (keys found: {keys})"))
     })?;
     let tensors = file.state_dict(state)?;
     let used = |name: &&String| !TRAINING_ONLY.iter().any(|prefix| name.starts_with(prefix));
@@ -198,7 +200,7 @@ fn load_tokenizer(path: &Path, set: WeightSet, weights: &mut Weights) -> Result<
             WeightSet::Ema => ema_name(name),
         };
         let id = tensors.get(&source).ok_or_else(|| {
-            let problem = "is missing: the raw weights do without averages";
+            let problem = "is missing: choose the raw weights, which need no averages";
             file.bad(format!("tensor {source}, the average of {name}, {problem}")).with_field("weights")
         })?;
         taken.insert(name.clone(), (source, *id));
@@ -217,7 +219,7 @@ fn only_set(path: &Path, set: WeightSet) -> Result<()> {
     match set {
         WeightSet::Ema => Ok(()),
         WeightSet::Raw => {
-            let problem = "holds one set of weights: raw weights are in .pth and .ckpt only";
+            let problem = "has one set of weights: only .pth and .ckpt files have raw weights";
             Err(Error::input(path.display(), problem).with_field("weights"))
         }
     }

@@ -200,7 +200,7 @@ impl Machine<'_> {
 
     fn pop(&mut self) -> Step<Id> {
         if self.marks.last().is_some_and(|mark| *mark >= self.stack.len()) {
-            return Err("a mark stands where a value should".into());
+            return Err("a mark is in the place of a value".into());
         }
         self.stack.pop().ok_or_else(|| "a value is missing".into())
     }
@@ -227,7 +227,7 @@ impl Machine<'_> {
             Value::Sequence(list) => list.extend(items),
             // Subclasses of list: their elements are not needed.
             Value::Object { .. } => {}
-            _ => return Err("elements for something that is no list".into()),
+            _ => return Err("elements for something that is not a list".into()),
         }
         Ok(())
     }
@@ -239,7 +239,7 @@ impl Machine<'_> {
             Value::Dict(entries) => entries.extend(pairs.iter().map(|[key, value]| (*key, *value))),
             // Subclasses of dict: their entries are not needed.
             Value::Object { .. } => {}
-            _ => return Err("entries for something that is no dictionary".into()),
+            _ => return Err("entries for something that is not a dictionary".into()),
         }
         Ok(())
     }
@@ -272,7 +272,7 @@ impl Machine<'_> {
     }
 
     fn recall(&mut self, key: u64) -> Step<()> {
-        self.stack.push(*self.memo.get(&key).ok_or_else(|| format!("nothing is memorized as {key}"))?);
+        self.stack.push(*self.memo.get(&key).ok_or_else(|| format!("memo entry {key} does not exist"))?);
         Ok(())
     }
 
@@ -309,7 +309,7 @@ impl Machine<'_> {
             0x93 => {
                 let (name, module) = (self.pop()?, self.pop()?);
                 let both = (self.pickle.text(module).map(String::from), self.pickle.text(name).map(String::from));
-                let (Some(module), Some(name)) = both else { return Err("a global name that is no text".into()) };
+                let (Some(module), Some(name)) = both else { return Err("a global name that is not text".into()) };
                 self.global(&module, &name); // STACK_GLOBAL
             }
             b'q' => self.unsigned(1).and_then(|key| self.memoize(key))?, // BINPUT

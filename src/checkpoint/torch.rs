@@ -69,7 +69,7 @@ impl TorchFile {
 
     /// Names of the tensors of the state dict at `id`, with their places.
     pub fn state_dict(&self, id: Id) -> Result<BTreeMap<String, Id>> {
-        let entries = self.pickle.entries(id).ok_or_else(|| self.bad("a state dict is no dictionary"))?;
+        let entries = self.pickle.entries(id).ok_or_else(|| self.bad("a state dict is not a dictionary"))?;
         let named = entries.iter().filter_map(|(name, tensor)| Some((self.pickle.text(*name)?.to_string(), *tensor)));
         Ok(named.collect())
     }
@@ -85,7 +85,7 @@ impl TorchFile {
     fn named_layout(&self, name: &str, id: Id) -> Result<Layout> {
         self.layout(id).ok_or_else(|| {
             self.bad(format!(
-                "tensor {name} is none that can be read: expected a contiguous tensor of float32, float64, float16 or \
+                "tensor {name} cannot be read: expected a contiguous tensor of float32, float64, float16 or \
                  bfloat16"
             ))
         })
@@ -97,11 +97,12 @@ impl TorchFile {
     /// [`Error::input`] when its storage is missing, too short, or of an unknown type.
     pub fn tensor(&mut self, name: &str, id: Id) -> Result<Tensor> {
         let layout =
-            self.layout(id).ok_or_else(|| self.bad(format!("tensor {name} has no layout that can be read")))?;
+            self.layout(id).ok_or_else(|| self.bad(format!("tensor {name} has a layout that cannot be read")))?;
         let size = layout.dtype.size_in_bytes();
         let elements = layout.shape.iter().try_fold(size, |all, &n| all.checked_mul(n));
         let range = elements.and_then(|length| Some((layout.offset.checked_mul(size)? as u64, length)));
-        let (start, length) = range.ok_or_else(|| self.bad(format!("tensor {name} is absurdly large")))?;
+        let (start, length) =
+            range.ok_or_else(|| self.bad(format!("tensor {name} is too large: its size in bytes overflows")))?;
         let storage = format!("{}data/{}", self.prefix, layout.storage);
         let bytes = read_range(&mut self.archive, &storage, start, length)
             .map_err(|error| error.about(format!("{}: tensor {name}", self.path.display())))?;
@@ -151,7 +152,7 @@ fn read_range(archive: &mut ZipArchive<BufReader<File>>, name: &str, start: u64,
     let mut entry = archive.by_name(name).or_input(&storage)?;
     let end = start.saturating_add(length as u64);
     if entry.size() < end {
-        return Err(Error::input(storage, format!("has {} bytes, and {end} are needed", entry.size())));
+        return Err(Error::input(storage, format!("has {} bytes, expected at least {end}", entry.size())));
     }
     std::io::copy(&mut entry.by_ref().take(start), &mut std::io::sink()).or_input(&storage)?;
     let mut bytes = vec![];

@@ -85,7 +85,9 @@ impl NoiseSource {
     /// [`Error::run`] when no more was given.
     pub fn next(&mut self, embed: usize) -> Result<Array1<f32>> {
         match self {
-            Self::Given(noise) => noise.pop_front().ok_or_else(|| Error::run("noise", "too little was given")),
+            Self::Given(noise) => {
+                noise.pop_front().ok_or_else(|| Error::run("noise", "noise for too few tokens was given"))
+            }
             Self::Seed { random, rows, row } => {
                 Ok(Array1::from(random.randn(*rows * embed)[*row * embed..][..embed].to_vec()))
             }
@@ -187,7 +189,9 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
         for (mut z, row) in z.rows_mut().into_iter().zip(&rows) {
             match row.kept {
                 Some(row) => z.assign(&self.z.row(row)),
-                None => z.assign(&begun.next().ok_or_else(|| Error::run("batch", "too few conditions"))?),
+                None => z.assign(
+                    &begun.next().ok_or_else(|| Error::run("batch", "the session returned too few conditions"))?,
+                ),
             }
         }
         self.z = z;

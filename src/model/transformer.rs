@@ -342,7 +342,7 @@ pub fn teacher_forcing<O: Ops>(
     shift: usize,
 ) -> Result<(Rope<O::Tensor>, O::Tensor)> {
     if n == 0 {
-        return Err(Error::input("tokens", "there are none, expected at least 1"));
+        return Err(Error::input("tokens", "is empty, expected at least 1"));
     }
     let positions: Vec<f32> = (shift..shift + n).map(|position| position as f32).collect();
     let positions = o.constant(&[n], &positions)?;

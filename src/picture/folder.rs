@@ -20,7 +20,7 @@ pub fn pictures(folder: &Path) -> Result<Vec<PathBuf>> {
 
 /// The error for a folder that holds no picture.
 pub fn none_in(folder: &Path) -> Error {
-    Error::input(folder.display(), "holds no PNG or JPEG")
+    Error::input(folder.display(), "contains no PNG or JPEG")
 }
 
 /// Paths of all pictures below `folder`, sorted.

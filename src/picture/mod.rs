@@ -82,7 +82,7 @@ pub fn load(path: &Path) -> Result<RgbImage> {
     let unreadable = |error: ImageError| bad("is not a PNG or JPEG that can be read".into()).because(error);
     let reader = open(path)?;
     if reader.format() == Some(ImageFormat::Jpeg) && !is_whole_jpeg(path)? {
-        return Err(bad("is a JPEG that was cut off: its end is missing".into()));
+        return Err(bad("is a truncated JPEG: its end is missing".into()));
     }
     let mut image = reader.decode().map_err(unreadable)?;
     // Cameras store pictures as the sensor lay, and beside them how to turn them.

@@ -84,13 +84,18 @@ impl ClassSchedule {
             }
             if begin >= tokens || end > tokens {
                 let shown = span.end.map_or(String::new(), |end| end.to_string());
-                return bad(format!("names tokens {begin}-{shown}, and the image has {tokens}: 0 to {}", tokens - 1));
+                return bad(format!(
+                    "names tokens {begin}-{shown}, but the image has {tokens} tokens, 0 to {}",
+                    tokens - 1
+                ));
             }
             if end <= covered || index > 0 && begin <= spans[index - 1].begin {
-                return bad(format!("names tokens {begin}-{end} after others that begin or end later: order them"));
+                return bad(format!(
+                    "names tokens {begin}-{end} after tokens that begin or end later: sort the classes by their tokens"
+                ));
             }
             if index > 1 && begin < spans[index - 2].end(tokens) {
-                return bad(format!("gives token {begin} three classes, expected at most two, which fade"));
+                return bad(format!("names three classes for token {begin}, expected at most two, which blend"));
             }
             covered = end;
         }

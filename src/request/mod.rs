@@ -130,7 +130,7 @@ impl Request {
             return Err(Error::setting("class", format!("is {class}, expected 0 to {last} or none")));
         }
         if self.tokens < 2 {
-            let problem = format!("is {}, expected at least 2: the decoder mirrors at the image's edges", self.tokens);
+            let problem = format!("is {}, expected at least 2: the decoder pads by mirroring the edges", self.tokens);
             return Err(Error::setting("tokens", problem));
         }
         if !self.cfg.is_finite() || self.cfg < 0.0 {
@@ -142,8 +142,7 @@ impl Request {
         self.classes.iter().try_for_each(|label| label.check(self.tokens))?;
         let given = self.prefix_tokens();
         if given >= self.tokens {
-            let problem =
-                format!("holds {given} tokens and the run is {} long: nothing is left to generate", self.tokens);
+            let problem = format!("has {given} tokens and the image {}: no token is left to generate", self.tokens);
             return Err(Error::setting("prefix", problem));
         }
         let fits = |field, array: &Array3<f32>, tokens| {

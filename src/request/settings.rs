@@ -421,7 +421,7 @@ fn tokens_of_width(width: usize, token_width: usize) -> Result<usize> {
         return Ok(below);
     }
     let nearest = if below < least {
-        format!("the least is {}", least * token_width)
+        format!("the smallest is {}", least * token_width)
     } else {
         format!("the nearest are {} and {}", below * token_width, (below + 1) * token_width)
     };

@@ -126,7 +126,7 @@ fn tokens_that_differ_have_no_ratio() {
     // Two steps of Euler's method are far from the reference's own number of them.
     let run = place.run(&format!("eqim-bench --engine bundle --reference --solver ab2 --steps 1 --cfg 3 {QUICK}"));
     assert!(run.stdout.contains("no ratio"), "{}", run.stdout);
-    run.failed(1, &["its tokens are not those"]);
+    run.failed(1, &["its tokens differ from those of the reference"]);
     assert!(json(&place)["cases"][0]["results"][1]["ratio"].is_null());
 }
 
@@ -211,7 +211,7 @@ fn equivariance_of_the_tokenizer_and_of_positions() {
         "eqim-bench --engine bundle --equivariance --images photos --trained 6 --positions 25 --seed 6 {QUICK}"
     );
     let run = place.run(&format!("{line} --plot plot.png --export-markdown bench.md")).succeeded();
-    assert!(run.stdout.contains("1 pictures, their classes by the names of their folders"), "{}", run.stdout);
+    assert!(run.stdout.contains("1 pictures, classes from the names of their folders"), "{}", run.stdout);
     let found = json(&place)["equivariance"].clone();
 
     let expected = losses(&place, "photos/sea/0.png", 1, 25);
@@ -244,12 +244,12 @@ fn equivariance_of_the_tokenizer_and_of_positions() {
     // Pictures in more folders than there are names are of no class, and too narrow ones are named.
     photographs(&place, &[("sea", 18), ("sky", 6)]);
     let run = place.run(&line).succeeded();
-    assert!(run.stdout.contains("2 pictures, their classes by none"), "{}", run.stdout);
+    assert!(run.stdout.contains("2 pictures, classes from nothing: the folders"), "{}", run.stdout);
     let refused = |flags: &str, mention: &str| {
         place.run(&format!("eqim-bench --engine bundle {flags}")).failed(2, &[mention]);
     };
     refused("--equivariance --images photos --trained 18", "no picture that is wider than");
-    refused("--equivariance --images bundle", "holds no PNG or JPEG");
+    refused("--equivariance --images bundle", "contains no PNG or JPEG");
     refused("--equivariance", "--images");
     refused("--images photos", "--equivariance");
 }

@@ -338,11 +338,11 @@ fn below_the_floor_nothing_is_written_unless_forced() {
     let line = format!("{} --int8 --calibration table.json --min-psnr 200", export_line(&fixture));
     let failed =
         place.run(&format!("{line} -o out")).failed(1, &["below the floor of 200", "--force", "--sensitivity"]);
-    assert!(failed.stdout.contains("INT8 does not pay: an image of 16 tokens is"), "{}", failed.stdout);
+    assert!(failed.stdout.contains("INT8 fails: an image of 16 tokens is"), "{}", failed.stdout);
     assert!(!place.path("out").exists());
     place.run(&format!("{line} --force -o out")).succeeded();
     let text = String::from_utf8(place.read("out/quantization.txt")).unwrap();
-    assert!(text.starts_with("INT8 does not pay: "), "{text}");
+    assert!(text.starts_with("INT8 fails: "), "{text}");
 }
 
 #[test]

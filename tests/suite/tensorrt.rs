@@ -142,12 +142,12 @@ fn what_a_target_does_not_support_is_named() {
     let before = place.listing();
     let line = "eqim-export trt --engine bundle --check-only --target turing,sm86";
     let found = place.run(&format!("{line} --fp32")).failed(1, &["TensorRT does not take"]).stdout;
-    for words in ["-[x] decoder.onnx", "(Gemm) on sm75", "FP32 GEMM is not supported", "build with --fp16"] {
+    for words in ["-[x] decoder.onnx", "(Gemm) on sm75", "FP32 GEMM is not supported", "build in FP16"] {
         assert!(found.contains(words), "no {words:?} in {found}");
     }
     assert!(!found.contains("on sm86"), "{found}");
     let found = place.run(&format!("{line} --bf16")).failed(1, &[]).stdout;
-    assert!(found.contains("on sm75") && found.contains("build with --fp16"), "{found}");
+    assert!(found.contains("on sm75") && found.contains("build in FP16"), "{found}");
     let found = place.run(&format!("{line} --fp16")).succeeded().stdout;
     assert_eq!(found.matches("-[✓]").count(), 5, "{found}");
     assert_eq!(before, place.listing(), "--check-only wrote something");
@@ -250,7 +250,9 @@ fn the_runtime_stops_at_the_driver() {
     }
     let drivers = place.path("drivers");
     let no_driver = [("LD_LIBRARY_PATH", drivers.to_str().unwrap())];
-    place.run_with(&format!("{line} trt"), &no_driver).failed(1, &["no NVIDIA driver is here", "--backend ort"]);
+    place
+        .run_with(&format!("{line} trt"), &no_driver)
+        .failed(1, &["no NVIDIA driver was found", "choose the backend ort"]);
     assert!(!place.path("out.png").exists());
     let auto = place.run_with(&format!("{line} auto"), &no_driver).succeeded();
     assert!(auto.stderr.contains("TensorRT engines are not used: TensorRT: no NVIDIA driver"), "{}", auto.stderr);

@@ -139,7 +139,7 @@ fn an_interrupted_run_goes_on_to_the_same_file() {
     let other = format!("eqim-run {} killed.png", LINE.replace("--seed 3", "--seed 4"));
     place.run(&other).failed(2, &["killed.png.partial", "unfinished image of another run"]);
     let finished = place.run(&format!("eqim-run {LINE} killed.png")).succeeded();
-    assert!(finished.stderr.contains("goes on after"), "{}", finished.stderr);
+    assert!(finished.stderr.contains("resuming after"), "{}", finished.stderr);
     assert!(place.read("whole.png") == place.read("killed.png"), "the files differ");
     assert!(!place.path("killed.png.partial").exists());
 }
@@ -157,9 +157,9 @@ fn a_folder_of_tiles_goes_on() {
     let problem = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{problem}");
     assert!(place.listing_of("part.partial").iter().any(|name| name.ends_with(".png")), "no tile was done");
-    assert!(problem.contains("what is done is kept") && !place.path("part").exists(), "{problem}");
+    assert!(problem.contains("the finished part is kept") && !place.path("part").exists(), "{problem}");
     let finished = place.run(&format!("eqim-run {line} part/")).succeeded();
-    assert!(finished.stderr.contains("goes on after"), "{}", finished.stderr);
+    assert!(finished.stderr.contains("resuming after"), "{}", finished.stderr);
     assert_eq!(place.listing_of("part"), place.listing_of("whole"));
     for name in place.listing_of("whole") {
         assert!(place.read(&format!("part/{name}")) == place.read(&format!("whole/{name}")), "{name}");
@@ -177,7 +177,7 @@ fn a_disk_that_is_full_keeps_what_is_done() {
     let problem = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{problem}");
     assert!(problem.contains("full.png.partial") && problem.contains("cannot be written"), "{problem}");
-    assert!(problem.contains("what is done is kept"), "{problem}");
+    assert!(problem.contains("the finished part is kept"), "{problem}");
     assert!(place.path("full.png.partial").is_dir() && !place.path("full.png").exists());
     place.run(&format!("eqim-run {LINE} full.png")).succeeded();
     assert!(place.read("whole.png") == place.read("full.png"), "the files differ");

@@ -91,7 +91,7 @@ impl Photos {
         if photos.photos.is_empty() {
             let reason = match photos.skipped.first() {
                 Some((path, reason)) => {
-                    format!("; {} were skipped, {} for one: {reason}", photos.skipped.len(), path.display())
+                    format!("; {} were skipped, for example {}: {reason}", photos.skipped.len(), path.display())
                 }
                 None => String::new(),
             };
@@ -106,7 +106,8 @@ impl Photos {
     /// [`Error::input`] when none would be left to train on.
     pub fn split(self, count: usize, seed: u64) -> Result<(Self, Self)> {
         if count >= self.photos.len() {
-            let problem = format!("holds out {count} of {} photographs: none is left to train on", self.photos.len());
+            let problem =
+                format!("holds out {count} of {} photographs, so none is left for training", self.photos.len());
             return Err(Error::input("validation", problem));
         }
         let mut drawn: Vec<usize> = (0..self.photos.len()).collect();

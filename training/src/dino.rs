@@ -47,7 +47,7 @@ impl Dino {
         let side = stored.dim(1)?.saturating_sub(1).isqrt();
         if side == 0 || stored.dims() != [1, side * side + 1, width] || !width.is_multiple_of(HEAD) {
             let problem = format!(
-                "tensor pos_embed has shape {:?}, expected [1, n·n + 1, {width}] and a multiple of {HEAD} at last",
+                "tensor pos_embed has shape {:?}, expected [1, n·n + 1, {width}] with a multiple of {HEAD} as the last axis",
                 stored.dims()
             );
             return Err(Error::input(path.display(), problem));

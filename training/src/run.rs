@@ -90,7 +90,7 @@ impl Output {
     pub fn open(folder: &Path, resume: bool) -> Result<Self> {
         let output = Self { folder: folder.to_path_buf() };
         if !resume && (output.state().exists() || output.metrics().exists()) {
-            let problem = "holds a training run already: go on with it by --resume, or give another folder";
+            let problem = "already contains a training run: resume it with --resume, or choose another folder";
             return Err(Error::input(folder.display(), problem));
         }
         let samples = output.folder.join("samples");
@@ -126,12 +126,12 @@ impl Output {
         let text = file.text(STATE_KEY).ok_or_else(|| bad(format!("has no `{STATE_KEY}` in its metadata")))?;
         let saved: Saved = serde_json::from_str(text).or_input(path.display())?;
         if saved.kind != task.kind() {
-            return Err(bad(format!("is the training of a {}, expected that of a {}", saved.kind, task.kind())));
+            return Err(bad(format!("is the training state of a {}, expected that of a {}", saved.kind, task.kind())));
         }
         let identity = task.identity()?;
         if let Some((was, is)) = saved.identity.lines().zip(identity.lines()).find(|(was, is)| was != is) {
             return Err(bad(format!(
-                "is of another training: it had `{was}`, and this one has `{is}`; resume with what it was started with"
+                "is the state of another training: it was started with `{was}`, this one with `{is}`; resume with the same settings"
             )));
         }
         task.restore(&mut file, saved.steps)?;

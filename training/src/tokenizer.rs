@@ -64,7 +64,7 @@ fn semantics(width: usize) -> Semantics {
 /// Names and shapes of the weights of the decoder of semantic features of this width.
 fn semantic_parameters(model: &TokenizerConfig, width: usize) -> Result<Vec<(String, Vec<usize>)>> {
     if !width.is_multiple_of(model.groups) {
-        let problem = format!("has features {width} wide, expected a multiple of the {} groups", model.groups);
+        let problem = format!("has features of width {width}, expected a multiple of the {} groups", model.groups);
         return Err(Error::setting("dino", problem));
     }
     let mut cost = Cost::default();
@@ -92,7 +92,7 @@ impl TokenizerTask {
         let parameters = parameters_of(&whole(&recipe.model), &[Stage::Encoder, Stage::Decoder])?;
         let mut values = match &initial {
             None if recipe.decoder_only => {
-                return Err(Error::input("decoder_only", "needs a tokenizer to start from: give --from"));
+                return Err(Error::input("decoder_only", "requires a tokenizer to start from: set --from"));
             }
             None => initial::tokenizer_weights(&parameters, recipe.plan.seed)?,
             Some(weights) => {

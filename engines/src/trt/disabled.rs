@@ -8,7 +8,7 @@ use super::EngineSet;
 use eqim::bundle::Bundle;
 
 const MISSING: &str = "this program was built without TensorRT: build it with `cargo build --release --features \
-                       eqim-engines/tensorrt`, or run on --backend ort";
+                       tensorrt`, or choose the backend ort";
 
 /// Never ready.
 ///

@@ -24,10 +24,10 @@ use eqim::bundle::Bundle;
 /// # Errors
 /// [`Error::run`], which says what to do.
 pub fn ready() -> Result<()> {
-    let advice = "TensorRT runs on NVIDIA GPUs only: install the driver, or run on --backend ort";
+    let advice = "TensorRT runs on NVIDIA GPUs only: install the driver, or choose the backend ort";
     // SAFETY: loads the driver's library and unloads it, as any program that uses CUDA does.
     if !unsafe { sys::is_culib_present() } {
-        return Err(Error::run("TensorRT", format!("no NVIDIA driver is here (libcuda cannot be loaded). {advice}")));
+        return Err(Error::run("TensorRT", format!("no NVIDIA driver was found (libcuda cannot be loaded). {advice}")));
     }
     match CudaContext::device_count() {
         Ok(1..) => Ok(()),
@@ -45,7 +45,7 @@ pub fn open(bundle: &Bundle, set: &EngineSet, cuda_graph: bool) -> Result<Box<dy
     let library = Library::load()?;
     if library.version() != set.tensorrt {
         let problem = format!(
-            "the engines were built by {}, and the library here is {}: install that version, or build the engines \
+            "the engines were built by {}, but the installed library is {}: install that version, or build the engines \
              again with eqim-export trt",
             set.tensorrt,
             library.version()
@@ -106,7 +106,7 @@ impl Gpu {
         let targets: Vec<String> = set.targets.iter().map(ToString::to_string).collect();
         if !targets.contains(&capability) {
             let problem = format!(
-                "the engines were built for {}, and {name} is {capability}: build them again for the target {capability}",
+                "the engines were built for {}, but {name} is {capability}: build them again for the target {capability}",
                 targets.join(", ")
             );
             return Err(Error::run("TensorRT", problem));
@@ -209,7 +209,7 @@ impl Drop for Loaded {
         let Some(cache) = &self.cache else { return };
         let kept = edition::serialized(cache).or_run("cache").and_then(|bytes| files::write(&self.cache_file, &bytes));
         if let Err(problem) = kept {
-            tracing::warn!("what TensorRT compiled for {} is not kept: {problem}", self.stage.name());
+            tracing::warn!("the kernels that TensorRT compiled for {} are not cached: {problem}", self.stage.name());
         }
     }
 }

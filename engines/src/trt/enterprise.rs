@@ -21,7 +21,10 @@ pub const PARSER: &str = "libnvonnxparser.so.11";
 pub fn check_targets(targets: &[Target]) -> Result<()> {
     match targets {
         [_] => Ok(()),
-        _ => Err(Error::setting("target", "names several GPUs: ordinary TensorRT builds for the one of this machine")),
+        _ => Err(Error::setting(
+            "target",
+            "names several GPUs, expected one: ordinary TensorRT builds for the GPU of this machine",
+        )),
     }
 }
 

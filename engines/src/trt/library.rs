@@ -41,7 +41,7 @@ impl Library {
         let expected = unsafe { trtx::trtx_sys::get_tensorrt_version() };
         if version / 100 != expected / 100 {
             let (found, expected) = (numbers(version), numbers(expected));
-            let problem = format!("is version {found}, this program was compiled for {expected}: install that one");
+            let problem = format!("is version {found}, expected {expected}: install that version");
             return Err(Error::run(tensorrt.display(), problem));
         }
         let logger = Logger::new(Log).map_err(failed)?;

@@ -73,7 +73,10 @@ pub fn execution(
     if let Ok(bytes) = std::fs::read(cache_file)
         && cache.deserialize(&bytes).is_err()
     {
-        tracing::warn!("{} is of another GPU or version: it will be written anew", cache_file.display());
+        tracing::warn!(
+            "{} was written on another GPU or by another version, and is written again",
+            cache_file.display()
+        );
     }
     let cache = Arc::new(cache);
     config.set_runtime_cache(Arc::clone(&cache))?;

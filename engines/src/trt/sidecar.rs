@@ -107,10 +107,13 @@ impl EngineSet {
         }
         let bad = |problem: String| Error::input(path.display(), problem);
         let text = files::read(&path)?;
-        let version: Version =
-            serde_json::from_slice(&text).map_err(|error| bad("describes no engines".into()).because(error))?;
+        let version: Version = serde_json::from_slice(&text)
+            .map_err(|error| bad("does not describe TensorRT engines".into()).because(error))?;
         if version.format != SIDECAR_FORMAT {
-            return Err(bad(format!("is of format {}, this program reads {SIDECAR_FORMAT}", version.format)));
+            return Err(bad(format!(
+                "has format {}, expected {SIDECAR_FORMAT}: build the engines again with this version",
+                version.format
+            )));
         }
         let set: Self = serde_json::from_slice(&text).or_input(path.display())?;
         set.check(bundle)?;
@@ -122,14 +125,15 @@ impl EngineSet {
         let path = bundle.folder.join(FOLDER).join(SIDECAR_FILE);
         let stale = |field: &str, found: &str, expected: &str| {
             let problem = format!(
-                "is stale: {field} is {}…, and the bundle's {}…; build the engines again with eqim-export trt",
+                "is stale: {field} is {}…, but the bundle has {}…; build the engines again with eqim-export trt",
                 short(found),
                 short(expected)
             );
             Err(Error::input(path.display(), problem))
         };
         if !self.model.is_same_model(&bundle.manifest.model) {
-            let problem = "is stale: model is not the bundle's; build the engines again with eqim-export trt";
+            let problem =
+                "is stale: its model is not the model of the bundle; build the engines again with eqim-export trt";
             return Err(Error::input(path.display(), problem));
         }
         if self.weights != bundle.manifest.weights.sha256 {
@@ -160,7 +164,7 @@ impl EngineSet {
     /// [`Error::input`] when there is none.
     pub fn engine(&self, bundle: &Bundle, stage: Stage) -> Result<&EngineRecord> {
         let path = bundle.folder.join(FOLDER).join(SIDECAR_FILE);
-        let missing = || Error::input(path.display(), format!("names no {} engine", stage.name()));
+        let missing = || Error::input(path.display(), format!("has no {} engine", stage.name()));
         self.engines.get(stage.name()).ok_or_else(missing)
     }
 

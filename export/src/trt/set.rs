@@ -33,9 +33,8 @@ pub fn check_weights(bundle: &Bundle, precision: Precision) -> Result<()> {
         (None, held) if held != Precision::Fp32 && held != precision => held.to_string(),
         _ => return Ok(()),
     };
-    let problem =
-        format!("holds weights rounded to {held}, and --{precision} was asked for: export it with --dtype fp32");
-    Err(Error::input(bundle.folder.display(), problem))
+    let problem = format!("has weights in {held}, which cannot be built in {precision}: export the bundle in fp32");
+    Err(Error::input(bundle.folder.display(), problem).with_field("dtype"))
 }
 
 /// Lowers a bundle's graphs in another precision, or partly in INT8, strongly typed, as a draft that is never published.

@@ -55,7 +55,8 @@ impl Limits {
             return Err(Error::setting("max_batch", "is 0, expected at least 1"));
         }
         if self.max_tokens < LEAST {
-            let problem = format!("is {}, expected at least {LEAST}: the decoder mirrors at edges", self.max_tokens);
+            let problem =
+                format!("is {}, expected at least {LEAST}: the decoder pads by mirroring the edges", self.max_tokens);
             return Err(Error::setting("max_tokens", problem));
         }
         let dynamic = |name: &String| {
@@ -97,8 +98,10 @@ impl Limits {
         let max = given("maxShapes", &self.max, sizes(2))?;
         let grows = |less: &[i64], more: &[i64]| less.iter().zip(more).all(|(less, more)| less <= more);
         if !grows(&min, &opt) || !grows(&opt, &max) {
-            let problem =
-                format!("of {} do not grow: min {min:?}, opt {opt:?}, max {max:?}; give those that differ", info.name);
+            let problem = format!(
+                "of {} have to grow from min {min:?} to opt {opt:?} to max {max:?}: set all that differ",
+                info.name
+            );
             return Err(Error::input("shapes", problem));
         }
         Ok(Profile { min, opt, max })

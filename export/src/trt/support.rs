@@ -127,10 +127,10 @@ impl Unsupported {
     pub fn advice(&self) -> &'static str {
         match self.target {
             Some(_) if ["FP32", "datatypes: b16"].iter().any(|words| self.reason.contains(words)) => {
-                "build with --fp16, or leave that GPU out of --target"
+                "build in FP16, or omit this GPU from the targets"
             }
-            Some(_) => "leave that GPU out of --target",
-            None => "export the bundle with another --opset; if that does not help, report the node",
+            Some(_) => "omit this GPU from the targets",
+            None => "export the bundle with another operator set; if that does not help, report the node",
         }
     }
 }

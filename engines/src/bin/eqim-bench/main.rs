@@ -92,7 +92,9 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     let differs = |result: &&Measurement| result.agreement.is_some_and(|agreement| !agreement.agrees);
     match report.cases.iter().flat_map(|case| &case.results).find(differs) {
-        Some(result) => Err(Error::run(&result.name, "its tokens are not those that it is compared with: see above")),
+        Some(result) => {
+            Err(Error::run(&result.name, "its tokens differ from those of the reference: see the comparison above"))
+        }
         None => Ok(()),
     }
 }
@@ -102,16 +104,19 @@ fn check(arguments: &Arguments, bundles: &[Bundle]) -> Result<()> {
     let first = &bundles[0].manifest;
     for bundle in &bundles[1..] {
         if !bundle.manifest.model.is_same_model(&first.model) {
-            return Err(Error::input(bundle.folder.display(), "is of another model than the first --engine"));
+            return Err(Error::input(bundle.folder.display(), "has another model than the first --engine"));
         }
     }
     if (arguments.reference || arguments.pytorch.is_some()) && !first.is_fp32() {
-        let problem = "gives the reference its weights, expected a bundle in FP32: name that first";
+        let problem = "provides the weights of the reference, expected a bundle in FP32: name an FP32 bundle first";
         return Err(Error::input(bundles[0].folder.display(), problem));
     }
     for &tokens in &arguments.tokens {
-        if arguments.tail.is_some_and(|tail| tail >= tokens) {
-            return Err(Error::input("--tail", format!("leaves nothing to be given of {tokens} tokens")));
+        if let Some(tail) = arguments.tail.filter(|tail| *tail >= tokens) {
+            return Err(Error::input(
+                "--tail",
+                format!("is {tail}, expected fewer than the {tokens} tokens of an image"),
+            ));
         }
         for &batch in &arguments.batch {
             let request = request(arguments, &first.model, batch, tokens);
@@ -224,7 +229,7 @@ fn case(
     spinner: &Spinner,
 ) -> Result<Case> {
     let Some(Candidate::Bundle(bundle, ..)) = candidates.iter().find(|it| !it.is_reference()) else {
-        return Err(Error::run("bench", "no bundle takes part"));
+        return Err(Error::run("bench", "no bundle is measured"));
     };
     let config = bundle.manifest.model.clone();
     let ours = request(arguments, &config, batch, tokens);

@@ -33,7 +33,7 @@ pub fn photos(folder: &Path, config: &Config) -> Result<(Vec<Photo>, &'static st
     } else if names.len() == generator.class_num {
         (&names, "the order of their folders")
     } else {
-        (&[], "none: their folders are not the model's classes")
+        (&[], "nothing: the folders are not the model's classes")
     };
     let class = |index: Option<usize>| index.and_then(|index| known.iter().position(|known| *known == names[index]));
     let (height, multiple) = (config.tokenizer.image_height(), config.tokenizer.token_width());

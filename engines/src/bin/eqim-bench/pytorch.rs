@@ -79,7 +79,7 @@ impl PyTorch {
         let mut line = String::new();
         self.pipes.borrow_mut().1.read_line(&mut line).or_run("PyTorch")?;
         serde_json::from_str(&line)
-            .map_err(|_| Error::run("PyTorch", format!("stopped; it said {line:?}: see its message above")))
+            .map_err(|_| Error::run("PyTorch", format!("stopped after the output {line:?}: see its message above")))
     }
 
     /// Makes a batch of images.

@@ -124,7 +124,7 @@ impl BenchReport {
             let _ =
                 writeln!(text, "products of 1024 × 1024 matrices: {fp32:.0} GFLOP/s in FP32, {int8:.0} GOP/s in INT8");
             for (megabytes, bandwidth) in &machine.read {
-                let _ = writeln!(text, "reading {megabytes} MB again and again: {:.1} GB/s", 1e-9 * bandwidth);
+                let _ = writeln!(text, "repeatedly reading {megabytes} MB: {:.1} GB/s", 1e-9 * bandwidth);
             }
         }
         for case in &self.cases {
@@ -188,7 +188,7 @@ impl Case {
     fn title(&self) -> String {
         let Self { batch, tokens, generated, cfg, solver, evaluations, .. } = self;
         let timed = if generated < tokens { format!(", the last {generated} timed") } else { String::new() };
-        format!("batch {batch}, {tokens} tokens{timed}, cfg {cfg}, {solver}, {evaluations} evaluations a token")
+        format!("batch {batch}, {tokens} tokens{timed}, cfg {cfg}, {solver}, {evaluations} evaluations per token")
     }
 
     /// Name, seconds, images and tokens a second, ratio, agreement, memory.
@@ -230,19 +230,19 @@ impl Case {
                     let tokens = (self.batch * self.tokens) as f64 / batch.median;
                     let _ = writeln!(text, "Throughput: {images:.3} images/s, {tokens:.2} tokens/s");
                 }
-                let _ = writeln!(text, "Latency of a batch, {} times: {}", batch.count, batch.line());
+                let _ = writeln!(text, "Latency per batch, {} runs: {}", batch.count, batch.line());
                 if let Some(first) = &result.first_token {
                     let _ = writeln!(text, "Time to the first token: {}", first.line());
                 }
                 let _ = writeln!(
                     text,
-                    "Seconds a token, without prefill and decoding: {:.4}",
+                    "Seconds per token, without prefill and decoding: {:.4}",
                     self.seconds_a_token(result)
                 );
             }
             let _ = writeln!(text, "Peak memory: {:.0} MB", result.peak_bytes as f64 / 1e6);
             for stage in &result.stages {
-                let _ = writeln!(text, "{}, {} times: {}", stage.stage, stage.call.count, stage.call.line());
+                let _ = writeln!(text, "{}, {} calls: {}", stage.stage, stage.call.count, stage.call.line());
             }
             let _ = writeln!(text, "\n{}", table::text(&COLUMNS, result.rows()));
             for warning in result.warnings() {
@@ -253,11 +253,11 @@ impl Case {
             let _ = writeln!(text, "\n=== Comparison: {} ===", self.title());
             for result in &self.results {
                 let cells = self.row(result);
-                let _ = write!(text, "{}: {} s a batch", cells[0], cells[1]);
+                let _ = write!(text, "{}: {} s per batch", cells[0], cells[1]);
                 if let Some(it) = result.agreement {
                     let _ = write!(
                         text,
-                        ", tokens differ by at most {:.1e}, {:.2} % in all",
+                        ", tokens differ by at most {:.1e}, {:.2} % overall",
                         it.largest,
                         100.0 * it.relative
                     );

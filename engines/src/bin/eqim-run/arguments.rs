@@ -18,8 +18,8 @@ Examples:
   eqim-run --engine bundle --classes 1:0-40,4:32- --tokens 80 -o changing.png
   eqim-run --engine bundle --jobs jobs.jsonl --max-batch 8 -o images
 
-The second writes image-0.png, image-1.png and image-2.png; the third carries a photo on to its right; in the fourth class 1
-fades into class 4 over tokens 32 to 39.";
+The second command writes image-0.png, image-1.png and image-2.png. The third continues a photo to the right. In the fourth,
+class 1 fades into class 4 over tokens 32 to 39.";
 
 /// Generate images with a bundle that eqim-export wrote.
 ///

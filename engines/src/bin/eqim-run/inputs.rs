@@ -54,7 +54,7 @@ pub fn read(settings: &Settings, noise: Option<&Path>, output: Option<&Path>, co
     let prefix = match &settings.prefix {
         Some(path) => Some(Prefix::read(path, rows, request.tokens, config, side)?),
         None if side == Side::Left => {
-            return Err(Error::setting("direction", "is left, which needs a prefix: what is to be continued"));
+            return Err(Error::setting("direction", "is left, which requires a prefix to continue"));
         }
         None => None,
     };
@@ -65,8 +65,9 @@ pub fn read(settings: &Settings, noise: Option<&Path>, output: Option<&Path>, co
         let noise = read_tokens("noise", file, "noise", &[rows], config)?;
         let (found, expected) = (noise.dim().1, request.tokens - given);
         if found != expected {
-            let problem =
-                format!("is noise of {found} tokens, expected {expected}: the run's length without its prefix");
+            let problem = format!(
+                "has noise for {found} tokens, expected {expected}: the length of the image without its prefix"
+            );
             return Err(about("noise")(Error::input(path.display(), problem)));
         }
         request.noise = Noise::Given(noise);
@@ -94,7 +95,7 @@ fn tiling(settings: &Settings, output: Option<&Path>, tokens: usize) -> Result<O
     let tile = match settings.tile {
         Some(TileSize::Tokens(tile)) => tile,
         Some(TileSize::Whole) if outputs::is_folder(output) => {
-            let problem = "is none, which gives no tiles for the folder of the output: name a PNG, or leave it out";
+            let problem = "is none, but an output folder requires tiles: name a PNG as the output, or omit tile";
             return Err(Error::setting("tile", problem));
         }
         None if tokens > MOST_WHOLE || outputs::is_folder(output) => Tiling::default().tile,
@@ -111,15 +112,14 @@ impl Prefix {
         let prefix = if picture::is_picture(path).map_err(about(field))? {
             Self::read_picture(path, config, side)?
         } else {
-            let neither = |error| about(field)(error).advise("; nor is it a PNG or JPEG");
+            let neither = |error| about(field)(error).advise("; it is not a PNG or JPEG either");
             let file = TensorFile::open(path).map_err(neither)?;
             Self::Tokens(read_tokens(field, file, "tokens", &[1, rows], config)?)
         };
         let given = prefix.tokens(config);
         if given >= tokens {
-            let problem = format!(
-                "is {given} tokens long and the image {tokens}, so nothing is left to generate: ask for more tokens"
-            );
+            let problem =
+                format!("has {given} tokens and the image {tokens}, so no token is left to generate: increase tokens");
             return Err(about(field)(Error::input(path.display(), problem)));
         }
         Ok(prefix)
@@ -189,7 +189,7 @@ fn read_tokens(
     if !matches!(shape[..], [batch, (1..), values] if rows.contains(&batch) && values == embed) {
         let mut rows: Vec<String> = rows.iter().map(usize::to_string).collect();
         rows.dedup();
-        let expected = format!("[{}, tokens, {embed}]: one row a class, {embed} values a token", rows.join(" or "));
+        let expected = format!("[{}, tokens, {embed}]: one row per class, {embed} values per token", rows.join(" or "));
         return Err(bad(format!("`{key}` has shape {shape:?}, expected {expected}")));
     }
     let float = [DType::F32, DType::F16, DType::BF16, DType::F64];

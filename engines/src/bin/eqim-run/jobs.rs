@@ -63,7 +63,7 @@ struct JobRunner<'a> {
 pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     let subject = format!("--jobs {}", file.display());
     let text = std::fs::read_to_string(file).or_input(&subject)?;
-    let missing = || Error::input("--output", "is not given: --jobs needs a folder for its images");
+    let missing = || Error::input("--output", "is missing: --jobs requires a folder for the images");
     let folder = arguments.output.as_deref().ok_or_else(missing)?;
     let bundle = Bundle::open(&arguments.engine)?;
     outputs::prepare_folder(folder, &bundle.folder)?;
@@ -91,7 +91,10 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     drop(progress);
     eqim_cli::note(format_args!("{} jobs done, {before} done before, {failed} failed", done - before));
     if failed > 0 {
-        return Err(Error::run(subject, format!("{failed} jobs failed, as their lines say; the others are done")));
+        return Err(Error::run(
+            subject,
+            format!("{failed} jobs failed, see the error in the output line of each; the others are done"),
+        ));
     }
     Ok(())
 }
@@ -167,7 +170,7 @@ impl JobRunner<'_> {
                     let known = if ids.insert(id.clone()) {
                         check_id(&id)
                     } else {
-                        Err(Error::input("id", "is another job's too"))
+                        Err(Error::input("id", "is the id of an earlier job"))
                     };
                     let job = known.and_then(|()| Job::new(arguments, bundle, id.clone(), settings));
                     (id, job.map_err(|error| error.about(&line)))
@@ -219,7 +222,7 @@ fn read_line(text: &str) -> Result<(Option<String>, Settings)> {
     let id = match object.remove("id") {
         None | Some(Value::Null) => None,
         Some(Value::String(id)) => Some(id),
-        Some(other) => return Err(Error::input("id", format!("is {other}, expected text"))),
+        Some(other) => return Err(Error::input("id", format!("is {other}, expected a string"))),
     };
     Ok((id, Settings::from_json(object)?))
 }

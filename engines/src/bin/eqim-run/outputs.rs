@@ -40,7 +40,7 @@ impl Outputs {
         if let Some(path) = &outputs.tokens {
             writable("--save-tokens", path)?;
             if outputs.images.iter().any(|image| place(image) == place(path)) {
-                return Err(Error::input(format!("--save-tokens {}", path.display()), "is written by --output too"));
+                return Err(Error::input(format!("--save-tokens {}", path.display()), "is also the path of --output"));
             }
         }
         if let Some(path) = &outputs.trace {

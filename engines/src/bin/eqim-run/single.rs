@@ -35,7 +35,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let Inputs { mut request, prefix, finish, tiling } =
         inputs::read(&arguments.settings, arguments.noise.as_deref(), arguments.output.as_deref(), config)?;
     if arguments.trace.is_some() && tiling.is_some() {
-        let problem = "decodes every frame as a whole: leave --tile out, and ask for a shorter image";
+        let problem = "decodes each frame as a whole: omit --tile, and generate a shorter image";
         return Err(Error::input("--trace", problem));
     }
     let width = config.image_size(request.tokens).0;
@@ -103,7 +103,7 @@ fn stream(
             stream::run(context, request, row, path, &mut |done| progress.at(done)).inspect_err(|error| {
                 if error.exit_code() == 1 {
                     eqim_cli::note(format_args!(
-                        "{}: what is done is kept, the same command goes on from there",
+                        "{}: the finished part is kept, the same command resumes from there",
                         path.display()
                     ));
                 }

@@ -86,7 +86,7 @@ pub fn run(
     let known = work.known;
     let mut streamed = Streamed { times: StageTimes::default(), decoder: Duration::ZERO, resumed: known, tokens: None };
     if known > 0 {
-        eqim_cli::note(format_args!("{}: goes on after {known} of {} tokens", path.display(), request.tokens));
+        eqim_cli::note(format_args!("{}: resuming after {known} of {} tokens", path.display(), request.tokens));
     }
     if known < request.tokens {
         let mut decoder = timed(&mut streamed.decoder, || decoder(context, request.tokens, done, &mut work))?;

@@ -117,7 +117,7 @@ fn write_row(traced: &Traced, row: usize, folder: &Path) -> Result<()> {
     };
     let trace = Trace {
         tokens: token_records(request, generated, row),
-        generated: view(traced, folder, "generated", "what was generated", tokens)?,
+        generated: view(traced, folder, "generated", "the generated tokens", tokens)?,
         encoded: view(traced, folder, "encoded", of, encoded.view())?,
     };
     files::write_json(&folder.join("trace.json"), &trace)

@@ -140,7 +140,7 @@ fn collect(
     pictures: &[PathBuf],
 ) -> Result<()> {
     if collection.done() > 0 {
-        say(format_args!("going on after {} of {} samples", collection.done(), collection.total()));
+        say(format_args!("resuming after {} of {} samples", collection.done(), collection.total()));
     }
     let mut progress = eqim_cli::Progress::new("calibrated", collection.total(), "pictures and rollouts");
     while collection.done() < collection.total() {

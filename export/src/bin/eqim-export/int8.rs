@@ -81,8 +81,8 @@ impl Int8 {
             return Ok(report);
         }
         let problem = format!(
-            "{}, so nothing was written: eqim-export calibrate --sensitivity finds the scopes that do the damage, \
-             --exclude leaves scopes out, --min-psnr sets another floor, --force writes it all the same",
+            "{}, so nothing was written: eqim-export calibrate --sensitivity finds the scopes that cause the error, \
+             --exclude leaves scopes out of INT8, --min-psnr sets another limit, --force writes the result anyway",
             report.verdict
         );
         Err(Error::run("INT8", problem))
@@ -102,11 +102,14 @@ impl Int8 {
         library: Option<&Path>,
     ) -> Result<Draft> {
         if policy.target == Int8Target::Cpu && options.precision != Precision::Fp32 {
-            return Err(Error::input("--int8-target cpu", "runs what is not in INT8 in FP32: leave --dtype fp16 away"));
+            return Err(Error::input(
+                "--int8-target cpu",
+                "runs everything outside of INT8 in FP32: omit --dtype fp16",
+            ));
         }
         if options.precision == Precision::Fp16 && options.opset < FP16_SCALES_OPSET {
             let problem = format!(
-                "is {}, expected at least {FP16_SCALES_OPSET}: older ones have no scales of FP16",
+                "is {}, expected at least {FP16_SCALES_OPSET}: older operator sets do not allow scales in FP16",
                 options.opset
             );
             return Err(Error::input("--opset", problem));
@@ -116,7 +119,7 @@ impl Int8 {
             write::draft(output, config, weights, options, |file| say(format_args!("writing {file}")))
         };
         let Some(library) = library else { return write(Some(&policy), options.precision) };
-        say("FP32, to compare with:");
+        say("FP32, for comparison:");
         let fp32 = write(None, Precision::Fp32)?;
         say("INT8:");
         let mut int8 = write(Some(&policy), options.precision)?;
@@ -129,7 +132,7 @@ impl Int8 {
         if !settings.gained_nothing.is_empty() {
             for (stage, times) in &settings.gained_nothing {
                 policy.stages.remove(stage);
-                say(format_args!("{} gains nothing ({:.2}×) and stays in FP32", stage.name(), times.speedup()));
+                say(format_args!("{} is not faster in INT8 ({:.2}×) and stays in FP32", stage.name(), times.speedup()));
             }
             int8 = write(Some(&policy), options.precision)?;
         }

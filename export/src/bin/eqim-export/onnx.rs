@@ -142,7 +142,7 @@ fn load(arguments: &Onnx) -> Result<(Config, Weights)> {
         return Ok((config, weights));
     }
     let (Some(generator), Some(tokenizer)) = (&arguments.source.generator, &arguments.source.tokenizer) else {
-        return Err(Error::input("--generator and --tokenizer", "are both needed without --random"));
+        return Err(Error::input("--generator and --tokenizer", "are both required without --random"));
     };
     let hints = Hints { preset: preset.map(Preset::from), heads, window, vae_norm, steps };
     let set = match arguments.weights {
@@ -197,7 +197,7 @@ fn float(
 }
 
 fn without_validation(problem: Error) -> Error {
-    problem.advise(", or give --no-validate to write the bundle unseen")
+    problem.advise(", or use --no-validate to write the bundle without validation")
 }
 
 /// Passes a draft on if it computes what the model does.

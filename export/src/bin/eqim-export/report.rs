@@ -31,7 +31,7 @@ fn stages(report: &QuantizationReport) -> String {
         let int8 = if stage.int8 { "INT8" } else { "" };
         let mut row = vec![stage.stage.clone(), int8.into(), format!("{:.1e}", stage.relative_error)];
         row.extend(times(stage.times.or(stage.gained_nothing)));
-        row.extend(stage.gained_nothing.map(|_| "gains nothing, stays as it was".into()));
+        row.extend(stage.gained_nothing.map(|_| "not faster, not quantized".into()));
         row
     };
     let image = |pair| {

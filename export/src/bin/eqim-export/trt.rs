@@ -114,7 +114,7 @@ impl Trt {
             say("ONNX Runtime's CPU has no kernels for BF16: how far these engines drift from FP32 is not measured");
             return Ok(None);
         }
-        let problem = |problem: Error| problem.advise(", or give --no-validate to build the engines unseen");
+        let problem = |problem: Error| problem.advise(", or use --no-validate to build the engines without validation");
         native::find_onnxruntime().map(Some).map_err(problem)
     }
 }
@@ -192,7 +192,7 @@ fn supported(lowered: &Bundle, limits: &Limits, targets: &[Target]) -> Result<()
     if reports.iter().all(Support::passed) {
         return Ok(());
     }
-    Err(Error::run("support", "TensorRT does not take what is marked -[x]; nothing was written"))
+    Err(Error::run("support", "TensorRT does not support the graphs marked -[x]; nothing was written"))
 }
 
 /// Measures how far the lowered graphs drift from FP32; fails beyond the tolerance.

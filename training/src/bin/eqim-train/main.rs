@@ -155,7 +155,7 @@ fn one_thread_a_tensor() -> Result<()> {
     #[cfg(unix)]
     {
         use std::os::unix::process::CommandExt;
-        let failed = |error| Error::run("eqim-train", format!("cannot be started over with {VARIABLE}=1: {error}"));
+        let failed = |error| Error::run("eqim-train", format!("cannot be restarted with {VARIABLE}=1: {error}"));
         let program = std::env::current_exe().map_err(failed)?;
         Err(failed(Command::new(program).args(std::env::args_os().skip(1)).env(VARIABLE, "1").exec()))
     }
@@ -183,7 +183,7 @@ fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>, dino: O
     if recipe.plan.bf16 && device.is_cpu() {
         return Err(Error::input(
             "tokenizer.plan.bf16",
-            "needs a GPU, as Candle has no such convolutions on a CPU: give --device",
+            "requires a GPU, since Candle has no such convolutions on a CPU: set --device",
         ));
     }
     let initial = from.map(|path| checkpoint::load_tokenizer_alone(path, WeightSet::Ema)).transpose()?;
@@ -223,7 +223,7 @@ fn generator(shared: &Shared, tokenizer: &Path) -> Result<()> {
 fn train(task: &mut impl Task, output: &Output, resume: bool) -> Result<()> {
     let start = if resume { output.resume(task)? } else { 0 };
     if resume {
-        eqim_cli::note(format_args!("goes on after step {start}"));
+        eqim_cli::note(format_args!("resuming after step {start}"));
     }
     run_task(task, output, start)?;
     let result = output.file(&format!("{}.safetensors", task.kind()));

@@ -62,8 +62,9 @@ impl Equivariance {
     /// Tables in Markdown.
     pub fn table(&self, text: &mut String) {
         let Self { images, classes, shifts, bands, .. } = self;
-        let _ = writeln!(text, "{images} pictures, their classes by {classes}\n");
-        let _ = writeln!(text, "Tokens of the shifted image against shifted tokens, as a part of their norm:\n");
+        let _ = writeln!(text, "{images} pictures, classes from {classes}\n");
+        let _ =
+            writeln!(text, "Tokens of the shifted image compared with the shifted tokens, relative to their norm:\n");
         let part = |value: &f64| format!("{value:.4}");
         let shift = |Shift { pixels, tokens, images, all, inside, unshifted }: &Shift| {
             let inside = inside.as_ref().map_or(String::new(), part);
@@ -75,7 +76,7 @@ impl Equivariance {
         let band = |Band { first, last, what, loss, error, ratio }: &Band| {
             vec![format!("{first} to {last}"), what.to_string(), part(loss), part(error), part(ratio)]
         };
-        let head = ["positions", "in training", "loss", "±", "against those that training sees in full"];
+        let head = ["positions", "in training", "loss", "±", "relative to positions with full context in training"];
         let _ = writeln!(text, "{}", table::markdown(&head, bands.iter().map(band)));
     }
 
@@ -93,17 +94,16 @@ impl Equivariance {
             let points = here.map(|position| (position.position as f64, position.loss)).collect();
             Series { name: band.what, points, noisy: false }
         });
-        let titles =
-            [format!("{title}: tokens of shifted images"), format!("{title}: is every position the same task?")];
+        let titles = [format!("{title}: tokens of shifted images"), format!("{title}: flow loss by position")];
         let charts = [
             Chart {
                 title: &titles[0],
                 x: "shift in tokens",
-                y: "distance from shifted tokens, as a part of their norm",
+                y: "distance from the shifted tokens, relative to their norm",
                 series: vec![
                     shifted("all tokens", &|shift| Some(shift.all)),
                     shifted("inside: away from edges", &|shift| shift.inside),
-                    shifted("had tokens not been shifted", &|shift| Some(shift.unshifted)),
+                    shifted("if the tokens were not shifted", &|shift| Some(shift.unshifted)),
                 ],
             },
             Chart { title: &titles[1], x: "position", y: "flow loss", series: losses.collect() },

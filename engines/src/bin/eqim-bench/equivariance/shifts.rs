@@ -81,7 +81,7 @@ pub fn measure(subject: &Subject, photos: &[Photo], progress: &mut dyn FnMut(Str
         let widest = widest.map_or(String::new(), |photo| {
             format!(" ({} is the widest, with {} at the model's height)", photo.path.display(), photo.pixels.dim().2)
         });
-        let problem = format!("holds no picture that is wider than {window} pixels, the tokens of --trained{widest}");
+        let problem = format!("contains no picture wider than {window} pixels, the width of --trained tokens{widest}");
         return Err(Error::input(format!("--images {}", subject.images.display()), problem));
     }
     Ok(found)
