@@ -13,9 +13,7 @@ use eqim::ops::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, scoped, shuff
 use eqim::{Config, Error, Result};
 use eqim_calibration::{Policy, Quantize};
 
-mod int8;
-
-pub use int8::{bias_name, scale_name, weight_name};
+pub mod int8;
 
 use crate::onnx::{
     self, AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, tensor_shape_proto,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
+use candle_core::Tensor;
 use eqim::bundle::{
     Bundle, CALIBRATION_FILE, CONFIG_FILE, FORMAT, FileRecord, GraphRecord, Manifest, Precision, WEIGHTS_FILE,
 };
@@ -22,6 +22,7 @@ use tempfile::TempDir;
 pub use crate::lower::Options;
 use crate::lower::{self, Places};
 
+mod convert;
 mod quantized;
 
 /// Name of the report of what INT8 does to a model.
@@ -183,24 +184,7 @@ fn write_weights(path: &Path, config: &Config, weights: &Weights, precision: Pre
     let config = StoredConfig { generator: Some(config.generator.clone()), tokenizer: Some(config.tokenizer.clone()) };
     let stored = weights
         .iter()
-        .map(|(name, tensor)| Ok((name, convert(name, tensor, precision)?)))
+        .map(|(name, tensor)| Ok((name, convert::convert(name, tensor, precision)?)))
         .collect::<Result<Vec<(&str, Tensor)>>>()?;
     checkpoint::write(path, &config, &stored)
-}
-
-fn convert(name: &str, tensor: &Tensor, precision: Precision) -> Result<Tensor> {
-    match precision {
-        Precision::Fp32 => return Ok(tensor.clone()),
-        Precision::Bf16 => return Ok(tensor.to_dtype(DType::BF16)?),
-        Precision::Fp16 => {}
-    }
-    let largest = tensor.abs()?.max_all()?.to_scalar::<f32>()?;
-    let limit = half::f16::MAX.to_f32();
-    if largest > limit {
-        return Err(Error::input(
-            format!("tensor {name}"),
-            format!("has a value of {largest}, beyond FP16's {limit}: export in FP32"),
-        ));
-    }
-    Ok(tensor.to_dtype(DType::F16)?)
 }

@@ -2,7 +2,7 @@
 
 pub mod condition;
 pub mod random;
-mod settings;
+pub mod settings;
 pub mod solver;
 pub mod timing;
 
@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use crate::{Config, Error, Result, ResultExt};
 use condition::{ClassMix, ClassSchedule};
 use random::TorchRng;
-pub use settings::{ClassCourse, ClassName, DEFAULT_TOKENS, SamplingSettings, Settings, TileSize};
 use solver::{Solver, Tableau};
 use timing::StageTimes;
 

@@ -18,7 +18,7 @@ use half::{bf16, f16};
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, Axis, Dimension, s};
 
 use super::device::{ALIGNMENT, Address, Binding, Device};
-use super::{EngineSet, Profile};
+use super::sidecar::{EngineSet, Profile};
 use eqim::bundle::Precision;
 
 /// The engines of a bundle on a device.

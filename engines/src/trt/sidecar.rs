@@ -8,7 +8,7 @@ use eqim::model::Stage;
 use eqim::{Config, Error, Result, ResultExt, files};
 use serde::{Deserialize, Serialize};
 
-use super::Target;
+use super::target::Target;
 use eqim::bundle::{Bundle, FileRecord, Precision};
 
 /// Folder of a bundle that its TensorRT engines are in.

@@ -14,8 +14,8 @@ use eqim_calibration::int8::{Rounded, round_bias, round_weight};
 use eqim_calibration::{Policy, QuantizationPlan, Scheme, levels};
 use safetensors::Dtype;
 
-use super::convert;
-use crate::lower::{bias_name, scale_name, weight_name};
+use super::convert::convert;
+use crate::lower::int8::{bias_name, scale_name, weight_name};
 
 /// Scopes in INT8 with their schemes. One that several stages use has the same weights in all of them.
 fn schemes(plans: &BTreeMap<Stage, QuantizationPlan>) -> BTreeMap<&str, Scheme> {

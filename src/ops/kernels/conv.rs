@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tenso
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::{sum, values, with_values};
+use super::storage::{sum, values, with_values};
 
 // Output channels of a block.
 const CHANNELS: usize = 4;

@@ -8,13 +8,14 @@ mod norm;
 mod pad;
 pub mod portable;
 mod silu;
+mod storage;
 
 use conv::Conv3x3;
 use norm::GroupNorm;
 use pad::PadReflect;
 use silu::Silu;
 
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
+use candle_core::{DType, Result, Tensor};
 
 /// Whether our operators can take a tensor.
 fn ours(x: &Tensor) -> bool {
@@ -54,40 +55,6 @@ pub fn conv3x3(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// When the shapes do not fit.
 pub fn pad_reflect(x: &Tensor) -> Result<Tensor> {
     if ours(x) { x.contiguous()?.apply_op1(PadReflect) } else { portable::pad_reflect(x) }
-}
-
-/// The values of a contiguous tensor of `f32`.
-fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    let CpuStorage::F32(values) = storage else { bail!("expected a tensor of f32") };
-    let Some((start, end)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
-    Ok(&values[start..end])
-}
-
-/// Calls `read` with the values of contiguous tensors of `f32` on the CPU.
-fn with_values<const N: usize, R>(tensors: [&Tensor; N], read: impl FnOnce([&[f32]; N]) -> Result<R>) -> Result<R> {
-    let stored = tensors.map(Tensor::storage_and_layout);
-    let mut slices: [&[f32]; N] = [&[]; N];
-    for (slice, (storage, layout)) in slices.iter_mut().zip(&stored) {
-        let Storage::Cpu(storage) = &**storage else { bail!("expected a tensor on the CPU") };
-        *slice = values(storage, layout)?;
-    }
-    read(slices)
-}
-
-/// A sum in single precision over short runs, and in double over those.
-fn sum(x: &[f32], term: impl Fn(f32) -> f32) -> f64 {
-    const LANES: usize = 16;
-    const RUN: usize = 64 * LANES;
-    let mut total = 0.0;
-    for run in x.chunks(RUN) {
-        let (vectors, rest) = run.as_chunks::<LANES>();
-        let mut sums = [0f32; LANES];
-        for vector in vectors {
-            sums.iter_mut().zip(vector).for_each(|(sum, &x)| *sum += term(x));
-        }
-        total += f64::from(sums.iter().sum::<f32>() + rest.iter().map(|&x| term(x)).sum::<f32>());
-    }
-    total
 }
 
 #[cfg(test)]

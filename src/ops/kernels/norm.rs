@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{sum, values, with_values};
+use super::storage::{sum, values, with_values};
 
 /// `x [batch, channels, …]` with `weight [channels]` and `bias [channels]` (ONNX `GroupNormalization`).
 pub struct GroupNorm {

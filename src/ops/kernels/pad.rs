@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{values, with_values};
+use super::storage::{values, with_values};
 
 /// `x [batch, channels, height, width]`, both sides at least 2, to `[batch, channels, height+2, width+2]`.
 pub struct PadReflect;

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::{values, with_values};
+use super::storage::{values, with_values};
 
 const PART: usize = 1 << 15;
 

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use eqim::model::Stage;
-use eqim::request::{MOST_TOKENS, SamplingSettings};
+use eqim::request::MOST_TOKENS;
+use eqim::request::settings::SamplingSettings;
 
 use eqim_cli::flags::within;
 use eqim_engines::Backend;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use eqim::request::Settings;
+use eqim::request::settings::Settings;
 use eqim::{Error, Result};
 use eqim_cli::flags::within;
 use eqim_engines::Options;

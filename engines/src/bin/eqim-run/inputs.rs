@@ -9,7 +9,8 @@ use eqim::engine::candle;
 use eqim::generate::memory::check_memory;
 use eqim::generate::tiles::Tiling;
 use eqim::picture::{self, Side};
-use eqim::request::{Noise, Request, Settings, TileSize};
+use eqim::request::settings::{Settings, TileSize};
+use eqim::request::{Noise, Request};
 use eqim::{Config, Error, Result};
 use ndarray::{Array3, Axis, Ix3};
 

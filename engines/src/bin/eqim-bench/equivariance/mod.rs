@@ -3,33 +3,20 @@
 
 mod positions;
 mod shifts;
+mod subject;
 
 use std::fmt::Write;
 use std::path::Path;
 
-use eqim::engine::Engine;
-use eqim::{Error, Result};
+use eqim::Result;
 use eqim_cli::chart::{self, Chart, Series};
 use eqim_cli::table;
 use serde::Serialize;
 
-use super::photos::{Photo, photos};
+use super::photos::photos;
 use positions::{Band, Position};
 use shifts::Shift;
-
-/// What is measured on.
-pub struct Subject<'a> {
-    /// The model.
-    pub engine: &'a dyn Engine,
-    /// A folder of pictures; its folders are classes, where they are as many as the model's or have their names.
-    pub images: &'a Path,
-    /// Tokens of the images that the model was trained on.
-    pub trained: usize,
-    /// Positions that the loss is measured at.
-    pub positions: usize,
-    /// Number that noise is drawn from.
-    pub seed: u64,
-}
+pub use subject::Subject;
 
 /// What was found.
 #[derive(Debug, Serialize)]
@@ -49,7 +36,7 @@ pub struct Equivariance {
 /// Measures; `progress` is told what is next.
 ///
 /// # Errors
-/// [`Error::input`] for pictures that cannot be used; when the engine fails.
+/// [`eqim::Error::input`] for pictures that cannot be used; when the engine fails.
 pub fn measure(subject: &Subject, progress: &mut dyn FnMut(String)) -> Result<Equivariance> {
     let config = subject.engine.config();
     let (photos, classes) = photos(subject.images, config)?;

@@ -3,12 +3,14 @@
 use eqim::engine::Engine;
 use eqim::request::random::TorchRng;
 use eqim::request::solver::Tableau;
+use eqim::{Error, Result};
 use ndarray::{Array2, Array3, ArrayView2, Axis, concatenate, s};
 use serde::Serialize;
 
 use eqim::ResultExt;
 
-use super::{Error, Photo, Result, Subject};
+use super::subject::Subject;
+use crate::photos::Photo;
 
 /// Rows of tokens of a picture, that begin at other places of it: what stands at a position is then not the same in all.
 const VIEWS: usize = 8;

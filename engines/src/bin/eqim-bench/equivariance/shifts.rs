@@ -1,10 +1,12 @@
 //! Tokens of a shifted image against the shifted tokens of the image.
 
 use eqim::engine::Engine;
+use eqim::{Error, Result};
 use ndarray::{Array2, ArrayView1, s};
 use serde::Serialize;
 
-use super::{Error, Photo, Result, Subject};
+use super::subject::Subject;
+use crate::photos::Photo;
 
 /// Shifts in sixteenths of a token.
 const SIXTEENTHS: [usize; 9] = [1, 2, 4, 8, 12, 16, 32, 64, 128];
