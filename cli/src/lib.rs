@@ -100,7 +100,7 @@ pub fn say(text: impl Display) {
 
 /// Writes a message to standard error, separate from the output of the program.
 pub fn note(text: impl Display) {
-    // An error is ignored: there is no other place to report it.
+    // Errors are ignored, because there is no other place to report them.
     let _ = writeln!(io::stderr(), "{text}");
 }
 

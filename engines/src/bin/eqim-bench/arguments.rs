@@ -37,7 +37,7 @@ pub struct Arguments {
     #[arg(long, value_name = "CHECKOUT", requires = "python")]
     pub pytorch: Option<PathBuf>,
 
-    /// Python program that has the packages that the checkout needs
+    /// Python interpreter with the packages that the checkout needs
     #[arg(long, value_name = "PROGRAM", requires = "pytorch")]
     pub python: Option<PathBuf>,
 
