@@ -1,4 +1,4 @@
-//! Charts of lines, as pictures.
+//! Line charts as PNG files.
 
 use std::error;
 use std::ops::Range;
@@ -11,16 +11,17 @@ use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint, Ranged};
 use plotters::prelude::*;
 use plotters::style::register_font;
 
-/// Width of a picture.
+/// Width of a chart in pixels.
 pub const WIDTH: u32 = 1200;
-/// Height of a chart.
+/// Height of a chart in pixels.
 pub const HEIGHT: u32 = 800;
 
-/// Drawn this many times larger and scaled down: plotters draws thick lines with jagged edges.
+/// Supersampling factor. Charts are drawn this many times larger and scaled down, because plotters draws thick lines
+/// with jagged edges.
 const FINE: u32 = 2;
-/// What plotters looks our font up by.
+/// Name under which the font is registered with plotters.
 const FONT: &str = "DejaVu Sans";
-/// Told apart by the colour-blind too (Okabe and Ito).
+/// Colours that colour-blind readers can distinguish (Okabe and Ito).
 const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -30,31 +31,31 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(86, 180, 233),
     RGBColor(0, 0, 0),
 ];
-/// A series of so few values shows each as a dot, as the line of a single one has no length.
+/// A series with at most this many values shows each value as a dot. The line of a single value has no length.
 const DOTS: usize = 40;
 
-/// A chart. The axis of the values is logarithmic when all are positive. What is not finite is left out; where nothing is
-/// left, the chart is empty.
+/// A chart. The value axis is logarithmic if all values are positive. Values that are not finite are left out. A chart
+/// without values is empty.
 #[derive(Clone, Debug)]
 pub struct Chart<'a> {
-    /// Above it.
+    /// Title above the chart.
     pub title: &'a str,
-    /// What the horizontal axis is.
+    /// Label of the horizontal axis.
     pub x: &'a str,
-    /// What the values are.
+    /// Label of the value axis.
     pub y: &'a str,
-    /// Its lines. A series keeps its colour when those before it are empty.
+    /// Lines of the chart. A series keeps its colour if series before it are empty.
     pub series: Vec<Series<'a>>,
 }
 
 /// A line of a chart.
 #[derive(Clone, Debug)]
 pub struct Series<'a> {
-    /// What the legend calls it.
+    /// Name in the legend.
     pub name: &'a str,
-    /// Places along the horizontal axis, and values.
+    /// Pairs of a position on the horizontal axis and a value.
     pub points: Vec<(f64, f64)>,
-    /// Whether the values are noisy: a thin line then, and a thick one of their moving average.
+    /// Whether the values are noisy. Noisy values are drawn as a thin line, and their moving average as a thick line.
     pub noisy: bool,
 }
 
@@ -62,10 +63,10 @@ type Drawn<T = ()> = Result<T, Box<dyn error::Error>>;
 type Canvas<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 type Area<'a, 'b> = ChartContext<'a, BitMapBackend<'b>, Cartesian2d<Axis, Axis>>;
 
-/// Draws charts below each other, replacing `path` by a PNG of [`WIDTH`] × [`HEIGHT`] a chart.
+/// Draws charts below each other as one PNG of [`WIDTH`] × [`HEIGHT`] pixels per chart, and replaces `path` with it.
 ///
 /// # Errors
-/// [`Error::run`] when they cannot be drawn or written.
+/// [`Error::run`] if the charts cannot be drawn or written.
 pub fn draw(path: &Path, charts: &[Chart]) -> Result<()> {
     let height = HEIGHT * charts.len() as u32;
     let mut pixels = RgbImage::new(FINE * WIDTH, FINE * height);
@@ -86,7 +87,7 @@ fn paint(pixels: &mut RgbImage, charts: &[Chart]) -> Drawn {
     Ok(canvas.present()?)
 }
 
-/// An axis with ticks of our choice.
+/// An axis with given ticks.
 struct Axis {
     range: Range<f64>,
     ticks: Vec<f64>,
@@ -102,7 +103,7 @@ impl Ranged for Axis {
     }
 
     fn key_points<Hint: KeyPointHint>(&self, hint: Hint) -> Vec<f64> {
-        // Lines between the ticks are not drawn.
+        // Minor grid lines, between the ticks, are not drawn.
         if hint.weight().allow_light_points() { vec![] } else { self.ticks.clone() }
     }
 
@@ -111,7 +112,7 @@ impl Ranged for Axis {
     }
 }
 
-/// How values lie along their axis.
+/// Scale of an axis.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Scale {
     Linear,
@@ -133,7 +134,7 @@ impl Scale {
         }
     }
 
-    /// Places for about eight labels.
+    /// Positions of about eight labels.
     fn ticks(self, range: &Range<f64>) -> Vec<f64> {
         match self {
             Self::Linear => round_numbers(range),
@@ -142,11 +143,11 @@ impl Scale {
     }
 }
 
-/// A series as it is drawn.
+/// A series with its colour and its positions.
 struct Line<'a> {
     series: &'a Series<'a>,
     colour: RGBColor,
-    /// Places along both axes.
+    /// Positions on both axes. On a logarithmic axis, the position is the logarithm of the value.
     points: Vec<(f64, f64)>,
 }
 
@@ -167,7 +168,8 @@ impl Line<'_> {
     }
 }
 
-/// The moving average: exponential with a window that grows with the series, at first the mean of what there is.
+/// Exponential moving average. Its window grows with the length of the series. At the start it is the mean of the
+/// values so far.
 fn smoothed(points: &[(f64, f64)]) -> impl Iterator<Item = (f64, f64)> {
     let window = (points.len() as f64 / 100.0).max(4.0);
     let mut mean = 0.0;
@@ -178,7 +180,7 @@ fn smoothed(points: &[(f64, f64)]) -> impl Iterator<Item = (f64, f64)> {
     })
 }
 
-/// What is drawn of a chart, and the axis that its lines share.
+/// The lines of a chart that are drawn, and the scale of their value axis.
 struct Plot<'a> {
     chart: &'a Chart<'a>,
     scale: Scale,
@@ -248,20 +250,20 @@ fn font(size: u32) -> (&'static str, u32) {
     (FONT, size * FINE)
 }
 
-/// The range of an axis that shows all `places`, with `margin` times its length around.
+/// The range of an axis that contains all `places`, extended on both sides by `margin` times its length.
 fn extent(places: impl Iterator<Item = f64>, margin: f64) -> Range<f64> {
     let Some((low, high)) = places.fold(None, |found: Option<(f64, f64)>, place| {
         Some(found.map_or((place, place), |(low, high)| (low.min(place), high.max(place))))
     }) else {
         return 0.0..1.0;
     };
-    // An axis has a length, also for a constant.
+    // The range of constant values is extended too, so that the axis has a length.
     let (length, least) = (high - low, low.abs().max(1.0) * 1e-9);
     let around = if length > least { margin * length } else { 0.05 * low.abs().max(1.0) };
     low - around..high + around
 }
 
-/// Multiples of 1, 2 or 5 times a power of ten.
+/// Multiples of a step of 1, 2 or 5 times a power of ten.
 fn round_numbers(range: &Range<f64>) -> Vec<f64> {
     let rough = (range.end - range.start) / 8.0;
     let power = 10f64.powf(rough.log10().floor());
@@ -271,7 +273,7 @@ fn round_numbers(range: &Range<f64>) -> Vec<f64> {
     (first..=last).map(|multiple| multiple as f64 * step).collect()
 }
 
-/// Exponents of round numbers: of powers of ten where there are enough of them, of ever more between where not.
+/// Base-10 exponents of round numbers: powers of ten if there are enough of them, otherwise also values between them.
 fn round_exponents(range: &Range<f64>) -> Vec<f64> {
     let stride = ((range.end - range.start) / 10.0).ceil().max(1.0) as usize;
     let (first, last) = (range.start.floor() as i32, range.end.ceil() as i32);
@@ -286,7 +288,7 @@ fn round_exponents(range: &Range<f64>) -> Vec<f64> {
     enough.unwrap_or_else(|| round_numbers(&values).into_iter().map(f64::log10).collect())
 }
 
-/// A label: without the last digits, which are those of rounding errors.
+/// Text of a label. It is rounded to ten significant digits, which removes rounding errors.
 fn number(value: f64) -> String {
     let value = format!("{value:.9e}").parse().unwrap_or(value);
     match value.abs() {

@@ -1,4 +1,4 @@
-//! What all command lines share: exit codes, logging, output, progress, tables, charts.
+//! Code that all command-line programs share: exit codes, logging, output, progress, tables, charts.
 //!
 //! ```
 //! let rows = [("decoder", 0.125), ("flow_sampler", 1.5)].map(|(stage, seconds)| vec![stage.into(), seconds.to_string()]);
@@ -23,13 +23,14 @@ use tracing_subscriber::fmt::FmtContext;
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::registry::LookupSpan;
 
-/// Names the variable that sets what is logged, in the syntax of `tracing_subscriber::EnvFilter`.
+/// Name of the environment variable with the log filter, in the syntax of `tracing_subscriber::EnvFilter`.
 pub const LOG_VARIABLE: &str = "EQIM_LOG";
 
-/// Ours from warnings on; ONNX Runtime and other libraries only when something failed.
+/// Default log filter: warnings and errors of eqim, and only errors of ONNX Runtime and other libraries.
 const LOGGED: &str = "error,eqim=warn";
 
-/// Runs a program and turns its result into the process's exit code: 0, or 2 for bad input, 1 for a failed run.
+/// Runs a program and converts its result to the exit code of the process: 0 on success, 2 for bad input, 1 for a
+/// failed run.
 pub fn main(run: impl FnOnce() -> Result<()>) -> ExitCode {
     match start_logging().and_then(|()| run()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -40,7 +41,7 @@ pub fn main(run: impl FnOnce() -> Result<()>) -> ExitCode {
     }
 }
 
-/// The sentence of an error with the flag of the setting that it is about: settings are flags of the same name.
+/// The error message, with the name of its setting written as a flag. Each setting has a flag of the same name.
 fn with_flag(error: &Error) -> String {
     let text = error.to_string();
     let Some(field) = error.field() else { return text };
@@ -58,7 +59,7 @@ fn start_logging() -> Result<()> {
     subscriber.try_init().map_err(|error| Error::run("logging", error))
 }
 
-/// Log lines that read like the rest of what a command line says: `warning: …`.
+/// Format of log lines. It is the same as in other messages of the programs: `warning: …`.
 struct Plain;
 
 impl<S, N> FormatEvent<S, N> for Plain
@@ -80,10 +81,10 @@ where
     }
 }
 
-/// Writes lines to standard output. A reader that has gone away, as `head` does, is no error.
+/// Writes lines to standard output. A closed pipe, for example to `head`, is not an error.
 ///
 /// # Errors
-/// [`Error::run`] when they cannot be written.
+/// [`Error::run`] if the lines cannot be written.
 pub fn print(text: impl Display) -> Result<()> {
     let mut output = io::stdout().lock();
     match writeln!(output, "{text}").and_then(|()| output.flush()) {
@@ -92,18 +93,18 @@ pub fn print(text: impl Display) -> Result<()> {
     }
 }
 
-/// Reports progress on standard output. The work goes on when nobody reads it.
+/// Writes progress to standard output. Errors are ignored, so that the work continues if the output cannot be written.
 pub fn say(text: impl Display) {
     let _ = print(text);
 }
 
-/// Says something beside a program's output, on standard error.
+/// Writes a message to standard error, separate from the output of the program.
 pub fn note(text: impl Display) {
-    // Nobody is left to be told when this fails.
+    // Errors are ignored, because there is no other place to report them.
     let _ = writeln!(io::stderr(), "{text}");
 }
 
-/// How far long work has come, on standard error: a bar on a terminal, elsewhere a line for every tenth.
+/// Progress of long work on standard error: a bar on a terminal, otherwise one line per tenth of the work.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
@@ -114,18 +115,18 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Progress that reads `generated 8/64 tokens`.
+    /// A progress display of the form `generated 8/64 tokens`.
     pub fn new(verb: &'static str, total: usize, things: &'static str) -> Self {
         let bar = ProgressBar::new(total as u64).with_message(verb);
         let style =
             ProgressStyle::with_template(&format!("{{msg}} {{wide_bar}} {{pos}}/{{len}} {things}, {{eta}} left"));
         let bar = bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        // Shown before the first thing is done.
+        // Draws the bar before the first item is done.
         bar.tick();
         Self { bar, verb, things, total, tenth: 0 }
     }
 
-    /// Shows that `done` of the things are done.
+    /// Shows that `done` items are done.
     pub fn at(&mut self, done: usize) {
         self.bar.set_position(done as u64);
         let tenth = done * 10 / self.total.max(1);
@@ -136,28 +137,28 @@ impl Progress {
     }
 }
 
-/// What long work of unknown length is doing, on a terminal's standard error; elsewhere nothing.
+/// Status line for work of unknown length, on standard error. It is shown only on a terminal.
 #[derive(Debug)]
 pub struct Spinner(ProgressBar);
 
 impl Spinner {
-    /// One that shows nothing yet.
+    /// A status line that shows nothing yet.
     pub fn new() -> Self {
         Self(ProgressBar::new_spinner())
     }
 
-    /// Shows what goes on.
+    /// Shows a description of the current work.
     pub fn show(&self, text: String) {
         self.0.set_message(text);
         self.0.tick();
     }
 
-    /// Clears the line.
+    /// Clears the status line.
     pub fn finish(&self) {
         self.0.finish_and_clear();
     }
 
-    /// Lets others write where the line stands.
+    /// Hides the status line while `write` writes to the terminal.
     pub fn aside<T>(&self, write: impl FnOnce() -> T) -> T {
         self.0.suspend(write)
     }

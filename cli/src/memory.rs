@@ -1,12 +1,12 @@
-//! How much memory this process takes.
+//! Memory use of this process.
 
-/// Starts the kernel's record of the largest resident size anew, where there is one.
+/// Resets the peak resident size that the kernel records, if the kernel supports it.
 pub fn forget_peak() {
-    // Without it the record is that of the whole process: an upper bound.
+    // If this fails, the peak is the peak of the whole process, which is an upper bound.
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
-/// Largest resident size of this process, bytes; 0 where the kernel does not tell.
+/// Peak resident size of this process in bytes; 0 if the kernel does not report it.
 pub fn peak() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

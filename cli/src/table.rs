@@ -1,8 +1,9 @@
-//! Tables of reports, as text and in Markdown.
+//! Tables for reports, as text and in Markdown.
 
 use comfy_table::{CellAlignment, Table, presets};
 
-/// A table as text. The first column is aligned to the left. The others hold numbers and are aligned to the right.
+/// Formats a table as text. The first column is aligned to the left. The other columns hold numbers and are aligned to
+/// the right.
 pub fn text(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = filled(head, rows);
     table.load_preset(presets::NOTHING);
@@ -12,7 +13,7 @@ pub fn text(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Strin
     table.trim_fmt()
 }
 
-/// A table in Markdown.
+/// Formats a table in Markdown.
 pub fn markdown(head: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = filled(head, rows);
     table.load_preset(presets::ASCII_MARKDOWN);

@@ -1,4 +1,4 @@
-//! The engines that run bundles: ONNX Runtime, TensorRT, and the choice among them.
+//! Engines that run bundles, on ONNX Runtime, TensorRT or Candle, and the selection of one of them.
 //!
 //! ```no_run
 //! use eqim::bundle::Bundle;

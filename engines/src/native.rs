@@ -1,23 +1,23 @@
-//! Where native libraries are.
+//! Locations of native libraries.
 
 use std::path::{Path, PathBuf};
 
 use eqim::{Error, Result};
 
-/// Names the file of ONNX Runtime's library, as `ort` itself reads it.
+/// Name of the environment variable with the path of the ONNX Runtime library. `ort` reads the same variable.
 pub const ORT_VARIABLE: &str = "ORT_DYLIB_PATH";
 
-/// Names the folder that holds TensorRT's libraries.
+/// Name of the environment variable with the folder of the TensorRT libraries.
 pub const TENSORRT_VARIABLE: &str = "EQIM_TENSORRT";
 
 const INSTALLED: &str = ".native/onnxruntime";
 const TENSORRT_INSTALLED: &str = ".native/tensorrt";
 
-/// The shared library of ONNX Runtime: the file that `ORT_DYLIB_PATH` names, or what `cargo xtask setup` installed
-/// in the repository that the program or the working directory belongs to.
+/// Path of the ONNX Runtime library: the file that `ORT_DYLIB_PATH` names, or the library that `cargo xtask setup`
+/// installed in the repository that contains the program or the working directory.
 ///
 /// # Errors
-/// [`Error::run`], which says what to do.
+/// [`Error::run`] if the library is not found. The message says how to install it.
 pub fn find_onnxruntime() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(ORT_VARIABLE) {
         let path = PathBuf::from(path);
@@ -31,10 +31,11 @@ pub fn find_onnxruntime() -> Result<PathBuf> {
     })
 }
 
-/// The folder of TensorRT's libraries: the one that `EQIM_TENSORRT` names, or what `cargo xtask setup` installed.
+/// Folder of the TensorRT libraries: the folder that `EQIM_TENSORRT` names, or the folder that `cargo xtask setup`
+/// installed.
 ///
 /// # Errors
-/// [`Error::run`], which says what to do.
+/// [`Error::run`] if the folder is not found. The message says how to install the libraries.
 pub fn find_tensorrt() -> Result<PathBuf> {
     if let Some(path) = std::env::var_os(TENSORRT_VARIABLE) {
         let path = PathBuf::from(path);
@@ -50,7 +51,7 @@ pub fn find_tensorrt() -> Result<PathBuf> {
     })
 }
 
-/// Looks in the repository that the program or the working directory belongs to.
+/// Calls `look` with each folder above the program and above the working directory, and returns the first result.
 fn installed(look: impl Fn(&Path) -> Option<PathBuf>) -> Option<PathBuf> {
     let starts = [std::env::current_exe().ok(), std::env::current_dir().ok()];
     starts.iter().flatten().flat_map(|start| start.ancestors()).find_map(look)

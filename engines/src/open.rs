@@ -1,4 +1,4 @@
-//! From a bundle to an engine.
+//! Selection and creation of the engine of a bundle.
 
 use std::path::Path;
 
@@ -12,37 +12,37 @@ use crate::onnxruntime::OrtEngine;
 use crate::trt::{self, EngineSet};
 use eqim::bundle::Bundle;
 
-/// What runs a bundle.
+/// The library that runs a bundle.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Backend {
-    /// TensorRT where the bundle has engines and a GPU is here, else ONNX Runtime where its library is found, else
-    /// Candle; says which.
+    /// TensorRT if the bundle has engines that this machine can run, else ONNX Runtime if its library is found, else
+    /// Candle. Reports name the backend that was used.
     #[default]
     Auto,
-    /// TensorRT, on the engines that eqim-export trt built.
+    /// TensorRT, with the engines that eqim-export trt built.
     Trt,
     /// ONNX Runtime.
     Ort,
-    /// Candle, without any native library.
+    /// Candle, which needs no native library.
     Candle,
 }
 
-/// How a bundle is run.
+/// Options for running a bundle.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
-    /// What runs it.
+    /// The backend.
     pub backend: Backend,
-    /// Most threads of ONNX Runtime; by default it takes every core.
+    /// Maximum number of threads of ONNX Runtime. The default is all cores.
     pub threads: Option<usize>,
-    /// Whether TensorRT captures the step as a CUDA graph.
+    /// Whether TensorRT captures the transformer step as a CUDA graph.
     pub cuda_graph: bool,
 }
 
-/// Prepares an engine for a bundle.
+/// Creates an engine for a bundle.
 ///
 /// # Errors
-/// [`Error::input`] for weights that do not fit, or TensorRT engines that are missing or stale; [`Error::run`] when
-/// what was asked for is not found.
+/// [`Error::input`] if the weights do not fit, if the backend cannot run the bundle, or if TensorRT engines are missing
+/// or stale; [`Error::run`] if the library or the GPU of the backend is not found.
 pub fn open(bundle: &Bundle, options: Options) -> Result<Box<dyn Engine>> {
     match options.backend {
         Backend::Trt => tensorrt(bundle, options.cuda_graph),
@@ -59,7 +59,7 @@ pub fn open(bundle: &Bundle, options: Options) -> Result<Box<dyn Engine>> {
     }
 }
 
-/// TensorRT where a bundle has engines and a driver is here; why not where they were built for nothing.
+/// The TensorRT engine, or `None` if the bundle has no engines. The error says why existing engines cannot run.
 fn fitting_tensorrt(bundle: &Bundle) -> Result<Option<Box<dyn Engine>>> {
     let Some(set) = EngineSet::open(bundle)? else { return Ok(None) };
     trt::ready()?;

@@ -1,4 +1,5 @@
-//! TensorRT's loop on a device that is not a GPU: its engines are the model on Candle, its memory is the host's.
+//! Tests of the TensorRT generation loop on a mock device. Its engines are the model on Candle, and its memory is host
+//! memory.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,7 +35,7 @@ fn fixture() -> Result<(Config, Weights)> {
 
 type Memory = Rc<RefCell<BTreeMap<Address, Vec<u8>>>>;
 
-/// One piece of memory; gone when dropped, as on a device.
+/// An allocation. It is removed from the memory when it is dropped, as on a device.
 struct Piece {
     memory: Memory,
     address: Address,
@@ -46,14 +47,14 @@ impl Drop for Piece {
     }
 }
 
-/// What was asked of the device.
+/// Calls of the device.
 #[derive(Default)]
 struct Counts {
     uploads: Cell<usize>,
     downloads: Cell<usize>,
     marks: Cell<u64>,
     runs: RefCell<Vec<(Stage, Vec<Binding>)>>,
-    /// The run that fails, counted from 1 over all stages.
+    /// Index of the run that fails, counted from 1 over all stages.
     failing: Cell<Option<usize>>,
 }
 
@@ -107,7 +108,7 @@ impl Device for Mock {
 
     fn allocate(&self, bytes: usize) -> Result<(Piece, Address)> {
         let address = self.next.get();
-        // A gap, so that a read beyond the end finds nothing.
+        // The gap makes an access beyond the end of a buffer fail.
         self.next.set(address + (bytes + ALIGNMENT).next_multiple_of(ALIGNMENT) as u64);
         self.memory.borrow_mut().insert(address, vec![0; bytes]);
         Ok((Piece { memory: Rc::clone(&self.memory), address }, address))
@@ -171,7 +172,7 @@ impl Device for Mock {
     }
 }
 
-/// Engines for up to four images of up to 24 tokens and 8 steps.
+/// Engines for up to four images, 24 tokens and 8 steps.
 fn set(config: &Config) -> EngineSet {
     let engine = |stage: Stage| {
         let profile = |info: &ValueInfo| {
@@ -246,7 +247,7 @@ fn a_value_that_is_not_a_number_fails_a_comparison() {
 #[test]
 fn rollouts_equal_those_of_candle() -> Result<()> {
     let Both { mock, candle, memory, .. } = both()?;
-    // Past the window's wrap; batches that grow and shrink on one engine; guided and not.
+    // Rollouts longer than the attention window; batches that grow and shrink on one engine; with and without guidance.
     for (labels, tokens, cfg) in [
         (&[Some(0)][..], 2, 1.0),
         (&[Some(1), None, Some(2)], 11, 3.0),
@@ -373,7 +374,8 @@ fn waits_for_a_token_only_when_the_next_is_on_its_way() -> Result<()> {
     let Both { mock, counts, .. } = both()?;
     let mut runs_at_report = vec![];
     generate(&mock, &request(&[Some(0)], 6, 1.0), |_| runs_at_report.push(counts.runs.borrow().len()))?;
-    // Prefill and a flow run, then a step and a flow run a token: token n is reported after the runs of token n + 1.
+    // One prefill and one flow run, then one step and one flow run per token. Token n is reported after the runs of
+    // token n + 1.
     assert_eq!(runs_at_report, [4, 6, 8, 10, 12, 12]);
     Ok(())
 }

@@ -13,7 +13,7 @@ use ort::value::DynValue;
 use super::runtime::{Graph, Runtime};
 use super::values::float_output;
 
-/// The graphs of a bundle, loaded. The encoder is loaded when it is first used, since few runs need it.
+/// The loaded graphs of a bundle. The encoder is loaded when it is first used, because few runs need it.
 pub(super) struct Graphs {
     pub(super) bundle: Bundle,
     runtime: Runtime,
@@ -22,10 +22,10 @@ pub(super) struct Graphs {
 }
 
 impl Graphs {
-    /// The graphs of a bundle on the given library.
+    /// Loads the graphs of a bundle with the given library.
     ///
     /// # Errors
-    /// [`Error::run`] when the library cannot be used.
+    /// [`Error::run`] if the library or a graph cannot be loaded.
     pub(super) fn new(bundle: &Bundle, library: &Path, threads: Option<usize>) -> Result<Self> {
         let runtime = Runtime::load(library)?;
         let graphs = Self { bundle: bundle.clone(), runtime, threads, graphs: Default::default() };
@@ -44,8 +44,8 @@ impl Graphs {
         if let Some(graph) = cell.get() {
             return Ok(graph);
         }
-        // On the large model packing takes seconds and makes a token 1.6 times as fast; once an image it does not pay.
-        // Integer operators pack at every run what was not packed before.
+        // Prepacking takes seconds on the large model and makes a token 1.6 times as fast. It does not pay off for
+        // stages that run once per image. Integer operators without prepacking pack their weights in every run.
         let every_token = matches!(stage, Stage::Step | Stage::Flow);
         let packed = every_token || self.bundle.manifest.quantization.is_some();
         let graph = self.runtime.graph(&self.bundle.graph_path(stage)?, self.threads, packed)?;
@@ -56,7 +56,7 @@ impl Graphs {
         self.graph(stage)?.run(inputs)
     }
 
-    /// Runs a stage of one output.
+    /// Runs a stage that has one output.
     pub(super) fn run_one<D: Dimension>(
         &self,
         stage: Stage,

@@ -1,4 +1,4 @@
-//! The engine that runs a bundle's graphs on ONNX Runtime's CPU provider.
+//! The engine that runs the graphs of a bundle on the CPU execution provider of ONNX Runtime.
 
 mod graphs;
 mod runtime;
@@ -26,10 +26,10 @@ pub struct OrtEngine {
 }
 
 impl OrtEngine {
-    /// An engine for a bundle on the given library. The graph of the encoder is loaded when it is first used.
+    /// Creates an engine for a bundle with the given library. The graph of the encoder is loaded when it is first used.
     ///
     /// # Errors
-    /// [`Error::run`] when the library cannot be used.
+    /// [`Error::run`] if the library or a graph cannot be loaded.
     pub fn new(bundle: &Bundle, library: &Path, threads: Option<usize>) -> Result<Self> {
         Ok(Self { graphs: Graphs::new(bundle, library, threads)? })
     }

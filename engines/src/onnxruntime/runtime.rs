@@ -1,4 +1,4 @@
-//! ONNX Runtime's library, and the graphs that it loads.
+//! The ONNX Runtime library and the graphs that it loads.
 
 use std::cell::RefCell;
 use std::path::Path;
@@ -10,31 +10,32 @@ use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{IoBinding, SessionInputValue};
 use ort::value::DynValue;
 
-/// ONNX Runtime's library, loaded once in a process.
+/// The ONNX Runtime library. It is loaded once per process.
 #[derive(Clone, Copy)]
 pub struct Runtime(&'static Environment);
 
-/// One graph, loaded.
+/// A loaded graph.
 pub struct Graph {
     name: String,
     session: RefCell<ort::session::Session>,
 }
 
-/// Adds the name of what failed to an error of ONNX Runtime.
+/// Adds the subject, for example the name of a graph, to an error of ONNX Runtime.
 pub(super) fn failed(subject: &str) -> impl Fn(ort::Error) -> Error {
     move |error| Error::run(subject, "ONNX Runtime").because(error)
 }
 
 impl Runtime {
-    /// Loads the shared library. In one process the first library that is loaded stays.
+    /// Loads the shared library. The first library that a process loads is used for its whole run time.
     ///
     /// # Errors
-    /// [`Error::run`] when it is not ONNX Runtime, or too old.
+    /// [`Error::run`] if the file is not ONNX Runtime, or if its version is too old.
     pub fn load(library: &Path) -> Result<Self> {
         static ENVIRONMENT: OnceLock<Result<Environment, String>> = OnceLock::new();
         let environment = ENVIRONMENT.get_or_init(|| {
             let builder = ort::init_from(library).map_err(|error| error.to_string())?;
-            // With a pool of its own each graph's threads would spin on after their work, while another graph needs the cores.
+            // By default, all graphs share one thread pool. With a pool per graph, the threads of one graph would
+            // continue to spin after their work, while another graph needs the cores.
             let threads = GlobalThreadPoolOptions::default();
             builder.with_name("eqim").with_global_thread_pool(threads).build().map_err(|error| error.to_string())
         });
@@ -44,16 +45,16 @@ impl Runtime {
         }
     }
 
-    /// What sessions belong to.
+    /// The environment that sessions are created in.
     pub fn environment(self) -> &'static Environment {
         self.0
     }
 
-    /// Loads a graph. `threads` limits those of one operator; `prepacking` copies weights into the order in which
-    /// products read them, which takes time and memory once and makes every run faster.
+    /// Loads a graph. `threads` limits the threads of one operator. `prepacking` copies the weights into the layout
+    /// that matrix products read. This takes time and memory once and makes every run faster.
     ///
     /// # Errors
-    /// [`Error::run`] when ONNX Runtime refuses it.
+    /// [`Error::run`] if ONNX Runtime refuses the graph.
     pub fn graph(self, path: &Path, threads: Option<usize>, prepacking: bool) -> Result<Graph> {
         let name = path.display().to_string();
         let load = || -> Result<ort::session::Session, ort::Error> {
@@ -71,22 +72,22 @@ impl Runtime {
 }
 
 impl Graph {
-    /// Runs the graph on its inputs in order; gives its outputs in order.
+    /// Runs the graph. Inputs and outputs are in the order of the graph.
     ///
     /// # Errors
-    /// [`Error::run`] when ONNX Runtime fails.
+    /// [`Error::run`] if ONNX Runtime fails.
     pub fn run(&self, inputs: &[SessionInputValue<'_>]) -> Result<Vec<DynValue>> {
         let mut session = self.session.borrow_mut();
         let outputs = session.run(inputs).map_err(failed(&self.name))?;
         Ok(outputs.into_iter().map(|(_, value)| value).collect())
     }
 
-    /// Something to bind the graph's inputs and outputs to.
+    /// Creates an I/O binding for the inputs and outputs of the graph.
     pub(super) fn binding(&self) -> Result<IoBinding> {
         self.session.borrow().create_binding().map_err(failed(&self.name))
     }
 
-    /// Runs the graph on what is bound.
+    /// Runs the graph on the tensors of an I/O binding.
     pub(super) fn run_bound(&self, binding: &IoBinding) -> Result<()> {
         self.session.borrow_mut().run_binding(binding).map(drop).map_err(failed(&self.name))
     }

@@ -1,5 +1,5 @@
-//! A batch on ONNX Runtime. What a step reads and writes is bound to its graph once: past and present change places, and
-//! nothing is allocated or copied from one step to the next.
+//! A batch on ONNX Runtime. The inputs and outputs of the step graph are bound once. The past and present caches swap
+//! places after each step, so that no step allocates or copies a cache.
 
 use std::fmt::Debug;
 use std::iter::zip;
@@ -19,14 +19,14 @@ use super::graphs::Graphs;
 use super::runtime::failed;
 use super::values::{float_output, integer_input};
 
-/// What tensors are made of.
+/// Element type of a tensor.
 pub(super) trait Value: PrimitiveTensorElementType + Copy + Debug + Default + 'static {}
 
 impl<T: PrimitiveTensorElementType + Copy + Debug + Default + 'static> Value for T {}
 
-/// What caches are made of.
+/// Element type of a cache.
 pub(super) trait Element: Value {
-    /// This value, of which `share` has become `other`.
+    /// Interpolates linearly: `self + share * (other - self)`.
     fn lerp(self, other: Self, share: f32) -> Self;
 }
 
@@ -42,30 +42,31 @@ impl Element for f16 {
     }
 }
 
-/// A batch whose caches are of `T`.
+/// A batch with caches of type `T`.
 pub(super) struct OrtSession<'a, T: Element> {
     graphs: &'a Graphs,
-    /// Rows of the batch.
+    /// Number of rows of the batch.
     rows: usize,
     classes: PrefillCache<Class>,
-    /// Nothing while there are no rows.
+    /// `None` until the batch has rows.
     bound: Option<Bound<T>>,
 }
 
-/// A row of a prefill's outputs.
+/// One row of the outputs of a prefill.
 struct Class {
     outputs: Rc<Vec<DynValue>>,
     row: usize,
 }
 
-/// What a step's graph is bound to.
+/// Tensors that the step graph is bound to.
 struct Bound<T: Element> {
     token: Tensor<f32>,
     position: Tensor<i64>,
     z: Tensor<f32>,
     past: Vec<Tensor<T>>,
     present: Vec<Tensor<T>>,
-    /// The next step's, from past to present, and that of the step after it, from present to past.
+    /// Two bindings that alternate. The binding of the next step reads `past` and writes `present`. The binding of the
+    /// step after it reads `present` and writes `past`.
     bindings: Vec<IoBinding>,
 }
 
@@ -75,7 +76,7 @@ impl<'a, T: Element> OrtSession<'a, T> {
         Self { graphs, rows: 0, classes: PrefillCache::default(), bound: None }
     }
 
-    /// Keys and values of the last tokens, of rows that were in the batch before.
+    /// Keys and values of the last tokens. Rows that were already in the batch keep theirs; new rows have zeros.
     fn past(&self, infos: &[ValueInfo], rows: &[Row]) -> Result<Vec<Tensor<T>>> {
         let cache = |(index, info): (usize, &ValueInfo)| {
             let mut tensor = zeros(info, rows.len())?;
@@ -91,7 +92,7 @@ impl<'a, T: Element> OrtSession<'a, T> {
         infos.iter().enumerate().map(cache).collect()
     }
 
-    /// Keys and values of the classes of a batch.
+    /// Cross-attention keys and values of the classes of a batch.
     fn cross(&self, infos: &[ValueInfo], rows: &[Row]) -> Result<Vec<Tensor<T>>> {
         let cache = |(index, info): (usize, &ValueInfo)| {
             let mut tensor = zeros(info, rows.len())?;
@@ -108,7 +109,7 @@ impl<'a, T: Element> OrtSession<'a, T> {
         infos.iter().enumerate().map(cache).collect()
     }
 
-    /// Binds a step of these rows.
+    /// Allocates the tensors of a step of these rows and binds the graph to them.
     fn bind(&self, rows: &[Row]) -> Result<Bound<T>> {
         let config = self.graphs.config();
         let (inputs, outputs) = (Stage::Step.inputs(config), Stage::Step.outputs(config));
@@ -145,13 +146,13 @@ impl<'a, T: Element> OrtSession<'a, T> {
 }
 
 impl Class {
-    /// Its row of output `index`, a cache.
+    /// This row of output `index`, which is a cache.
     fn output<T: Element>(&self, index: usize) -> Result<&[T]> {
         let (shape, values) = self.outputs[index].try_extract_tensor().map_err(failed("prefill"))?;
         Ok(row_of(values, self.row, shape[0] as usize))
     }
 
-    /// The condition of a first token, `[D]`.
+    /// Condition of the first token, `[D]`.
     fn z(&self) -> Result<Array1<f32>> {
         Ok(float_output::<Ix2>(&self.outputs[0])?.row(self.row).to_owned())
     }
@@ -164,7 +165,7 @@ impl Graphs {
     }
 }
 
-/// Zeros for a info of `rows` rows.
+/// A tensor of zeros in the shape of an input or output, for a batch of `rows` rows.
 fn zeros<T: Value>(info: &ValueInfo, rows: usize) -> Result<Tensor<T>> {
     let shape = info.shape(&Sizes::of_batch(rows));
     let mut tensor = Tensor::new(&Allocator::default(), shape).map_err(failed(&info.name))?;
@@ -172,13 +173,13 @@ fn zeros<T: Value>(info: &ValueInfo, rows: usize) -> Result<Tensor<T>> {
     Ok(tensor)
 }
 
-/// Row `row` of `rows`.
+/// Row `row` of a tensor of `rows` rows.
 fn row_of<T>(values: &[T], row: usize, rows: usize) -> &[T] {
     let length = values.len() / rows;
     &values[row * length..][..length]
 }
 
-/// Row `row` of `rows`, to be written.
+/// Row `row` of a tensor of `rows` rows, mutable.
 fn row_mut<T: Element>(tensor: &mut Tensor<T>, row: usize, rows: usize) -> &mut [T] {
     let values = tensor.extract_tensor_mut().1;
     let length = values.len() / rows;

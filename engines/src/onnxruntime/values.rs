@@ -1,4 +1,4 @@
-//! Arrays as inputs of graphs, and outputs as arrays.
+//! Conversion of arrays to inputs of graphs, and of outputs to arrays.
 
 use eqim::{Result, ResultExt};
 use half::f16;
@@ -8,37 +8,37 @@ use ort::value::Tensor;
 
 use super::runtime::failed;
 
-/// An array as an input.
+/// Converts an array to an input.
 ///
 /// # Errors
-/// [`Error::run`] when ONNX Runtime refuses its shape.
+/// [`eqim::Error::run`] if ONNX Runtime refuses the shape.
 pub fn float_input<D: Dimension>(array: ArrayView<f32, D>) -> Result<DynValue> {
     let values: Vec<f32> = array.iter().copied().collect();
     Ok(Tensor::from_array((array.shape().to_vec(), values)).map_err(failed("input"))?.into_dyn())
 }
 
-/// An array of FP16, a cache, as an input.
+/// Converts an FP16 array, a cache, to an input.
 ///
 /// # Errors
-/// [`Error::run`] when ONNX Runtime refuses its shape.
+/// [`eqim::Error::run`] if ONNX Runtime refuses the shape.
 pub fn half_input<D: Dimension>(array: Array<f16, D>) -> Result<DynValue> {
     let shape = array.shape().to_vec();
     let values: Vec<f16> = array.into_iter().collect();
     Ok(Tensor::from_array((shape, values)).map_err(failed("input"))?.into_dyn())
 }
 
-/// Integers `[rows]` as an input.
+/// Converts integers `[rows]` to an input.
 ///
 /// # Errors
-/// [`Error::run`] when ONNX Runtime refuses them.
+/// [`eqim::Error::run`] if ONNX Runtime refuses the values.
 pub fn integer_input(values: &[i64]) -> Result<DynValue> {
     Ok(Tensor::from_array((vec![values.len()], values.to_vec())).map_err(failed("input"))?.into_dyn())
 }
 
-/// Values of `f32` or `f16` as an array of as many axes.
+/// Converts a tensor of `f32` or `f16` to an array with the same number of axes.
 ///
 /// # Errors
-/// [`Error::run`] for values of another type or rank.
+/// [`eqim::Error::run`] if the tensor has another type or rank.
 pub fn float_output<D: Dimension>(value: &DynValue) -> Result<Array<f32, D>> {
     let (shape, values) = match value.try_extract_tensor::<f32>() {
         Ok((shape, values)) => (shape, values.to_vec()),

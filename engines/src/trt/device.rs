@@ -1,90 +1,90 @@
-//! The calls that reach a GPU, and nothing more: all above them is tested without one.
+//! Interface to a GPU. It holds only the calls that need a GPU, so that all code above it is tested without one.
 
 use std::time::Duration;
 
 use eqim::Result;
 use eqim::model::Stage;
 
-/// An address on the device; 0 is none.
+/// An address on the device; 0 is the null address.
 pub type Address = u64;
 
-/// Every address that an engine reads or writes is a multiple of this: TensorRT demands it of its bindings.
+/// Alignment of all addresses that an engine reads or writes. TensorRT requires it.
 pub const ALIGNMENT: usize = 256;
 
-/// A device, and one stream of it: work is done in the order in which it was handed over.
+/// A device and one of its streams. The device runs work in the order in which it was enqueued.
 pub trait Device {
-    /// Device memory, freed when dropped.
+    /// Device memory, freed when it is dropped.
     type Memory;
-    /// An engine, ready to run.
+    /// A loaded engine, ready to run.
     type Context;
-    /// A point in the stream's order.
+    /// An event in the stream.
     type Event;
 
-    /// What it is, for people.
+    /// Name of the device, as text.
     fn name(&self) -> &str;
 
-    /// Memory of `bytes` zeros, and its address.
+    /// Allocates `bytes` zeroed bytes. Returns the memory and its address.
     ///
     /// # Errors
-    /// When there is not enough.
+    /// If the device does not have enough free memory.
     fn allocate(&self, bytes: usize) -> Result<(Self::Memory, Address)>;
 
-    /// Copies from the host.
+    /// Copies from the host to the device.
     ///
     /// # Errors
-    /// The driver's.
+    /// If the driver reports an error.
     fn upload(&self, from: &[u8], to: Address) -> Result<()>;
 
-    /// Copies to the host, and waits until it has.
+    /// Copies from the device to the host, and waits until the copy is complete.
     ///
     /// # Errors
-    /// The driver's.
+    /// If the driver reports an error.
     fn download(&self, from: Address, to: &mut [u8]) -> Result<()>;
 
     /// Copies on the device.
     ///
     /// # Errors
-    /// The driver's.
+    /// If the driver reports an error.
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()>;
 
     /// Loads the engine of a stage.
     ///
     /// # Errors
-    /// When it cannot be read or deserialized.
+    /// If the engine cannot be read or deserialized.
     fn load(&self, stage: Stage) -> Result<Self::Context>;
 
-    /// Hands a run of an engine to the stream.
+    /// Enqueues a run of an engine on the stream.
     ///
     /// # Errors
-    /// TensorRT's.
+    /// If TensorRT reports an error.
     fn enqueue(&self, context: &mut Self::Context, bindings: &[Binding]) -> Result<()>;
 
-    /// Marks the point that the stream's order has reached.
+    /// Records an event at the current end of the stream.
     ///
     /// # Errors
-    /// The driver's.
+    /// If the driver reports an error.
     fn mark(&self) -> Result<Self::Event>;
 
-    /// Waits until the stream has passed an event.
+    /// Waits until all work before an event is complete.
     ///
     /// # Errors
-    /// The driver's, those of work before the event included.
+    /// If the driver reports an error, also for work before the event.
     fn wait(&self, event: &Self::Event) -> Result<()>;
 
-    /// Time between two events that have passed.
+    /// Time between two events that are complete.
     ///
     /// # Errors
-    /// The driver's.
+    /// If the driver reports an error.
     fn elapsed(&self, from: &Self::Event, to: &Self::Event) -> Result<Duration>;
 }
 
-/// A tensor of an engine, and where it is.
+/// A tensor of an engine and its address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Binding {
-    /// Its name in the graph.
+    /// Name of the tensor in the graph.
     pub name: String,
-    /// Sizes of an input's axes; `None` for an output, whose shape follows.
+    /// Shape of an input; `None` for an output, whose shape follows from the inputs.
     pub shape: Option<Vec<i64>>,
-    /// Where its values are or go.
+    /// Address that an input is read from, or that an output is written to.
     pub address: Address,
 }

@@ -1,4 +1,4 @@
-//! This program was built without TensorRT.
+//! Replacement of the TensorRT backend in a program that was built without TensorRT.
 
 use eqim::engine::Engine;
 use eqim::model::Stage;
@@ -10,7 +10,7 @@ use eqim::bundle::Bundle;
 const MISSING: &str = "this program was built without TensorRT: build it with `cargo build --release --features \
                        tensorrt`, or choose the backend ort";
 
-/// Never ready.
+/// Returns an error that says how to build with TensorRT.
 ///
 /// # Errors
 /// Always.
@@ -18,7 +18,7 @@ pub fn ready() -> Result<()> {
     Err(Error::run("TensorRT", MISSING))
 }
 
-/// Always an error.
+/// Returns an error that says how to build with TensorRT.
 ///
 /// # Errors
 /// Always.
@@ -26,7 +26,7 @@ pub fn open(_bundle: &Bundle, _set: &EngineSet, _cuda_graph: bool) -> Result<Box
     Err(Error::run("TensorRT", MISSING))
 }
 
-/// Always an error.
+/// Returns an error that says how to build with TensorRT.
 ///
 /// # Errors
 /// Always.

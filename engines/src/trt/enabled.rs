@@ -1,4 +1,4 @@
-//! Engines on a GPU, through NVIDIA's driver and TensorRT's runtime.
+//! Engines on a GPU, through the NVIDIA driver and the TensorRT runtime.
 
 use std::cell::RefCell;
 use std::ffi::c_void;
@@ -19,10 +19,10 @@ use super::library::{self, Library};
 use super::{EngineSet, FOLDER, TrtEngine};
 use eqim::bundle::Bundle;
 
-/// Whether a driver and a GPU are here.
+/// Checks that this machine has an NVIDIA driver and a GPU.
 ///
 /// # Errors
-/// [`Error::run`], which says what to do.
+/// [`Error::run`] if not. The message says what to do.
 pub fn ready() -> Result<()> {
     let advice = "TensorRT runs on NVIDIA GPUs only: install the driver, or choose the backend ort";
     // SAFETY: loads the driver's library and unloads it, as any program that uses CUDA does.
@@ -36,11 +36,13 @@ pub fn ready() -> Result<()> {
     }
 }
 
-/// Loads a bundle's engines on the first GPU. `cuda_graph` captures runs of the step as CUDA graphs.
+/// Loads the engines of a bundle on the first GPU. If `cuda_graph` is set, the transformer step is captured as a CUDA
+/// graph.
 ///
 /// # Errors
-/// [`Error::run`] without a library of the version that built the engines, a driver, or a GPU that they were built for;
-/// [`Error::input`] for an engine that is not the one that was built.
+/// [`Error::run`] if the TensorRT library is not found or is not of the version that built the engines, or if there is
+/// no driver or no GPU that the engines were built for; [`Error::input`] if an engine file has changed since it was
+/// built.
 pub fn open(bundle: &Bundle, set: &EngineSet, cuda_graph: bool) -> Result<Box<dyn Engine>> {
     let library = Library::load()?;
     if library.version() != set.tensorrt {
@@ -60,10 +62,11 @@ pub fn open(bundle: &Bundle, set: &EngineSet, cuda_graph: bool) -> Result<Box<dy
     Ok(Box::new(TrtEngine::new(gpu, set)?))
 }
 
-/// What TensorRT's engine inspector tells of an engine: its layers after fusion, as JSON.
+/// Output of TensorRT's engine inspector for an engine: its layers after fusion, as JSON.
 ///
 /// # Errors
-/// Those of [`open`].
+/// [`Error::run`] if the TensorRT library, the driver or a GPU that the engines were built for is not found, or if
+/// TensorRT cannot load the engine; [`Error::input`] if the engine file cannot be read.
 pub fn inspected(bundle: &Bundle, set: &EngineSet, stage: Stage) -> Result<String> {
     ready()?;
     let gpu = Gpu::new(Library::load()?, bundle, set, false)?;
@@ -77,7 +80,7 @@ fn failed(error: DriverError) -> Error {
     Error::run("CUDA", error)
 }
 
-/// The first GPU, and one stream of it.
+/// The first GPU and one of its streams.
 struct Gpu {
     name: String,
     stream: Arc<CudaStream>,
@@ -87,7 +90,7 @@ struct Gpu {
     cuda_graph: bool,
 }
 
-/// An engine and what it needs, dropped in this order: each uses those after it.
+/// An engine and the objects that it needs. They are dropped in this order, because each uses the ones after it.
 struct Loaded {
     stage: Stage,
     execution: ExecutionContext<'static>,
@@ -133,21 +136,23 @@ impl Device for Gpu {
 
     fn upload(&self, from: &[u8], to: Address) -> Result<()> {
         self.context.bind_to_thread().map_err(failed)?;
-        // SAFETY: the caller's buffer at `to` is at least as long. The driver has read pageable memory, which `from`
-        // is, when it returns.
+        // SAFETY: the caller guarantees that the buffer at `to` is at least as long as `from`. `from` is pageable
+        // memory, so the driver has read it when the call returns.
         unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) }.map_err(failed)
     }
 
     fn download(&self, from: Address, to: &mut [u8]) -> Result<()> {
         self.context.bind_to_thread().map_err(failed)?;
-        // SAFETY: the caller's buffer at `from` is at least as long, and `to` lives until the stream has passed.
+        // SAFETY: the caller guarantees that the buffer at `from` is at least as long as `to`. `to` lives until the
+        // stream is synchronized below.
         unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.map_err(failed)?;
         self.stream.synchronize().map_err(failed)
     }
 
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
         self.context.bind_to_thread().map_err(failed)?;
-        // SAFETY: both of the caller's buffers are at least as long, and freed in the stream's order.
+        // SAFETY: the caller guarantees that both buffers are at least `bytes` long. They are freed in stream order,
+        // after the copy.
         unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }.map_err(failed)
     }
 
@@ -182,10 +187,11 @@ impl Device for Gpu {
             if let Some(shape) = shape {
                 execution.set_input_shape(name, &Dims64::from_slice(shape)).map_err(failed)?;
             }
-            // SAFETY: the caller's buffer has the size of the tensor, and is freed in the stream's order only.
+            // SAFETY: the caller guarantees that the buffer has the size of the tensor. It is freed in stream order
+            // only, after the run.
             unsafe { execution.set_tensor_address(name, *address as *mut c_void) }.map_err(failed)?;
         }
-        // SAFETY: the stream lives as long as this device, and every tensor was just bound.
+        // SAFETY: the stream lives as long as this device, and the loop above has bound every tensor.
         unsafe { execution.enqueue_v3(self.stream.cu_stream().cast()) }.map_err(failed)
     }
 
@@ -204,7 +210,7 @@ impl Device for Gpu {
 }
 
 impl Drop for Loaded {
-    /// Keeps what TensorRT compiled for this GPU, so that the next start is faster.
+    /// Writes the kernels that TensorRT compiled for this GPU to a file, so that the next start is faster.
     fn drop(&mut self) {
         let Some(cache) = &self.cache else { return };
         let kept = edition::serialized(cache).or_run("cache").and_then(|bytes| files::write(&self.cache_file, &bytes));

@@ -1,4 +1,4 @@
-//! The generation loop on a device: weights, caches, conditions and the ODE's state never leave it.
+//! The generation loop on a device. Weights, caches, conditions and the state of the ODE stay on the device.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -23,7 +23,7 @@ use eqim::bundle::Precision;
 
 /// The engines of a bundle on a device.
 pub struct TrtEngine<D: Device> {
-    // Contexts are dropped before the device that they run on.
+    // Fields are dropped in this order: contexts before the device that they run on.
     contexts: [RefCell<Option<D::Context>>; Stage::ALL.len()],
     spans: RefCell<Vec<Span<D::Event>>>,
     times: RefCell<StageTimes>,
@@ -48,19 +48,19 @@ enum Work {
     Run(Stage),
 }
 
-/// Device memory.
+/// A buffer in device memory.
 struct Buffer<D: Device> {
     _memory: D::Memory,
     address: Address,
     bytes: usize,
 }
 
-/// Values side by side in one piece of memory, each at an aligned place.
+/// Values for one upload, one after another, each at an aligned offset.
 #[derive(Default)]
 struct Arena(Vec<u8>);
 
 impl Arena {
-    /// Appends values; gives their place.
+    /// Appends values. Returns their offset.
     fn push(&mut self, bytes: impl IntoIterator<Item = u8>) -> u64 {
         self.0.resize(aligned(self.0.len()), 0);
         let place = self.0.len();
@@ -86,10 +86,10 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
 }
 
 impl<D: Device> TrtEngine<D> {
-    /// Loads the engines of a set; the encoder's when it is first used, since few runs need it.
+    /// Loads the engines of a set. The encoder is loaded when it is first used, because few runs need it.
     ///
     /// # Errors
-    /// Those of loading.
+    /// If an engine is missing or cannot be loaded.
     pub fn new(device: D, set: &EngineSet) -> Result<Self> {
         let record = |stage: Stage| {
             let missing = || Error::run(stage.name(), "has no engine");
@@ -115,13 +115,13 @@ impl<D: Device> TrtEngine<D> {
         Ok(engine)
     }
 
-    /// Memory for at least one value, zeroed.
+    /// Allocates zeroed memory for `bytes` bytes, and at least one.
     fn allocate(&self, bytes: usize) -> Result<Buffer<D>> {
         let (memory, address) = self.device.allocate(aligned(bytes.max(1)))?;
         Ok(Buffer { _memory: memory, address, bytes })
     }
 
-    /// Hands work to the device between two events.
+    /// Enqueues work on the device, with an event before it and an event after it.
     fn spanned<T>(&self, work: Work, hand_over: impl FnOnce(&D) -> Result<T>) -> Result<T> {
         let from = self.device.mark()?;
         let start = Instant::now();
@@ -150,7 +150,7 @@ impl<D: Device> TrtEngine<D> {
         Ok(floats(&bytes))
     }
 
-    /// Adds up spans that have passed.
+    /// Waits until the work of all spans is complete, and adds up their times.
     fn settle(&self, spans: Vec<Span<D::Event>>) -> Result<()> {
         let Some(last) = spans.last() else { return Ok(()) };
         self.device.wait(&last.to)?;
@@ -164,20 +164,21 @@ impl<D: Device> TrtEngine<D> {
                 Work::Run(Stage::Prefill) => times.prefill.0.push(time),
                 Work::Run(Stage::Step) => times.step.0.push(time),
                 Work::Run(Stage::Flow) => times.flow.0.push(time),
-                // The caller times these as a whole.
+                // The caller measures the total time of these stages.
                 Work::Run(Stage::Decoder | Stage::Encoder) => {}
             }
         }
         Ok(())
     }
 
-    /// Forgets what a run before left behind, one that failed in the middle included.
+    /// Discards spans and times of an earlier run, also of a run that failed.
     fn forget(&self) {
         self.spans.borrow_mut().clear();
         self.times.take();
     }
 
-    /// Runs a stage on buffers in the order of its inputs and outputs, for sizes of axes by name.
+    /// Runs a stage. `inputs` and `outputs` are in the order of the stage, and `sizes` holds the sizes of symbolic
+    /// axes.
     fn run(&self, stage: Stage, sizes: &Sizes, inputs: &[Address], outputs: &[Address]) -> Result<()> {
         let infos = stage.inputs(&self.config);
         let input = |(info, &address): (&ValueInfo, &Address)| Binding {
@@ -196,7 +197,7 @@ impl<D: Device> TrtEngine<D> {
         self.spanned(Work::Run(stage), |device| device.enqueue(context, &bindings))
     }
 
-    /// Checks the shapes of a stage's inputs against its profile, before anything runs.
+    /// Checks the input shapes of a stage against its optimization profile, before anything runs.
     fn check(&self, stage: Stage, sizes: &Sizes) -> Result<()> {
         for info in stage.inputs(&self.config) {
             let Some(profile) = self.profiles[stage as usize].get(&info.name) else { continue };
@@ -224,7 +225,8 @@ impl<D: Device> TrtEngine<D> {
         self.check(Stage::Flow, &flow_sizes(rows, batch, evaluations))
     }
 
-    /// A stage of one input and one output, from the host and back.
+    /// Uploads the input of a stage with one input and one output, runs the stage, and downloads the output of `output`
+    /// values.
     fn through<I: Dimension>(
         &self,
         stage: Stage,
@@ -240,7 +242,7 @@ impl<D: Device> TrtEngine<D> {
         self.downloaded(&output)
     }
 
-    /// The device's times of what ran since the last call.
+    /// Device times of all work since the last call.
     fn taken(&self) -> Result<StageTimes> {
         let spans = take(&mut *self.spans.borrow_mut());
         self.settle(spans)?;
@@ -248,7 +250,7 @@ impl<D: Device> TrtEngine<D> {
     }
 }
 
-/// Sizes of the axes of an input.
+/// Shape of an input or output as TensorRT expects it.
 fn shape(info: &ValueInfo, sizes: &Sizes) -> Vec<i64> {
     info.shape(sizes).into_iter().map(|size| size as i64).collect()
 }
@@ -257,17 +259,17 @@ fn flow_sizes(rows: usize, batch: usize, evaluations: usize) -> Sizes {
     Sizes { rows, evaluations, ..Sizes::of_batch(batch) }
 }
 
-/// A batch's keys and values on the device.
+/// Keys and values of a batch on the device.
 struct Caches<'a, D: Device> {
     engine: &'a TrtEngine<D>,
     rows: usize,
-    /// Condition of the next token, `[rows, D]`.
+    /// Conditions of the next tokens, `[rows, D]`.
     z: Buffer<D>,
     cross: Vec<Buffer<D>>,
-    /// Keys and values of the last tokens, and room for the next ones: they change places at every step.
+    /// Keys and values of the last tokens, and buffers for the next ones. The two swap places at every step.
     past: Vec<Buffer<D>>,
     present: Vec<Buffer<D>>,
-    /// What a step reads, always at the same place.
+    /// Inputs of a step. Their addresses do not change.
     token: Buffer<D>,
     position: Buffer<D>,
 }
@@ -292,7 +294,7 @@ impl<'a, D: Device> Caches<'a, D> {
         })
     }
 
-    /// Runs the prefill on labels `[rows]` that are on the device.
+    /// Runs the prefill on labels `[rows]` in device memory.
     fn new(engine: &'a TrtEngine<D>, labels: Address, rows: usize) -> Result<Self> {
         let caches = Self::empty(engine, rows)?;
         let outputs: Vec<Address> = [&caches.z].into_iter().chain(&caches.cross).map(|buffer| buffer.address).collect();
@@ -300,7 +302,7 @@ impl<'a, D: Device> Caches<'a, D> {
         Ok(caches)
     }
 
-    /// One step on what stands in `token` and `position`.
+    /// Runs one step on the contents of `token` and `position`.
     fn step(&mut self) -> Result<()> {
         let inputs = [&self.token, &self.position].into_iter().chain(&self.past).chain(&self.cross);
         let inputs: Vec<Address> = inputs.map(|buffer| buffer.address).collect();
@@ -316,14 +318,14 @@ impl<'a, D: Device> Caches<'a, D> {
     }
 }
 
-/// A batch whose rows begin and end at any time.
+/// A batch whose rows can begin and end at any step.
 struct TrtSession<'a, D: Device> {
     engine: &'a TrtEngine<D>,
     classes: PrefillCache<Class<'a, D>>,
     caches: Option<Caches<'a, D>>,
 }
 
-/// A row of caches that hold no more than what the prefill left there.
+/// Prefill output of one class: a row of caches in which no step has run.
 struct Class<'a, D: Device> {
     caches: Rc<Caches<'a, D>>,
     row: usize,
@@ -339,8 +341,8 @@ impl<'a, D: Device> TrtSession<'a, D> {
         Ok((0..labels.len()).map(class).collect())
     }
 
-    /// Writes the keys and values of two classes, mixed by the share of the second, to row `to.1` of `to.2`. The host mixes:
-    /// no engine does.
+    /// Writes a mix of the keys and values of two classes to row `to.1` of the `to.2` rows of the buffers `to.0`.
+    /// `share` is the share of the second class. The host computes the mix, because no engine does.
     fn mix_rows(
         &self,
         (a, b): (&Class<'a, D>, &Class<'a, D>),
@@ -372,7 +374,7 @@ impl<'a, D: Device> TrtSession<'a, D> {
     }
 }
 
-/// Values of caches, as bytes, of which `share` has become others.
+/// Linear interpolation of two caches, given as bytes: `a + share * (b - a)`.
 fn mixed(precision: Precision, a: &[u8], b: &[u8], share: f32) -> Vec<u8> {
     fn each<const N: usize>(a: &[u8], b: &[u8], mix: impl Fn([u8; N], [u8; N]) -> [u8; N]) -> Vec<u8> {
         zip(a.as_chunks().0, b.as_chunks().0).flat_map(|(&a, &b)| mix(a, b)).collect()
@@ -414,7 +416,7 @@ impl<D: Device> Session for TrtSession<'_, D> {
                 (_, _, Some((other, share))) => z.extend(zip(&class.z, &other.z).map(|(&a, &b)| lerp(a, b, share))),
             }
         }
-        // The caches before are let go only when they have been copied.
+        // The old caches are freed only after they have been copied.
         engine.device.wait(&engine.device.mark()?)?;
         self.caches = Some(caches);
         let dim = engine.config.generator.dim;
@@ -480,9 +482,9 @@ impl<D: Device> Engine for TrtEngine<D> {
         Array3::from_shape_vec((batch, tokens, embed), values).or_run("latent")
     }
 
-    /// One upload, one download, and between them nothing but work handed over: a token is waited for only when the
-    /// next one is on its way. Images whose classes change along the way go through a session instead, since the host mixes
-    /// classes.
+    /// A rollout is one upload, one download, and only enqueued work between them. The host waits for a token only
+    /// after the next token is enqueued. Images with several classes are generated in a session instead, because the
+    /// host mixes the classes.
     fn fused_rollout(
         &self,
         rollout: &PreparedRequest,
@@ -542,7 +544,7 @@ impl<D: Device> Engine for TrtEngine<D> {
 }
 
 impl<D: Device> TrtEngine<D> {
-    /// Tokens `[B, N, E]` from slots of `slot` values, `[B, E]` each.
+    /// Collects tokens `[B, N, E]` from slots of `slot` values, each with one token per image, `[B, E]`.
     fn gathered(&self, rollout: &PreparedRequest, values: &[f32], slot: usize) -> Result<Array3<f32>> {
         let (batch, embed) = (rollout.batch(), self.config.generator.embed);
         let mut tokens = Array3::zeros((batch, rollout.tokens, embed));
@@ -556,7 +558,7 @@ impl<D: Device> TrtEngine<D> {
     }
 }
 
-/// Everything that a rollout reads, and where it is.
+/// All inputs of a rollout, and the offset of each.
 struct Placed {
     arena: Arena,
     labels: u64,

@@ -1,4 +1,4 @@
-//! Ordinary TensorRT, which builds for the GPU of the machine that it runs on.
+//! Ordinary TensorRT, which builds engines for the GPU of the build machine.
 
 use std::path::Path;
 
@@ -7,17 +7,17 @@ use trtx::{BuilderConfig, CudaEngine, ExecutionContext};
 
 use super::Target;
 
-/// Name of the library, in messages and sidecars.
+/// Name of the library in messages and sidecars.
 pub const NAME: &str = "TensorRT";
 /// File name of the library.
 pub const LIBRARY: &str = "libnvinfer.so.11";
-/// File name of its ONNX parser.
+/// File name of the ONNX parser.
 pub const PARSER: &str = "libnvonnxparser.so.11";
 
-/// Checks that one target is asked for: it has to be the GPU of this machine, which the runtime checks.
+/// Checks that one target is requested. It must be the GPU of this machine; the runtime checks this.
 ///
 /// # Errors
-/// [`Error::input`] for several.
+/// [`Error::setting`] if the number of targets is not one.
 pub fn check_targets(targets: &[Target]) -> Result<()> {
     match targets {
         [_] => Ok(()),
@@ -28,21 +28,22 @@ pub fn check_targets(targets: &[Target]) -> Result<()> {
     }
 }
 
-/// Nothing to ask for: the builder knows its GPU.
+/// Does nothing: the builder builds for the GPU of this machine.
 ///
 /// # Errors
-/// None.
+/// Never.
 pub fn set_targets(_config: &mut BuilderConfig, _targets: &[Target]) -> Result<()> {
     Ok(())
 }
 
-/// Ordinary TensorRT compiles everything when it builds: there is nothing to keep.
+/// Type without values. Ordinary TensorRT has no runtime cache, because it compiles all kernels when it builds an
+/// engine.
 pub enum Cache {}
 
-/// A context that runs an engine.
+/// Creates an execution context for an engine.
 ///
 /// # Errors
-/// TensorRT's; for CUDA graphs, which TensorRT for RTX alone captures by itself.
+/// If TensorRT reports an error, or if a CUDA graph is requested: only TensorRT for RTX captures CUDA graphs by itself.
 pub fn execution(
     engine: &mut CudaEngine<'static>,
     _cache_file: &Path,
@@ -55,10 +56,10 @@ pub fn execution(
     Ok((engine.create_execution_context()?, None))
 }
 
-/// Never called.
+/// Never called, because [`Cache`] has no values.
 ///
 /// # Errors
-/// None.
+/// Never.
 pub fn serialized(cache: &Cache) -> trtx::Result<Vec<u8>> {
     match *cache {}
 }

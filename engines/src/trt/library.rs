@@ -1,4 +1,4 @@
-//! NVIDIA's libraries, loaded once in a process, and what they say.
+//! NVIDIA's libraries, loaded once per process, and their log messages.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
@@ -17,10 +17,11 @@ pub struct Library {
 }
 
 impl Library {
-    /// The libraries that [`native::find_tensorrt`] finds, loaded when first asked for.
+    /// The libraries that [`native::find_tensorrt`] finds. The first call loads them.
     ///
     /// # Errors
-    /// [`Error::run`] when they are not found, cannot be loaded, or are of another version than this program's headers.
+    /// [`Error::run`] if the libraries are not found, cannot be loaded, or have another version than the headers of
+    /// this program.
     pub fn load() -> Result<&'static Self> {
         static LIBRARY: OnceLock<Result<Library, String>> = OnceLock::new();
         let library = LIBRARY.get_or_init(|| Self::loaded().map_err(|error| error.to_string()));
@@ -37,7 +38,7 @@ impl Library {
         trtx::dynamically_load_tensorrt(Some(&tensorrt)).map_err(failed)?;
         trtx::dynamically_load_tensorrt_onnxparser(Some(&parser)).map_err(failed)?;
         let version = version_of(&tensorrt)?;
-        // SAFETY: gives a constant of the headers that this program was compiled with.
+        // SAFETY: the function returns a constant of the headers that this program was compiled with.
         let expected = unsafe { trtx::trtx_sys::get_tensorrt_version() };
         if version / 100 != expected / 100 {
             let (found, expected) = (numbers(version), numbers(expected));
@@ -48,35 +49,36 @@ impl Library {
         Ok(Self { logger, folder, version: format!("{} {}", edition::NAME, numbers(version)) })
     }
 
-    /// Name and version, as `TensorRT-RTX 1.7.1`.
+    /// Name and version, for example `TensorRT-RTX 1.7.1`.
     pub fn version(&self) -> &str {
         &self.version
     }
 
-    /// Where TensorRT's log goes.
+    /// Logger that receives the messages of TensorRT.
     pub fn logger(&self) -> &Logger {
         &self.logger
     }
 
-    /// Path of the ONNX parser's library.
+    /// Path of the ONNX parser library.
     pub fn parser(&self) -> PathBuf {
         self.folder.join(edition::PARSER)
     }
 
-    /// Path of TensorRT's library.
+    /// Path of the TensorRT library.
     pub fn tensorrt(&self) -> PathBuf {
         self.folder.join(edition::LIBRARY)
     }
 }
 
-/// Opens a library that is loaded already, or loads it.
+/// Opens a library. It is loaded if it is not loaded yet.
 ///
 /// # Errors
-/// [`Error::run`], which says what to do.
+/// [`Error::run`] if the library cannot be loaded. The message says what to do.
 pub fn open(path: &Path) -> Result<libloading::Library> {
-    // SAFETY: NVIDIA's libraries have initializers that may run in any process, as loading them by name would.
+    // SAFETY: the initializers of NVIDIA's libraries may run in any process. They also run if a library is loaded by
+    // name.
     unsafe { libloading::Library::new(path) }.map_err(|error| {
-        // The loader's own words are the source of libloading's error.
+        // The source of libloading's error is the message of the dynamic loader.
         let reason = std::error::Error::source(&error).map_or(error.to_string(), |source| source.to_string());
         Error::run(path.display(), format!("cannot be loaded: {reason}; `cargo xtask setup` installs it"))
     })
@@ -84,7 +86,7 @@ pub fn open(path: &Path) -> Result<libloading::Library> {
 
 fn version_of(path: &Path) -> Result<u32> {
     let library = open(path)?;
-    // SAFETY: NvInferRuntime.h declares it so; it takes nothing and gives a number.
+    // SAFETY: NvInferRuntime.h declares the function with this signature: no arguments, and an integer result.
     let version = unsafe {
         let get: libloading::Symbol<unsafe extern "C" fn() -> i32> =
             library.get(b"getInferLibVersion").or_run(path.display())?;
@@ -93,14 +95,14 @@ fn version_of(path: &Path) -> Result<u32> {
     Ok(version.unsigned_abs())
 }
 
-/// 10701 is 1.7.1.
+/// A version number as text: 10701 is 1.7.1.
 fn numbers(version: u32) -> String {
     format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
 }
 
 static ERRORS: Mutex<Vec<String>> = Mutex::new(vec![]);
 
-/// The errors that TensorRT logged since they were last taken: its calls only tell that they failed.
+/// Returns and clears the errors that TensorRT has logged. The calls of TensorRT report that they failed, but not why.
 pub fn take_errors() -> Vec<String> {
     ERRORS.lock().map(|mut errors| std::mem::take(&mut *errors)).unwrap_or_default()
 }

@@ -1,4 +1,4 @@
-//! TensorRT: engines that were built ahead of time, and the runtime that drives them.
+//! TensorRT: engines that were built ahead of time, and the code that runs them.
 
 #[cfg_attr(feature = "tensorrt", path = "enabled.rs")]
 #[cfg_attr(not(feature = "tensorrt"), path = "disabled.rs")]

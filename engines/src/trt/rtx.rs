@@ -1,4 +1,4 @@
-//! What TensorRT for RTX has that ordinary TensorRT has not.
+//! TensorRT for RTX: the parts in which it differs from ordinary TensorRT.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -10,17 +10,17 @@ use trtx::{BuilderConfig, CudaEngine, CudaGraphStrategy, ExecutionContext, Runti
 
 use super::Target;
 
-/// Name of the library, for people and sidecars.
+/// Name of the library in messages and sidecars.
 pub const NAME: &str = "TensorRT-RTX";
 /// File name of the library.
 pub const LIBRARY: &str = "libtensorrt_rtx.so.1";
-/// File name of its ONNX parser.
+/// File name of the ONNX parser.
 pub const PARSER: &str = "libtensorrt_onnxparser_rtx.so.1";
 
-/// Checks that this library builds for targets.
+/// Checks that this library can build for all targets.
 ///
 /// # Errors
-/// [`Error::input`] with the reason.
+/// [`Error::setting`] if it cannot build for one of them.
 pub fn check_targets(targets: &[Target]) -> Result<()> {
     targets.iter().try_for_each(|&target| capability(target).map(|_| ()))
 }
@@ -43,10 +43,10 @@ fn capability(target: Target) -> Result<ComputeCapability> {
     })
 }
 
-/// Asks a builder for an engine that runs on all of `targets`.
+/// Sets the compute capabilities of a builder, so that the engine runs on all of `targets`.
 ///
 /// # Errors
-/// [`Error::input`] for a target that this library does not know.
+/// [`Error::setting`] if this library cannot build for a target; [`Error::run`] if TensorRT reports an error.
 pub fn set_targets(config: &mut BuilderConfig, targets: &[Target]) -> Result<()> {
     let failed = |error: trtx::Error| Error::run_caused("TensorRT", error);
     config.set_nb_compute_capabilities(targets.len() as i32).map_err(failed)?;
@@ -56,13 +56,14 @@ pub fn set_targets(config: &mut BuilderConfig, targets: &[Target]) -> Result<()>
     Ok(())
 }
 
-/// What TensorRT compiles for the GPU when it first runs.
+/// Runtime cache: the kernels that TensorRT compiles for the GPU at the first run.
 pub type Cache = Arc<RuntimeCache>;
 
-/// A context that runs an engine, with what was compiled for it before, where that is still of use.
+/// Creates an execution context for an engine. It reuses the kernels in `cache_file` if they are of this GPU and
+/// version.
 ///
 /// # Errors
-/// TensorRT's.
+/// If TensorRT reports an error.
 pub fn execution(
     engine: &mut CudaEngine<'static>,
     cache_file: &Path,
@@ -87,10 +88,10 @@ pub fn execution(
     Ok((context, Some(cache)))
 }
 
-/// The cache as it stands in a file.
+/// Content of a cache file.
 ///
 /// # Errors
-/// TensorRT's.
+/// If TensorRT reports an error.
 pub fn serialized(cache: &Cache) -> trtx::Result<Vec<u8>> {
     cache.serialize().map(|bytes| bytes.to_vec())
 }

@@ -1,4 +1,4 @@
-//! What stands beside engines: where they came from, and what they run on.
+//! The sidecar file of TensorRT engines. It records how the engines were built and which GPUs they run on.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,28 +11,29 @@ use serde::{Deserialize, Serialize};
 use super::target::Target;
 use eqim::bundle::{Bundle, FileRecord, Precision};
 
-/// Folder of a bundle that its TensorRT engines are in.
+/// Folder in a bundle for the TensorRT engines.
 pub const FOLDER: &str = "trt";
-/// Name of the file, in that folder, that describes them.
+/// Name of the sidecar file in that folder.
 pub const SIDECAR_FILE: &str = "engines.json";
-/// Version of that file's format.
+/// Version of the sidecar format.
 pub const SIDECAR_FORMAT: u32 = 1;
 
-/// The TensorRT engines of a bundle, one a stage, built together.
+/// The TensorRT engines of a bundle, one per stage, built together.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EngineSet {
-    /// Version of the sidecar's format.
+    /// Version of the sidecar format.
     pub format: u32,
-    /// Program and version that built them.
+    /// Program and version that built the engines.
     pub producer: String,
-    /// The library that built them, as `TensorRT-RTX 1.7.1`: no other version runs them.
+    /// Name and version of the library that built the engines, for example `TensorRT-RTX 1.7.1`. No other version runs
+    /// them.
     pub tensorrt: String,
-    /// GPUs that they run on.
+    /// GPUs that the engines run on.
     pub targets: Vec<Target>,
-    /// The model.
+    /// Configuration of the model.
     pub model: Config,
-    /// SHA-256 of the bundle's weights that are in the engines.
+    /// SHA-256 of the weights of the bundle that the engines contain.
     pub weights: String,
     /// Engines by stage name.
     pub engines: BTreeMap<String, EngineRecord>,
@@ -45,61 +46,61 @@ pub struct EngineRecord {
     /// The `.engine` file.
     #[serde(flatten)]
     pub file: FileRecord,
-    /// SHA-256 of the bundle's graph of this stage.
+    /// SHA-256 of the graph of this stage in the bundle.
     pub graph: String,
-    /// SHA-256 of the graph that TensorRT parsed: the same stage, lowered in the engine's precision.
+    /// SHA-256 of the graph that TensorRT parsed. It is the same stage, lowered in the precision of the engine.
     pub lowered: String,
     /// Precision of weights, caches and matrix products.
     pub precision: Precision,
-    /// Whether some of it is in INT8.
+    /// Whether parts of the engine are in INT8.
     #[serde(default)]
     pub int8: bool,
-    /// Shapes by input: those that have an axis known at run time only.
+    /// Optimization profiles by input name, for inputs with a dynamic axis.
     pub profiles: BTreeMap<String, Profile>,
     /// Layers as parsed, before TensorRT fuses them.
     pub layers: Vec<Layers>,
-    /// Seconds that building took.
+    /// Build time in seconds.
     pub seconds: f64,
-    /// Largest resident size of the building process, bytes.
+    /// Peak resident size of the build process in bytes.
     pub peak_bytes: u64,
 }
 
-/// Shapes of an input between which an engine runs.
+/// Optimization profile of an input: the range of shapes that an engine accepts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Profile {
-    /// Smallest.
+    /// Smallest shape.
     pub min: Vec<i64>,
-    /// The one that kernels are chosen for.
+    /// Shape that TensorRT selects kernels for.
     pub opt: Vec<i64>,
-    /// Largest.
+    /// Largest shape.
     pub max: Vec<i64>,
 }
 
-/// Layers of one kind in one precision.
+/// Layers with the same type and precision.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Layers {
-    /// TensorRT's name of the kind, as `MATRIX_MULTIPLY`.
+    /// Layer type in TensorRT, for example `MATRIX_MULTIPLY`.
     pub kind: String,
-    /// Type of the first output, as `HALF`.
+    /// Data type of the first output, for example `HALF`.
     pub precision: String,
-    /// How many.
+    /// Number of these layers.
     pub count: usize,
 }
 
-/// The one field that every version of the sidecar has.
+/// The only field that is the same in all versions of the sidecar.
 #[derive(Deserialize)]
 struct Version {
     format: u32,
 }
 
 impl EngineSet {
-    /// The engines of a bundle, or `None` when none were built.
+    /// Reads the sidecar of a bundle. Returns `None` if the bundle has no engines.
     ///
     /// # Errors
-    /// [`Error::input`] naming the field that says that they belong to another model, weights or graph; or the file
-    /// that is missing.
+    /// [`Error::input`] if the sidecar is not valid, if the engines belong to another model, other weights or another
+    /// graph, or if an engine is missing or truncated. The message names the field or the file.
     pub fn open(bundle: &Bundle) -> Result<Option<Self>> {
         let path = bundle.folder.join(FOLDER).join(SIDECAR_FILE);
         if !bundle.folder.join(FOLDER).exists() {
@@ -120,7 +121,7 @@ impl EngineSet {
         Ok(Some(set))
     }
 
-    /// Checks that the engines are those of the bundle as it is now.
+    /// Checks that the engines fit the current bundle.
     fn check(&self, bundle: &Bundle) -> Result<()> {
         let path = bundle.folder.join(FOLDER).join(SIDECAR_FILE);
         let stale = |field: &str, found: &str, expected: &str| {
@@ -158,23 +159,23 @@ impl EngineSet {
         Ok(())
     }
 
-    /// What is known of a stage's engine.
+    /// Record of the engine of a stage.
     ///
     /// # Errors
-    /// [`Error::input`] when there is none.
+    /// [`Error::input`] if the stage has no engine.
     pub fn engine(&self, bundle: &Bundle, stage: Stage) -> Result<&EngineRecord> {
         let path = bundle.folder.join(FOLDER).join(SIDECAR_FILE);
         let missing = || Error::input(path.display(), format!("has no {} engine", stage.name()));
         self.engines.get(stage.name()).ok_or_else(missing)
     }
 
-    /// Path of a stage's engine.
+    /// Path of the engine of a stage.
     pub fn path(&self, bundle: &Bundle, stage: Stage) -> PathBuf {
         bundle.folder.join(FOLDER).join(file_name(stage))
     }
 }
 
-/// File name of a stage's engine.
+/// File name of the engine of a stage.
 pub fn file_name(stage: Stage) -> String {
     format!("{}.engine", stage.name())
 }

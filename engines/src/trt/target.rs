@@ -6,12 +6,12 @@ use std::str::FromStr;
 use eqim::{Error, Result};
 use serde::{Deserialize, Serialize};
 
-/// A compute capability, written `sm86`.
+/// Compute capability of a GPU, for example `sm86`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Target(u32);
 
-/// Names of generations, and the capabilities that TensorRT for RTX builds for.
+/// Names of GPU generations, and the capabilities that TensorRT for RTX builds for.
 const GENERATIONS: [(&str, &[u32]); 4] =
     [("turing", &[75]), ("ampere", &[80, 86]), ("ada", &[89]), ("blackwell", &[120, 121])];
 
@@ -19,10 +19,10 @@ const GENERATIONS: [(&str, &[u32]); 4] =
 const ENTERPRISE: [u32; 2] = [90, 100];
 
 impl Target {
-    /// Targets that a name stands for: of a generation, or one of the form `sm86`.
+    /// Targets with this name: all targets of a generation such as `ampere`, or one target such as `sm86`.
     ///
     /// # Errors
-    /// [`Error::setting`], which says which names there are.
+    /// [`Error::setting`] if the name is not known. The message lists the known names.
     pub fn named(name: &str) -> Result<Vec<Self>> {
         let lower = name.to_lowercase();
         if let Some((_, capabilities)) = GENERATIONS.iter().find(|(generation, _)| *generation == lower) {

@@ -19,18 +19,18 @@ Examples:
   eqim-bench --engine bundle --tiling --tokens 512
   eqim-bench --engine bundle --equivariance --images photos --plot equivariance.png";
 
-/// Measure how fast bundles run, against each other, the machine's limits and the reference.
+/// Measure how fast bundles run, compared with each other, with the limits of the machine and with the reference.
 ///
-/// All that take part make the same images in turn, from the same noise, and a ratio is printed only when their tokens agree.
+/// All candidates generate the same images in turn, from the same noise. A ratio is printed only if their tokens agree.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "eqim-bench", version, after_help = EXAMPLES, allow_negative_numbers = true)]
 pub struct Arguments {
-    /// Folder of an exported model; several are compared
+    /// Folder of an exported model; repeat the flag to compare several
     #[arg(long = "engine", value_name = "BUNDLE", required = true)]
     pub engines: Vec<PathBuf>,
 
-    /// Also run the reference's algorithm on Candle, with the weights of the first bundle: the whole sequence again for every
-    /// token, modulations inside the loop
+    /// Also run the algorithm of the reference on Candle, with the weights of the first bundle: it runs the whole
+    /// sequence for every token and computes the modulations inside the loop of the ODE
     #[arg(long)]
     pub reference: bool,
 
@@ -38,88 +38,92 @@ pub struct Arguments {
     #[arg(long, value_name = "CHECKOUT", requires = "python")]
     pub pytorch: Option<PathBuf>,
 
-    /// Python that has what the checkout needs
+    /// Python interpreter with the packages that the checkout needs
     #[arg(long, value_name = "PROGRAM", requires = "pytorch")]
     pub python: Option<PathBuf>,
 
-    /// Instead, print how far every solver lies from 1000 and from 100 steps of euler, by evaluations of the flow head
+    /// Instead of timings, print the distance of every solver from 1000 Euler steps and from the model's number of
+    /// Euler steps, by evaluations of the flow head
     #[arg(long, conflicts_with_all = ["reference", "pytorch", "stage", "tail"])]
     pub solvers: bool,
 
-    /// Instead, print how far images decoded in tiles lie from images decoded as a whole, over tile and overlap
+    /// Instead of timings, print the difference between images decoded in tiles and images decoded as a whole, by tile
+    /// and overlap
     #[arg(long, group = "of_images", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers"])]
     pub tiling: bool,
 
-    /// Instead, print how equivariant the model is on the pictures of --images: tokens of shifted images, the loss by position
+    /// Instead of timings, print the equivariance of the model on the pictures of --images: tokens of shifted images,
+    /// and the loss by position
     #[arg(long, group = "of_images", requires = "images", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers"])]
     pub equivariance: bool,
 
-    /// Folder of pictures. For --equivariance its folders are classes, by name or else in their order; for --tiling, all
-    /// pictures side by side are decoded instead of a generated image
+    /// Folder of pictures. With --equivariance, its sub-folders are classes, matched by name or else by order. With
+    /// --tiling, all pictures side by side are decoded instead of a generated image
     #[arg(long, value_name = "FOLDER", requires = "of_images")]
     pub images: Option<PathBuf>,
 
-    /// Tokens of the images that the model was trained on
+    /// Length in tokens of the images that the model was trained on
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = tokens_of_row, requires = "equivariance")]
     pub trained: usize,
 
-    /// Positions that the loss is measured at
+    /// Number of positions to measure the loss at
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = tokens_of_row, requires = "equivariance")]
     pub positions: usize,
 
-    /// Draw what --equivariance finds into this PNG
+    /// Draw the results of --equivariance to this PNG
     #[arg(long, value_name = "PNG", requires = "equivariance")]
     pub plot: Option<PathBuf>,
 
-    /// Measure one stage by itself, of prefill, step, flow and decoder [default: whole images, stage by stage]
+    /// Measure only one stage: prefill, step, flow or decoder [default: whole images, stage by stage]
     #[arg(long, value_name = "STAGE", value_parser = measured, conflicts_with_all = ["reference", "pytorch", "tail"])]
     pub stage: Option<Stage>,
 
-    /// Lengths of images in tokens
+    /// Lengths of the images in tokens
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "16", value_parser = tokens)]
     pub tokens: Vec<usize>,
 
-    /// Images at once
+    /// Batch sizes
     #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1", value_parser = batch)]
     pub batch: Vec<usize>,
 
-    /// Time the last N tokens of an image only, without decoding: those before them are given
+    /// Time only the last N tokens of an image, without decoding; the tokens before them are given
     #[arg(long, value_name = "N", value_parser = least_one)]
     pub tail: Option<usize>,
 
-    /// How tokens are sampled. The reference always uses euler, and the model's steps; guidance is 7 by default.
+    /// Sampling of the tokens. The reference always uses euler. If the bundles use another solver, it takes the model's
+    /// number of steps. The default guidance is 7.
     #[command(flatten)]
     pub sampling: SamplingSettings,
 
-    /// Work for at least this long before measuring, milliseconds
+    /// Run for at least MS milliseconds to warm up before measuring
     #[arg(long = "warmUp", value_name = "MS", default_value_t = 200)]
     pub warm_up: u64,
 
-    /// Measure for at least this long, seconds
+    /// Measure for at least S seconds
     #[arg(long, value_name = "S", default_value_t = 3)]
     pub duration: u64,
 
-    /// Measure at least so many times
+    /// Run at least N iterations
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = least_one)]
     pub iterations: usize,
 
-    /// Percentiles to print
+    /// Percentiles of the times to print
     #[arg(long = "percentile", value_name = "P,…", value_delimiter = ',', default_value = "90,95,99", value_parser = percentile)]
     pub percentiles: Vec<f64>,
 
-    /// What runs the bundles
+    /// Backend that runs the bundles
     #[arg(long, value_enum, value_name = "BACKEND", default_value_t)]
     pub backend: Backend,
 
-    /// Threads of ONNX Runtime, several are compared; PyTorch takes the last [default: every core]
+    /// Numbers of threads of ONNX Runtime to compare; PyTorch uses the last one [default: all cores]
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = least_one)]
     pub threads: Vec<usize>,
 
-    /// Write everything measured to this JSON
+    /// Write all measurements to this JSON file
     #[arg(long = "export-json", value_name = "FILE")]
     pub export_json: Option<PathBuf>,
 
-    /// Write the tables to this Markdown
+    /// Write the tables to this Markdown file
     #[arg(long = "export-markdown", value_name = "FILE")]
     pub export_markdown: Option<PathBuf>,
 }

@@ -1,4 +1,4 @@
-//! Those that are measured, and one image after another from each.
+//! The candidates of the benchmark, and the runs of each.
 
 use std::time::Instant;
 
@@ -18,29 +18,29 @@ use super::pytorch::PyTorch;
 use super::workload::{TimedBatch, Workload};
 use eqim::bundle::Bundle;
 
-/// One that is measured.
+/// A candidate of the benchmark.
 pub enum Candidate {
-    /// A bundle on its engine, and the engine's threads where they were asked for.
+    /// A bundle, its engine, and the number of threads if it was set.
     Bundle(Box<Bundle>, Box<dyn Engine>, Option<usize>),
-    /// The reference's algorithm.
+    /// The algorithm of the reference on Candle.
     Reference(Box<dyn Engine>),
-    /// The reference itself.
+    /// The PyTorch reference.
     PyTorch(PyTorch),
 }
 
-/// How far tokens lie from others.
+/// Difference between the tokens of a candidate and the expected tokens.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Agreement {
-    /// The largest difference.
+    /// Largest absolute difference.
     pub largest: f32,
-    /// Root mean square of the differences over that of the others.
+    /// Root mean square of the differences, divided by the root mean square of the expected tokens.
     pub relative: f32,
-    /// Whether they count as the same.
+    /// Whether the tokens agree within the tolerance.
     pub agrees: bool,
 }
 
 impl Candidate {
-    /// What it is, for people.
+    /// Name of the candidate, as text.
     pub fn name(&self) -> String {
         match self {
             Self::Bundle(bundle, engine, threads) => {
@@ -52,21 +52,21 @@ impl Candidate {
         }
     }
 
-    /// Whether it is something to be measured against.
+    /// Whether the candidate is a reference that bundles are compared with.
     pub fn is_reference(&self) -> bool {
         !matches!(self, Self::Bundle(..))
     }
 
-    /// Whether its tokens can only be alike.
+    /// Whether the tokens can agree only approximately, because the bundle is not in FP32.
     fn is_lossy(&self) -> bool {
         let Self::Bundle(bundle, ..) = self else { return false };
         !bundle.manifest.is_fp32()
     }
 
-    /// Makes the images.
+    /// Generates the images.
     ///
     /// # Errors
-    /// When its engine fails.
+    /// If the engine fails.
     pub fn run(&self, work: &Workload) -> Result<TimedBatch> {
         let engine = match self {
             Self::Bundle(_, engine, _) | Self::Reference(engine) => engine,
@@ -81,7 +81,7 @@ impl Candidate {
         Ok(TimedBatch { tokens, times, decode, total: start.elapsed() })
     }
 
-    /// How its tokens agree with another's, `exactly` where both solve the ODE in the same way.
+    /// Compares tokens with expected tokens. `exactly` is set if both candidates solve the ODE in the same way.
     pub fn agreement(&self, found: &Array3<f32>, expected: &Array3<f32>, exactly: bool) -> Agreement {
         let (largest, relative) = (largest_difference(found, expected), relative_error(found, expected));
         let tolerance = if exactly && !self.is_lossy() { Tolerance::SAMPLING } else { Tolerance::ALIKE };
@@ -90,10 +90,11 @@ impl Candidate {
     }
 }
 
-/// One stage of an engine, on inputs that do not matter, to be run again and again.
+/// Runs one stage of an engine repeatedly, on arbitrary inputs, while `more` returns true. Returns the time of each
+/// call.
 ///
 /// # Errors
-/// When the engine fails.
+/// If the engine fails.
 pub fn stage_times(
     engine: &dyn Engine,
     stage: Stage,

@@ -1,4 +1,4 @@
-//! `eqim-bench`: how fast bundles run, and for the same numbers.
+//! `eqim-bench`: measures how fast bundles run, and checks that their tokens agree.
 
 mod arguments;
 mod contest;
@@ -48,10 +48,10 @@ fn main() -> ExitCode {
     eqim_cli::main(|| run(&arguments))
 }
 
-/// Measures as the command line says.
+/// Runs the measurements that the flags describe.
 ///
 /// # Errors
-/// [`Error::input`] for what cannot be measured; [`Error::run`] when something fails, or tokens do not agree.
+/// [`Error::input`] if something cannot be measured; [`Error::run`] if a run fails, or if tokens do not agree.
 fn run(arguments: &Arguments) -> Result<()> {
     let bundles = arguments.engines.iter().map(|folder| Bundle::open(folder)).collect::<Result<Vec<_>>>()?;
     let config = bundles[0].manifest.model.clone();
@@ -99,7 +99,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
 }
 
-/// Checks that all that is asked for can be measured together.
+/// Checks that all requested measurements are possible.
 fn check(arguments: &Arguments, bundles: &[Bundle]) -> Result<()> {
     let first = &bundles[0].manifest;
     for bundle in &bundles[1..] {
@@ -129,7 +129,7 @@ fn check(arguments: &Arguments, bundles: &[Bundle]) -> Result<()> {
     Ok(())
 }
 
-/// All that take part, what is measured against first.
+/// All candidates. The others are compared with the first one.
 fn candidates(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) -> Result<Vec<Candidate>> {
     let mut all = vec![];
     let first = &bundles[0];
@@ -163,7 +163,7 @@ fn candidates(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) ->
     Ok(all)
 }
 
-/// What this machine can do, where ONNX Runtime is there to tell.
+/// Measures the limits of this machine; `None` if ONNX Runtime is not found.
 fn machine() -> Result<Option<Machine>> {
     match native::find_onnxruntime() {
         Ok(library) => Machine::measure(Runtime::load(&library)?).map(Some),
@@ -174,10 +174,10 @@ fn machine() -> Result<Option<Machine>> {
     }
 }
 
-/// Guidance by default: that of the published images.
+/// Default guidance scale. The published images use it.
 const CFG: f32 = 7.0;
 
-/// The images of a case: classes in turn, and noise of one seed.
+/// Request of a case: the classes in turn, noise from one seed, and random prefix tokens with `--tail`.
 fn request(arguments: &Arguments, config: &Config, batch: usize, tokens: usize) -> Request {
     let g = &config.generator;
     let given = arguments.tail.map(|tail| tokens.saturating_sub(tail));
@@ -190,7 +190,7 @@ fn request(arguments: &Arguments, config: &Config, batch: usize, tokens: usize) 
     arguments.sampling.apply(request)
 }
 
-/// Times of one candidate's batches.
+/// Times of all batches of one candidate.
 #[derive(Default)]
 struct Samples {
     prefill: CallTimes,
@@ -220,7 +220,7 @@ impl Samples {
     }
 }
 
-/// Measures all candidates on the same work, in turn.
+/// Measures all candidates in turn on the same workload.
 fn case(
     arguments: &Arguments,
     candidates: &[Candidate],
@@ -282,7 +282,7 @@ fn case(
     Ok(Case { batch, tokens, generated, cfg: ours.cfg, solver: ours.solver.to_string(), evaluations, results })
 }
 
-/// Runs short images until the time for it is over: first runs allocate, and read what is on disk.
+/// Generates short images until the warm-up time is over. The first runs allocate memory and read files.
 fn warm_up(arguments: &Arguments, candidate: &Candidate, work: &Workload) -> Result<()> {
     let request = Request { tokens: 2, prefix: None, ..work.request.clone() };
     let short = Workload { request, ..work.clone() };
@@ -320,7 +320,7 @@ fn one_stage(
     Ok(())
 }
 
-/// Sums up what all candidates took. Ratios are to the first.
+/// Summarizes the times of all candidates. Ratios are relative to the first candidate.
 fn measurements(
     arguments: &Arguments,
     candidates: &[Candidate],
@@ -370,7 +370,7 @@ fn measurements(
     Ok(results)
 }
 
-/// What a call of a stage does: an image at a time is decoded, and a class computed once.
+/// Effort of one call of a stage. The decoder runs one image per call, and the prefill computes each class once.
 fn effort(bundle: &Bundle, machine: &mut Machine, stage: Stage, request: &Request) -> Result<roofline::Effort> {
     let (batch, guided) = (request.classes.len(), request.cfg != 1.0);
     let classes = batch.min(bundle.manifest.model.generator.class_num);

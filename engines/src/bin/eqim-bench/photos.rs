@@ -1,4 +1,4 @@
-//! The pictures that models are measured on.
+//! Pictures to measure models on.
 
 use std::path::{Path, PathBuf};
 
@@ -7,20 +7,20 @@ use eqim::picture::{self, Side};
 use eqim::{Config, Result};
 use ndarray::Array3;
 
-/// A picture as the tokenizer takes it, and its class.
+/// A picture in the form that the tokenizer needs, and its class.
 pub struct Photo {
-    /// Its file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// `[3, height, width]` in -1..1.
+    /// Pixels `[3, height, width]` in -1..1.
     pub pixels: Array3<f32>,
-    /// `None` where its folder is no class.
+    /// Class of the picture; `None` if its folder is not a class of the model.
     pub class: Option<usize>,
 }
 
-/// The pictures of a folder, and how they got their classes.
+/// Reads the pictures of a folder. The second result says how their classes were determined.
 ///
 /// # Errors
-/// [`Error::input`] for a folder without pictures, or one that cannot be read.
+/// [`eqim::Error::input`] if the folder contains no pictures, or if a picture or the folder cannot be read.
 pub fn photos(folder: &Path, config: &Config) -> Result<(Vec<Photo>, &'static str)> {
     let Classes { names, pictures } = classes(folder)?;
     if pictures.is_empty() {

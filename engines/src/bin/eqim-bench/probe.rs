@@ -1,4 +1,4 @@
-//! What this machine can do: how fast it reads memory, and how fast ONNX Runtime multiplies matrices here.
+//! Limits of this machine: memory bandwidth, and the speed of matrix products in ONNX Runtime.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -12,22 +12,23 @@ use ort::session::builder::SessionBuilder;
 use ort::value::{Outlet, PrimitiveTensorElementType, Shape, SymbolicDimensions, Tensor, TensorElementType, ValueType};
 use serde::Serialize;
 
-/// Side of the matrices: large enough for the best speed, small enough for a tenth of a second.
+/// Size of the square matrices. It is large enough for full speed, and small enough that a product takes less than a
+/// tenth of a second.
 const SIDE: usize = 1024;
 
-/// How long each probe works.
+/// Minimum time of each measurement.
 const DURATION: Duration = Duration::from_millis(400);
 
-/// Multiply-adds a second of a product of large matrices.
+/// Multiply-adds per second of a product of large matrices.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Gemm {
-    /// In FP32.
+    /// FP32 matrices.
     pub fp32: f64,
-    /// Of 8-bit integers.
+    /// Matrices of 8-bit integers.
     pub int8: f64,
 }
 
-/// Bytes a second of reading `bytes` of memory again and again on all cores: a stage reads its weights in this way.
+/// Bandwidth in bytes per second when all cores read `bytes` of memory repeatedly, as a stage reads its weights.
 pub fn read_bandwidth(bytes: usize) -> f64 {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let words = vec![1u64; (bytes / 8).max(threads)];
@@ -42,7 +43,7 @@ pub fn read_bandwidth(bytes: usize) -> f64 {
     8.0 * words.len() as f64 * rate(pass)
 }
 
-/// How often a second `work` can be done, at best: by its median time after one that does not count.
+/// Calls of `work` per second, from the median time. The first call is not timed.
 fn rate(mut work: impl FnMut()) -> f64 {
     work();
     let (start, mut times) = (Instant::now(), vec![]);
@@ -55,10 +56,10 @@ fn rate(mut work: impl FnMut()) -> f64 {
 }
 
 impl Gemm {
-    /// Measures it.
+    /// Measures the products in FP32 and INT8.
     ///
     /// # Errors
-    /// [`Error::run`] when ONNX Runtime fails.
+    /// [`Error::run`] if ONNX Runtime fails.
     pub fn measure(runtime: Runtime) -> Result<Self> {
         let failed = |error: ort::Error| Error::run_caused("GEMM probe", error);
         let fp32 = product::<f32, f32>("MatMul", TensorElementType::Float32, runtime, (0.5, 0.25)).map_err(failed)?;
@@ -67,7 +68,7 @@ impl Gemm {
     }
 }
 
-/// Multiply-adds a second of one operator.
+/// Multiply-adds per second of one operator.
 fn product<A, B>(operator: &str, result: TensorElementType, runtime: Runtime, values: (A, B)) -> ort::Result<f64>
 where
     A: PrimitiveTensorElementType + Clone + std::fmt::Debug + 'static,

@@ -1,4 +1,5 @@
-//! The PyTorch reference in a user's own checkout, driven line by line through `benches/pytorch/reference.py`.
+//! The PyTorch reference in a checkout of the user. It runs in `benches/pytorch/reference.py`, which reads and writes
+//! one line of JSON per batch.
 
 use std::cell::RefCell;
 use std::io::{BufRead, BufReader, Write};
@@ -18,24 +19,24 @@ use super::workload::{TimedBatch, Workload};
 
 const SCRIPT: &str = include_str!("../../../../benches/pytorch/reference.py");
 
-/// A Python that holds the model.
+/// A Python process that has loaded the model.
 pub struct PyTorch {
     child: Child,
     pipes: RefCell<(ChildStdin, BufReader<ChildStdout>)>,
     folder: TempDir,
     embed: usize,
-    /// Its version and threads.
+    /// Version of PyTorch and number of threads.
     pub name: String,
 }
 
-/// What the script says once it is ready.
+/// Message of the script when it is ready.
 #[derive(Deserialize)]
 struct Ready {
     torch: String,
     threads: usize,
 }
 
-/// What the script says after a batch, in seconds.
+/// Message of the script after a batch, with times in seconds.
 #[derive(Deserialize)]
 struct Answer {
     step: Vec<f64>,
@@ -45,11 +46,11 @@ struct Answer {
 }
 
 impl PyTorch {
-    /// Starts it on the weights of a bundle in FP32.
+    /// Starts the script with the weights of a bundle in FP32.
     ///
     /// # Errors
-    /// [`Error::input`] for a checkout or Python that is not there; [`Error::run`] when Python fails, which says why on
-    /// standard error.
+    /// [`Error::input`] if the checkout or the Python program is not found; [`Error::run`] if Python fails. Python
+    /// writes the cause to standard error.
     pub fn start(checkout: &Path, python: &Path, bundle: &Path, threads: Option<usize>, embed: usize) -> Result<Self> {
         if !checkout.join("generator/equ_modeling.py").is_file() {
             let problem = "has no generator/equ_modeling.py, expected a checkout of drx-code/EquivariantModeling";
@@ -82,10 +83,10 @@ impl PyTorch {
             .map_err(|_| Error::run("PyTorch", format!("stopped after the output {line:?}: see its message above")))
     }
 
-    /// Makes a batch of images.
+    /// Generates a batch of images.
     ///
     /// # Errors
-    /// [`Error::run`] when Python fails.
+    /// [`Error::run`] if Python fails.
     pub fn run(&self, work: &Workload) -> Result<TimedBatch> {
         let failed = |error: std::io::Error| Error::run_caused("PyTorch", error);
         let (output, prefix) = (self.folder.path().join("tokens"), self.folder.path().join("prefix"));
@@ -122,7 +123,7 @@ impl PyTorch {
 
 impl Drop for PyTorch {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }

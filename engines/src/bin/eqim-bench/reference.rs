@@ -1,5 +1,6 @@
-//! The reference's algorithm on Candle: the whole sequence again for every token, the modulations inside the ODE's loop
-//! (`sample_tokens` in `generator/equ_modeling.py`). It is what the runtime is measured against where there is no PyTorch.
+//! The algorithm of the reference on Candle. It runs the whole sequence for every token, and computes the modulations
+//! inside the loop of the ODE (`sample_tokens` in `generator/equ_modeling.py`). Bundles are compared with it where
+//! PyTorch is not available.
 
 use candle_core::{Device, Tensor};
 use eqim::engine::candle::{CandleEngine, to_array, to_tensor};
@@ -12,7 +13,7 @@ use eqim::request::{PreparedRequest, check_finite};
 use eqim::{Config, Error, Result};
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, Axis, Ix3, concatenate, s};
 
-/// The model on Candle, run as the reference runs it.
+/// The model on Candle, with the algorithm of the reference.
 pub struct Reference(pub CandleEngine);
 
 impl Engine for Reference {

@@ -1,4 +1,4 @@
-//! What was measured, as text, in Markdown and in JSON.
+//! Report of all measurements, as text, in Markdown and in JSON.
 
 use std::fmt::Write;
 
@@ -12,102 +12,102 @@ use super::solvers::Solved;
 use super::statistics::{Summary, milliseconds};
 use super::tiling::Tilings;
 
-/// Everything measured.
+/// All measurements.
 #[derive(Debug, Default, Serialize)]
 pub struct BenchReport {
-    /// Nothing where ONNX Runtime is not found.
+    /// Limits of the machine; `None` if ONNX Runtime is not found.
     pub machine: Option<Machine>,
-    /// One for each batch and length.
+    /// One case per batch size and length.
     pub cases: Vec<Case>,
-    /// What `--solvers` found.
+    /// Results of `--solvers`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub solvers: Vec<Solved>,
-    /// What `--tiling` found.
+    /// Results of `--tiling`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tiling: Option<Tilings>,
-    /// What `--equivariance` found.
+    /// Results of `--equivariance`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub equivariance: Option<Equivariance>,
 }
 
-/// All candidates on the same work.
+/// Results of all candidates on the same workload.
 #[derive(Debug, Serialize)]
 pub struct Case {
-    /// Images at once.
+    /// Number of images per batch.
     pub batch: usize,
-    /// Their length.
+    /// Length of the images in tokens.
     pub tokens: usize,
-    /// Tokens that are timed: the last ones.
+    /// Number of timed tokens at the end of each image.
     pub generated: usize,
-    /// Guidance.
+    /// Guidance scale.
     pub cfg: f32,
-    /// What our engines solve the ODE with, and its steps.
+    /// ODE solver of the bundles.
     pub solver: String,
-    /// Evaluations of the velocity a token.
+    /// Evaluations of the velocity per token.
     pub evaluations: usize,
-    /// One for each candidate.
+    /// One result per candidate.
     pub results: Vec<Measurement>,
 }
 
-/// What one candidate did.
+/// Result of one candidate.
 #[derive(Debug, Serialize)]
 pub struct Measurement {
-    /// What it is.
+    /// Name of the candidate.
     pub name: String,
-    /// Whether it is something to be measured against.
+    /// Whether the candidate is a reference that bundles are compared with.
     pub is_reference: bool,
-    /// Seconds a batch.
+    /// Seconds per batch.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch: Option<Summary>,
-    /// Seconds until a batch's first tokens are there.
+    /// Seconds until the first tokens of a batch are generated.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_token: Option<Summary>,
-    /// One for each stage that ran.
+    /// One measurement per stage that ran.
     pub stages: Vec<StageMeasurement>,
-    /// Largest resident size of this process while it ran, bytes; PyTorch's is not in it.
+    /// Peak resident size of this process during the runs in bytes. It does not include the process of PyTorch.
     pub peak_bytes: u64,
-    /// How its tokens lie to those it is compared with.
+    /// Difference from the tokens of the first candidate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agreement: Option<Agreement>,
-    /// How many times as fast it is.
+    /// Speed relative to the first candidate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ratio: Option<f64>,
 }
 
-/// What one stage took.
+/// Times of one stage.
 #[derive(Debug, Serialize)]
 pub struct StageMeasurement {
-    /// Its name.
+    /// Name of the stage.
     pub stage: &'static str,
-    /// Seconds a call.
+    /// Seconds per call.
     pub call: Summary,
     /// Calls per batch.
     pub calls: f64,
-    /// What a call does, where that is known.
+    /// Effort of a call, if it is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub effort: Option<Effort>,
 }
 
 impl StageMeasurement {
-    /// Which part of the limit is reached.
+    /// Limit divided by the median time: 1 means that the stage is as fast as the limit.
     fn of_limit(&self) -> Option<f64> {
         self.effort.map(|effort| effort.limit / self.call.median)
     }
 }
 
 impl Measurement {
-    /// Seconds a batch that all stages take together.
+    /// Seconds per batch of all stages together.
     fn in_stages(&self) -> f64 {
         self.stages.iter().map(StageMeasurement::total).sum()
     }
 
-    /// One row of [`COLUMNS`] for each stage.
+    /// One row of [`COLUMNS`] per stage.
     fn rows(&self) -> Vec<Vec<String>> {
         let all = self.in_stages();
         self.stages.iter().map(|stage| stage.cells(all)).collect()
     }
 
-    /// Everything about the times that makes them doubtful.
+    /// Warnings about times that are not reliable.
     fn warnings(&self) -> Vec<String> {
         let stages = self.stages.iter().flat_map(|stage| stage.call.warnings(stage.stage));
         self.batch.iter().flat_map(|batch| batch.warnings("images")).chain(stages).collect()
@@ -159,16 +159,16 @@ impl BenchReport {
     }
 }
 
-/// What stands above [`StageMeasurement::cells`].
+/// Titles of the columns of [`StageMeasurement::cells`].
 const COLUMNS: [&str; 8] = ["stage", "calls", "median ms", "share", "GB/s", "GFLOP/s", "limit ms", "of limit"];
 
 impl StageMeasurement {
-    /// Seconds a batch.
+    /// Seconds per batch.
     fn total(&self) -> f64 {
         self.calls * self.call.mean
     }
 
-    /// One cell per column; `all` is the total of all stages.
+    /// One cell per column. `all` is the total time of all stages.
     fn cells(&self, all: f64) -> Vec<String> {
         let median = self.call.median;
         let share = 100.0 * self.total() / all;
@@ -191,7 +191,7 @@ impl Case {
         format!("batch {batch}, {tokens} tokens{timed}, cfg {cfg}, {solver}, {evaluations} evaluations per token")
     }
 
-    /// Name, seconds, images and tokens a second, ratio, agreement, memory.
+    /// Cells of a result: name, seconds per batch, images per second, seconds per token, ratio, agreement, peak memory.
     fn row(&self, result: &Measurement) -> Vec<String> {
         let mut cells = vec![result.name.clone()];
         match &result.batch {
@@ -214,7 +214,7 @@ impl Case {
         cells
     }
 
-    /// Without prefill and decoding, a token of the batch's.
+    /// Seconds per token of a batch, without prefill and decoding.
     fn seconds_a_token(&self, result: &Measurement) -> f64 {
         let loops = result.stages.iter().filter(|stage| ["transformer_step", "flow_sampler"].contains(&stage.stage));
         loops.map(|stage| stage.call.median).sum()

@@ -1,4 +1,5 @@
-//! What a stage cannot be faster than: every scope reads its weights or multiplies, whichever takes longer here.
+//! Roofline limit of a stage. For every scope, the limit is the time to read its weights or the time to multiply on
+//! this machine, whichever is longer.
 
 use std::collections::BTreeMap;
 
@@ -10,48 +11,48 @@ use super::probe::{Gemm, read_bandwidth};
 use eqim::bundle::Bundle;
 use eqim_engines::onnxruntime::Runtime;
 
-/// Larger buffers read no faster, and take memory.
+/// Largest buffer to measure the bandwidth with. Larger buffers have the same bandwidth and need more memory.
 const MOST_BYTES: u64 = 512 << 20;
 
-/// What one call of a stage does.
+/// Effort of one call of a stage.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Effort {
-    /// Bytes of weights read.
+    /// Bytes of weights that are read.
     pub bytes: f64,
-    /// Multiply-adds.
+    /// Number of multiply-adds.
     pub multiply_adds: f64,
-    /// Seconds that it takes at least.
+    /// Shortest possible time in seconds.
     pub limit: f64,
 }
 
-/// What this machine was measured to do.
+/// Measured limits of this machine.
 #[derive(Clone, Debug, Serialize)]
 pub struct Machine {
-    /// Multiply-adds a second.
+    /// Multiply-adds per second.
     pub gemm: Gemm,
-    /// Bytes a second of reading so many megabytes again and again.
+    /// Read bandwidth in bytes per second, by size of the buffer in megabytes.
     pub read: BTreeMap<u64, f64>,
 }
 
 impl Machine {
-    /// Measures the products; reading is measured when first asked for.
+    /// Measures matrix products. The read bandwidth is measured when it is first needed.
     ///
     /// # Errors
-    /// When ONNX Runtime fails.
+    /// [`eqim::Error::run`] if ONNX Runtime fails.
     pub fn measure(runtime: Runtime) -> Result<Self> {
         Ok(Self { gemm: Gemm::measure(runtime)?, read: BTreeMap::new() })
     }
 
-    /// Bytes a second of reading `bytes` again and again, to the next power of two.
+    /// Bandwidth in bytes per second when `bytes` are read repeatedly, rounded up to a power of two.
     fn read(&mut self, bytes: u64) -> f64 {
         let bytes = bytes.clamp(1 << 20, MOST_BYTES).next_power_of_two();
         *self.read.entry(bytes >> 20).or_insert_with(|| read_bandwidth(bytes as usize))
     }
 
-    /// What a call of a stage of a bundle does at `rows` rows, `tokens` columns and `evaluations` of the velocity.
+    /// Effort of a call of a stage with `rows` rows, `tokens` tokens and `evaluations` evaluations of the velocity.
     ///
     /// # Errors
-    /// When the configuration is not consistent.
+    /// If the configuration is not consistent.
     pub fn effort(
         &mut self,
         bundle: &Bundle,

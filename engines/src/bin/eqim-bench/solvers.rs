@@ -1,4 +1,4 @@
-//! How far solvers of few evaluations lie from many steps of Euler's method.
+//! Distance of solvers with few evaluations from many steps of Euler's method.
 
 use std::fmt::Write;
 
@@ -13,32 +13,32 @@ use eqim_cli::table;
 use ndarray::{Array3, Array4, s};
 use serde::Serialize;
 
-/// Evaluations that are tried.
+/// Numbers of evaluations to try.
 const EVALUATIONS: [usize; 7] = [5, 10, 15, 20, 25, 50, 100];
-/// Steps of what counts as the exact solution.
+/// Number of Euler steps that count as the exact solution.
 const MANY: usize = 1000;
 
-/// What a solver of so many steps reaches.
+/// Result of a solver with a number of steps.
 #[derive(Clone, Debug, Serialize)]
 pub struct Solved {
-    /// The solver.
+    /// Solver of the ODE.
     pub solver: Solver,
-    /// Its steps.
+    /// Number of steps.
     pub steps: usize,
-    /// Evaluations of the velocity a token.
+    /// Evaluations of the velocity per token.
     pub evaluations: usize,
-    /// Distance of its tokens from those of 1000 steps of Euler's method, as a part of their size.
+    /// Distance from the tokens of 1000 Euler steps, relative to their norm.
     pub tokens: f32,
-    /// PSNR of its image against that of 1000 steps of Euler's method, dB; nothing for the same image.
+    /// PSNR of the image against the image of 1000 Euler steps, in dB; `None` if the images are equal.
     pub psnr_exact: Option<f32>,
-    /// PSNR against that of the reference's number of steps, dB; nothing for the same image.
+    /// PSNR of the image against the image of the model's number of Euler steps, in dB; `None` if the images are equal.
     pub psnr_default: Option<f32>,
 }
 
-/// Tries all solvers on a request; `progress` is told what is next.
+/// Runs a request with all solvers. `progress` receives a description of the next run.
 ///
 /// # Errors
-/// When the engine fails.
+/// If the engine fails.
 pub fn solve(engine: &dyn Engine, request: &Request, progress: &mut dyn FnMut(String)) -> Result<Vec<Solved>> {
     let mut run = |solver: Solver, steps: usize| -> Result<(Array3<f32>, Array4<f32>)> {
         progress(format!("{solver}, {steps} steps"));
@@ -69,7 +69,7 @@ pub fn solve(engine: &dyn Engine, request: &Request, progress: &mut dyn FnMut(St
 }
 
 impl Solved {
-    /// A table in Markdown.
+    /// Writes the results as a table in Markdown.
     pub fn table(all: &[Self], text: &mut String) {
         if all.is_empty() {
             return;

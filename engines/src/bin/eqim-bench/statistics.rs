@@ -1,39 +1,39 @@
-//! What a list of times says, and whether it can be believed.
+//! Statistics of measured times, and warnings if the times are not reliable.
 
 use std::time::Duration;
 
 use eqim::request::timing::{self, percentile};
 use serde::Serialize;
 
-/// A modified z-score beyond this is an outlier: ten times what Iglewicz and Hoaglin (1993) call one by 1.4826, as background
-/// work, not the ordinary spread, is looked for.
+/// Limit of the modified z-score (Iglewicz and Hoaglin, 1993) above which a time is an outlier: 10 times 1.4826. The
+/// limit is high, because it is meant to detect background work, not the ordinary spread.
 const OUTLIER: f64 = 14.826;
 
-/// Times of one thing, in seconds.
+/// Statistics of times in seconds.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Summary {
-    /// How many.
+    /// Number of times.
     pub count: usize,
-    /// The shortest.
+    /// Shortest time.
     pub min: f64,
-    /// The longest.
+    /// Longest time.
     pub max: f64,
-    /// Their mean.
+    /// Mean time.
     pub mean: f64,
-    /// Their median.
+    /// Median time.
     pub median: f64,
-    /// Percent, and the time that so many percent do not exceed.
+    /// Pairs of a percentage and the percentile for it.
     pub percentiles: Vec<(f64, f64)>,
-    /// Those far from the median.
+    /// Number of outliers.
     pub outliers: usize,
-    /// Standard deviation over the mean.
+    /// Standard deviation divided by the mean.
     pub spread: f64,
-    /// Whether the first is an outlier.
+    /// Whether the first time is an outlier.
     pub slow_start: bool,
 }
 
 impl Summary {
-    /// Of at least one time.
+    /// Summarizes times; `None` if there are none.
     pub fn new(times: &[Duration], percentiles: &[f64]) -> Option<Self> {
         let seconds: Vec<f64> = times.iter().map(Duration::as_secs_f64).collect();
         let mut sorted = seconds.clone();
@@ -59,7 +59,7 @@ impl Summary {
         })
     }
 
-    /// As trtexec writes it.
+    /// The statistics as one line, in the format of trtexec.
     pub fn line(&self) -> String {
         let mut line = String::new();
         for (name, time) in [("min", self.min), ("max", self.max), ("mean", self.mean), ("median", self.median)] {
@@ -71,7 +71,7 @@ impl Summary {
         line + &percentiles.join(", ")
     }
 
-    /// What is wrong with the times of `what`, and what to do about it.
+    /// Warnings about the times of `what`, with advice.
     pub fn warnings(&self, what: &str) -> Vec<String> {
         let mut warnings = vec![];
         if self.slow_start {
@@ -90,7 +90,7 @@ impl Summary {
     }
 }
 
-/// Seconds as milliseconds, to four digits or so.
+/// Seconds as text in milliseconds, with about four digits.
 pub fn milliseconds(seconds: f64) -> String {
     let value = 1e3 * seconds;
     if value < 10.0 { format!("{value:.3}") } else { format!("{value:.1}") }

@@ -1,4 +1,4 @@
-//! How far images decoded in tiles lie from images decoded as a whole, and both from photographs.
+//! Difference between images decoded in tiles and images decoded as a whole, and between both and photographs.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -18,61 +18,61 @@ use serde::Serialize;
 
 use super::photos::photos;
 
-/// Tokens of a tile that are tried.
+/// Tile sizes in tokens to try.
 const TILES: [usize; 5] = [16, 32, 64, 128, 256];
-/// Shares of a tile that two have in common.
+/// Divisors of the tile size that give the overlaps to try.
 const SHARED: [usize; 3] = [8, 4, 2];
-/// Steps of a channel from black to white.
+/// Difference between black and white in a channel.
 const LEVELS: f32 = 255.0;
 
-/// What tiles of a size cost, and how close they come.
+/// Result of a tile size and an overlap.
 #[derive(Clone, Debug, Serialize)]
 pub struct Tiled {
-    /// Tokens of a tile; all for the whole image.
+    /// Number of tokens of a tile. If the image is decoded as a whole, the number of all tokens.
     pub tile: usize,
-    /// Tokens that two share.
+    /// Number of tokens that neighbouring tiles share.
     pub overlap: usize,
-    /// Largest difference of a channel from exact decoding, of 255.
+    /// Largest difference of a channel from the image decoded as a whole, on a scale of 0 to 255.
     pub largest: f32,
-    /// Mean difference of a channel, of 255.
+    /// Mean difference of a channel, on a scale of 0 to 255.
     pub mean: f32,
-    /// Mean step from column to column where tiles share tokens against that elsewhere, as a part of the same ratio of the
-    /// exact image.
+    /// Visibility of seams. Let r be the mean difference of neighbouring columns inside the overlaps, divided by the
+    /// mean outside. The value is r of this image, divided by r of the image decoded as a whole.
     pub seams: f32,
-    /// Peak signal-to-noise ratio to the photographs, dB, where the image is of some.
+    /// PSNR against the photographs in dB, if the image is a row of photographs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub psnr: Option<f32>,
-    /// Time to decode the image.
+    /// Seconds to decode the image.
     pub seconds: f64,
 }
 
-/// What `--tiling` finds.
+/// Results of `--tiling`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Tilings {
-    /// Where the image is a row of photographs: how many, and the ratio, dB, of each decoded alone.
+    /// If the image is a row of photographs: their number, and their PSNR in dB if each is decoded alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alone: Option<(usize, f32)>,
-    /// The whole image first.
+    /// One result per tiling. The image decoded as a whole is the first.
     pub tiles: Vec<Tiled>,
 }
 
-/// Tokens to decode.
+/// A row of tokens to decode.
 struct Row {
-    /// `[N, E]`.
+    /// Tokens `[N, E]`.
     tokens: Array2<f32>,
-    /// The photographs `[3, height, width]` that they are of.
+    /// Photographs side by side, `[3, height, width]`, if the tokens encode photographs.
     photographs: Option<Array3<f32>>,
     alone: Option<(usize, f32)>,
 }
 
 impl Row {
-    /// The first image of a request.
+    /// Generates the first image of a request.
     fn generated(engine: &dyn Engine, request: &Request) -> Result<Self> {
         let tokens = generate(engine, request, |_| {})?.tokens.index_axis_move(Axis(0), 0);
         Ok(Self { tokens, photographs: None, alone: None })
     }
 
-    /// Photographs side by side, each encoded alone.
+    /// Encodes each photograph alone, and puts their tokens side by side.
     fn photographs(engine: &dyn Engine, folder: &Path) -> Result<Self> {
         let (photos, _) = photos(folder, engine.config())?;
         let (mut tokens, mut pixels, mut decoded) = (vec![], vec![], vec![]);
@@ -93,21 +93,22 @@ impl Row {
     }
 }
 
-/// Images `[3, height, width]` side by side.
+/// Puts images `[3, height, width]` side by side.
 fn beside(images: &[Array3<f32>]) -> Result<Array3<f32>> {
     let images: Vec<_> = images.iter().map(|image| image.view()).collect();
     concatenate(Axis(2), &images).or_run("images")
 }
 
-/// Peak signal-to-noise ratio of an image to photographs, dB; `None` for an image that equals them.
+/// PSNR of an image against photographs in dB; `None` if they are equal.
 fn psnr(found: &Array3<f32>, expected: &Array3<f32>) -> Option<f32> {
     quality::psnr(found.view().insert_axis(Axis(0)), expected.view().insert_axis(Axis(0)))
 }
 
-/// Tries tiles on the first image of a request, or on the pictures of a folder side by side; `progress` is told what is next.
+/// Tries tilings on the first image of a request, or on the pictures of a folder side by side. `progress` receives a
+/// description of the next run.
 ///
 /// # Errors
-/// [`eqim::Error::input`] for pictures that cannot be used; when the engine fails.
+/// [`eqim::Error::input`] if the pictures cannot be used; [`eqim::Error::run`] if the engine fails.
 pub fn try_tiles(
     engine: &dyn Engine,
     request: &Request,
@@ -146,7 +147,7 @@ pub fn try_tiles(
     Ok(Tilings { alone, tiles: all })
 }
 
-/// An image `[3, height, width]` of tokens, in -1..1, and the seconds that it took.
+/// Decodes tokens to an image `[3, height, width]` in -1..1. Returns the image and the time in seconds.
 fn decode(engine: &dyn Engine, tiling: Tiling, tokens: ArrayView2<f32>) -> Result<(Array3<f32>, f64)> {
     let (width, height) = engine.config().image_size(tokens.dim().0);
     let mut image = Array3::zeros((3, height, width));
@@ -161,7 +162,7 @@ fn decode(engine: &dyn Engine, tiling: Tiling, tokens: ArrayView2<f32>) -> Resul
     Ok((image, time.as_secs_f64()))
 }
 
-/// Whether two tiles share a column of pixels, `[width]`.
+/// For each column of pixels, whether two tiles share it, `[width]`.
 fn shared(engine: &dyn Engine, tiling: Tiling, tokens: usize) -> Vec<bool> {
     let width = engine.config().tokenizer.token_width();
     let mut shared = vec![false; tokens * width];
@@ -172,7 +173,7 @@ fn shared(engine: &dyn Engine, tiling: Tiling, tokens: usize) -> Vec<bool> {
     shared
 }
 
-/// Mean step from column to column where tiles share them, against that elsewhere.
+/// Mean difference of neighbouring columns where tiles overlap, divided by the mean elsewhere.
 fn steps(image: ArrayView3<f32>, shared: &[bool]) -> f32 {
     let (mut sums, mut counts) = ([0.0; 2], [0.0; 2]);
     for (x, &shared) in shared.iter().enumerate().skip(1) {
@@ -185,7 +186,7 @@ fn steps(image: ArrayView3<f32>, shared: &[bool]) -> f32 {
 }
 
 impl Tilings {
-    /// A table in Markdown.
+    /// Writes the results as a table in Markdown.
     pub fn table(&self, text: &mut String) {
         let mut head =
             vec!["tile", "shared", "largest, of 255", "mean, of 255", "steps where tiles meet", "decoder, s"];

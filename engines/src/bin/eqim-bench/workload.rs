@@ -1,4 +1,4 @@
-//! What is measured: a batch of images to make, and what came of it.
+//! A batch of images to generate, and the result of the measurement.
 
 use std::time::Duration;
 
@@ -6,31 +6,31 @@ use eqim::request::Request;
 use eqim::request::timing::{CallTimes, StageTimes};
 use ndarray::{Array3, s};
 
-/// A batch of images to make.
+/// A batch of images to generate.
 #[derive(Clone, Debug)]
 pub struct Workload {
-    /// What they are.
+    /// Request of the images.
     pub request: Request,
-    /// What `request`'s noise is drawn from.
+    /// Seed of the noise of `request`.
     pub seed: u64,
-    /// Whether their tokens are decoded.
+    /// Whether the tokens are decoded.
     pub decode: bool,
 }
 
-/// A batch of images, and how long it took.
+/// A generated batch and its times.
 pub struct TimedBatch {
-    /// `[B, N, E]`.
+    /// Tokens `[B, N, E]`.
     pub tokens: Array3<f32>,
-    /// Times of the stages.
+    /// Times of prefill, transformer steps and flow sampler.
     pub times: StageTimes,
-    /// Those of decoding.
+    /// Times of the decoder.
     pub decode: CallTimes,
-    /// From the classes to the last pixel.
+    /// Total time, from the classes to the last pixel.
     pub total: Duration,
 }
 
 impl TimedBatch {
-    /// No more than the last `tail` tokens, and the time that they took.
+    /// Keeps only the last `tail` tokens and their times.
     pub fn last(mut self, tail: usize) -> Self {
         let steps = &mut self.times.step.0;
         steps.drain(..steps.len() - tail.min(steps.len()));

@@ -1,4 +1,4 @@
-//! The flags of `eqim-run`, checked as far as they can be without a model.
+//! The flags of `eqim-run`, with all checks that do not need a model.
 
 use std::path::PathBuf;
 
@@ -23,8 +23,8 @@ class 1 fades into class 4 over tokens 32 to 39.";
 
 /// Generate images with a bundle that eqim-export wrote.
 ///
-/// An image is made column by column: every token is a column of pixels (16 wide in the published models).
-/// Progress and warnings go to standard error, the report to standard output.
+/// An image is generated column by column. Each token is a column of pixels (16 pixels wide in the published models).
+/// Progress and warnings go to standard error, the report goes to standard output.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "eqim-run", version, after_help = EXAMPLES, allow_negative_numbers = true)]
 pub struct Arguments {
@@ -32,69 +32,73 @@ pub struct Arguments {
     #[arg(long, value_name = "BUNDLE")]
     pub engine: PathBuf,
 
-    /// What the images are, and how they are sampled.
+    /// Settings of the images and of their sampling.
     #[command(flatten)]
     pub settings: Settings,
 
-    /// Noise of the generated tokens instead of a seed's: `noise` [images, tokens, E] of a .safetensors
+    /// Read the noise of the generated tokens from this .safetensors instead of drawing it from a seed: tensor `noise`
+    /// [images, tokens, E]
     #[arg(long, value_name = "FILE", conflicts_with = "seed")]
     pub noise: Option<PathBuf>,
 
-    /// Also write `tokens` and `noise` to this .safetensors
+    /// Also write the tensors `tokens` and `noise` to this .safetensors
     #[arg(long, value_name = "FILE")]
     pub save_tokens: Option<PathBuf>,
 
-    /// Also write what each token means to this new folder: the image after each, in the places of random ones, first those
-    /// generated, then those that the encoder makes of the picture of --prefix, else of the image itself; as frames and
-    /// animated PNGs, and each token's time and norm as JSON
+    /// Also write a trace of the tokens to this new folder: the image after each token, as frames and animated PNGs,
+    /// and the time and norm of each token as JSON. Tokens replace random tokens from left to right: in one series the
+    /// generated tokens, in a second series the tokens that the encoder computes from the picture of --prefix, or else
+    /// from the generated image
     #[arg(long, value_name = "FOLDER")]
     pub trace: Option<PathBuf>,
 
-    /// Image to write; several are numbered: image-0.png, image-1.png. A name that ends in / is a folder of tiles with an
-    /// index.json, for images wider than programs open. With --jobs, the folder of all images [default: image.png]
+    /// Image to write. Several images are numbered: image-0.png, image-1.png. A name that ends in / is a folder of
+    /// tiles with an index.json, for images that are too wide for most programs. With --jobs, the folder of all images
+    /// [default: image.png]
     #[arg(short, long, value_name = "PNG or FOLDER/")]
     pub output: Option<PathBuf>,
 
-    /// Make an image for every line of this file instead, each a JSON object: `{"id": "a", "class": 3, "seed": 7, "tokens": 32}`;
-    /// also classes, width, cfg, cfg_schedule, solver, steps, prefix, direction, keep_prefix_pixels. What a line leaves out is
-    /// as the flags say. Images that are there already are left as they are
+    /// Generate one image per line of this file. Each line is a JSON object: `{"id": "a", "class": 3, "seed": 7,
+    /// "tokens": 32}`. Other keys: classes, width, cfg, cfg_schedule, solver, steps, prefix, direction,
+    /// keep_prefix_pixels, tile, overlap. The flags set the values of omitted keys. Images that already exist with the
+    /// same settings are not generated again
     #[arg(long, value_name = "FILE.jsonl", conflicts_with_all = ["noise", "save_tokens", "json", "trace"], requires = "output")]
     pub jobs: Option<PathBuf>,
 
-    /// Most jobs at once
+    /// Maximum number of jobs in a batch
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = batch, requires = "jobs")]
     pub max_batch: usize,
 
-    /// Do the I-th of N parts of the jobs, I from 1: for machines that share them
+    /// Run part I of N of the jobs, with I from 1, to share the jobs between machines
     #[arg(long, value_name = "I/N", value_parser = Shard::parse, requires = "jobs")]
     pub shard: Option<Shard>,
 
-    /// What runs the model
+    /// Backend that runs the model
     #[arg(long, value_enum, value_name = "BACKEND", default_value_t)]
     pub backend: Backend,
 
-    /// Threads of ONNX Runtime [default: every core]
+    /// Number of threads of ONNX Runtime [default: all cores]
     #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
-    /// Capture the transformer's step as a CUDA graph
+    /// Capture the transformer step as a CUDA graph; needs --backend trt
     #[arg(long)]
     pub cuda_graph: bool,
 
-    /// Report as JSON on standard output, and nothing else there
+    /// Print the report as JSON, and nothing else, to standard output
     #[arg(long)]
     pub json: bool,
 }
 
 impl Arguments {
-    /// How many images a run makes.
+    /// Number of images that a run generates.
     pub fn images(&self) -> usize {
         if self.settings.classes.is_some() { 1 } else { self.settings.class.len().max(1) }
     }
 
-    /// How the bundle is run.
+    /// Options of the engine.
     ///
     /// # Errors
-    /// [`Error::input`] for flags that do not go together.
+    /// [`Error::input`] if flags do not fit together.
     pub fn options(&self) -> Result<Options> {
         let &Self { backend, threads, cuda_graph, .. } = self;
         if cuda_graph && backend != Backend::Trt {
@@ -104,19 +108,19 @@ impl Arguments {
     }
 }
 
-/// One of the parts in which machines share the jobs.
+/// One part of the jobs, for one of several machines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shard {
-    /// From 1.
+    /// Number of this part, from 1.
     number: usize,
     of: usize,
 }
 
 impl Shard {
-    /// `I/N`, for clap.
+    /// Parses `I/N`, for clap.
     ///
     /// # Errors
-    /// A sentence that says what is expected.
+    /// A message that describes the expected form.
     pub fn parse(text: &str) -> Result<Self, String> {
         let parts = text.split_once('/').and_then(|(number, of)| Some((number.parse().ok()?, of.parse().ok()?)));
         match parts {
@@ -125,7 +129,7 @@ impl Shard {
         }
     }
 
-    /// Whether the part holds the job of an index, from 0.
+    /// Whether this part contains the job with this index, from 0.
     pub fn holds(self, index: usize) -> bool {
         index % self.of == self.number - 1
     }

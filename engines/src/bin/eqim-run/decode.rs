@@ -1,4 +1,4 @@
-//! From tokens to the file of an image.
+//! Decoding of tokens to an image file.
 
 use std::path::Path;
 use std::time::Duration;
@@ -12,10 +12,10 @@ use ndarray::{ArrayView2, Axis};
 
 use super::finish::Finish;
 
-/// Decodes the tokens `[N, E]` of one image and writes it.
+/// Decodes the tokens `[N, E]` of one image and writes the image.
 ///
 /// # Errors
-/// When the engine fails, a pixel is not finite, or the file cannot be written.
+/// If the engine fails, a pixel is not finite, or the file cannot be written.
 pub fn decode_to(
     engine: &dyn Engine,
     tokens: ArrayView2<f32>,

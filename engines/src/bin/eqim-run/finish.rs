@@ -1,26 +1,27 @@
-//! What is done to the columns of an image after they are decoded: a photograph's own in place of what the model makes of
-//! them, and left and right exchanged where an image grew to the left.
+//! Postprocessing of decoded columns: the columns of a photograph replace decoded columns, and images that grew to the
+//! left are mirrored back.
 
 use eqim::generate::tiles;
 use eqim::picture::Side;
 use ndarray::{Array3, Axis, s};
 
-/// Tokens over which a photograph's own columns fade into decoded ones.
+/// Number of tokens over which the columns of a photograph fade into decoded columns.
 const EDGE: usize = 2;
 
-/// How an image is finished.
+/// Postprocessing of an image.
 #[derive(Clone, Debug, Default)]
 pub struct Finish {
-    /// Columns `[3, height, n]` that stay as they are, in the order of generation; the last fade out.
+    /// Columns `[3, height, n]` that are kept, in the order of generation. The last of them fade out.
     pub kept: Option<Array3<f32>>,
-    /// Where the image grew.
+    /// Side on which the image grew.
     pub side: Side,
-    /// Pixels of a token.
+    /// Width of a token in pixels.
     pub token_width: usize,
 }
 
 impl Finish {
-    /// Finishes columns `[3, height, n]` that were generated at pixel `x` of `width`; gives where they go, and them.
+    /// Finishes columns `[3, height, n]` that were generated at pixel `x` of an image of `width` pixels. Returns the
+    /// final position of the columns and the columns.
     pub fn columns(&self, x: usize, mut pixels: Array3<f32>, width: usize) -> (usize, Array3<f32>) {
         if let Some(kept) = &self.kept {
             self.keep(kept, x, &mut pixels);
@@ -34,7 +35,7 @@ impl Finish {
         }
     }
 
-    /// Fades columns that stay over those of an image at pixel `x`.
+    /// Blends the kept columns over the columns of an image that begin at pixel `x`.
     fn keep(&self, kept: &Array3<f32>, x: usize, pixels: &mut Array3<f32>) {
         let end = kept.dim().2;
         let shared = end.saturating_sub(x).min(pixels.dim().2);
@@ -55,7 +56,8 @@ impl Finish {
 mod tests {
     use super::*;
 
-    /// Decoded columns are their places in a photograph of ones.
+    /// Finishes `count` decoded columns of zeros at pixel `x`, with a kept photograph of ones. Returns the position and
+    /// one row of pixels.
     fn finished(side: Side, x: usize, count: usize) -> (usize, Vec<f32>) {
         let finish = Finish { kept: Some(Array3::from_elem((3, 2, 12), 1.0)), side, token_width: 4 };
         let (x, pixels) = finish.columns(x, Array3::zeros((3, 2, count)), 40);
@@ -68,7 +70,7 @@ mod tests {
         let (x, whole) = finished(Side::Right, 0, 40);
         assert_eq!((x, &whole[..4], &whole[12..]), (0, &[1.0; 4][..], &[0.0; 28][..]));
         assert!(whole[3..13].is_sorted_by(|a, b| a > b), "{whole:?}");
-        // Strips are parts of the whole.
+        // Strips are finished in the same way as the whole image.
         let strips: Vec<f32> = [(0, 5), (5, 6), (11, 20), (31, 9)]
             .into_iter()
             .flat_map(|(x, count)| {

@@ -1,4 +1,4 @@
-//! From flags and the files that they name to a request that fits the model.
+//! Conversion of flags, and of the files that they name, to a request that fits the model.
 
 use std::path::Path;
 
@@ -17,10 +17,11 @@ use ndarray::{Array3, Axis, Ix3};
 use super::finish::Finish;
 use super::outputs;
 
-/// Longest image that is decoded as a whole unless told otherwise: beyond, attention would soon outweigh all else.
+/// Largest number of tokens that is decoded as a whole by default. For longer images, attention soon costs more than
+/// everything else.
 const MOST_WHOLE: usize = 256;
 
-/// What a run begins with.
+/// Beginning of the images.
 #[derive(Debug)]
 pub enum Prefix {
     /// Tokens `[1 or B, n, E]`.
@@ -29,23 +30,23 @@ pub enum Prefix {
     Picture(Array3<f32>),
 }
 
-/// What the flags describe.
+/// Inputs of a run.
 #[derive(Debug)]
 pub struct Inputs {
-    /// The request.
+    /// The request. Its prefix is not set yet.
     pub request: Request,
-    /// The beginning that it lacks until an engine is there to encode it.
+    /// Prefix of the request, to be encoded by an engine.
     pub prefix: Option<Prefix>,
-    /// How its images are finished.
+    /// Postprocessing of the images.
     pub finish: Finish,
-    /// How they are decoded: in tiles, or as a whole.
+    /// Tiling of the decoder; `None` decodes the image as a whole.
     pub tiling: Option<Tiling>,
 }
 
-/// Checks the settings, and reads the files that they and `noise` name. `output` is where the image goes.
+/// Checks the settings, and reads the files that the settings and `noise` name. `output` is the path of the image.
 ///
 /// # Errors
-/// [`Error::setting`] for a setting that does not fit the model; [`Error::input`] for a file that does not.
+/// [`Error::setting`] if a setting does not fit the model; [`Error::input`] if a file does not fit the model.
 pub fn read(settings: &Settings, noise: Option<&Path>, output: Option<&Path>, config: &Config) -> Result<Inputs> {
     let mut request = settings.request(config)?;
     let rows = request.classes.len();
@@ -76,7 +77,7 @@ pub fn read(settings: &Settings, noise: Option<&Path>, output: Option<&Path>, co
     Ok(Inputs { request, prefix, finish, tiling })
 }
 
-/// How images are finished.
+/// Postprocessing of the images.
 fn finish(settings: &Settings, prefix: Option<&Prefix>, config: &Config) -> Result<Finish> {
     let keeps = settings.keep_prefix_pixels.unwrap_or_default();
     let kept = match prefix {
@@ -91,7 +92,7 @@ fn finish(settings: &Settings, prefix: Option<&Prefix>, config: &Config) -> Resu
     Ok(Finish { kept, side, token_width: config.tokenizer.token_width() })
 }
 
-/// How images of `tokens` are decoded: in tiles, or as a whole.
+/// Tiling for images of `tokens` tokens; `None` decodes them as a whole.
 fn tiling(settings: &Settings, output: Option<&Path>, tokens: usize) -> Result<Option<Tiling>> {
     let tile = match settings.tile {
         Some(TileSize::Tokens(tile)) => tile,
@@ -146,7 +147,7 @@ impl Prefix {
         Ok(Self::Picture(read.pixels))
     }
 
-    /// Its length in tokens.
+    /// Length of the prefix in tokens.
     pub fn tokens(&self, config: &Config) -> usize {
         match self {
             Self::Tokens(tokens) => tokens.dim().1,
@@ -154,10 +155,10 @@ impl Prefix {
         }
     }
 
-    /// Its tokens, `[rows, n, E]`.
+    /// Encodes the prefix to tokens `[rows, n, E]`.
     ///
     /// # Errors
-    /// When the encoder fails.
+    /// If the encoder fails.
     pub fn encode(self, engine: &dyn Engine, rows: usize) -> Result<Array3<f32>> {
         let tokens = match self {
             Self::Tokens(tokens) => tokens,
@@ -171,7 +172,8 @@ impl Prefix {
     }
 }
 
-/// Reads `key` of a `.safetensors`: at least one token, as many rows as one of `rows`, finite numbers of any precision.
+/// Reads the tensor `key` of a `.safetensors`. It must have at least one token, a number of rows that `rows` contains,
+/// and finite floating-point values.
 fn read_tokens(
     field: &'static str,
     mut file: TensorFile,
@@ -204,7 +206,7 @@ fn read_tokens(
     Ok(array)
 }
 
-/// Puts the setting that named a file before what is wrong with the file.
+/// Adds the setting that names a file to an input error about the file.
 fn about(field: &'static str) -> impl Fn(Error) -> Error {
     move |error| match error.is_input() {
         true => Error::setting(field, error),

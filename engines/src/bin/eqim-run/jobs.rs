@@ -1,4 +1,5 @@
-//! `eqim-run --jobs`: many images from one file, in batches whose places go to the next job as soon as one is done.
+//! `eqim-run --jobs`: generates many images from one file in batches. When a job is done, the next job takes its place
+//! in the batch.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -26,7 +27,8 @@ use super::outputs;
 use eqim::bundle::Bundle;
 use eqim_cli::Progress;
 
-/// What an image was made from: it stands next to the image, so that a run that goes on knows what is done.
+/// Settings and weights of an image. The record is written next to the image, so that a resumed run knows which jobs
+/// are done.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Record {
     #[serde(flatten)]
@@ -35,7 +37,7 @@ struct Record {
     weights: String,
 }
 
-/// A job that can run.
+/// A valid job.
 struct Job {
     id: String,
     record: Record,
@@ -45,7 +47,7 @@ struct Job {
     finish: Finish,
 }
 
-/// How far the jobs of a file are.
+/// Output folder and progress of the jobs of a file.
 struct JobRunner<'a> {
     /// The file of the jobs.
     file: &'a Path,
@@ -59,7 +61,7 @@ struct JobRunner<'a> {
 /// Runs the jobs of a file.
 ///
 /// # Errors
-/// [`Error::input`] for flags and files that cannot be used; [`Error::run`] when the engine fails, or at the end when jobs
+/// [`Error::input`] if a flag or a file cannot be used; [`Error::run`] if the engine fails, or at the end if jobs
 /// failed.
 pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     let subject = format!("--jobs {}", file.display());
@@ -100,7 +102,7 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Jobs that can share a batch.
+/// Groups jobs that can share a batch.
 fn alike(jobs: Vec<Job>) -> Vec<Vec<Job>> {
     let key = |job: &Job| (job.request.cfg != 1.0, job.request.solver, job.request.steps);
     let mut groups: Vec<Vec<Job>> = vec![];
@@ -135,7 +137,7 @@ fn batches(engine: &dyn Engine, jobs: Vec<Job>, arguments: &Arguments, runner: &
     })
 }
 
-/// Decodes a job's tokens `[N, E]` and writes its image, then its record.
+/// Decodes the tokens `[N, E]` of a job, writes the image, and then writes the record.
 fn write(
     engine: &dyn Engine,
     (folder, id): (&Path, &str),
@@ -158,7 +160,8 @@ fn record_path(folder: &Path, id: &str) -> PathBuf {
 }
 
 impl JobRunner<'_> {
-    /// The jobs of some lines, numbered from 0, that are still to be done. Lines that are no jobs have failed.
+    /// Jobs of the given lines that are not done yet. Line numbers start at 0. Lines that are not valid jobs are
+    /// reported as failed.
     fn jobs(&mut self, arguments: &Arguments, bundle: &Bundle, lines: &[(usize, &str)]) -> Result<Vec<Job>> {
         let mut jobs = vec![];
         let mut ids = HashSet::new();
@@ -190,7 +193,7 @@ impl JobRunner<'_> {
         Ok(jobs)
     }
 
-    /// Reports how a job ended.
+    /// Reports the result of a job.
     fn finish(&mut self, id: &str, image: Result<PathBuf>) -> Result<()> {
         let line = match image {
             Ok(path) => {
@@ -207,7 +210,7 @@ impl JobRunner<'_> {
     }
 }
 
-/// Checks that an id can name a file.
+/// Checks that an id is a valid file name.
 fn check_id(id: &str) -> Result<()> {
     let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     if id.is_empty() || id.starts_with('.') || id.len() > 200 || !id.chars().all(fits) {
@@ -217,7 +220,7 @@ fn check_id(id: &str) -> Result<()> {
     Ok(())
 }
 
-/// The id and the settings of a line.
+/// Parses the id and the settings of a line.
 fn read_line(text: &str) -> Result<(Option<String>, Settings)> {
     let mut object: Map<String, Value> = serde_json::from_str(text).or_input("a job")?;
     let id = match object.remove("id") {
@@ -231,7 +234,7 @@ fn read_line(text: &str) -> Result<(Option<String>, Settings)> {
 impl Job {
     fn new(arguments: &Arguments, bundle: &Bundle, id: String, settings: Settings) -> Result<Self> {
         let settings = settings.over(&arguments.settings);
-        // The folder of all images is not a folder of tiles.
+        // The folder of all images is not a folder of tiles, so it is not passed as the output.
         let Inputs { request, prefix, finish, tiling } = inputs::read(&settings, None, None, &bundle.manifest.model)?;
         if request.classes.len() > 1 {
             return Err(Error::setting("class", format!("names {} classes, expected one", request.classes.len())));
@@ -243,14 +246,14 @@ impl Job {
         Ok(Self { id, record, tiling, request, prefix, finish })
     }
 
-    /// Whether its image is there already, made from the same.
+    /// Whether the image already exists with the same settings and weights.
     fn is_done(&self, folder: &Path) -> bool {
         let record = std::fs::read(record_path(folder, &self.id)).ok();
         let record = record.and_then(|text| serde_json::from_slice::<Record>(&text).ok());
         record.as_ref() == Some(&self.record) && image_path(folder, &self.id).is_file()
     }
 
-    /// Its image, ready to be generated.
+    /// Encodes the prefix and returns the sequence to generate.
     fn image(mut self, engine: &dyn Engine) -> Result<Sequence> {
         if let Some(prefix) = self.prefix {
             self.request.prefix = Some(prefix.encode(engine, 1)?);

@@ -1,4 +1,4 @@
-//! `eqim-run`: images from a bundle.
+//! `eqim-run`: generates images with a bundle.
 
 mod arguments;
 mod decode;

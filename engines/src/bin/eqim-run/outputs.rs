@@ -1,4 +1,4 @@
-//! Where results go, checked before the work for them begins.
+//! Output paths, checked before any other work.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -8,22 +8,22 @@ use eqim::{Error, Result};
 
 use super::arguments::Arguments;
 
-/// The files that a run writes.
+/// Files that a run writes.
 #[derive(Debug)]
 pub struct Outputs {
-    /// One image a class.
+    /// Paths of the images, one per class.
     pub images: Vec<PathBuf>,
-    /// Tokens and noise.
+    /// File for tokens and noise.
     pub tokens: Option<PathBuf>,
-    /// A folder of what each token means.
+    /// Folder for the trace of the tokens.
     pub trace: Option<PathBuf>,
 }
 
 impl Outputs {
-    /// Checks that all results can be written.
+    /// Checks that all outputs can be written.
     ///
     /// # Errors
-    /// [`Error::input`] naming the flag, and the file or folder that cannot be written.
+    /// [`Error::input`] if an output cannot be written. The message names the flag and the file or folder.
     pub fn check(arguments: &Arguments) -> Result<Self> {
         let images = numbered(arguments.output.as_deref().unwrap_or(Path::new("image.png")), arguments.images())?;
         let outputs = Self { images, tokens: arguments.save_tokens.clone(), trace: arguments.trace.clone() };
@@ -49,16 +49,16 @@ impl Outputs {
         Ok(outputs)
     }
 
-    /// All files.
+    /// All output paths.
     pub fn all(&self) -> impl Iterator<Item = &PathBuf> {
         self.images.iter().chain(&self.tokens).chain(&self.trace)
     }
 }
 
-/// Makes the folder of many images, where it is not there yet.
+/// Creates the folder for many images if it does not exist.
 ///
 /// # Errors
-/// [`Error::input`] for one that cannot be made or written to, or that is a bundle's.
+/// [`Error::input`] if the folder cannot be created or written to, or if it is the folder of the bundle.
 pub fn prepare_folder(folder: &Path, bundle: &Path) -> Result<()> {
     let bad = |problem: String| Error::input(format!("--output {}", folder.display()), problem);
     std::fs::create_dir_all(folder).map_err(|error| bad("cannot be made".into()).because(error))?;
@@ -68,15 +68,16 @@ pub fn prepare_folder(folder: &Path, bundle: &Path) -> Result<()> {
     writable("--output", &folder.join("image.png"))
 }
 
-/// Whether an output is named as a folder of tiles.
+/// Whether an output is a folder of tiles: its name ends in `/`.
 pub fn is_folder(output: Option<&Path>) -> bool {
     output.is_some_and(|path| path.as_os_str().as_encoded_bytes().ends_with(b"/"))
 }
 
-/// Checks that an image of `width` pixels can be written as it is named. Readers on libpng's default limits stop at a million.
+/// Checks that an image of `width` pixels can be written in the format of its name. Logs a warning if the default limit
+/// of libpng, a million pixels, is exceeded.
 ///
 /// # Errors
-/// [`Error::input`] for a PNG wider than the format allows.
+/// [`Error::input`] if a PNG is wider than the format allows.
 pub fn check_width(path: &Path, width: usize) -> Result<()> {
     if is_folder(Some(path)) {
         return Ok(());
@@ -93,17 +94,17 @@ pub fn check_width(path: &Path, width: usize) -> Result<()> {
     Ok(())
 }
 
-/// Widest PNG that the format allows.
+/// Maximum width of a PNG in the format.
 const WIDEST_PNG: usize = i32::MAX as usize;
-/// Widest PNG that libpng reads unless told otherwise.
+/// Maximum width of a PNG that libpng reads by default.
 const WIDEST_OPENED: usize = 1_000_000;
 
-/// Where a path leads, however it is spelled.
+/// Canonical path of a file, which does not need to exist.
 fn place(path: &Path) -> Option<PathBuf> {
     Some(folder(path).canonicalize().ok()?.join(path.file_name()?))
 }
 
-/// Names of `count` images: `path` itself for one, else with a number before its extension.
+/// Paths of `count` images: `path` itself for one image, otherwise with a number before the extension.
 fn numbered(path: &Path, count: usize) -> Result<Vec<PathBuf>> {
     if is_folder(Some(path)) {
         let Some(name) = path.file_name() else { return Err(not_png(path)) };
@@ -139,7 +140,7 @@ fn not_png(path: &Path) -> Error {
     )
 }
 
-/// Checks that a file can be put in place at `path`.
+/// Checks that a file can be created at `path`.
 fn writable(flag: &str, path: &Path) -> Result<()> {
     let bad = |problem: String| Error::input(format!("{flag} {}", path.display()), problem);
     if is_folder(Some(path)) {
@@ -151,23 +152,23 @@ fn writable(flag: &str, path: &Path) -> Result<()> {
     can_be_written(flag, path)
 }
 
-/// Checks that a folder can be put in place at `path`.
+/// Checks that a folder can be created at `path`.
 fn new_folder(flag: &str, path: &Path) -> Result<()> {
-    // Without a slash at its end, after which a file would not be found.
+    // The slash at the end is removed: with it, an existing file would not be found.
     if path.components().as_path().symlink_metadata().is_ok() {
         return Err(Error::input(format!("{flag} {}", path.display()), "exists: remove it first, or name another"));
     }
     can_be_written(flag, path)
 }
 
-/// Checks the folder that `path` is in.
+/// Checks that the folder of `path` exists and can be written to.
 fn can_be_written(flag: &str, path: &Path) -> Result<()> {
     let bad = |problem: String| Error::input(format!("{flag} {}", path.display()), problem);
     let folder = folder(path);
     if !folder.is_dir() {
         return Err(bad(format!("there is no folder {}: create it first", folder.display())));
     }
-    // Results are renamed into place, so the folder is what has to be writable.
+    // Results are renamed into place, so the folder must be writable.
     let trial = tempfile::tempfile_in(folder);
     trial.map_err(|error| bad(format!("the folder {} cannot be written to: {error}", folder.display())))?;
     Ok(())

@@ -1,4 +1,4 @@
-//! A run of one batch of images.
+//! A run with one batch of images.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -23,11 +23,10 @@ use super::report::{RunReport, Seconds, Tiles};
 use super::stream::{self, Context};
 use super::trace::{self, Traced};
 
-/// Generates images as the flags say.
+/// Generates the images that the flags describe.
 ///
 /// # Errors
-/// [`Error::input`] naming the flag or file that cannot be used, before anything slow runs; [`Error::run`] for a run
-/// that failed.
+/// [`Error::input`] if a flag or a file cannot be used, before any slow work; [`Error::run`] if the run fails.
 pub fn run(arguments: &Arguments) -> Result<()> {
     let outputs = Outputs::check(arguments)?;
     let bundle = Bundle::open(&arguments.engine)?;
@@ -86,7 +85,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     eqim_cli::print(if arguments.json { report.json()? } else { report.text() })
 }
 
-/// Generates and decodes long images one after another.
+/// Generates and decodes long images in tiles, one image after another.
 fn stream(
     context: &Context,
     request: &Request,
@@ -124,14 +123,14 @@ fn stream(
     Ok((times, Some(tiles)))
 }
 
-/// Writes tokens and noise, where they are wanted.
+/// Writes tokens and noise, if requested.
 fn save_tokens(outputs: &Outputs, generated: &Generated) -> Result<()> {
     let Some(path) = &outputs.tokens else { return Ok(()) };
     let [tokens, noise] = [&generated.tokens, &generated.noise].map(|array| candle::to_tensor(array.view()));
     tensors::write(path, &[("tokens", tokens?), ("noise", noise?)], Default::default())
 }
 
-/// Decodes and writes image by image, so that the memory of one is enough.
+/// Decodes and writes one image after another, so that only one image is in memory.
 fn decode(
     engine: &dyn Engine,
     generated: &Generated,

@@ -1,5 +1,5 @@
-//! Images too long to be decoded at once: tiles are decoded while tokens are generated, and what is done is kept on disk, so
-//! that a run that was interrupted goes on where it stopped.
+//! Images that are too long to decode as a whole. Tiles are decoded while tokens are generated. Finished tiles are kept
+//! on disk, so that an interrupted run can be resumed.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -22,54 +22,54 @@ use serde::{Deserialize, Serialize};
 use super::finish::Finish;
 use super::outputs::is_folder;
 
-/// What an unfinished image is made from: only a run of the same goes on with it.
+/// Everything that an unfinished image depends on. Only a run with an equal record resumes it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Record {
     #[serde(flatten)]
     settings: Settings,
-    /// What runs the model, since another engine's tokens differ in their last digits.
+    /// Name of the backend. Tokens of different backends differ in their last digits.
     backend: String,
     threads: Option<usize>,
     /// SHA-256 of the weights.
     weights: String,
-    /// SHA-256 of the tokens, the noise and the columns that were given.
+    /// SHA-256 of the prefix tokens, the noise and the kept columns that were given.
     given: String,
 }
 
-/// What a run is told beside the request.
+/// Inputs of a run in addition to the request.
 pub struct Context<'a> {
-    /// What runs the model.
+    /// Engine that runs the model.
     pub engine: &'a dyn Engine,
-    /// SHA-256 of its weights.
+    /// SHA-256 of the weights.
     pub weights: &'a str,
-    /// Threads that were asked for.
+    /// Number of threads, if it was set.
     pub threads: Option<usize>,
-    /// How images are decoded.
+    /// Tiling of the decoder.
     pub tiling: Tiling,
-    /// How they are finished.
+    /// Postprocessing of the images.
     pub finish: &'a Finish,
-    /// Whether to give all tokens in the end.
+    /// Whether to return all tokens at the end.
     pub keep_tokens: bool,
 }
 
-/// Where the time of an image went.
+/// Result of the generation of an image.
 pub struct Streamed {
-    /// Generation.
+    /// Times of the generation.
     pub times: StageTimes,
-    /// Decoding and writing.
+    /// Time to decode and write the image.
     pub decoder: Duration,
-    /// Tokens that an earlier run had done.
+    /// Number of tokens that an earlier run generated.
     pub resumed: usize,
-    /// All tokens, `[N, E]`, where they were asked for.
+    /// All tokens, `[N, E]`, if requested.
     pub tokens: Option<Array2<f32>>,
 }
 
-/// Generates image `row` of a request into a PNG at `path`, or tiles in a folder there. `progress` is told the number of
-/// tokens known so far.
+/// Generates image `row` of a request. The result is a PNG at `path`, or a folder of tiles. `progress` receives the
+/// number of tokens known so far.
 ///
 /// # Errors
-/// [`Error::input`] where an unfinished image of other settings lies; [`Error::run`] for a run that failed: what it had done
-/// is kept beside `path`.
+/// [`Error::input`] if there is an unfinished image with other settings; [`Error::run`] if the run fails. Finished work
+/// is kept next to `path`.
 pub fn run(
     context: &Context,
     request: &Request,
@@ -129,7 +129,8 @@ pub fn run(
     Ok(streamed)
 }
 
-/// A decoder of what comes after the first `done` tiles: it has seen the tokens of the last of them.
+/// A decoder for the tiles after the first `done` tiles. The tokens of the last finished tile are pushed again, because
+/// this tile fades into the next one.
 fn decoder<'a>(context: &Context<'a>, tokens: usize, done: usize, work: &mut Work) -> Result<TileDecoder<'a>> {
     let Context { engine, tiling, .. } = *context;
     let Some(last) = done.checked_sub(1) else { return Ok(TileDecoder::new(engine, tiling, tokens)) };
@@ -140,11 +141,11 @@ fn decoder<'a>(context: &Context<'a>, tokens: usize, done: usize, work: &mut Wor
     Ok(decoder)
 }
 
-/// Where finished columns go.
+/// Destination of finished columns.
 enum Sink {
-    /// To a file that becomes a PNG.
+    /// A file of pixels that becomes a PNG.
     Png(Canvas),
-    /// To a PNG each, in this folder.
+    /// A folder with one PNG per tile.
     Tiles(PathBuf),
 }
 
@@ -156,7 +157,7 @@ impl Sink {
         Ok(Self::Png(Canvas::open(&folder.join("pixels.rgb"), width, height)?))
     }
 
-    /// Writes columns `[3, height, n]` at pixel `x`, down to the disk.
+    /// Writes columns `[3, height, n]` at pixel `x`, and syncs them to disk.
     fn write(&mut self, x: usize, columns: ArrayView3<f32>) -> Result<()> {
         match self {
             Self::Png(canvas) => canvas.write(x, columns),
@@ -170,30 +171,30 @@ impl Sink {
     }
 }
 
-/// What `index.json` of a folder of tiles says.
+/// Content of the `index.json` of a folder of tiles.
 #[derive(Debug, Serialize)]
 struct Index {
-    /// Pixels of the image.
+    /// Width of the image in pixels.
     width: usize,
-    /// Pixels of the image.
+    /// Height of the image in pixels.
     height: usize,
-    /// From left to right, side by side.
+    /// Tiles from left to right, without overlap.
     tiles: Vec<Tile>,
 }
 
-/// Columns of an image.
+/// A tile of an image.
 #[derive(Debug, Serialize)]
 struct Tile {
-    /// A PNG in the folder.
+    /// Name of the PNG in the folder.
     file: String,
-    /// Pixels to the left of it.
+    /// Position of the first column in the image, in pixels.
     x: usize,
-    /// Pixels.
+    /// Width in pixels.
     width: usize,
 }
 
 impl Index {
-    /// The index of an image of `tokens`.
+    /// Index of an image of `tokens` tokens.
     fn new(context: &Context, tokens: usize) -> Self {
         let Context { engine, tiling, finish, .. } = *context;
         let (width, height) = engine.config().image_size(tokens);
@@ -209,18 +210,18 @@ impl Index {
     }
 }
 
-/// Files sort as their columns do.
+/// File name of a tile. File names sort in the order of the columns.
 fn tile_name(x: usize) -> String {
     format!("{x:010}.png")
 }
 
-/// Tokens back to which a token's condition reaches: a window a block.
+/// Number of earlier tokens that the condition of a token depends on: one window per transformer block, and one more.
 fn reach(engine: &dyn Engine) -> usize {
     let g = &engine.config().generator;
     g.depth * g.window + 1
 }
 
-/// The image that is left to do: tokens known before are passed through the transformer again, as far back as it looks.
+/// The remaining part of an image. The last known tokens become its prefix, as many as the transformer depends on.
 fn image(engine: &dyn Engine, request: &Request, row: usize, work: &mut Work) -> Result<Sequence> {
     let mut image = Sequence::streamed(engine.config(), request, row);
     let (known, given) = (work.known, image.prefix.dim().0);
@@ -234,7 +235,7 @@ fn image(engine: &dyn Engine, request: &Request, row: usize, work: &mut Work) ->
     Ok(image)
 }
 
-/// The folder of an image that is not finished.
+/// The folder of an unfinished image.
 fn partial(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".partial");
@@ -268,11 +269,11 @@ fn record(context: &Context, request: &Request, row: usize) -> Record {
     }
 }
 
-/// The folder of an unfinished image: `run.json`, and the tokens whose tiles are done.
+/// The folder of an unfinished image: `run.json`, and the tokens of finished tiles.
 struct Work {
     folder: PathBuf,
     tokens: File,
-    /// Tokens in the file.
+    /// Number of tokens in the file.
     known: usize,
     embed: usize,
 }
@@ -287,7 +288,7 @@ impl Work {
                 return Err(Error::input(folder.display(), problem));
             }
         } else {
-            // The folder appears with its description.
+            // The folder is renamed into place together with its `run.json`.
             let beside = files::temporary(0o777).tempdir_in(files::folder(&folder));
             let beside = beside.or_run(folder.display())?;
             files::write_json(&beside.path().join("run.json"), record)?;
@@ -305,7 +306,8 @@ impl Work {
         move |error| Error::run_caused(path.display(), error)
     }
 
-    /// Drops the tokens of an image of `tokens` whose tile was not finished; gives the number of tiles that are.
+    /// Drops the tokens after the last finished tile of an image of `tokens` tokens. Returns the number of finished
+    /// tiles.
     fn forget_unfinished(&mut self, tiling: Tiling, tokens: usize) -> Result<usize> {
         let known = self.known;
         let done = (0..tiling.count(tokens)).take_while(|&tile| tiling.end(tile, tokens) <= known).count();
@@ -314,7 +316,7 @@ impl Work {
         Ok(done)
     }
 
-    /// Tokens from `begin` on, `[n, E]`.
+    /// Reads the tokens from index `begin`, `[n, E]`.
     fn read(&mut self, begin: usize) -> Result<Array2<f32>> {
         let mut bytes = vec![0; 4 * self.embed * (self.known - begin)];
         let from = SeekFrom::Start((4 * self.embed * begin) as u64);
@@ -324,7 +326,7 @@ impl Work {
         Array2::from_shape_vec((self.known - begin, self.embed), values).or_run("tokens")
     }
 
-    /// Adds tokens whose tile is on disk.
+    /// Appends tokens whose tile is on disk.
     fn append(&mut self, tokens: &[Array1<f32>]) -> Result<()> {
         let bytes: Vec<u8> = tokens.iter().flatten().flat_map(|value| value.to_le_bytes()).collect();
         let written = self.tokens.seek(SeekFrom::End(0)).and_then(|_| self.tokens.write_all(&bytes));
@@ -333,7 +335,8 @@ impl Work {
         Ok(())
     }
 
-    /// Makes the folder a finished image's: with an index, under its own name, without what a run needs to go on.
+    /// Turns the folder into the finished image: writes the index, renames the folder to `path`, and removes the files
+    /// that only a resumed run needs.
     fn publish(self, path: &Path, index: &Index) -> Result<()> {
         files::write_json(&self.folder.join("index.json"), index)?;
         std::fs::rename(&self.folder, path).or_run(path.display())?;

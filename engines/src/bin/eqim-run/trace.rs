@@ -1,6 +1,6 @@
-//! `eqim-run --trace`: what each token means, as pictures. Tokens take the places of random ones from left to right, and the
-//! image is decoded after each (the paper's and its reference's `demo/token_meaning.ipynb`): first those that were generated,
-//! then those of the encoder.
+//! `eqim-run --trace`: shows the effect of each token on the image. Tokens replace random tokens from left to right,
+//! and the image is decoded after each replacement, as in the paper and in `demo/token_meaning.ipynb` of the reference.
+//! One series uses the generated tokens, a second series uses the tokens of the encoder.
 
 use std::path::Path;
 
@@ -17,14 +17,14 @@ use serde::Serialize;
 use super::finish::Finish;
 use eqim_cli::Progress;
 
-/// What `trace.json` says.
+/// Content of `trace.json`.
 #[derive(Debug, Serialize)]
 struct Trace {
-    /// The model's class and seed stand in the run's report; here, each token of its image.
+    /// Tokens of the image. The class and the seed are in the report of the run.
     tokens: Vec<Token>,
-    /// Generated tokens in the places of random ones.
+    /// Series in which generated tokens replace random tokens.
     generated: View,
-    /// The encoder's tokens in the places of random ones.
+    /// Series in which tokens of the encoder replace random tokens.
     encoded: View,
 }
 
@@ -32,62 +32,62 @@ struct Trace {
 #[derive(Debug, Serialize)]
 struct Token {
     index: usize,
-    /// Whether it was the prefix's.
+    /// Whether the token belongs to the prefix.
     given: bool,
-    /// Euclidean.
+    /// Euclidean norm of the token.
     norm: f32,
-    /// Of the noise that it was sampled from.
+    /// Euclidean norm of the noise that the token was sampled from.
     noise_norm: Option<f32>,
-    /// Milliseconds of the transformer's step before it, for the whole batch.
+    /// Time in milliseconds of the transformer step before the token, for the whole batch.
     transformer_step_ms: Option<f64>,
-    /// Milliseconds of the flow head, for the whole batch.
+    /// Time in milliseconds of the flow head, for the whole batch.
     flow_sampler_ms: Option<f64>,
 }
 
-/// Frames, and what each token changed in them.
+/// A series of frames, and the change of the image for each token.
 #[derive(Debug, Serialize)]
 struct View {
-    /// What the tokens are of.
+    /// Source of the tokens.
     of: String,
-    /// The folder of its frames; frame n has n tokens.
+    /// Folder of the frames. In frame n, the first n tokens are replaced.
     frames: String,
-    /// All of them as an animated PNG.
+    /// File name of the animated PNG with all frames.
     animation: String,
-    /// One a token.
+    /// One change per token.
     changes: Vec<Change>,
 }
 
-/// What changed in the image when a token came.
+/// Change of the image when a token replaces a random token.
 #[derive(Debug, Serialize)]
 struct Change {
-    /// Mean absolute change of a channel in the token's own columns, of 255.
+    /// Mean absolute change of a channel in the columns of the token, on a scale of 0 to 255.
     mean: f32,
-    /// The part of the whole image's change that lies in the token's own columns.
+    /// Fraction of the change of the whole image that is in the columns of the token.
     own: f32,
-    /// And in those of its neighbours too.
+    /// The same fraction for the columns of the token and its two neighbours.
     near: f32,
 }
 
 /// A run to trace.
 pub struct Traced<'a> {
-    /// What ran it.
+    /// Engine that ran the model.
     pub engine: &'a dyn Engine,
-    /// What was asked for.
+    /// Request of the run.
     pub request: &'a Request,
-    /// What came out.
+    /// Result of the run.
     pub generated: &'a Generated,
-    /// The picture of the prefix was encoded to its tokens.
+    /// Whether the prefix was encoded from a picture.
     pub has_picture: bool,
-    /// Where images grow.
+    /// Side on which images grow.
     pub side: Side,
     /// Seed of the random tokens.
     pub seed: u64,
 }
 
-/// Writes the traces of all images of a run to a folder, one in each of its folders where there are several.
+/// Writes the traces of all images of a run to a folder. If there are several images, each has a sub-folder.
 ///
 /// # Errors
-/// When the engine fails or a file cannot be written: nothing is left then.
+/// If the engine fails or a file cannot be written. No folder is left in this case.
 pub fn write(traced: &Traced, folder: &Path) -> Result<()> {
     let failed = |error: std::io::Error| Error::run_caused(folder.display(), error);
     let beside = files::temporary(0o777).tempdir_in(files::folder(folder)).map_err(failed)?;
@@ -98,7 +98,7 @@ pub fn write(traced: &Traced, folder: &Path) -> Result<()> {
         write_row(traced, row, &place)?;
     }
     std::fs::rename(beside.path(), folder).map_err(failed)?;
-    // What was renamed is no longer to be removed.
+    // The folder has been renamed, so it must not be removed.
     let _ = beside.keep();
     Ok(())
 }
@@ -123,7 +123,7 @@ fn write_row(traced: &Traced, row: usize, folder: &Path) -> Result<()> {
     files::write_json(&folder.join("trace.json"), &trace)
 }
 
-/// Each token's numbers.
+/// Values of each token.
 fn token_records(request: &Request, generated: &Generated, row: usize) -> Vec<Token> {
     let norm = |values: ArrayView1<f32>| values.dot(&values).sqrt();
     let given = request.tokens - generated.noise.dim().1;
@@ -143,7 +143,7 @@ fn token_records(request: &Request, generated: &Generated, row: usize) -> Vec<To
     (0..request.tokens).map(token).collect()
 }
 
-/// Writes the frames of tokens `[N, E]` that take the places of random ones.
+/// Writes the frames in which tokens `[N, E]` replace random tokens.
 fn view(traced: &Traced, folder: &Path, name: &str, of: &str, tokens: ArrayView2<f32>) -> Result<View> {
     let engine = traced.engine;
     let (count, embed) = tokens.dim();
@@ -175,14 +175,14 @@ fn view(traced: &Traced, folder: &Path, name: &str, of: &str, tokens: ArrayView2
     Ok(View { of: of.into(), frames: name.into(), animation, changes })
 }
 
-/// What token `index` changed.
+/// Change of the image when token `index` replaces a random token.
 fn change(before: &Array3<f32>, after: &Array3<f32>, index: usize, token_width: usize) -> Change {
     let columns = (after - before).mapv(f32::abs).sum_axis(Axis(0)).sum_axis(Axis(0));
     let tokens = columns.len() / token_width;
     let sum = |from: usize, to: usize| columns.slice(s![from * token_width..to.min(tokens) * token_width]).sum();
     let (own, near, all) = (sum(index, index + 1), sum(index.saturating_sub(1), index + 2), columns.sum());
     let values = (after.len() / tokens) as f32;
-    // A token that is the random one changes nothing, and all of that in its own columns.
+    // If the token equals the random token, nothing changes. The fraction is then 1.
     let part = |sum: f32| if all > 0.0 { sum / all } else { 1.0 };
     Change { mean: own / values * 127.5, own: part(own), near: part(near) }
 }

@@ -1,5 +1,5 @@
-//! `eqim-bench --equivariance`: how far a model is from the promise of its name. The tokenizer's half: whether the tokens of a
-//! shifted image are the shifted tokens. The generator's: whether every position is the same task.
+//! `eqim-bench --equivariance`: measures how equivariant a model is. For the tokenizer: are the tokens of a shifted
+//! image equal to the shifted tokens of the image? For the generator: is the flow loss the same at every position?
 
 mod positions;
 mod shifts;
@@ -18,25 +18,25 @@ use positions::{Band, Position};
 use shifts::Shift;
 pub use subject::Subject;
 
-/// What was found.
+/// Results of a measurement.
 #[derive(Debug, Serialize)]
 pub struct Equivariance {
-    /// Pictures that were read.
+    /// Number of pictures.
     pub images: usize,
-    /// How they got their classes.
+    /// How the classes of the pictures were determined.
     pub classes: &'static str,
-    /// The tokenizer, by shift.
+    /// Equivariance of the tokenizer, by shift.
     pub shifts: Vec<Shift>,
-    /// The flow loss, by position.
+    /// Flow loss, by position.
     pub loss: Vec<Position>,
-    /// The same, by what training has seen of a position.
+    /// Flow loss, by what training has seen of the positions.
     pub bands: Vec<Band>,
 }
 
-/// Measures; `progress` is told what is next.
+/// Measures the equivariance. `progress` receives a description of the next work.
 ///
 /// # Errors
-/// [`eqim::Error::input`] for pictures that cannot be used; when the engine fails.
+/// [`eqim::Error::input`] if the pictures cannot be used; [`eqim::Error::run`] if the engine fails.
 pub fn measure(subject: &Subject, progress: &mut dyn FnMut(String)) -> Result<Equivariance> {
     let config = subject.engine.config();
     let (photos, classes) = photos(subject.images, config)?;
@@ -46,7 +46,7 @@ pub fn measure(subject: &Subject, progress: &mut dyn FnMut(String)) -> Result<Eq
 }
 
 impl Equivariance {
-    /// Tables in Markdown.
+    /// Writes the results as tables in Markdown.
     pub fn table(&self, text: &mut String) {
         let Self { images, classes, shifts, bands, .. } = self;
         let _ = writeln!(text, "{images} pictures, classes from {classes}\n");
@@ -67,10 +67,10 @@ impl Equivariance {
         let _ = writeln!(text, "{}", table::markdown(&head, bands.iter().map(band)));
     }
 
-    /// Draws both halves in a PNG.
+    /// Draws the results of the tokenizer and of the generator to a PNG.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// [`Error::run`] if the file cannot be written.
     pub fn draw(&self, path: &Path, title: &str) -> Result<()> {
         let shifted = |name, value: &dyn Fn(&Shift) -> Option<f64>| {
             let points = self.shifts.iter().filter_map(|shift| Some((shift.tokens, value(shift)?))).collect();

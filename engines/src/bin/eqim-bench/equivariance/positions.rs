@@ -1,4 +1,4 @@
-//! The flow loss at every position of a row of tokens, those included that training never saw.
+//! Flow loss at every position of a row of tokens, including positions that training never saw.
 
 use eqim::engine::Engine;
 use eqim::request::random::TorchRng;
@@ -12,47 +12,50 @@ use eqim::ResultExt;
 use super::subject::Subject;
 use crate::photos::Photo;
 
-/// Rows of tokens of a picture, that begin at other places of it: what stands at a position is then not the same in all.
+/// Number of rows of tokens per picture. Each row begins at another place of the picture, so that a position has
+/// different content in each row.
 const VIEWS: usize = 8;
-/// Tokens that are encoded after the last one and left out: the tokenizer mirrors at an edge, which training has at other places.
+/// Number of tokens that are encoded after the last position and dropped. The tokenizer mirrors at the edge of an
+/// image, and in training this edge is at another position.
 const BEYOND: usize = 2;
-/// Times of the flow, in the middle of as many equal parts of 0..1.
+/// Number of times of the flow: the midpoints of as many equal parts of 0..1.
 const TIMES: usize = 8;
-/// Positions that training shifts an image by, at most, plus one (`shift_num` of the reference's `generator/equ_modeling.py`).
+/// Number of shifts in training. Training shifts the positions of an image by 0 to `SHIFTS - 1` (`shift_num` of the
+/// reference's `generator/equ_modeling.py`).
 const SHIFTS: usize = 16;
 
-/// The loss at a position.
+/// Flow loss at a position.
 #[derive(Clone, Debug, Serialize)]
 pub struct Position {
-    /// From 0.
+    /// Position, from 0.
     pub position: usize,
-    /// Mean over rows and times of the squared distance of the velocity from `noise - token`, a value of the token.
+    /// Mean squared error of the velocity against `noise - token`, over rows, times and the values of the token.
     pub loss: f64,
-    /// Standard error of it over the rows.
+    /// Standard error of the loss over the rows.
     pub error: f64,
 }
 
-/// The loss at positions that training has seen as much of.
+/// Flow loss of a range of positions that training has seen in the same way.
 #[derive(Clone, Debug, Serialize)]
 pub struct Band {
-    /// Position.
+    /// First position.
     pub first: usize,
-    /// Position.
+    /// Last position.
     pub last: usize,
-    /// What training has seen of them.
+    /// What training has seen of the positions, as text.
     pub what: &'static str,
-    /// Mean.
+    /// Mean loss.
     pub loss: f64,
-    /// Standard error over the rows.
+    /// Standard error of the loss over the rows.
     pub error: f64,
-    /// The loss as a part of that of positions that training sees with all their context.
+    /// Loss divided by the loss at the positions that training sees with full context.
     pub ratio: f64,
 }
 
-/// Measures all positions, and sums them up.
+/// Measures the loss at all positions, and summarizes it by range.
 ///
 /// # Errors
-/// When the engine fails.
+/// [`Error::run`] if the engine fails, or if a loss is not finite.
 pub fn measure(
     subject: &Subject,
     photos: &[Photo],
@@ -60,7 +63,7 @@ pub fn measure(
 ) -> Result<(Vec<Position>, Vec<Band>)> {
     let g = &subject.engine.config().generator;
     let mut losses = Array2::zeros((photos.len() * VIEWS, subject.positions));
-    // The same noise at every position, so that only what is to be predicted differs from one to the next.
+    // All positions use the same noise, so that only the token to predict differs between them.
     let noise = noise(subject.seed, VIEWS, g.embed)?;
     for (index, photo) in photos.iter().enumerate() {
         progress(format!("the loss of picture {} of {}", index + 1, photos.len()));
@@ -79,7 +82,8 @@ pub fn measure(
     Ok((positions, bands(losses.view(), subject.trained, g.window)))
 }
 
-/// Tokens `[VIEWS, N, E]` of a picture that is mirrored at its ends as often as it takes, from places all along it.
+/// Tokens `[VIEWS, N, E]` of a picture. To reach the length, the picture is repeated, mirrored each time. The rows
+/// begin at equally spaced places.
 fn views(subject: &Subject, photo: &Photo) -> Result<Array3<f32>> {
     let config = subject.engine.config();
     let (_, height, width) = photo.pixels.dim();
@@ -98,7 +102,8 @@ fn views(subject: &Subject, photo: &Photo) -> Result<Array3<f32>> {
     concatenate(Axis(0), &views).or_run("tokens")
 }
 
-/// The loss of rows of tokens `[rows, N, E]` at every position, `[rows, N]`: each token is predicted from those before it.
+/// Loss of rows of tokens `[rows, N, E]` at every position, `[rows, N]`. Each token is predicted from the tokens before
+/// it.
 fn row_losses(engine: &dyn Engine, label: i64, tokens: &Array3<f32>, noise: &[Array2<f32>]) -> Result<Array2<f64>> {
     let (rows, count, _) = tokens.dim();
     let (mut session, mut z) = engine.start(&vec![label; rows])?;
@@ -122,8 +127,8 @@ fn noise(seed: u64, rows: usize, embed: usize) -> Result<Vec<Array2<f32>>> {
     draws.or_run("noise")
 }
 
-/// The loss of one token a row: the mean over times of |v(z_t, t) - (noise - token)|², `z_t = t·noise + (1-t)·token`
-/// (the reference's `diffusion/flows.py`).
+/// Loss of one token per row: the mean over times of |v(z_t, t) - (noise - token)|² per value of the token, with
+/// `z_t = t·noise + (1-t)·token` (the reference's `diffusion/flows.py`).
 fn token_losses(
     engine: &dyn Engine,
     z: ArrayView2<f32>,
@@ -133,7 +138,7 @@ fn token_losses(
     let mut losses = vec![0.0; token.dim().0];
     for (index, noise) in noise.iter().enumerate() {
         let t = (index as f32 + 0.5) / TIMES as f32;
-        // One evaluation, after which x is the velocity itself.
+        // One evaluation. Its update sets x to the velocity.
         let tableau = Tableau { times: vec![t], updates: vec![0.0, 0.0, 1.0, 0.0, 1.0, 0.0] };
         let noised = noise * t + &token * (1.0 - t);
         let velocity = engine.sample(z, noised.view(), &vec![1.0; losses.len()], &tableau)?;
@@ -146,7 +151,7 @@ fn token_losses(
     Ok(losses)
 }
 
-/// Sums up losses `[rows, N]` by what training has seen of a position: images of `trained` tokens.
+/// Summarizes losses `[rows, N]` by what training on images of `trained` tokens has seen of a position.
 fn bands(losses: ArrayView2<f64>, trained: usize, window: usize) -> Vec<Band> {
     let count = losses.dim().1;
     let full = window.min(trained - 1).max(1);
@@ -169,7 +174,7 @@ fn bands(losses: ArrayView2<f64>, trained: usize, window: usize) -> Vec<Band> {
     ends.into_iter().filter_map(band).collect()
 }
 
-/// The mean, and its standard error.
+/// The mean and its standard error.
 fn mean(values: impl ExactSizeIterator<Item = f64> + Clone) -> (f64, f64) {
     let count = values.len() as f64;
     let mean = values.clone().sum::<f64>() / count;
@@ -188,7 +193,7 @@ mod tests {
         let ranges: Vec<_> = found.iter().map(|band| (band.first, band.last)).collect();
         assert_eq!(ranges, [(0, 0), (1, 2), (3, 15), (16, 30), (31, 39)]);
         assert_eq!((found[2].loss, found[2].ratio, found[4].loss), (1.5, 1.0, 2.5));
-        // Of 0, 1, 0, 1: the deviation of a row is √(1/3), that of the mean half of it.
+        // Values 0, 1, 0, 1: the standard deviation is √(1/3), and the standard error of the mean is half of it.
         assert!((found[2].error - (1.0f64 / 3.0).sqrt() / 2.0).abs() < 1e-12);
         let ranges: Vec<_> =
             bands(losses.slice(s![.., ..10]), 16, 3).iter().map(|band| (band.first, band.last)).collect();

@@ -1,4 +1,4 @@
-//! Tokens of a shifted image against the shifted tokens of the image.
+//! Comparison of the tokens of a shifted image with the shifted tokens of the image.
 
 use eqim::engine::Engine;
 use eqim::{Error, Result};
@@ -10,28 +10,28 @@ use crate::photos::Photo;
 
 /// Shifts in sixteenths of a token.
 const SIXTEENTHS: [usize; 9] = [1, 2, 4, 8, 12, 16, 32, 64, 128];
-/// Tokens from an edge that feel it most: the tokenizer mirrors there.
+/// Number of tokens at each edge that the edge affects most. The tokenizer mirrors at the edge.
 const EDGE: usize = 2;
 
-/// How far tokens follow a shift.
+/// Equivariance of the tokenizer for one shift.
 #[derive(Clone, Debug, Serialize)]
 pub struct Shift {
-    /// To the left.
+    /// Shift to the left in pixels.
     pub pixels: usize,
-    /// The same in tokens.
+    /// Shift to the left in tokens.
     pub tokens: f64,
-    /// Pictures that are wide enough.
+    /// Number of pictures that are wide enough.
     pub images: usize,
-    /// Distance of the tokens of the shifted image from the shifted tokens, as a part of their norm. Between whole tokens,
-    /// these are interpolated linearly.
+    /// Distance between the tokens of the shifted image and the shifted tokens, relative to the norm of the shifted
+    /// tokens. If the shift is not a whole number of tokens, the shifted tokens are interpolated linearly.
     pub all: f64,
-    /// The same for tokens away from the edges of both windows, where there are any.
+    /// The same distance for tokens away from the edges of both windows; `None` if there are no such tokens.
     pub inside: Option<f64>,
-    /// The distance if tokens had stayed where they were.
+    /// The same distance for tokens that are not shifted, for comparison.
     pub unshifted: f64,
 }
 
-/// Sums of squares: of a distance, and of what it is a part of.
+/// Sums of squares of a distance and of the norm that it is relative to.
 #[derive(Clone, Copy, Default)]
 struct Part {
     distance: f64,
@@ -49,10 +49,11 @@ impl Part {
     }
 }
 
-/// Measures all shifts that pictures are wide enough for: windows of the length that the model was trained on.
+/// Measures all shifts that the pictures are wide enough for. The windows have the length that the model was trained
+/// on.
 ///
 /// # Errors
-/// [`Error::input`] when no picture is wide enough; when the engine fails.
+/// [`Error::input`] if no picture is wide enough; [`Error::run`] if the engine fails.
 pub fn measure(subject: &Subject, photos: &[Photo], progress: &mut dyn FnMut(String)) -> Result<Vec<Shift>> {
     let width = subject.engine.config().tokenizer.token_width();
     let window = subject.trained * width;
@@ -89,13 +90,14 @@ pub fn measure(subject: &Subject, photos: &[Photo], progress: &mut dyn FnMut(Str
     Ok(found)
 }
 
-/// Tokens `[N, E]` of the window of a picture that begins at pixel `x`, up to their scale.
+/// Latents `[N, E]` of the window of a picture that begins at pixel `x`. They are proportional to the tokens.
 fn encode(engine: &dyn Engine, photo: &Photo, x: usize, window: usize) -> Result<Array2<f32>> {
     let pixels = photo.pixels.slice(s![.., .., x..x + window]);
     Ok(engine.encode(pixels.insert_axis(ndarray::Axis(0)))?.index_axis_move(ndarray::Axis(0), 0))
 }
 
-/// Adds the distances of the tokens `found` of an image that was shifted by `whole` tokens and a `part` of one.
+/// Adds the distances of the tokens `found` of an image that was shifted by `whole` tokens and a fraction `part` of a
+/// token.
 fn compare(found: &Array2<f32>, tokens: &Array2<f32>, (whole, part): (usize, f32), sums: &mut [Part; 3]) {
     let count = tokens.dim().0;
     let between = usize::from(part > 0.0);
@@ -130,7 +132,7 @@ mod tests {
             let [all, inside, unshifted] = parts(shift);
             assert!(all == 0.0 && inside == 0.0 && unshifted > 0.1, "{shift}");
         }
-        // Interpolation has an error of its own, and one of half a token is the largest.
+        // Interpolation has an error too. It is largest at half a token.
         let [quarter, half] = [0.25, 0.5].map(|shift| parts(shift)[0]);
         assert!(0.0 < quarter && quarter < half && half < 0.2, "{quarter}, {half}");
         assert!(parts(8.0)[1].is_nan(), "one token is left, and that is at an edge");

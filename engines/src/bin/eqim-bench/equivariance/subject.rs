@@ -4,16 +4,17 @@ use std::path::Path;
 
 use eqim::engine::Engine;
 
-/// What is measured on.
+/// Model, pictures and settings of a measurement.
 pub struct Subject<'a> {
-    /// The model.
+    /// Engine of the model.
     pub engine: &'a dyn Engine,
-    /// A folder of pictures; its folders are classes, where they are as many as the model's or have their names.
+    /// Folder of pictures. Its sub-folders are classes if they have the names of the model's classes, or if their
+    /// number is the model's number of classes.
     pub images: &'a Path,
-    /// Tokens of the images that the model was trained on.
+    /// Length in tokens of the images that the model was trained on.
     pub trained: usize,
-    /// Positions that the loss is measured at.
+    /// Number of positions to measure the loss at.
     pub positions: usize,
-    /// Number that noise is drawn from.
+    /// Seed of the noise.
     pub seed: u64,
 }
