@@ -348,9 +348,6 @@ fn what_a_bundle_holds() {
         assert_eq!(report["manifest"], config);
         let g = &fixture.meta["generator"];
         assert_eq!((&report["tokens"], &report["steps"]), (&16.into(), &g["steps"]));
-        let sizes =
-            format!("{} classes, width {}, {} blocks, {} heads", g["class_num"], g["dim"], g["depth"], g["heads"]);
-        assert!(text.contains(&sizes), "{text}");
 
         let names = ["prefill", "transformer_step", "flow_sampler", "decoder", "encoder"];
         let stages = report["stages"].as_array().unwrap();
@@ -367,8 +364,8 @@ fn what_a_bundle_holds() {
             let nodes: u64 = stage["operators"].as_object().unwrap().values().filter_map(Value::as_u64).sum();
             let row = text.lines().find(|line| line.starts_with(name)).unwrap();
             assert!(row.ends_with(&format!(" {nodes}")), "{row}: {nodes} nodes");
-            assert!(text.contains(&format!("\n{name}.onnx, ")), "{text}");
         }
+        insta::assert_snapshot!(text);
 
         let double = place.run("eqim-export inspect bundle --json --tokens 32 --steps 20").succeeded().stdout;
         let double: Value = serde_json::from_str(&double).unwrap();

@@ -89,6 +89,10 @@ impl Fixture {
     }
 }
 
+/// Filters of insta for reports: numbers, the widths of columns, and warnings about the times differ from run to run.
+pub const VARYING: [(&str, &str); 4] =
+    [("(?m)^warning: .*\n", ""), (r"\d+(\.\d+)?(e-?\d+)?", "#"), (" +", " "), ("-{3,}", "---")];
+
 /// Asserts that values are close to those expected, and prints how close.
 #[track_caller]
 pub fn assert_close<'a>(

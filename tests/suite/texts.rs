@@ -1,6 +1,7 @@
-//! The help of every program and command.
+//! What programs print: the help of every command, and the report of a run.
 
 use crate::common::bins::Workplace;
+use crate::common::{Fixture, VARYING, fixtures};
 
 /// What a command prints for `--help`.
 fn help(line: &str) -> String {
@@ -8,24 +9,31 @@ fn help(line: &str) -> String {
 }
 
 #[test]
-fn of_eqim_run() {
+fn help_of_eqim_run() {
     insta::assert_snapshot!(help("eqim-run"));
 }
 
 #[test]
-fn of_eqim_bench() {
+fn help_of_eqim_bench() {
     insta::assert_snapshot!(help("eqim-bench"));
 }
 
 #[test]
-fn of_eqim_export() {
+fn help_of_eqim_export() {
     let commands =
         ["eqim-export", "eqim-export onnx", "eqim-export calibrate", "eqim-export trt", "eqim-export inspect"];
     insta::assert_snapshot!(commands.map(help).join("\n"));
 }
 
 #[test]
-fn of_eqim_train() {
+fn help_of_eqim_train() {
     let commands = ["eqim-train", "eqim-train tokenizer", "eqim-train generator"];
     insta::assert_snapshot!(commands.map(help).join("\n"));
+}
+
+#[test]
+fn report_of_a_run() {
+    let place = Workplace::with_bundle(&Fixture::open(fixtures()));
+    let run = place.run("eqim-run --engine bundle --class 0,1 --cfg 2 --tokens 9 -o image.png").succeeded();
+    insta::with_settings!({filters => VARYING}, { insta::assert_snapshot!(run.stdout) });
 }
