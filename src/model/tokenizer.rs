@@ -1,4 +1,4 @@
-//! The convolutional tokenizer between images and rows of column tokens
+//! The convolutional tokenizer, which converts between images and rows of column tokens
 //! (reference: `tokenizer/models/tokenizer.py`, `tokenizer/modules/diffusionmodules/model.py`).
 
 use crate::Result;
