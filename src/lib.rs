@@ -1,4 +1,5 @@
-//! Equivariant Image Modeling (Dong et al., 2025, arXiv 2503.18948): the model, its checkpoints and its generation loop.
+//! Equivariant Image Modeling (Dong et al., 2025, arXiv 2503.18948): the model, its checkpoints and its generation
+//! loop.
 //!
 //! The model is written once, in [`model`], over the primitives of [`ops::Ops`]. An interpreter of these primitives
 //! runs the model, computes its cost or lowers it to ONNX. [`generate`] generates images with any [`engine::Engine`],

@@ -53,7 +53,8 @@ pub struct SamplingSettings {
 #[cfg_attr(feature = "clap", derive(clap::Args))]
 #[serde(default)]
 pub struct Settings {
-    /// Classes by number or name, separated by commas, one image each; `none` is an image without a class [default: none]
+    /// Classes by number or name, separated by commas, one image per class; `none` is an image without a class
+    /// [default: none]
     #[cfg_attr(feature = "clap", arg(long, value_name = "CLASSES", value_delimiter = ','))]
     #[serde(with = "one_or_many")]
     pub class: Vec<ClassName>,
