@@ -1,4 +1,5 @@
-//! A bundle: a folder of small ONNX graphs, one `model.safetensors` that all of them point into, and `config.json`.
+//! A bundle: a folder with small ONNX graphs, one `model.safetensors` with the weights of all graphs (ONNX external
+//! data), and `config.json`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -13,67 +14,67 @@ use crate::{Config, Error, Result, ResultExt, checkpoint, files};
 
 /// Name of the file that describes a bundle.
 pub const CONFIG_FILE: &str = "config.json";
-/// Name of the file of weights.
+/// Name of the weights file.
 pub const WEIGHTS_FILE: &str = "model.safetensors";
-/// Name of the calibration table that a bundle in INT8 was made with.
+/// Name of the calibration table from which an INT8 bundle was quantized.
 pub const CALIBRATION_FILE: &str = "calibration.json";
-/// Version of the format that this code writes and reads.
+/// Version of the bundle format that this code writes and reads.
 pub const FORMAT: u32 = 1;
 
-/// What `config.json` says.
+/// Contents of `config.json`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Version of the bundle's format.
     pub format: u32,
-    /// Program and version that wrote it.
+    /// Program and version that wrote the bundle.
     pub producer: String,
     /// Precision of weights, caches and matrix products.
     pub precision: Precision,
     /// ONNX operator set of the graphs.
     pub opset: i64,
-    /// The model.
+    /// Configuration of the model.
     pub model: Config,
-    /// The weights that Candle reads and the graphs point into.
+    /// The weights. Candle reads them, and the graphs refer to them.
     pub weights: FileRecord,
-    /// The graphs by stage name.
+    /// The graphs, by stage name.
     pub graphs: BTreeMap<String, GraphRecord>,
-    /// What is in INT8, where anything is.
+    /// The INT8 parts of the bundle, if there are any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
 }
 
 impl Manifest {
-    /// Whether everything is computed in FP32.
+    /// Whether all computations are in FP32.
     pub fn is_fp32(&self) -> bool {
         self.precision == Precision::Fp32 && self.quantization.is_none()
     }
 }
 
-/// What of a bundle is in INT8; everything else is in its [`Precision`].
+/// The INT8 parts of a bundle. All other parts are in the bundle's [`Precision`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Quantization {
-    /// What the graphs are for.
+    /// Runtime that the graphs are made for.
     #[serde(alias = "flavour")]
     pub target: Int8Target,
-    /// Names of the stages.
+    /// Names of the stages with INT8 parts.
     pub stages: Vec<String>,
-    /// Scopes in INT8.
+    /// Scopes (module names) in INT8.
     pub scopes: BTreeSet<String>,
-    /// The calibration table.
+    /// File of the calibration table.
     pub calibration: FileRecord,
 }
 
-/// What the INT8 graphs are for.
+/// Runtime that INT8 graphs are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
 pub enum Int8Target {
-    /// TensorRT: explicit `QuantizeLinear` and `DequantizeLinear`, symmetric, which any runtime can run.
+    /// TensorRT: explicit, symmetric `QuantizeLinear` and `DequantizeLinear`, which any runtime can run.
     #[cfg_attr(feature = "clap", value(name = "tensorrt"))]
     TensorRt,
-    /// ONNX Runtime on a CPU: integer operators, some of which TensorRT does not have.
+    /// ONNX Runtime on a CPU: integer operators, some of which TensorRT does not support.
     Cpu,
 }
 
@@ -93,14 +94,14 @@ pub enum Precision {
     /// 32-bit floating point.
     #[default]
     Fp32,
-    /// 16-bit floating point; norms, softmax, the residual stream and the ODE's state in 32.
+    /// 16-bit floating point (`float16`). Norms, softmax, the residual stream and the ODE's state are in FP32.
     Fp16,
-    /// 16-bit `bfloat16`, the rest in 32 as for FP16. ONNX Runtime has no CPU kernels for it: TensorRT only.
+    /// 16-bit `bfloat16`, with the same parts in FP32. TensorRT only: ONNX Runtime has no CPU kernels for it.
     Bf16,
 }
 
 impl Precision {
-    /// Type of the weights.
+    /// Data type of the weights.
     pub fn dtype(self) -> safetensors::Dtype {
         match self {
             Self::Fp32 => safetensors::Dtype::F32,
@@ -109,7 +110,7 @@ impl Precision {
         }
     }
 
-    /// Bytes of a value.
+    /// Size of a value in bytes.
     pub fn bytes(self) -> usize {
         self.dtype().bitsize() / 8
     }
@@ -125,55 +126,55 @@ impl std::fmt::Display for Precision {
     }
 }
 
-/// A file of a bundle.
+/// Record of a file of a bundle.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileRecord {
-    /// Name in the bundle's folder.
+    /// Name of the file in the bundle's folder.
     pub file: String,
-    /// Length.
+    /// Length of the file in bytes.
     pub bytes: u64,
-    /// SHA-256 in hexadecimal.
+    /// SHA-256 of the file in hexadecimal.
     pub sha256: String,
 }
 
-/// A graph of a bundle.
+/// Record of a graph of a bundle.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GraphRecord {
     /// The `.onnx` file.
     #[serde(flatten)]
     pub file: FileRecord,
-    /// Inputs, in order.
+    /// Inputs of the graph, in order.
     pub inputs: Vec<ValueInfo>,
-    /// Outputs, in order.
+    /// Outputs of the graph, in order.
     pub outputs: Vec<ValueInfo>,
 }
 
-/// An opened bundle: complete, and its graphs are the ones that were exported.
+/// An opened bundle. It is complete, and its graphs have not changed since the export.
 #[derive(Clone, Debug)]
 pub struct Bundle {
-    /// Its folder.
+    /// Folder of the bundle.
     pub folder: PathBuf,
-    /// What its `config.json` says.
+    /// Contents of the bundle's `config.json`.
     pub manifest: Manifest,
 }
 
 impl FileRecord {
-    /// Describes `folder/file` as it is now.
+    /// Describes the current contents of `folder/file`.
     ///
     /// # Errors
-    /// [`Error::input`] when it cannot be read.
+    /// [`Error::input`] if the file cannot be read.
     pub fn of(folder: &Path, file: &str) -> Result<Self> {
         let path = folder.join(file);
         let (bytes, sha256) = sha256_of(files::open(&path)?).or_input(path.display())?;
         Ok(Self { file: file.to_string(), bytes, sha256 })
     }
 
-    /// Checks that `folder` still holds this file, contents included.
+    /// Checks that the file in `folder` still has the recorded length and SHA-256.
     ///
     /// # Errors
-    /// [`Error::input`] naming the file.
+    /// [`Error::input`] naming the file, if it cannot be read or has changed.
     pub fn verify(&self, folder: &Path) -> Result<()> {
         let found = Self::of(folder, &self.file)?;
         if &found != self {
@@ -194,11 +195,11 @@ impl FileRecord {
 }
 
 impl Bundle {
-    /// Opens a bundle and checks that it is whole. Weights are checked by their length; [`FileRecord::verify`] reads
-    /// them through.
+    /// Opens a bundle and checks that it is complete. For the weights, only the length and the header are checked;
+    /// [`FileRecord::verify`] also checks their contents.
     ///
     /// # Errors
-    /// [`Error::input`] naming the file that is missing, foreign or changed.
+    /// [`Error::input`] naming the file that is missing, belongs to another bundle or has changed.
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join(CONFIG_FILE);
         let bad = |problem: String| Error::input(path.display(), problem);
@@ -252,7 +253,7 @@ impl Bundle {
         self.check_weights()
     }
 
-    /// Checks the length of the weights, and that they are of the same model.
+    /// Checks the length of the weights, and that their file belongs to this model and precision.
     fn check_weights(&self) -> Result<()> {
         let path = self.weights_path();
         let bad = |problem: String| Err(Error::input(path.display(), problem));
@@ -276,10 +277,10 @@ impl Bundle {
         }
     }
 
-    /// What the manifest says of a stage's graph.
+    /// Record of a stage's graph.
     ///
     /// # Errors
-    /// [`Error::input`] when the bundle has none.
+    /// [`Error::input`] if the bundle has no graph for the stage.
     pub fn graph(&self, stage: Stage) -> Result<&GraphRecord> {
         let missing =
             || Error::input(self.folder.join(CONFIG_FILE).display(), format!("has no {} graph", stage.name()));
@@ -289,23 +290,23 @@ impl Bundle {
     /// Path of a stage's graph.
     ///
     /// # Errors
-    /// [`Error::input`] when the bundle has none.
+    /// [`Error::input`] if the bundle has no graph for the stage.
     pub fn graph_path(&self, stage: Stage) -> Result<PathBuf> {
         Ok(self.folder.join(&self.graph(stage)?.file.file))
     }
 
-    /// Path of the weights.
+    /// Path of the weights file.
     pub fn weights_path(&self) -> PathBuf {
         self.folder.join(&self.manifest.weights.file)
     }
 }
 
-/// Whether weights in INT8, or their biases, are of a type.
+/// Whether a data type is the one of INT8 weights (`i8`) or of their biases (`i32`).
 fn is_integer(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::I8 | Dtype::I32)
 }
 
-/// The one field that every version of `config.json` has.
+/// The only field that every version of `config.json` has.
 #[derive(Deserialize)]
 struct Version {
     format: u32,

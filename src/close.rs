@@ -1,4 +1,4 @@
-//! Comparisons of computed values with expected ones. A value that is not finite is never close to anything.
+//! Compares computed values with expected values. A value that is not finite is never close to another value.
 
 use std::fmt;
 
@@ -6,18 +6,18 @@ use candle_core::{DType, Tensor};
 
 use crate::Result;
 
-/// How far values may lie apart: a level with a name and a reason.
+/// Largest allowed difference between values. Each named level has a reason.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Tolerance {
-    /// Its name.
+    /// Name of the tolerance.
     pub name: &'static str,
-    /// Largest difference.
+    /// Largest allowed difference.
     pub limit: f32,
-    /// What the difference is measured in.
+    /// How the difference is measured.
     pub measure: Measure,
 }
 
-/// What a difference is measured in.
+/// How a difference is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measure {
     /// `|found - expected|`.
@@ -29,29 +29,31 @@ pub enum Measure {
 }
 
 impl Tolerance {
-    /// The same products of the same numbers: only the order of sums in a batch may differ.
+    /// For the same products of the same numbers: only the order of summation may differ, for example with the batch
+    /// size.
     pub const SUMS: Self = Self::absolute("sums", 1e-6);
-    /// Noise from a seed: PyTorch's vectorized logarithm and cosine round differently from libm's in the last place.
+    /// For noise of a seed: PyTorch's vectorized logarithm and cosine differ from libm's in the last place.
     pub const NOISE: Self = Self::absolute("noise", 1e-6);
-    /// One activation: both sides round at about 1e-7 of values near 1, a few hundred times.
+    /// For one activation: both sides round values near 1 by about 1e-7, a few hundred times.
     pub const ACTIVATION: Self = Self::absolute("activation", 1e-5);
-    /// A whole sampling run, whose differences pass through up to 60 tokens of 10 guided steps.
+    /// For a complete sampling run: differences pass through up to 60 tokens of 10 steps with guidance.
     pub const SAMPLING: Self = Self::absolute("sampling", 1e-4);
-    /// Graphs and rollouts in FP32: both sides round at 1e-7 of values near 1, a few hundred times in a row.
+    /// For graphs and rollouts in FP32: both sides round values near 1 by about 1e-7, a few hundred times in a row.
     pub const FP32: Self = Self::scaled("fp32", 1e-4);
-    /// Graphs and rollouts in FP16 and BF16: FP16 rounds at 5e-4; random weights of four sizes came to at most 4e-3.
+    /// For graphs and rollouts in FP16 and BF16: FP16 rounds by 5e-4. With random weights of four model sizes, the
+    /// difference was at most 4e-3.
     pub const FP16: Self = Self::scaled("fp16", 2e-2);
-    /// Tokens of a lower precision or of another solver: the image is then still the same image.
+    /// For tokens in a lower precision or of another solver: below this limit, the image shows the same content.
     pub const ALIKE: Self = Self { name: "alike", limit: 0.1, measure: Measure::Norm };
-    /// Bytes of an image: rounding may move a value that lies between two levels.
+    /// For bytes of an image: rounding may change a value by one level.
     pub const LEVEL: Self = Self::absolute("level", 1.0);
 
-    /// A limit on absolute differences.
+    /// A limit on the absolute difference.
     pub const fn absolute(name: &'static str, limit: f32) -> Self {
         Self { name, limit, measure: Measure::Absolute }
     }
 
-    /// A limit on scaled differences.
+    /// A limit on the scaled difference.
     pub const fn scaled(name: &'static str, limit: f32) -> Self {
         Self { name, limit, measure: Measure::Scaled }
     }
@@ -68,8 +70,8 @@ impl fmt::Display for Tolerance {
     }
 }
 
-/// The difference of `found` from `expected`: infinite where a value of either is not finite, or where one has more values
-/// than the other.
+/// The difference between `found` and `expected`. It is infinite if a value is not finite or if the numbers of values
+/// differ.
 pub fn difference<'a>(
     found: impl IntoIterator<Item = &'a f32>,
     expected: impl IntoIterator<Item = &'a f32>,
@@ -99,7 +101,7 @@ pub fn difference<'a>(
     }
 }
 
-/// Largest `|found - expected|`; infinite where a value is not finite.
+/// Largest `|found - expected|`. Infinite under the conditions of [`difference`].
 pub fn largest_difference<'a>(
     found: impl IntoIterator<Item = &'a f32>,
     expected: impl IntoIterator<Item = &'a f32>,
@@ -107,7 +109,7 @@ pub fn largest_difference<'a>(
     difference(found, expected, Measure::Absolute)
 }
 
-/// `‖found - expected‖ / ‖expected‖`; infinite where a value is not finite.
+/// `‖found - expected‖ / ‖expected‖`. Infinite under the conditions of [`difference`].
 pub fn relative_error<'a>(
     found: impl IntoIterator<Item = &'a f32>,
     expected: impl IntoIterator<Item = &'a f32>,
@@ -115,10 +117,10 @@ pub fn relative_error<'a>(
     difference(found, expected, Measure::Norm)
 }
 
-/// Whether `found` lies within the tolerance of `expected`; gives the difference.
+/// Checks that `found` is within the tolerance of `expected`. Returns the difference.
 ///
 /// # Errors
-/// A sentence with the difference and the tolerance.
+/// [`NotClose`] with the difference and the tolerance.
 pub fn close<'a>(
     found: impl IntoIterator<Item = &'a f32>,
     expected: impl IntoIterator<Item = &'a f32>,
@@ -128,25 +130,25 @@ pub fn close<'a>(
     if difference <= tolerance.limit { Ok(difference) } else { Err(NotClose { difference, tolerance }) }
 }
 
-/// The values of a tensor in row-major order, to be compared.
+/// The values of a tensor as `f32` in row-major order, for a comparison.
 ///
 /// # Errors
-/// When Candle fails.
+/// If Candle fails.
 pub fn values(tensor: &Tensor) -> Result<Vec<f32>> {
     Ok(tensor.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
 }
 
-/// Values that lie too far apart.
+/// Error for values that differ by more than the tolerance.
 #[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
 #[error("the difference is {difference:e}, the tolerance is {tolerance}")]
 pub struct NotClose {
-    /// How far they lie apart.
+    /// Difference of the values.
     pub difference: f32,
-    /// How far they may.
+    /// Tolerance that the difference exceeds.
     pub tolerance: Tolerance,
 }
 
-/// The largest absolute value; infinite where a value is not finite.
+/// Largest absolute value. Infinite if a value is not finite.
 pub fn largest<'a>(values: impl IntoIterator<Item = &'a f32>) -> f32 {
     let wider = |most: f32, value: &f32| if value.is_finite() { most.max(value.abs()) } else { f32::INFINITY };
     values.into_iter().fold(0.0, wider)

@@ -1,10 +1,11 @@
-//! Everything about a model that its code needs to know and its weights do not say by themselves.
+//! Configuration of a model: all sizes and settings that the code needs in addition to the weights.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// A complete model: the autoregressive generator and the tokenizer that turns its tokens into an image.
+/// Configuration of a complete model: the autoregressive generator, and the tokenizer that decodes its tokens to an
+/// image.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -18,34 +19,35 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GeneratorConfig {
-    /// Number of classes; the label of this value is the unconditional one.
+    /// Number of classes. The label with this value is the unconditional one.
     pub class_num: usize,
-    /// What command lines may call the classes beside their numbers, where anybody has said.
+    /// Names of the classes, which command lines accept in addition to class numbers. Empty if the classes have no
+    /// names.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub class_names: Vec<String>,
-    /// Condition tokens in front of the image tokens (`buffer_size`).
+    /// Number of condition tokens before the image tokens (`buffer_size`).
     pub buffer: usize,
     /// Latent width of a token, `E`.
     pub embed: usize,
     /// Transformer width, `D`.
     pub dim: usize,
-    /// Transformer blocks.
+    /// Number of transformer blocks.
     pub depth: usize,
-    /// Attention heads, `H`.
+    /// Number of attention heads, `H`.
     pub heads: usize,
     /// Hidden width of a block's MLP.
     pub mlp_dim: usize,
-    /// Earlier tokens that self-attention sees beside its own (`cond_length`).
+    /// Number of earlier tokens that self-attention sees in addition to the current one (`cond_length`).
     pub window: usize,
     /// Width of the flow head, `W`.
     pub flow_dim: usize,
-    /// Residual blocks of the flow head.
+    /// Number of residual blocks of the flow head.
     pub flow_depth: usize,
     /// Width of the sinusoidal time embedding.
     pub time_dim: usize,
-    /// Scale between the tokenizer's latents and the generator's tokens: token = latent · `vae_norm`.
+    /// Scale from the tokenizer's latents to the generator's tokens: token = latent · `vae_norm`.
     pub vae_norm: f64,
-    /// Euler steps of the flow that a run takes unless told otherwise (`num_sampling_steps`).
+    /// Default number of steps of the flow's ODE per token (`num_sampling_steps`).
     pub steps: usize,
 }
 
@@ -53,34 +55,36 @@ pub struct GeneratorConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenizerConfig {
-    /// Channels of an image.
+    /// Number of channels of an image.
     pub image_channels: usize,
-    /// Rows of the latent grid, `R`.
+    /// Number of rows of the latent grid, `R`.
     pub rows: usize,
     /// Latent width of a token, `E`.
     pub embed: usize,
-    /// Downsamplings, from the image on, that halve the width too; those after them halve only the height.
+    /// Number of downsamplings, counted from the image, that halve both height and width. All later ones halve only the
+    /// height.
     pub len_down_scale: usize,
-    /// Groups of every group normalization. Where a group is one channel, its mean over the image is lost.
+    /// Number of groups of every group normalization. If a group has only one channel, the channel's mean over the
+    /// image is lost.
     #[serde(default = "published_groups")]
     pub groups: usize,
-    /// From the image to the latent grid.
+    /// The encoder, from the image to the latent grid.
     pub encoder: Tower,
-    /// From the latent grid to the image. Its levels too are listed from the image's side.
+    /// The decoder, from the latent grid to the image. Its levels are also listed from the image side.
     pub decoder: Tower,
 }
 
-/// The convolutions of an encoder or decoder.
+/// Sizes of a convolutional encoder or decoder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Tower {
-    /// Channels of the latent grid, `Z`.
+    /// Number of channels of the latent grid, `Z`.
     pub z_channels: usize,
-    /// Channels of the first convolution's result.
+    /// Number of output channels of the first convolution.
     pub conv_in: usize,
-    /// Residual blocks of a level.
+    /// Number of residual blocks per level.
     pub res_blocks: usize,
-    /// Resolution levels, the image's first.
+    /// Resolution levels. The first one has the resolution of the image.
     pub levels: Vec<Level>,
 }
 
@@ -88,13 +92,14 @@ pub struct Tower {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Level {
-    /// Channels.
+    /// Number of channels of the level.
     pub channels: usize,
     /// Whether an attention block follows each residual block.
     pub attention: bool,
 }
 
-/// Whether command lines can call a class so: they put ',' and ':' between names, and read numbers and `none` first.
+/// Whether `name` can be the name of a class on command lines. There, ',' and ':' are separators, and numbers and
+/// `none` are interpreted first.
 pub fn is_class_name(name: &str) -> bool {
     let reserved = name.is_empty() || name == "none" || name.parse::<u64>().is_ok();
     !reserved && name.trim() == name && !name.contains([',', ':'])
@@ -106,15 +111,15 @@ impl GeneratorConfig {
         self.dim / self.heads
     }
 
-    /// The label that stands for no class.
+    /// The label of unconditional generation.
     pub fn unconditional(&self) -> usize {
         self.class_num
     }
 
-    /// The class of this number or name; `None` for `none`, no class.
+    /// The class with this number or name. `None` for `none`, which means no class.
     ///
     /// # Errors
-    /// [`Error::setting`] for another name.
+    /// [`Error::setting`] for any other text.
     pub fn class(&self, text: &str) -> Result<Option<usize>> {
         if text == "none" {
             return Ok(None);
@@ -131,7 +136,7 @@ impl GeneratorConfig {
         })
     }
 
-    /// Checks the names of classes.
+    /// Checks the class names.
     fn check_names(&self) -> Result<()> {
         let (names, bad) = (&self.class_names, |problem| Err(Error::input("class_names", problem)));
         if !names.is_empty() && names.len() != self.class_num {
@@ -204,7 +209,7 @@ impl TokenizerConfig {
         1 << self.len_down_scale.min(self.encoder.levels.len() - 1)
     }
 
-    /// Most pixels of a feature map that the decoder attends over at once, for an image of `tokens` columns.
+    /// Number of pixels of the largest feature map that the decoder attends over, for an image of `tokens` columns.
     pub fn attention_cells(&self, tokens: usize) -> usize {
         let last = self.decoder.levels.len() - 1;
         let attended = self.decoder.levels.iter().position(|level| level.attention).unwrap_or(last);
@@ -256,15 +261,15 @@ impl TokenizerConfig {
     }
 }
 
-// Far beyond any model: they only keep a hostile configuration from asking for absurd work.
+// Far larger than any real model. These limits only bound the work that a hostile configuration can request.
 const WIDEST: usize = 1 << 20;
 const LONGEST: usize = 1 << 16;
 const DEEPEST: usize = 1 << 10;
 
-/// Most names of classes that an error lists.
+/// Largest number of class names that an error lists.
 const MOST_NAMES: usize = 12;
 
-/// Groups of every group normalization of the published tokenizer.
+/// Number of groups of every group normalization of the published tokenizer.
 pub const GROUPS: usize = 32;
 
 fn published_groups() -> usize {
@@ -272,7 +277,7 @@ fn published_groups() -> usize {
 }
 
 impl Config {
-    /// Checks what the sizes must have in common, so that no interpreter has to.
+    /// Checks that the sizes are valid and fit together, so that the interpreters need not check them.
     ///
     /// # Errors
     /// [`Error::input`] naming the first field that does not fit.
@@ -291,25 +296,26 @@ impl Config {
         Ok(())
     }
 
-    /// The configuration without labels for people, such as the names of classes: what tells models apart.
+    /// The configuration without display labels such as class names. It identifies the model.
     pub fn without_labels(&self) -> Self {
         let mut config = self.clone();
         config.generator.class_names.clear();
         config
     }
 
-    /// Whether two configurations are of the same model. Labels for people, such as the names of classes, are not compared.
+    /// Whether two configurations describe the same model. Display labels such as class names are not compared.
     pub fn is_same_model(&self, other: &Self) -> bool {
         self.without_labels() == other.without_labels()
     }
 
-    /// Size in pixels (width, height) of an image of `tokens` columns.
+    /// Width and height in pixels of an image of `tokens` columns.
     pub fn image_size(&self, tokens: usize) -> (usize, usize) {
         (tokens * self.tokenizer.token_width(), self.tokenizer.image_height())
     }
 }
 
-/// A published model size: what a checkpoint's tensors do not say, and the sizes of random weights.
+/// A published model size. It provides the settings that a checkpoint's tensors do not contain, and the sizes of models
+/// with random weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Preset {
     /// 127 M parameters.
@@ -325,7 +331,7 @@ pub enum Preset {
 }
 
 impl Preset {
-    /// Attention heads.
+    /// Number of attention heads.
     pub fn heads(self) -> usize {
         match self {
             Self::Small => 8,
@@ -334,7 +340,7 @@ impl Preset {
         }
     }
 
-    /// The preset that the reference's `--model` name means.
+    /// The preset for a `--model` name of the reference.
     pub fn from_reference_name(name: &str) -> Option<Self> {
         match name {
             "small_model" => Some(Self::Small),

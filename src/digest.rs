@@ -1,20 +1,20 @@
-//! SHA-256, by which files, weights and models are told apart.
+//! SHA-256 hashes, which identify files, weights and models.
 
 use std::io::Read;
 
 use sha2::{Digest, Sha256};
 
-/// SHA-256 of what is added to it.
+/// An incremental SHA-256 hash.
 #[derive(Clone, Debug, Default)]
 pub struct Hash(Sha256);
 
 impl Hash {
-    /// Adds bytes.
+    /// Adds bytes to the hash.
     pub fn add(&mut self, bytes: impl AsRef<[u8]>) {
         self.0.update(bytes);
     }
 
-    /// Adds the little-endian bytes of values.
+    /// Adds the little-endian bytes of values to the hash.
     pub fn add_values<'a>(&mut self, values: impl IntoIterator<Item = &'a f32>) {
         values.into_iter().for_each(|value| self.add(value.to_le_bytes()));
     }
@@ -25,17 +25,17 @@ impl Hash {
     }
 }
 
-/// SHA-256 of some bytes in hexadecimal.
+/// SHA-256 of bytes in hexadecimal.
 pub fn sha256(bytes: impl AsRef<[u8]>) -> String {
     let mut hash = Hash::default();
     hash.add(bytes);
     hash.hex()
 }
 
-/// Length and SHA-256 in hexadecimal of all that a reader gives.
+/// Length and SHA-256, in hexadecimal, of all bytes of a reader.
 ///
 /// # Errors
-/// Those of the reader.
+/// Errors of the reader.
 pub fn sha256_of(mut reader: impl Read) -> std::io::Result<(u64, String)> {
     let mut hash = Hash::default();
     let (mut block, mut length) = (vec![0; 1 << 20], 0);
@@ -50,7 +50,7 @@ pub fn sha256_of(mut reader: impl Read) -> std::io::Result<(u64, String)> {
     }
 }
 
-/// The beginning of a hash, for messages.
+/// The first characters of a hash, for messages.
 pub fn short(hash: &str) -> &str {
     hash.get(..12).unwrap_or(hash)
 }

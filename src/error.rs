@@ -1,31 +1,31 @@
-//! The one error type of the workspace's libraries.
+//! The error type of all libraries of the workspace.
 
 use std::fmt::Display;
 
-/// What went wrong, in a sentence that names the file, the tensor or the field, what was expected and what was found.
+/// An error. Its message names the file, the tensor or the field, and the expected and the found value.
 ///
-/// [`Display`] writes the whole sentence, the causes included. [`source`](std::error::Error::source) gives the cause itself.
+/// [`Display`] writes the message with its causes. [`source`](std::error::Error::source) returns the cause itself.
 #[derive(Debug, thiserror::Error)]
 #[error("{}{message}", Scope(scope))]
 pub struct Error {
     kind: Kind,
     field: Option<&'static str>,
-    /// The model's scope that the error occurred in.
+    /// Scope of the model in which the error occurred.
     scope: String,
     message: String,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
-/// Whose fault an error is.
+/// Whether the input or the run is the cause of an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// The input cannot be used: a setting, a file, a tensor in it.
+    /// The input cannot be used, for example a setting, a file or a tensor in it.
     Input,
-    /// The input is fine and the run failed: a full disk, a native library.
+    /// The input is valid, but the run failed, for example because of a full disk or a native library.
     Run,
 }
 
-/// A scope in front of a sentence, where there is one.
+/// The scope before a message. Displays nothing if the scope is empty.
 struct Scope<'a>(&'a str);
 
 impl Display for Scope<'_> {
@@ -34,7 +34,7 @@ impl Display for Scope<'_> {
     }
 }
 
-/// A result of this workspace.
+/// Result type of the workspace.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
@@ -42,69 +42,69 @@ impl Error {
         Self { kind, field: None, scope: String::new(), message, source: None }
     }
 
-    /// Input that cannot be used: a file, a tensor, a configuration. The process exits with code 2.
+    /// An error for input that cannot be used: a file, a tensor, a configuration. The process exits with code 2.
     pub fn input(subject: impl Display, problem: impl Display) -> Self {
         Self::new(Kind::Input, format!("{subject}: {problem}"))
     }
 
-    /// A run that failed although its input was fine. The process exits with code 1.
+    /// An error for a run that failed with valid input. The process exits with code 1.
     pub fn run(subject: impl Display, problem: impl Display) -> Self {
         Self::new(Kind::Run, format!("{subject}: {problem}"))
     }
 
-    /// An [input](Error::input) that cannot be used, with what another library says of it.
+    /// An [input](Error::input) error whose cause is an error of another library.
     pub fn input_caused(subject: impl Display, cause: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self::new(Kind::Input, subject.to_string()).because(cause)
     }
 
-    /// A [run](Error::run) that failed, with what another library says of it.
+    /// A [run](Error::run) error whose cause is an error of another library.
     pub fn run_caused(subject: impl Display, cause: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self::new(Kind::Run, subject.to_string()).because(cause)
     }
 
-    /// A setting that does not fit; the sentence begins with its name: `class is 99, expected 0 to 4 or none`.
+    /// An error for an invalid setting. The message begins with its name: `class is 99, expected 0 to 4 or none`.
     pub fn setting(field: &'static str, problem: impl Display) -> Self {
         Self { field: Some(field), ..Self::new(Kind::Input, format!("{field} {problem}")) }
     }
 
-    /// Adds the cause to the sentence, and keeps it as the source.
+    /// Appends the cause to the message and stores it as the source.
     pub fn because(self, cause: impl std::error::Error + Send + Sync + 'static) -> Self {
         Self { message: format!("{}: {cause}", self.message), source: Some(Box::new(cause)), ..self }
     }
 
-    /// Puts the subject in front of the sentence: a file, a line of it.
+    /// Puts a subject before the message, such as a file or a line of it.
     pub fn about(self, subject: impl Display) -> Self {
         Self { message: format!("{subject}: {self}"), scope: String::new(), ..self }
     }
 
-    /// Adds what is to be done to the end of the sentence.
+    /// Appends advice for the user to the message.
     pub fn advise(self, advice: impl Display) -> Self {
         Self { message: format!("{}{advice}", self.message), ..self }
     }
 
-    /// Names the setting that mends the error.
+    /// Sets the name of the setting that can correct the error.
     pub fn with_field(self, field: &'static str) -> Self {
         Self { field: Some(field), ..self }
     }
 
-    /// Adds the name of a scope of the model, inside which the error occurred. Names of nested scopes are joined by dots, as
-    /// PyTorch joins the names of modules.
+    /// Adds the name of the model scope in which the error occurred. Names of nested scopes are joined by dots, as
+    /// PyTorch joins module names.
     pub fn in_scope(self, name: &str) -> Self {
         let scope = if self.scope.is_empty() { name.to_string() } else { format!("{name}.{}", self.scope) };
         Self { scope, ..self }
     }
 
-    /// The setting that the error is about, or that mends it.
+    /// The setting that caused the error or can correct it.
     pub fn field(&self) -> Option<&'static str> {
         self.field
     }
 
-    /// Whether the input is at fault, not the run.
+    /// Whether the input caused the error, not the run.
     pub fn is_input(&self) -> bool {
         self.kind == Kind::Input
     }
 
-    /// The process's exit code for this error: 2 for bad input, 1 for a failed run.
+    /// Exit code of the process for this error: 2 for invalid input, 1 for a failed run.
     pub fn exit_code(&self) -> u8 {
         match self.kind {
             Kind::Input => 2,
@@ -119,15 +119,15 @@ impl From<candle_core::Error> for Error {
     }
 }
 
-/// Turns errors of other libraries into [`Error`]s, which keep them as their source.
+/// Converts errors of other libraries to [`Error`]s, which store them as their source.
 pub trait ResultExt<T> {
-    /// The subject, an input, is at fault.
+    /// Converts an error that `subject`, an input, caused.
     ///
     /// # Errors
     /// `{subject}: {error}`, with exit code 2.
     fn or_input(self, subject: impl Display) -> Result<T>;
 
-    /// The run failed at the subject.
+    /// Converts an error of a run that failed at `subject`.
     ///
     /// # Errors
     /// `{subject}: {error}`, with exit code 1.

@@ -1,4 +1,4 @@
-//! Reading and writing files so that a failure leaves nothing half done.
+//! Reads and writes files. A failed write leaves no incomplete file.
 
 use std::fs::File;
 use std::io::Read;
@@ -10,23 +10,23 @@ use crate::{Error, Result, ResultExt};
 
 const LARGEST_READ: u64 = 256 << 20;
 
-/// Opens a file of input.
+/// Opens an input file.
 ///
 /// # Errors
-/// [`Error::input`] when it cannot be opened or is no file.
+/// [`Error::input`] if it cannot be opened or is not a regular file.
 pub fn open(path: &Path) -> Result<File> {
     let bad = |error: std::io::Error| Error::input_caused(path.display(), error);
-    // Asked first: opening a pipe would wait for its other end.
+    // Checked before opening, because opening a named pipe would wait for its other end.
     if !std::fs::metadata(path).map_err(bad)?.is_file() {
         return Err(Error::input(path.display(), "is not a file"));
     }
     File::open(path).map_err(bad)
 }
 
-/// Reads a small file of input.
+/// Reads a small input file.
 ///
 /// # Errors
-/// [`Error::input`] when it cannot be read or has more than 256 MB.
+/// [`Error::input`] if it cannot be read or has more than 256 MB.
 pub fn read(path: &Path) -> Result<Vec<u8>> {
     let bad = |problem: String| Error::input(path.display(), problem);
     let mut bytes = vec![];
@@ -37,15 +37,15 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The folder that `path` is in.
+/// The folder that contains `path`.
 pub fn folder(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Lets `write` make a file beside its destination, and renames it when that is done.
+/// Lets `write` create a temporary file next to `path`, then renames it to `path`.
 ///
 /// # Errors
-/// [`Error::run`] when the file cannot be written; those of `write`.
+/// [`Error::run`] if the file cannot be written; errors of `write`.
 pub fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let failed = |error: std::io::Error| Error::run(path.display(), "cannot be written").because(error);
     let file = temporary(0o666).tempfile_in(folder(path)).map_err(failed)?;
@@ -54,26 +54,26 @@ pub fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
     Ok(())
 }
 
-/// Replaces a file by `bytes`.
+/// Replaces the contents of a file by `bytes`.
 ///
 /// # Errors
-/// [`Error::run`] when it cannot be written.
+/// [`Error::run`] if it cannot be written.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let failed = |error| Error::run(path.display(), "cannot be written").because(error);
     write_beside(path, |beside| std::fs::write(beside, bytes).map_err(failed))
 }
 
-/// Replaces a file by a value as JSON, for people to read too.
+/// Replaces the contents of a file by `value` as indented JSON.
 ///
 /// # Errors
-/// [`Error::run`] when it cannot be written.
+/// [`Error::run`] if it cannot be written.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_vec_pretty(value).or_run(path.display())?;
     write(path, &text)
 }
 
-/// A builder of files and folders that become results by renaming: with the permissions, less the process's mask, that
-/// they would have had from the start.
+/// A builder of temporary files and folders that are later renamed to results. Their permissions are `mode` without the
+/// bits of the process's umask, as if they were created under their final names.
 #[cfg(unix)]
 pub fn temporary(mode: u32) -> tempfile::Builder<'static, 'static> {
     use std::os::unix::fs::PermissionsExt;
@@ -82,7 +82,7 @@ pub fn temporary(mode: u32) -> tempfile::Builder<'static, 'static> {
     builder
 }
 
-/// A builder of files and folders that become results by renaming.
+/// A builder of temporary files and folders that are later renamed to results.
 #[cfg(not(unix))]
 pub fn temporary(_mode: u32) -> tempfile::Builder<'static, 'static> {
     let mut builder = tempfile::Builder::new();

@@ -1,7 +1,11 @@
-//! Equivariant Image Modeling (Dong et al., 2025, arXiv 2503.18948): the model, its checkpoints and its generation loop.
+//! Equivariant Image Modeling (Dong et al., 2025, arXiv 2503.18948): the model, its checkpoints and its generation
+//! loop.
 //!
-//! The model is written once, in [`model`], over the primitives of [`ops::Ops`]. What runs it, counts it or lowers it
-//! to ONNX is an interpreter of those primitives. [`generate`] drives any [`engine::Engine`] token by token.
+//! The model is written once, in [`model`], over the primitives of [`ops::Ops`]. An interpreter of these primitives
+//! runs the model, computes its cost or lowers it to ONNX. [`generate`] generates images with any [`engine::Engine`],
+//! token by token.
+//!
+//! Comments call the PyTorch code (<https://github.com/drx-code/EquivariantModeling>) the reference.
 //!
 //! ```
 //! use eqim::engine::{Engine, candle::CandleEngine};

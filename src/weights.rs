@@ -1,4 +1,4 @@
-//! The weights of a model by their checkpoint names.
+//! The weights of a model, by checkpoint name.
 
 use std::collections::BTreeMap;
 
@@ -13,10 +13,10 @@ pub struct Weights {
 }
 
 impl Weights {
-    /// The tensor `name`.
+    /// The tensor `name`, which must have the shape `shape`.
     ///
     /// # Errors
-    /// When there is none of that name and shape.
+    /// [`Error::input`] if there is no tensor of this name and shape.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let tensor = self.find(name)?;
         if tensor.dims() != shape {
@@ -26,10 +26,10 @@ impl Weights {
         Ok(tensor.clone())
     }
 
-    /// The tensor `name`, whatever its shape.
+    /// The tensor `name`, of any shape.
     ///
     /// # Errors
-    /// When there is none of that name.
+    /// [`Error::input`] if there is no tensor of this name.
     pub fn find(&self, name: &str) -> Result<&Tensor> {
         self.tensors.get(name).ok_or_else(|| Error::input(format!("tensor {name}"), "is missing"))
     }
@@ -39,19 +39,19 @@ impl Weights {
         self.tensors.first_key_value().map_or(Device::Cpu, |(_, tensor)| tensor.device().clone())
     }
 
-    /// The tensors on a device.
+    /// Copies the tensors to a device.
     ///
     /// # Errors
-    /// When they do not fit there.
+    /// If Candle fails, for example because they do not fit in the device's memory.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         let moved = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_device(device)?));
         Ok(Self { tensors: self.tensors.iter().map(moved).collect::<Result<_>>()? })
     }
 
-    /// Adds a tensor, as `f32`.
+    /// Adds a tensor, converted to `f32`.
     ///
     /// # Errors
-    /// When its type cannot be converted.
+    /// If the tensor's type cannot be converted.
     pub fn insert(&mut self, name: String, tensor: &Tensor) -> Result<()> {
         self.tensors.insert(name, tensor.to_dtype(DType::F32)?);
         Ok(())

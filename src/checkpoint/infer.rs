@@ -1,29 +1,30 @@
-//! A model's configuration from the names and shapes of its tensors.
+//! Infers a model's configuration from the names and shapes of its tensors.
 
 use std::collections::BTreeMap;
 
 use crate::config::{GROUPS, GeneratorConfig, Level, Preset, TokenizerConfig, Tower};
 use crate::{Error, Result};
 
-/// What a checkpoint's tensors do not say. Explicit values win over the checkpoint's own, and those over the preset's.
+/// Settings that a checkpoint's tensors do not contain. Explicit values take precedence over the checkpoint's own
+/// values, and these over the values of the preset.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Hints {
-    /// A published size.
+    /// Published size of the model.
     pub preset: Option<Preset>,
-    /// Attention heads.
+    /// Number of attention heads.
     pub heads: Option<usize>,
-    /// Window of self-attention.
+    /// Window of self-attention in tokens.
     pub window: Option<usize>,
-    /// Scale of latents.
+    /// Scale of the latents.
     pub vae_norm: Option<f64>,
-    /// Euler steps.
+    /// Default number of steps of the flow's ODE per token.
     pub steps: Option<usize>,
 }
 
 /// Shapes of tensors by name.
 pub type Shapes = BTreeMap<String, Vec<usize>>;
 
-/// Axis `axis` of the tensor `name`, which has to have `rank` axes.
+/// Size of axis `axis` of the tensor `name`, which must have `rank` axes.
 fn size(shapes: &Shapes, name: &str, rank: usize, axis: usize) -> Result<usize> {
     let shape = shapes.get(name).ok_or_else(|| Error::input(format!("tensor {name}"), "is missing"))?;
     if shape.len() != rank {
@@ -32,15 +33,16 @@ fn size(shapes: &Shapes, name: &str, rank: usize, axis: usize) -> Result<usize> 
     Ok(shape[axis])
 }
 
-/// How many of `name(0)`, `name(1)`, … there are without a gap.
+/// Number of consecutive names `name(0)`, `name(1)`, … that exist.
 fn count(shapes: &Shapes, name: impl Fn(usize) -> String) -> usize {
     (0..).take_while(|&i| shapes.contains_key(&name(i))).count()
 }
 
-/// The generator's configuration. `hints` are the user's, `stored` the checkpoint's own.
+/// Infers the generator's configuration. `hints` come from the user, `stored` from the checkpoint.
 ///
 /// # Errors
-/// [`Error::input`] naming the tensor that is missing or misshapen; [`Error::setting`] naming what no tensor tells.
+/// [`Error::input`] naming the tensor that is missing or has the wrong shape; [`Error::setting`] naming the setting
+/// that is unknown or does not fit the tensors.
 pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<GeneratorConfig> {
     let preset = hints.preset.or(stored.preset);
     let unknown = |field: &'static str, what: &str| {
@@ -73,7 +75,8 @@ pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<Gener
     Ok(config)
 }
 
-/// Checks a preset against the tensors: a size that is not theirs would give a model that is wrong without a sign.
+/// Checks that the tensors have the sizes of the preset. With the wrong preset, the model would give wrong results
+/// without an error.
 pub(super) fn fits(config: &GeneratorConfig, preset: Preset) -> Result<()> {
     let published = preset.config().generator;
     let sizes = [
@@ -93,10 +96,10 @@ pub(super) fn fits(config: &GeneratorConfig, preset: Preset) -> Result<()> {
     }
 }
 
-/// The tokenizer's configuration.
+/// Infers the tokenizer's configuration.
 ///
 /// # Errors
-/// [`Error::input`] naming the tensor that is missing or misshapen.
+/// [`Error::input`] naming the tensor that is missing or has the wrong shape.
 pub fn tokenizer(shapes: &Shapes) -> Result<TokenizerConfig> {
     let levels = count(shapes, |l| format!("encoder.down.{l}.block.0.conv1.weight"));
     let mut len_down_scale = 0;

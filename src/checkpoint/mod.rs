@@ -1,4 +1,5 @@
-//! Checkpoints: the reference's `.pth` and `.ckpt`, and our own `.safetensors`, all become a [`Config`] and [`Weights`].
+//! Checkpoints: `.pth` and `.ckpt` files of the reference, and `.safetensors` files of eqim. All are read into a
+//! [`Config`] and [`Weights`].
 
 mod infer;
 mod pickle;
@@ -21,60 +22,62 @@ use crate::model::Stage;
 use crate::weights::Weights;
 use crate::{Config, Error, Result, ResultExt, files};
 
-/// Which of a checkpoint's two sets of weights to take.
+/// Selects one of the two sets of weights in a checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightSet {
-    /// The exponential moving average, which the reference samples with.
+    /// The exponential moving average of the weights. The reference samples with it.
     #[default]
     Ema,
-    /// The weights that were trained.
+    /// The trained weights without averaging.
     Raw,
 }
 
-/// Key of the configuration, as JSON, in the metadata of our `.safetensors`. There is no other key, so that a file's
-/// bytes depend on its contents alone.
+/// Key of the configuration, as JSON, in the metadata of eqim's `.safetensors` files. It is the only key, so that the
+/// bytes of a file depend only on its contents.
 pub const CONFIG_KEY: &str = "eqim";
 
-/// What our `.safetensors` says of the model whose tensors it holds, one half or both.
+/// Configuration in a `.safetensors` file of eqim. The file holds the tensors of the generator, of the tokenizer or of
+/// both.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StoredConfig {
-    /// The generator's, where the file holds its tensors.
+    /// Configuration of the generator, if the file holds its tensors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generator: Option<GeneratorConfig>,
-    /// The tokenizer's, where the file holds its tensors.
+    /// Configuration of the tokenizer, if the file holds its tensors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<TokenizerConfig>,
 }
 
-/// Writes tensors with the configuration of the model they are of, replacing `path` when all of it is written.
+/// Writes tensors with the configuration of their model. `path` is replaced only once the file is complete.
 ///
 /// # Errors
-/// [`Error::run`] when it cannot be written.
+/// [`Error::run`] if the file cannot be written.
 pub fn write(path: &Path, config: &StoredConfig, stored: &[(&str, Tensor)]) -> Result<()> {
     let values: Vec<(&str, Values)> =
         stored.iter().map(|(name, tensor)| (*name, Values::Tensor(tensor.clone()))).collect();
     write_values(path, config, &values)
 }
 
-/// Writes as [`write()`] does, values of other types among them.
+/// Writes like [`write()`], but also accepts values of other types ([`Values::Raw`]).
 ///
 /// # Errors
-/// [`Error::run`] when it cannot be written.
+/// [`Error::run`] if the file cannot be written.
 pub fn write_values(path: &Path, config: &StoredConfig, stored: &[(&str, Values)]) -> Result<()> {
     let config = serde_json::to_string(config).or_run(path.display())?;
     tensors::write_values(path, stored, HashMap::from([(CONFIG_KEY.to_string(), config)]))
 }
 
-/// First components of the tokenizer's tensor names; everything else is the generator's.
+/// First components of the tokenizer's tensor names. All other tensors belong to the generator.
 const TOKENIZER_PARTS: [&str; 4] = ["encoder", "decoder", "quant_layer", "post_quant_layer"];
-/// Tensors of a tokenizer checkpoint that only training uses.
+/// Name prefixes of the tensors of a tokenizer checkpoint that only training uses.
 const TRAINING_ONLY: [&str; 3] = ["ema_", "loss.", "semantic_decoder."];
 
-/// Loads a complete model from a checkpoint of the generator and one of the tokenizer, in any format, and checks it.
+/// Loads a complete model from a generator checkpoint and a tokenizer checkpoint, each in any format, and checks it.
 ///
 /// # Errors
-/// [`Error::input`] naming the file and the tensor or value that is missing, extra, misshapen or not finite.
+/// [`Error::input`] naming the file and the tensor or value that is missing, unexpected, of the wrong shape or not
+/// finite.
 pub fn load(generator: &Path, tokenizer: &Path, set: WeightSet, hints: &Hints) -> Result<(Config, Weights)> {
     let mut weights = Weights::default();
     let config = Config {
@@ -90,11 +93,11 @@ pub fn load(generator: &Path, tokenizer: &Path, set: WeightSet, hints: &Hints) -
 /// Loads a tokenizer without a generator, from a checkpoint in any format, and checks it.
 ///
 /// # Errors
-/// As [`load`].
+/// Same as [`load`].
 pub fn load_tokenizer_alone(path: &Path, set: WeightSet) -> Result<(TokenizerConfig, Weights)> {
     let mut weights = Weights::default();
     let tokenizer = load_tokenizer(path, set, &mut weights)?;
-    // A generator that fits, for what is checked in both.
+    // The check needs both configurations, so this adds a generator configuration that fits the tokenizer.
     let generator = GeneratorConfig { embed: tokenizer.embed, ..Preset::Small.config().generator };
     let config = Config { generator, tokenizer };
     config.check()?;
@@ -102,18 +105,18 @@ pub fn load_tokenizer_alone(path: &Path, set: WeightSet) -> Result<(TokenizerCon
     Ok((config.tokenizer, weights))
 }
 
-/// Loads a complete model from one `.safetensors` that holds both configurations.
+/// Loads a complete model from one `.safetensors` file that holds both configurations.
 ///
 /// # Errors
-/// As [`load`].
+/// Same as [`load`].
 pub fn load_safetensors(path: &Path) -> Result<(Config, Weights)> {
     load(path, path, WeightSet::default(), &Hints::default())
 }
 
-/// The configuration that a `.safetensors` of a whole model has in its metadata.
+/// The configuration of a complete model in the metadata of a `.safetensors` file.
 ///
 /// # Errors
-/// [`Error::input`] when it has none.
+/// [`Error::input`] if the metadata does not hold a valid configuration of the generator and of the tokenizer.
 pub fn stored_config(file: &TensorFile) -> Result<Config> {
     let StoredConfig { generator, tokenizer } = stored(file)?;
     Ok(Config { generator: part(file, generator, "generator")?, tokenizer: part(file, tokenizer, "tokenizer")? })
@@ -214,7 +217,7 @@ fn load_tokenizer(path: &Path, set: WeightSet, weights: &mut Weights) -> Result<
     Ok(config)
 }
 
-/// Our own files hold one set of weights; the other cannot be had from them.
+/// Rejects the raw weights: a `.safetensors` file of eqim holds only one set of weights.
 fn only_set(path: &Path, set: WeightSet) -> Result<()> {
     match set {
         WeightSet::Ema => Ok(()),
@@ -225,7 +228,7 @@ fn only_set(path: &Path, set: WeightSet) -> Result<()> {
     }
 }
 
-/// Name under which Lightning keeps the average of `name`: `ema_<part>.<the rest without dots>`.
+/// Name under which Lightning stores the moving average of `name`: `ema_<part>.<the rest without dots>`.
 fn ema_name(name: &str) -> String {
     let (part, rest) = name.split_once('.').unwrap_or((name, ""));
     format!("ema_{part}.{}", rest.replace('.', ""))
@@ -252,7 +255,7 @@ fn with_hints(mut config: GeneratorConfig, hints: &Hints) -> GeneratorConfig {
     config
 }
 
-/// What the trainer's `args` say.
+/// The hints in the `args` of the trainer, which the checkpoint contains.
 fn stored_hints(file: &TorchFile) -> Hints {
     let Some(args) = file.item("args") else { return Hints::default() };
     let pickle = file.pickle();

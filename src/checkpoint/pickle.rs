@@ -1,16 +1,16 @@
-//! The part of Python's pickle format that `torch.save` writes, without running anything of it.
+//! Reads the part of Python's pickle format that `torch.save` writes, without running any code of the pickle.
 //!
-//! Candle's reader is not used: it takes only archives whose pickle is a dictionary of tensors, and it copies what a pickle
-//! refers to, so that a small hostile file fills the memory.
+//! Candle's reader is not used. It accepts only archives whose pickle is a dictionary of tensors. It also copies the
+//! values that a pickle refers to, so a small hostile file can fill the memory.
 //!
-//! Values live in one arena and refer to one another by index: a hostile file can then neither expand by sharing nor
-//! overflow the stack by nesting.
+//! All values are stored in one arena and refer to each other by index. A hostile file can therefore neither expand
+//! through shared values nor overflow the stack through nested ones.
 
 use std::collections::HashMap;
 
 use crate::{Error, Result};
 
-/// A value's place in a [`Pickle`].
+/// Index of a value in a [`Pickle`].
 pub type Id = usize;
 
 /// One unpickled value.
@@ -18,7 +18,7 @@ pub type Id = usize;
 pub enum Value {
     /// `None`.
     None,
-    /// A truth value.
+    /// A Boolean, whose value is not stored.
     Bool,
     /// An integer.
     Int(i64),
@@ -32,16 +32,16 @@ pub enum Value {
     Dict(Vec<(Id, Id)>),
     /// A global name, `module.name`.
     Global(String),
-    /// What calling a global with arguments would give, and its state once set.
+    /// An object: the call of a global with arguments. The call is recorded, not run.
     Object {
-        /// What is called.
+        /// The global that is called.
         class: Id,
-        /// Its arguments.
+        /// Arguments of the call.
         arguments: Id,
-        /// What `__setstate__` would be given.
+        /// Argument of `__setstate__`, if there is one.
         state: Option<Id>,
     },
-    /// A reference to something outside of the pickle: for PyTorch a tensor's storage.
+    /// A reference to data outside of the pickle. In PyTorch's files, this is the storage of a tensor.
     Persistent(Id),
 }
 
@@ -57,7 +57,7 @@ impl Pickle {
         &self.values[id]
     }
 
-    /// Text at `id`.
+    /// The text at `id`.
     pub fn text(&self, id: Id) -> Option<&str> {
         match self.get(id) {
             Value::Text(text) => Some(text),
@@ -65,7 +65,7 @@ impl Pickle {
         }
     }
 
-    /// An integer at `id`.
+    /// The integer at `id`.
     pub fn int(&self, id: Id) -> Option<i64> {
         match self.get(id) {
             Value::Int(value) => Some(*value),
@@ -73,7 +73,7 @@ impl Pickle {
         }
     }
 
-    /// A number at `id`, also one written as text (as the reference's `num_sampling_steps` is).
+    /// The number at `id`, which may be written as text (as the reference's `num_sampling_steps` is).
     pub fn number(&self, id: Id) -> Option<f64> {
         match self.get(id) {
             Value::Int(value) => Some(*value as f64),
@@ -83,7 +83,7 @@ impl Pickle {
         }
     }
 
-    /// The elements of a tuple or list at `id`.
+    /// The elements of the tuple, list or set at `id`.
     pub fn sequence(&self, id: Id) -> Option<&[Id]> {
         match self.get(id) {
             Value::Sequence(items) => Some(items),
@@ -91,7 +91,7 @@ impl Pickle {
         }
     }
 
-    /// The entries of a dictionary at `id`, or of the attributes of an object such as `argparse.Namespace`.
+    /// The entries of the dictionary at `id`, or the attributes of an object such as `argparse.Namespace`.
     pub fn entries(&self, id: Id) -> Option<&[(Id, Id)]> {
         match self.get(id) {
             Value::Dict(entries) => Some(entries),
@@ -103,12 +103,12 @@ impl Pickle {
         }
     }
 
-    /// The value under a text key of a dictionary or object at `id`.
+    /// The value of a text key in the dictionary or object at `id`.
     pub fn item(&self, id: Id, key: &str) -> Option<Id> {
         self.entries(id)?.iter().find(|(name, _)| self.text(*name) == Some(key)).map(|(_, value)| *value)
     }
 
-    /// The global name that an object at `id` is an instance or a result of, with its arguments.
+    /// The name of the global whose call gives the object at `id`, and the arguments of the call.
     pub fn call(&self, id: Id) -> Option<(&str, Id)> {
         match self.get(id) {
             Value::Object { class, arguments, .. } => match self.get(*class) {
@@ -120,10 +120,10 @@ impl Pickle {
     }
 }
 
-/// Reads a pickle and gives the place of its root.
+/// Reads a pickle. Returns its values and the index of the root.
 ///
 /// # Errors
-/// [`Error::input`] naming the byte that could not be understood.
+/// [`Error::input`] naming the position of the instruction that cannot be read.
 pub fn read(bytes: &[u8]) -> Result<(Pickle, Id)> {
     let mut machine =
         Machine { bytes, at: 0, pickle: Pickle::default(), stack: vec![], marks: vec![], memo: HashMap::new() };
@@ -137,7 +137,7 @@ pub fn read(bytes: &[u8]) -> Result<(Pickle, Id)> {
     }
 }
 
-/// The pickle virtual machine (Python's `pickletools.py` documents its instructions).
+/// The virtual machine of the pickle format. Python's `pickletools.py` documents its instructions.
 struct Machine<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -225,7 +225,7 @@ impl Machine<'_> {
         let list = self.top()?;
         match &mut self.pickle.values[list] {
             Value::Sequence(list) => list.extend(items),
-            // Subclasses of list: their elements are not needed.
+            // A subclass of list. Its elements are not needed.
             Value::Object { .. } => {}
             _ => return Err("elements for something that is not a list".into()),
         }
@@ -237,7 +237,7 @@ impl Machine<'_> {
         let (pairs, []) = items.as_chunks::<2>() else { return Err("a key without value".into()) };
         match &mut self.pickle.values[dict] {
             Value::Dict(entries) => entries.extend(pairs.iter().map(|[key, value]| (*key, *value))),
-            // Subclasses of dict: their entries are not needed.
+            // A subclass of dict. Its entries are not needed.
             Value::Object { .. } => {}
             _ => return Err("entries for something that is not a dictionary".into()),
         }
@@ -276,7 +276,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// Runs one instruction; gives the root at the end.
+    /// Runs one instruction. Returns the root after the last one.
     fn instruction(&mut self) -> Step<Option<Id>> {
         match self.take(1)?[0] {
             b'.' => return Ok(Some(self.pop()?)),

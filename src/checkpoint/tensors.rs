@@ -1,4 +1,4 @@
-//! `.safetensors` files, read tensor by tensor.
+//! Reads `.safetensors` files tensor by tensor, and writes them.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -26,7 +26,7 @@ impl TensorFile {
     /// Opens a file and reads its header.
     ///
     /// # Errors
-    /// [`Error::input`] when it is truncated or not in the format.
+    /// [`Error::input`] if the file is truncated or not in the format.
     pub fn open(path: &Path) -> Result<Self> {
         let bad = |problem: String| Error::input(path.display(), format!("is not a safetensors file: {problem}"));
         let not_one = || Error::input(path.display(), "is not a safetensors file");
@@ -52,17 +52,17 @@ impl TensorFile {
         Ok(Self { path: path.to_path_buf(), file, metadata, data_start })
     }
 
-    /// The path it was opened at.
+    /// Path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Names, types, shapes and places of all tensors.
+    /// Names, types, shapes and offsets of all tensors.
     pub fn tensors(&self) -> HashMap<String, &TensorInfo> {
         self.metadata.tensors()
     }
 
-    /// The text stored under `key` beside the tensors.
+    /// The text stored under `key` in the file's metadata.
     pub fn text(&self, key: &str) -> Option<&str> {
         self.metadata.metadata().as_ref()?.get(key).map(String::as_str)
     }
@@ -76,7 +76,7 @@ impl TensorFile {
     /// Reads one tensor.
     ///
     /// # Errors
-    /// [`Error::input`] when there is none of that name, or of a type that Candle does not have.
+    /// [`Error::input`] if there is no tensor of this name, or if Candle does not support its type.
     pub fn read(&mut self, name: &str) -> Result<Tensor> {
         let bad = |problem: String| Error::input(self.path.display(), format!("tensor {name}: {problem}"));
         let info = self.metadata.info(name).ok_or_else(|| bad("is missing".into()))?;
@@ -89,23 +89,23 @@ impl TensorFile {
     }
 }
 
-/// Values on their way into a file.
+/// Values to write to a file.
 #[derive(Clone, Debug)]
 pub enum Values {
-    /// Of `f32`, `f16` or `bf16`.
+    /// A tensor of `f32`, `f16` or `bf16`.
     Tensor(Tensor),
-    /// Of a type that Candle does not have.
+    /// Values of a type that Candle does not support.
     Raw {
-        /// The type.
+        /// Type of the values.
         dtype: Dtype,
-        /// The shape.
+        /// Shape of the values.
         shape: Vec<usize>,
-        /// Little-endian.
+        /// Little-endian bytes of the values.
         bytes: Vec<u8>,
     },
 }
 
-/// Values whose type is known to fit.
+/// Values and their type, which has been checked.
 struct Stored<'a> {
     dtype: Dtype,
     values: &'a Values,
@@ -125,8 +125,8 @@ impl View for Stored<'_> {
 
     fn data(&self) -> std::borrow::Cow<'_, [u8]> {
         match self.values {
-            // Reading back a tensor of a type that was checked, from the CPU, does not fail; were it to, the length would
-            // not fit and the file could not be read.
+            // The type has been checked and the tensor is on the CPU, so this cannot fail. If it did, the length would
+            // be wrong and the file could not be read.
             Values::Tensor(tensor) => bytes(tensor).unwrap_or_default().into(),
             Values::Raw { bytes, .. } => bytes.into(),
         }
@@ -140,7 +140,7 @@ impl View for Stored<'_> {
     }
 }
 
-/// Little-endian values of a tensor of `f32`, `f16` or `bf16`.
+/// Little-endian bytes of a tensor of `f32`, `f16` or `bf16`.
 fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let flat = tensor.flatten_all()?;
     let mut bytes = Vec::with_capacity(flat.elem_count() * flat.dtype().size_in_bytes());
@@ -152,20 +152,21 @@ fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes tensors of `f32`, `f16` or `bf16`, with `text` beside them, replacing `path` when all of it is written.
+/// Writes tensors of `f32`, `f16` or `bf16`, with `text` as metadata. `path` is replaced only once the file is
+/// complete.
 ///
 /// # Errors
-/// [`Error::run`] for a tensor of another type, or when the file cannot be written.
+/// [`Error::run`] for a tensor of another type, or if the file cannot be written.
 pub fn write(path: &Path, tensors: &[(&str, Tensor)], text: HashMap<String, String>) -> Result<()> {
     let values: Vec<(&str, Values)> =
         tensors.iter().map(|(name, tensor)| (*name, Values::Tensor(tensor.clone()))).collect();
     write_values(path, &values, text)
 }
 
-/// Writes as [`write()`] does, values of other types among them.
+/// Writes like [`write()`], but also accepts values of other types ([`Values::Raw`]).
 ///
 /// # Errors
-/// [`Error::run`] for a tensor of another type, or when the file cannot be written.
+/// [`Error::run`] for a tensor of another type, or if the file cannot be written.
 pub fn write_values(path: &Path, values: &[(&str, Values)], text: HashMap<String, String>) -> Result<()> {
     let failed = |problem: String| Error::run(path.display(), format!("cannot be written: {problem}"));
     let stored = |(name, values): &'_ (&'_ str, Values)| match values {
@@ -180,7 +181,7 @@ pub fn write_values(path: &Path, values: &[(&str, Values)], text: HashMap<String
     let dtypes = values.iter().map(stored).collect::<Result<Vec<_>>>()?;
     let views = values.iter().zip(dtypes).map(|((name, values), dtype)| (*name, Stored { dtype, values }));
     files::write_beside(path, |beside| {
-        // The library puts a file in its place that nobody but the owner may read.
+        // The library replaces the file by one that only the owner may read, so the permissions are restored.
         let permissions = std::fs::metadata(beside).map_err(|error| failed(error.to_string()))?.permissions();
         safetensors::serialize_to_file(views, Some(text), beside).map_err(|error| failed(error.to_string()))?;
         std::fs::set_permissions(beside, permissions).map_err(|error| failed(error.to_string()))

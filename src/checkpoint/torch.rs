@@ -1,4 +1,4 @@
-//! PyTorch's zip checkpoints: `archive/data.pkl` beside one file for each storage.
+//! PyTorch's zip checkpoints: an archive with `data.pkl` and one file per storage.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -11,10 +11,10 @@ use zip::ZipArchive;
 use super::pickle::{self, Id, Pickle, Value};
 use crate::{Error, Result, ResultExt, files};
 
-// A pickle holds names and numbers; the largest published one is under 1 MB.
+// A pickle holds only names and numbers. The largest published one is smaller than 1 MB.
 const LARGEST_PICKLE: u64 = 256 << 20;
 
-/// An open checkpoint. Tensors are read when asked for.
+/// An open checkpoint. Each tensor is read on request.
 #[derive(Debug)]
 pub struct TorchFile {
     path: PathBuf,
@@ -24,7 +24,7 @@ pub struct TorchFile {
     root: Id,
 }
 
-/// Where a tensor's values are.
+/// Location, type and shape of a tensor's values.
 struct Layout {
     storage: String,
     dtype: DType,
@@ -33,10 +33,10 @@ struct Layout {
 }
 
 impl TorchFile {
-    /// Opens a checkpoint and reads everything but its tensors.
+    /// Opens a checkpoint and reads everything except its tensors.
     ///
     /// # Errors
-    /// [`Error::input`] when it is truncated or not in the format.
+    /// [`Error::input`] if the file is truncated or not in the format.
     pub fn open(path: &Path) -> Result<Self> {
         let bad = || Error::input(path.display(), "is not a PyTorch checkpoint");
         let file = BufReader::new(files::open(path)?);
@@ -51,7 +51,7 @@ impl TorchFile {
         Ok(Self { path: path.to_path_buf(), archive, prefix, pickle, root })
     }
 
-    /// The value under `key` of the checkpoint's dictionary.
+    /// The value of `key` in the checkpoint's dictionary.
     pub fn item(&self, key: &str) -> Option<Id> {
         self.pickle.item(self.root, key)
     }
@@ -62,12 +62,12 @@ impl TorchFile {
         entries.iter().filter_map(|(key, _)| self.pickle.text(*key)).collect()
     }
 
-    /// What the pickle holds.
+    /// The pickle of the checkpoint.
     pub fn pickle(&self) -> &Pickle {
         &self.pickle
     }
 
-    /// Names of the tensors of the state dict at `id`, with their places.
+    /// Names of the tensors in the state dict at `id`, with their indices in the pickle.
     pub fn state_dict(&self, id: Id) -> Result<BTreeMap<String, Id>> {
         let entries = self.pickle.entries(id).ok_or_else(|| self.bad("a state dict is not a dictionary"))?;
         let named = entries.iter().filter_map(|(name, tensor)| Some((self.pickle.text(*name)?.to_string(), *tensor)));
@@ -77,7 +77,7 @@ impl TorchFile {
     /// Shape of the tensor `name` at `id`.
     ///
     /// # Errors
-    /// [`Error::input`] when it is none that can be read.
+    /// [`Error::input`] if the tensor is not contiguous or has an unsupported type.
     pub fn shape(&self, name: &str, id: Id) -> Result<Vec<usize>> {
         Ok(self.named_layout(name, id)?.shape)
     }
@@ -94,7 +94,7 @@ impl TorchFile {
     /// Reads the tensor `name` at `id`.
     ///
     /// # Errors
-    /// [`Error::input`] when its storage is missing, too short, or of an unknown type.
+    /// [`Error::input`] if the tensor's storage is missing or too short, or if its type is not supported.
     pub fn tensor(&mut self, name: &str, id: Id) -> Result<Tensor> {
         let layout =
             self.layout(id).ok_or_else(|| self.bad(format!("tensor {name} has a layout that cannot be read")))?;
@@ -109,7 +109,8 @@ impl TorchFile {
         Ok(Tensor::from_raw_buffer(&bytes, layout.dtype, &layout.shape, &Device::Cpu)?)
     }
 
-    /// Follows `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, …)`, for contiguous tensors.
+    /// Reads the arguments of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, …)`. Returns `None` if
+    /// the tensor is not contiguous or has an unsupported type.
     fn layout(&self, id: Id) -> Option<Layout> {
         let (mut function, mut arguments) = self.pickle.call(id)?;
         if function == "torch._utils._rebuild_parameter" {
@@ -140,13 +141,13 @@ impl TorchFile {
         Some(Layout { storage, dtype, offset: usize::try_from(self.pickle.int(offset)?).ok()?, shape })
     }
 
-    /// An error about this file.
+    /// An input error about this file.
     pub fn bad(&self, problem: impl std::fmt::Display) -> Error {
         Error::input(self.path.display(), problem)
     }
 }
 
-/// Bytes `start..start + length` of an entry.
+/// Reads bytes `start..start + length` of an entry.
 fn read_range(archive: &mut ZipArchive<BufReader<File>>, name: &str, start: u64, length: usize) -> Result<Vec<u8>> {
     let storage = format!("storage {name}");
     let mut entry = archive.by_name(name).or_input(&storage)?;

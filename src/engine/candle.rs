@@ -1,4 +1,4 @@
-//! The engine that runs the model on Candle: no native library, and the yardstick of the others.
+//! The engine that runs the model on Candle. It needs no native library, and the other engines are compared with it.
 
 use candle_core::{DType, Device, Tensor};
 use ndarray::{Array, Array2, Array3, Array4, ArrayView, ArrayView2, ArrayView3, ArrayView4, Dimension};
@@ -10,15 +10,15 @@ use crate::request::solver::Tableau;
 use crate::weights::Weights;
 use crate::{Config, Error, Result, ResultExt};
 
-/// What computes a model's stages on Candle tensors.
+/// A backend that runs a model's stages on Candle tensors.
 pub trait Runner {
-    /// What it is, for people.
+    /// Name of the backend, for display.
     fn name(&self) -> &str;
 
     /// Runs a stage, as [`Stage::run`] does.
     ///
     /// # Errors
-    /// Those of the interpreter.
+    /// Errors of the interpreter.
     fn run(&self, config: &Config, stage: Stage, inputs: &[Tensor]) -> Result<Vec<Tensor>>;
 }
 
@@ -32,7 +32,7 @@ impl Runner for Weights {
     }
 }
 
-/// An engine of stages that run on Candle.
+/// An engine that runs the stages with a [`Runner`].
 #[derive(Debug)]
 pub struct StageEngine<R> {
     config: Config,
@@ -43,7 +43,7 @@ pub struct StageEngine<R> {
 pub type CandleEngine = StageEngine<Weights>;
 
 impl<R: Runner> StageEngine<R> {
-    /// An engine of stages. Weights have been [checked](Weights::check) against `config`.
+    /// Creates an engine. Weights must have been [checked](Weights::check) against `config`.
     pub fn new(config: Config, runner: R) -> Self {
         Self { config, runner }
     }
@@ -51,12 +51,12 @@ impl<R: Runner> StageEngine<R> {
     /// Runs a stage, as [`Stage::run`] does.
     ///
     /// # Errors
-    /// Those of the interpreter.
+    /// Errors of the interpreter.
     pub fn run(&self, stage: Stage, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         self.runner.run(&self.config, stage, inputs)
     }
 
-    /// Runs a stage of one output.
+    /// Runs a stage that has one output.
     fn run_one<D: Dimension>(&self, stage: Stage, inputs: &[Tensor]) -> Result<Array<f32, D>> {
         to_array(&first(stage, &mut self.run(stage, inputs)?)?)
     }
@@ -69,7 +69,7 @@ impl StageEngine<Weights> {
     }
 }
 
-/// Takes the first output from the others.
+/// Removes and returns the first output.
 fn first(stage: Stage, outputs: &mut Vec<Tensor>) -> Result<Tensor> {
     if outputs.is_empty() {
         return Err(Error::run(stage.name(), "gave no output"));
@@ -77,29 +77,29 @@ fn first(stage: Stage, outputs: &mut Vec<Tensor>) -> Result<Tensor> {
     Ok(outputs.remove(0))
 }
 
-/// An array as a Candle tensor.
+/// Converts an array to a Candle tensor.
 ///
 /// # Errors
-/// When Candle refuses its shape.
+/// If Candle rejects the shape.
 pub fn to_tensor<D: Dimension>(array: ArrayView<f32, D>) -> Result<Tensor> {
     let values: Vec<f32> = array.iter().copied().collect();
     Ok(Tensor::from_vec(values, array.shape(), &Device::Cpu)?)
 }
 
-/// A Candle tensor as an array of as many axes.
+/// Converts a Candle tensor to an array with the same number of axes.
 ///
 /// # Errors
-/// When it has another number of axes or is not of `f32`.
+/// If the tensor does not have the array's number of axes or is not of `f32`.
 pub fn to_array<D: Dimension>(tensor: &Tensor) -> Result<Array<f32, D>> {
     let values = tensor.flatten_all()?.to_vec1::<f32>()?;
     let array = Array::from_shape_vec(tensor.dims().to_vec(), values).and_then(Array::into_dimensionality);
     array.or_run("tensor")
 }
 
-/// A solver's times `[S]` and updates `[S, 2, 3]` as Candle tensors.
+/// The times `[S]` and the updates `[S, 2, 3]` of a solver as Candle tensors.
 ///
 /// # Errors
-/// When Candle refuses them.
+/// If Candle rejects the shapes.
 pub fn tableau_tensors(tableau: &Tableau) -> Result<[Tensor; 2]> {
     let evaluations = tableau.evaluations();
     let times = Tensor::from_slice(&tableau.times, evaluations, &Device::Cpu)?;
@@ -147,19 +147,19 @@ impl<R: Runner> Engine for StageEngine<R> {
 
 struct StageSession<'a, R> {
     engine: &'a StageEngine<R>,
-    /// The prefill's outputs for one label.
+    /// The prefill's outputs for each label.
     classes: PrefillCache<Vec<Tensor>>,
     past: Vec<Tensor>,
     cross: Vec<Tensor>,
 }
 
-/// Outputs of a stage, apart by rows.
+/// Splits the outputs of a stage by rows.
 fn by_row(outputs: &[Tensor], rows: usize) -> Result<Vec<Vec<Tensor>>> {
     let row = |row| outputs.iter().map(|output| Ok(output.narrow(0, row, 1)?.copy()?)).collect();
     (0..rows).map(row).collect()
 }
 
-/// Output `index` of the prefill, of one class or of two by the share of the second.
+/// Output `index` of the prefill for one class, or the mix of two classes by the share of the second.
 fn mixed(known: (&Vec<Tensor>, Option<(&Vec<Tensor>, f32)>), index: usize) -> candle_core::Result<Tensor> {
     match known {
         (one, None) => Ok(one[index].clone()),

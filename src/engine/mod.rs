@@ -1,4 +1,4 @@
-//! What the generation loop needs from whatever runs the model.
+//! The interface between the generation loop and the engines that run the model.
 
 pub mod candle;
 
@@ -12,25 +12,25 @@ use crate::request::solver::Tableau;
 use crate::request::timing::StageTimes;
 use crate::{Config, Error, Result};
 
-/// A model that is ready to run: its weights are loaded. What one image needs beside them is a [`Session`].
+/// A model that is ready to run: its weights are loaded. The state of a batch is in a [`Session`].
 pub trait Engine {
     /// The model's configuration.
     fn config(&self) -> &Config;
 
-    /// What runs it, for people.
+    /// Name of the engine, for display.
     fn name(&self) -> &str;
 
-    /// A batch without rows.
+    /// Creates an empty batch.
     ///
     /// # Errors
-    /// When the backend fails.
+    /// If the backend fails.
     fn session(&self) -> Result<Box<dyn Session + '_>>;
 
-    /// Starts a batch of one row a label (`class_num`: unconditional); gives the conditions `[rows, D]` of the first
-    /// tokens.
+    /// Starts a batch with one row per label (`class_num`: unconditional). Returns the conditions `[rows, D]` of the
+    /// first tokens.
     ///
     /// # Errors
-    /// When the backend fails.
+    /// If the backend fails.
     fn start(&self, labels: &[i64]) -> Result<(Box<dyn Session + '_>, Array2<f32>)> {
         let mut session = self.session()?;
         let rows: Vec<Row> = labels.iter().map(|&label| Row::new(ClassMix::of(label))).collect();
@@ -38,13 +38,13 @@ pub trait Engine {
         Ok((session, z))
     }
 
-    /// Samples a token `[B, E]` for every row of `noise [B, E]`, as the tableau of a solver says.
+    /// Samples one token `[B, E]` per row of `noise [B, E]` with the solver that `tableau` describes.
     ///
-    /// `z` holds the conditions of the B rows, `[B, D]`, or with guidance those of the unconditional stream after them,
-    /// `[2B, D]`, weighed by `guidance [B]`.
+    /// `z` holds the conditions of the B rows, `[B, D]`. With guidance, it is `[2B, D]`: the conditions of the
+    /// unconditional stream follow, and `guidance [B]` holds the guidance scales.
     ///
     /// # Errors
-    /// When the backend fails.
+    /// If the backend fails.
     fn sample(
         &self,
         z: ArrayView2<f32>,
@@ -53,32 +53,32 @@ pub trait Engine {
         tableau: &Tableau,
     ) -> Result<Array2<f32>>;
 
-    /// Decodes latents `[B, N, E]`, at least two a row, to images `[B, 3, height, width]` in about -1..1.
+    /// Decodes latents `[B, N, E]`, N at least 2, to images `[B, 3, height, width]` with values of about -1..1.
     ///
     /// # Errors
-    /// When the backend fails.
+    /// If the backend fails.
     fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>>;
 
-    /// Decodes tokens `[B, N, E]` as they are generated: latents times the model's `vae_norm`.
+    /// Decodes generated tokens `[B, N, E]`, which are latents times the model's `vae_norm`.
     ///
     /// # Errors
-    /// Those of [`Engine::decode`].
+    /// Errors of [`Engine::decode`].
     fn decode_tokens(&self, tokens: ArrayView3<f32>) -> Result<Array4<f32>> {
         self.decode((&tokens / self.config().generator.vae_norm as f32).view())
     }
 
-    /// Encodes images `[B, 3, height, width]` in -1..1, at least two tokens wide, to latents `[B, N, E]`.
+    /// Encodes images `[B, 3, height, width]` with values in -1..1, at least two tokens wide, to latents `[B, N, E]`.
     ///
     /// # Errors
-    /// When the backend fails.
+    /// If the backend fails.
     fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>>;
 
-    /// Generates all tokens of a batch, `[B, N, E]`, the prefix included, in one go, where the engine has a loop of its own that
-    /// keeps everything on its device; `None` where it has none for this request. `progress` is told the number of tokens known
-    /// so far.
+    /// Generates all tokens of a batch, `[B, N, E]`, the prefix included, in a loop of the engine that keeps all data
+    /// on its device. Returns `None` if the engine has no loop for this request. `progress` receives the number of
+    /// tokens known so far.
     ///
     /// # Errors
-    /// When the backend fails, or a token is not finite.
+    /// If the backend fails or a token is not finite.
     fn fused_rollout(
         &self,
         _rollout: &PreparedRequest,
@@ -91,39 +91,40 @@ pub trait Engine {
 /// A row of a batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Row {
-    /// The row of the batch before that it was; `None` for one that begins.
+    /// Index of the row in the previous batch; `None` for a new row.
     pub kept: Option<usize>,
-    /// What it is conditioned on from now on.
+    /// Condition of the row from now on.
     pub condition: ClassMix,
 }
 
 impl Row {
-    /// A row that begins.
+    /// A new row.
     pub fn new(condition: ClassMix) -> Self {
         Self { kept: None, condition }
     }
 }
 
-/// A batch on its way: the keys and values of its last tokens and of its classes. Rows may begin and end at any time, since
-/// each has its own position.
+/// A batch in progress: the keys and values of its last tokens and of its classes. Rows can begin and end at any time,
+/// because each row has its own position.
 pub trait Session {
-    /// Makes the batch consist of these rows; gives the conditions `[new rows, D]` of the first tokens of those that begin.
-    /// What depends on a class alone is computed once for all rows of the batch that have it. Where a row fades from one class
-    /// to another, all that it knows of them, the keys and values of cross-attention, is mixed by their shares.
+    /// Sets the rows of the batch. Returns the conditions `[new rows, D]` of the first tokens of the new rows. The
+    /// results that depend only on a class are computed once for all rows with this class. If a row fades from one
+    /// class to another, the results of the two classes, such as the keys and values of cross-attention, are mixed by
+    /// their shares.
     ///
     /// # Errors
-    /// When the backend fails.
+    /// If the backend fails.
     fn arrange(&mut self, rows: &[Row]) -> Result<Array2<f32>>;
 
-    /// Passes one token a row, `[rows, E]` at `positions` from 0, through the transformer; gives the conditions
-    /// `[rows, D]` of the next tokens.
+    /// Runs one token per row, `[rows, E]` at `positions` counted from 0, through the transformer. Returns the
+    /// conditions `[rows, D]` of the next tokens.
     ///
     /// # Errors
-    /// When the backend fails.
+    /// If the backend fails.
     fn step(&mut self, tokens: ArrayView2<f32>, positions: &[i64]) -> Result<Array2<f32>>;
 }
 
-/// What the classes of a batch are known by.
+/// Results of the prefill by class label.
 #[derive(Debug)]
 pub struct PrefillCache<C>(HashMap<i64, C>);
 
@@ -134,10 +135,10 @@ impl<C> Default for PrefillCache<C> {
 }
 
 impl<C> PrefillCache<C> {
-    /// Forgets classes that are not among those of `rows`, and computes those that are new, all at once.
+    /// Removes the classes that are not in `rows`, and computes the new ones in one call.
     ///
     /// # Errors
-    /// Those of `compute`, which is given labels and gives one value for each.
+    /// Errors of `compute`, which receives labels and returns one value per label.
     pub fn update(&mut self, rows: &[Row], compute: impl FnOnce(&[i64]) -> Result<Vec<C>>) -> Result<()> {
         let labels: Vec<i64> = rows.iter().flat_map(|row| row.condition.labels()).collect();
         self.0.retain(|label, _| labels.contains(label));
@@ -150,10 +151,10 @@ impl<C> PrefillCache<C> {
         Ok(())
     }
 
-    /// What the classes of a condition are known by, and the share of the second.
+    /// The values of the classes of a condition, and the share of the second class.
     ///
     /// # Errors
-    /// [`Error::run`] for a label that was not among the last ones.
+    /// [`Error::run`] for a label that was not in the last [`update`](Self::update).
     pub fn get(&self, condition: ClassMix) -> Result<(&C, Option<(&C, f32)>)> {
         let known = |label| {
             let missing = || Error::run("batch", format!("class {label} was not computed"));
@@ -167,7 +168,7 @@ impl<C> PrefillCache<C> {
     }
 }
 
-/// `a`, of which `share` has become `b`.
+/// Interpolates from `a` to `b` by `share`.
 pub fn lerp(a: f32, b: f32, share: f32) -> f32 {
     a + share * (b - a)
 }

@@ -1,5 +1,5 @@
-//! A batch of unequal images: each row has its own class, length, beginning and guidance, and when it is done its place goes
-//! to the next.
+//! A batch of different images: each row has its own class, length, start and guidance. When an image is finished, the
+//! next image takes its place.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -15,20 +15,21 @@ use crate::{Config, Error, Result};
 /// One image to generate.
 #[derive(Clone, Debug)]
 pub struct Sequence {
-    /// Its class, or its classes along the way.
+    /// Class of the image, or its classes along the tokens.
     pub label: ClassSchedule,
-    /// Position of the first token; not 0 where an earlier run is carried on, whose last tokens are the prefix then.
+    /// Position of the first token. It is not 0 if an earlier run is continued; the prefix then holds the last tokens
+    /// of that run.
     pub begin: usize,
-    /// Tokens that are given, `[n, E]`, n from 0.
+    /// Given tokens, `[n, E]`; n may be 0.
     pub prefix: Array2<f32>,
-    /// What the others are sampled from.
+    /// Noise from which the other tokens are sampled.
     pub noise: NoiseSource,
     /// Guidance of each token from position 0 on, `[N]`.
     pub guidance: Vec<f32>,
 }
 
 impl Sequence {
-    /// The images of a rollout.
+    /// The images of a prepared request.
     pub fn of_batch(rollout: &PreparedRequest) -> Vec<Self> {
         let image = |row: usize| Self {
             label: rollout.classes[row].clone(),
@@ -42,7 +43,7 @@ impl Sequence {
         (0..rollout.batch()).map(image).collect()
     }
 
-    /// The sequence of image `row` of a [checked](Request::check) request; noise of a seed is drawn when it is needed.
+    /// Image `row` of a [checked](Request::check) request. The noise of a seed is drawn when it is needed.
     pub fn streamed(config: &Config, request: &Request, row: usize) -> Self {
         let (rows, embed) = (request.classes.len(), config.generator.embed);
         let given = |tokens: &Array3<f32>| tokens.index_axis(Axis(0), row).to_owned();
@@ -65,24 +66,24 @@ impl Sequence {
 /// Noise of one image, token by token.
 #[derive(Clone, Debug)]
 pub enum NoiseSource {
-    /// Known beforehand: one `[E]` a token.
+    /// Noise that is known in advance: one `[E]` per token.
     Given(VecDeque<Array1<f32>>),
-    /// Drawn when it is needed: row `row` of the `torch.randn(rows, E)` of every token.
+    /// Noise that is drawn when it is needed: row `row` of `torch.randn(rows, E)` for every token.
     Seed {
-        /// Draws it.
+        /// Random number generator.
         random: Box<TorchRng>,
-        /// Images that are drawn for together.
+        /// Number of images whose noise is drawn together.
         rows: usize,
-        /// This one.
+        /// Index of this image among them.
         row: usize,
     },
 }
 
 impl NoiseSource {
-    /// The next token's noise, `[embed]`.
+    /// Noise `[embed]` of the next token.
     ///
     /// # Errors
-    /// [`Error::run`] when no more was given.
+    /// [`Error::run`] if no given noise is left.
     pub fn next(&mut self, embed: usize) -> Result<Array1<f32>> {
         match self {
             Self::Given(noise) => {
@@ -95,7 +96,7 @@ impl NoiseSource {
     }
 }
 
-/// Images on their way through an engine.
+/// A batch of images that an engine generates.
 pub struct Batch<'a, E: Engine + ?Sized> {
     engine: &'a E,
     sampling: Sampling,
@@ -107,64 +108,64 @@ pub struct Batch<'a, E: Engine + ?Sized> {
     pub times: StageTimes,
 }
 
-/// An image on its way.
+/// An image in progress.
 struct Active {
     number: usize,
     image: Sequence,
     /// Position of the next token.
     next: usize,
-    /// The token before it, `[E]`.
+    /// The last token, `[E]`.
     last: Array1<f32>,
 }
 
 impl Active {
-    /// What the token at `position` is conditioned on; `none` is the label of no class.
+    /// Condition of the token at `position`; `none` is the unconditional label.
     fn condition(&self, position: usize, none: usize) -> ClassMix {
         self.image.label.condition(position, none)
     }
 }
 
-/// The next token `[E]` of an image, by the number that it came with, or why there is none.
+/// Number of an image, and its next token `[E]` or its error.
 pub type Next = (usize, Result<Array1<f32>>);
 
-/// An image that has left a batch: the number it came with, and its tokens `[N, E]` or why there are none.
+/// Number of an image that has left a batch, and its tokens `[N, E]` or its error.
 pub type Finished = (usize, Result<Array2<f32>>);
 
 impl<'a, E: Engine + ?Sized> Batch<'a, E> {
-    /// A batch without images.
+    /// Creates a batch without images.
     ///
     /// # Errors
-    /// When the engine fails.
+    /// If the engine fails.
     pub fn new(engine: &'a E, sampling: Sampling) -> Result<Self> {
         let (session, z) = (engine.session()?, Array2::zeros((0, engine.config().generator.dim)));
         Ok(Self { engine, sampling, session, images: vec![], z, times: StageTimes::default() })
     }
 
-    /// Images on their way.
+    /// Number of images in the batch.
     pub fn len(&self) -> usize {
         self.images.len()
     }
 
-    /// Whether no image is on its way.
+    /// Whether the batch has no images.
     pub fn is_empty(&self) -> bool {
         self.images.is_empty()
     }
 
-    /// Rows an image.
+    /// Number of rows per image.
     fn streams(&self) -> usize {
         if self.sampling.unconditional.is_some() { 2 } else { 1 }
     }
 
-    /// Takes in numbered images.
+    /// Adds numbered images to the batch.
     ///
     /// # Errors
-    /// When the engine fails.
+    /// If the engine fails.
     pub fn admit(&mut self, new: Vec<(usize, Sequence)>) -> Result<()> {
         let kept: Vec<usize> = (0..self.images.len()).collect();
         self.arrange(&kept, new)
     }
 
-    /// Makes the batch consist of the images at the places `kept`, and of new ones after them.
+    /// Keeps the images at the places `kept` and adds new ones after them.
     fn arrange(&mut self, kept: &[usize], new: Vec<(usize, Sequence)>) -> Result<()> {
         let before = self.images.len();
         let generator = &self.engine.config().generator;
@@ -201,11 +202,11 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
         Ok(())
     }
 
-    /// Gives every image one token more, and passes that through the transformer. Images that have all, or whose token is not
-    /// finite, leave: the others stay in their order.
+    /// Generates one token per image and runs it through the transformer. Images leave the batch if they are complete
+    /// or if their token is not finite. The others keep their order.
     ///
     /// # Errors
-    /// When the engine fails.
+    /// If the engine fails.
     pub fn advance(&mut self) -> Result<Vec<Next>> {
         self.sample()?;
         let none = self.engine.config().generator.unconditional();
@@ -230,7 +231,7 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
         Ok(tokens)
     }
 
-    /// The next token of every image: given, or sampled.
+    /// Sets the next token of every image, given or sampled.
     fn sample(&mut self) -> Result<()> {
         let mut sampled = vec![];
         for (place, active) in self.images.iter_mut().enumerate() {
@@ -263,7 +264,7 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
         Ok(())
     }
 
-    /// Passes the last token of every image through the transformer.
+    /// Runs the last token of every image through the transformer.
     fn step(&mut self) -> Result<()> {
         let mut last = Array2::zeros((self.images.len(), self.engine.config().generator.embed));
         for (mut token, active) in last.rows_mut().into_iter().zip(&self.images) {
@@ -279,11 +280,11 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
     }
 }
 
-/// Generates numbered images, at most `most` at once: when one is done, its place goes to the next. `finished` is told each
-/// as it leaves.
+/// Generates numbered images, at most `most` at a time. When an image is finished, the next image takes its place.
+/// `finished` receives each image that leaves the batch.
 ///
 /// # Errors
-/// When the engine fails; those of `images` and `finished`.
+/// If the engine fails; errors of `images` and `finished`.
 pub fn generate_all<E: Engine + ?Sized>(
     engine: &E,
     sampling: Sampling,

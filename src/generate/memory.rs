@@ -1,14 +1,15 @@
-//! How much memory a run takes, known before it begins.
+//! Checks the memory that a run needs before it begins.
 
 use super::tiles::Tiling;
 use crate::request::Request;
 use crate::{Config, Error, Result};
 
-/// Largest single tensor of a run.
+/// Largest size in bytes of a single tensor of a run.
 const MOST_BYTES: u64 = 16 << 30;
 
-/// Refuses what would end in a failed allocation after minutes of work: the decoder attends over a whole image at once,
-/// and the sampler holds the modulations of all steps.
+/// Rejects a request whose tensors are too large, because allocation could fail after minutes of work. Two tensors are
+/// checked: the scores of the decoder's attention over a whole image or tile, and the flow head's modulations for all
+/// steps.
 ///
 /// # Errors
 /// [`Error::setting`] naming the setting that is too large.

@@ -1,4 +1,4 @@
-//! The autoregressive loop: one column after another, over any [`Engine`].
+//! The autoregressive loop, which generates one column after another with any [`Engine`].
 
 pub mod batch;
 pub mod memory;
@@ -12,10 +12,10 @@ use crate::request::timing::StageTimes;
 use crate::request::{Generated, PreparedRequest, Request};
 use batch::{Batch, Sequence};
 
-/// Generates a batch of token rows. `progress` is told the number of tokens known so far, prefix included.
+/// Generates a batch of images as tokens. `progress` receives the number of tokens known so far, the prefix included.
 ///
 /// # Errors
-/// [`Error::input`] for a request that does not fit the model; whatever the engine fails with.
+/// [`Error::input`](crate::Error::input) for a request that does not fit the model; errors of the engine.
 pub fn generate(engine: &dyn Engine, request: &Request, mut progress: impl FnMut(usize)) -> Result<Generated> {
     let rollout = PreparedRequest::new(engine.config(), request)?;
     let (tokens, times) = match engine.fused_rollout(&rollout, &mut progress)? {
@@ -25,10 +25,10 @@ pub fn generate(engine: &dyn Engine, request: &Request, mut progress: impl FnMut
     Ok(Generated { tokens, noise: rollout.noise, times })
 }
 
-/// A rollout whose images are a [`Batch`] on the engine.
+/// Generates the tokens of a prepared request with a [`Batch`] on the engine.
 ///
 /// # Errors
-/// Whatever the engine fails with; [`Error::run`] for a token that is not finite.
+/// Errors of the engine; [`Error::run`](crate::Error::run) for a token that is not finite.
 pub fn token_by_token<E: Engine + ?Sized>(
     engine: &E,
     rollout: &PreparedRequest,

@@ -1,5 +1,6 @@
-//! Long images decoded in parts. The decoder normalizes over a whole image and attends to all of it, which takes memory that
-//! grows with the square of the width; a tile is decoded as an image of its own, and neighbours fade into each other.
+//! Decodes long images in tiles. The decoder normalizes over a whole image and attends to all of it, so its memory
+//! grows with the square of the width. Each tile is decoded as a separate image, and neighbouring tiles are blended in
+//! their overlap.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -9,12 +10,12 @@ use ndarray::{Array1, Array2, Array3, ArrayView1, ArrayView2, Axis, concatenate,
 use crate::engine::Engine;
 use crate::{Error, Result, ResultExt};
 
-/// How an image is cut into tiles.
+/// How an image is divided into tiles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiling {
-    /// Tokens of a tile.
+    /// Number of tokens per tile.
     pub tile: usize,
-    /// Tokens that a tile shares with the one before it.
+    /// Number of tokens that a tile shares with the previous one.
     pub overlap: usize,
 }
 
@@ -25,7 +26,7 @@ impl Default for Tiling {
 }
 
 impl Tiling {
-    /// Checks that tiles make progress.
+    /// Checks that the overlap is at least one token and at most half of a tile.
     ///
     /// # Errors
     /// [`Error::setting`] naming the overlap.
@@ -38,77 +39,78 @@ impl Tiling {
         Ok(())
     }
 
-    /// From one tile to the next.
+    /// Number of tokens from the start of a tile to the start of the next.
     fn step(&self) -> usize {
         self.tile - self.overlap
     }
 
-    /// Tiles of an image of `tokens`.
+    /// Number of tiles of an image of `tokens` tokens.
     pub fn count(&self, tokens: usize) -> usize {
         1 + tokens.saturating_sub(self.tile).div_ceil(self.step())
     }
 
-    /// First token of tile `index`. The last tile is as long as the others, and so begins earlier than their distance says.
+    /// First token of tile `index`. The last tile is as long as the others, so it may share more than `overlap` tokens
+    /// with the tile before it.
     pub fn begin(&self, index: usize, tokens: usize) -> usize {
         (index * self.step()).min(tokens.saturating_sub(self.tile))
     }
 
-    /// Tokens whose columns tile `index` completes.
+    /// Tokens whose columns become complete with tile `index`.
     pub fn completes(&self, index: usize, tokens: usize) -> Range<usize> {
         let last = index + 1 == self.count(tokens);
         index * self.step()..if last { tokens } else { (index + 1) * self.step() }
     }
 
-    /// Tokens that have to be known before tile `index` can be decoded.
+    /// Number of tokens that must be known before tile `index` can be decoded.
     pub fn end(&self, index: usize, tokens: usize) -> usize {
         (index * self.step() + self.tile).min(tokens)
     }
 }
 
-/// Columns of an image that are done.
+/// Finished columns of an image.
 #[derive(Clone, Debug)]
 pub struct Strip {
-    /// The tile that completed them.
+    /// Index of the tile that completed the columns.
     pub index: usize,
-    /// Pixels to the left of them.
+    /// Number of pixels to the left of the columns.
     pub x: usize,
-    /// `[3, height, width]` in about -1..1.
+    /// Pixels `[3, height, width]` with values of about -1..1.
     pub pixels: Array3<f32>,
 }
 
-/// Decodes an image whose tokens come one after another.
+/// Decodes an image whose tokens arrive one after another.
 pub struct TileDecoder<'a> {
     engine: &'a dyn Engine,
     tiling: Tiling,
-    /// Tokens of the image.
+    /// Number of tokens of the image.
     tokens: usize,
-    /// Tokens that came.
+    /// Number of tokens received or skipped so far.
     known: usize,
-    /// The last of them, a tile's.
+    /// The last tokens received, at most one tile.
     recent: VecDeque<Array1<f32>>,
-    /// The next tile.
+    /// Index of the next tile.
     index: usize,
-    /// The last tile's share of what it has in common with the next, `[3, height, width]`.
+    /// Weighted pixels of the last tile in its overlap with the next tile, `[3, height, width]`.
     fading: Option<Array3<f32>>,
 }
 
 impl<'a> TileDecoder<'a> {
-    /// A decoder for an image of `tokens`.
+    /// Creates a decoder for an image of `tokens` tokens.
     pub fn new(engine: &'a dyn Engine, tiling: Tiling, tokens: usize) -> Self {
         let recent = VecDeque::with_capacity(tiling.tile);
         Self { engine, tiling, tokens, known: 0, recent, index: 0, fading: None }
     }
 
-    /// A decoder that begins with tile `index`, whose first token is the next to push. Its first strip lacks what fades in
-    /// from the tile before it; all others are as if the first had not been left out.
+    /// Creates a decoder that begins with tile `index`, whose first token must be pushed first. The first strip lacks
+    /// the blended part of the previous tile. All later strips are the same as without skipping.
     pub fn from_tile(engine: &'a dyn Engine, tiling: Tiling, tokens: usize, index: usize) -> Self {
         Self { known: tiling.begin(index, tokens), index, ..Self::new(engine, tiling, tokens) }
     }
 
-    /// Takes the next token `[E]`, as it was generated; gives the columns that it completes.
+    /// Takes the next generated token `[E]`. Returns the columns that it completes, if any.
     ///
     /// # Errors
-    /// When the engine fails, or a pixel is not finite.
+    /// If the engine fails or a pixel is not finite.
     pub fn push(&mut self, token: ArrayView1<f32>) -> Result<Option<Strip>> {
         if self.recent.len() == self.tiling.tile {
             self.recent.pop_front();
@@ -151,17 +153,17 @@ impl<'a> TileDecoder<'a> {
     }
 }
 
-/// Shares of the right one of two tiles: half a period of a cosine, so that the far ends, where a tile lacks its
-/// neighbours, hardly count.
+/// Weights of the right one of two tiles in their overlap: half a period of a cosine. The end of a tile, where its
+/// neighbouring pixels are missing, has little weight.
 pub fn ramp(width: usize) -> Array1<f32> {
     let share = |x| (1.0 - (std::f64::consts::PI * (x as f64 + 0.5) / width as f64).cos()) / 2.0;
     (0..width).map(|x| share(x) as f32).collect()
 }
 
-/// Decodes the known tokens `[N, E]` of an image; `strip` is told its columns from left to right.
+/// Decodes the tokens `[N, E]` of an image. `strip` receives the columns from left to right.
 ///
 /// # Errors
-/// When the engine fails, or a pixel is not finite; those of `strip`.
+/// If the engine fails or a pixel is not finite; errors of `strip`.
 pub fn decode_tiles(
     engine: &dyn Engine,
     tiling: Tiling,

@@ -8,23 +8,23 @@ const EPS: f32 = 1e-6;
 const TIME_BASE: f64 = 10000.0;
 const END: i64 = i64::MAX;
 
-/// Name of the head's module.
+/// Name of the flow head's module.
 pub const FLOW_HEAD: &str = "diffloss";
-/// The same with the network in it.
+/// Name of the network in the flow head's module.
 const NET: &str = "diffloss.net";
-/// Name of the module that tokens enter by.
+/// Name of the module that projects the tokens at the input.
 pub const INPUT_PROJ: &str = "input_proj";
-/// Name of the module that conditions enter by.
+/// Name of the module that projects the conditions at the input.
 pub const COND_EMBED: &str = "cond_embed";
 /// Name of the module that embeds times.
 pub const TIME_EMBED: &str = "time_embed";
-/// Name of the module that velocities leave by.
+/// Name of the module that computes the velocities at the output.
 pub const OUTPUT: &str = "final_layer.linear";
 
-/// Embedding `[S, W]` of times `t [S]`: a sinusoid, cosines first, and an MLP.
+/// Embeds times `t [S]` as `[S, W]`: a sinusoid, cosines first, followed by an MLP.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 fn embed_time<O: Ops>(o: &mut O, config: &GeneratorConfig, t: &O::Tensor) -> Result<O::Tensor> {
     let &GeneratorConfig { time_dim, flow_dim, .. } = config;
     let half = time_dim / 2;
@@ -41,8 +41,8 @@ fn embed_time<O: Ops>(o: &mut O, config: &GeneratorConfig, t: &O::Tensor) -> Res
     })
 }
 
-/// The adaptive layer norms' shifts, scales and gates, which depend on time and condition but not on the token:
-/// `[M, 3W]` for every residual block, then `[M, 2W]` for the final layer, of `y [M, W]`.
+/// Shifts, scales and gates of the adaptive layer norms, computed from `y [M, W]`. They depend on time and condition
+/// but not on the token. The results are `[M, 3W]` for every residual block, then `[M, 2W]` for the final layer.
 fn modulations<O: Ops>(o: &mut O, config: &GeneratorConfig, y: &O::Tensor) -> Result<Vec<O::Tensor>> {
     let &GeneratorConfig { flow_dim, flow_depth, .. } = config;
     let y = o.unary(Unary::Silu, y)?;
@@ -55,7 +55,8 @@ fn modulations<O: Ops>(o: &mut O, config: &GeneratorConfig, y: &O::Tensor) -> Re
     Ok(all)
 }
 
-/// Velocity `[rows, E]` at `h = input_proj(x)`, `[rows, W]`, under `modulations` of `rows` rows each.
+/// Velocity `[rows, E]` for the projected tokens `h = input_proj(x)`, `[rows, W]`, with `modulations` of `rows` rows
+/// each.
 fn head<O: Ops>(o: &mut O, config: &GeneratorConfig, mut h: O::Tensor, modulations: &[O::Tensor]) -> Result<O::Tensor> {
     let &GeneratorConfig { flow_dim, flow_depth, embed, .. } = config;
     let width = flow_dim as i64;
@@ -82,10 +83,10 @@ fn head<O: Ops>(o: &mut O, config: &GeneratorConfig, mut h: O::Tensor, modulatio
     o.linear(OUTPUT, &x, flow_dim, embed)
 }
 
-/// Velocity `v(x, t, c) [rows, E]` of tokens `x [rows, E]` at times `t [rows]` under conditions `c [rows, D]`.
+/// Velocity `v(x, t, c) [rows, E]` of tokens `x [rows, E]` at times `t [rows]` with conditions `c [rows, D]`.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn velocity<O: Ops>(
     o: &mut O,
     config: &GeneratorConfig,
@@ -104,11 +105,12 @@ pub fn velocity<O: Ops>(
     })
 }
 
-/// Classifier-free guidance: `v [G, B, E]` of the conditional (first) and the unconditional (last) stream becomes
-/// `v_u + guidance·(v_c - v_u)`, `[B, E]`, for `guidance [B]`. With one stream (G = 1) that is `v` itself.
+/// Classifier-free guidance. `v [G, B, E]` holds the velocities of the conditional stream (first) and of the
+/// unconditional stream (last). The result is `v_u + guidance·(v_c - v_u)`, `[B, E]`, for `guidance [B]`. With one
+/// stream (G = 1), the result is `v` itself.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn guide<O: Ops>(o: &mut O, config: &GeneratorConfig, v: &O::Tensor, guidance: &O::Tensor) -> Result<O::Tensor> {
     let embed = Dim::Is(config.embed);
     let conditional = o.slice(v, 0, 0, 1)?;
@@ -121,14 +123,15 @@ pub fn guide<O: Ops>(o: &mut O, config: &GeneratorConfig, v: &O::Tensor, guidanc
     o.add(&unconditional, &difference)
 }
 
-/// Samples a token `[B, E]` from `noise [B, E]`, evaluating the velocity at `times [S]` and moving after each evaluation as
-/// `updates [S, 2, 3]` say (see [`Tableau`](crate::request::solver::Tableau)).
+/// Samples a token `[B, E]` from `noise [B, E]`. The velocity is evaluated at `times [S]`, and each evaluation is
+/// followed by an update with the factors `updates [S, 2, 3]` (see [`Tableau`](crate::request::solver::Tableau)).
 ///
-/// `z [G·B, D]` holds the conditions of B rows, and with guidance those of the unconditional stream after them (G = 2);
-/// both streams share the token. The modulations of all times are one matrix product each, outside the loop.
+/// `z [G·B, D]` holds the conditions of B rows. With guidance (G = 2), the conditions of the unconditional stream
+/// follow; both streams share the token. The modulations of all times are computed outside the loop, with one matrix
+/// product per layer.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn sample<O: Ops>(
     o: &mut O,
     config: &GeneratorConfig,
@@ -158,7 +161,7 @@ pub fn sample<O: Ops>(
         }
 
         let sequences: Vec<&O::Tensor> = sequences.iter().collect();
-        // The point, and the value that is held; no solver reads that before it is set.
+        // The point, and the held value. No solver reads the held value before it is set.
         let state = o.expand(noise, &[Dim::Is(2), batch, width])?;
         let state = o.fold(&sequences, &state, |o, now, state| {
             let (modulations, factors) = now.split_at(config.flow_depth + 1);

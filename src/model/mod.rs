@@ -1,4 +1,5 @@
-//! The model, written once over [`crate::ops::Ops`]. Straight-line code; every size comes from the configuration.
+//! The model, written once over [`crate::ops::Ops`]. The code does not branch on tensor values, and every size comes
+//! from the configuration.
 
 pub mod flow;
 mod parameters;

@@ -1,4 +1,4 @@
-//! Which weights the model asks for, whether some weights are those, and what a stage costs.
+//! Lists the weights of the model, checks loaded weights, and computes the cost of a stage.
 
 use std::collections::BTreeSet;
 
@@ -11,10 +11,10 @@ use crate::ops::cost::{Cost, Shape};
 use crate::weights::Weights;
 use crate::{Config, Error, Result};
 
-/// Names and shapes of all weights of a model, in the order of first use: what a checkpoint has to contain.
+/// Names and shapes of all weights of a model, in the order of first use. A checkpoint must contain all of them.
 ///
 /// # Errors
-/// When the configuration is not consistent.
+/// If the configuration is not consistent.
 pub fn parameters(config: &Config) -> Result<Vec<(String, Vec<usize>)>> {
     parameters_of(config, &Stage::ALL)
 }
@@ -22,7 +22,7 @@ pub fn parameters(config: &Config) -> Result<Vec<(String, Vec<usize>)>> {
 /// Names and shapes of the weights of some stages, in the order of first use.
 ///
 /// # Errors
-/// When the configuration is not consistent.
+/// If the configuration is not consistent.
 pub fn parameters_of(config: &Config, stages: &[Stage]) -> Result<Vec<(String, Vec<usize>)>> {
     let mut cost = Cost::default();
     for &stage in stages {
@@ -32,18 +32,18 @@ pub fn parameters_of(config: &Config, stages: &[Stage]) -> Result<Vec<(String, V
 }
 
 impl Stage {
-    /// What the stage costs at a batch of `batch` rows without guidance, `tokens` columns and `steps` evaluations of the
+    /// Cost of the stage for a batch of `batch` rows without guidance, `tokens` columns and `steps` evaluations of the
     /// velocity.
     ///
     /// # Errors
-    /// When the configuration is not consistent.
+    /// If the configuration is not consistent.
     pub fn cost(self, config: &Config, batch: usize, tokens: usize, steps: usize) -> Result<Cost> {
         let mut cost = Cost::default();
         self.run(&mut cost, config, &self.input_shapes(config, batch, tokens, steps))?;
         Ok(cost)
     }
 
-    /// Shapes of the stage's inputs at these sizes.
+    /// Shapes of the stage's inputs for these sizes.
     pub fn input_shapes(self, config: &Config, batch: usize, tokens: usize, steps: usize) -> Vec<Shape> {
         let (width, _) = config.image_size(tokens);
         let sizes = Sizes { batch, rows: batch, evaluations: steps, tokens, width };
@@ -52,19 +52,19 @@ impl Stage {
 }
 
 impl Weights {
-    /// Checks that these are the weights of `config`, all of them and no others, and that they are finite; `source` is
-    /// the file or files they came from.
+    /// Checks that these are exactly the weights of `config`, and that they are finite. `source` names the files that
+    /// the weights come from.
     ///
     /// # Errors
-    /// [`Error::input`] naming the tensor that is missing, extra, misshapen or not finite.
+    /// [`Error::input`] naming the tensor that is missing, unexpected, of the wrong shape or not finite.
     pub fn check(&self, config: &Config, source: &str) -> Result<()> {
         self.check_stages(config, &Stage::ALL, source)
     }
 
-    /// Checks as [`Weights::check`] that these are the weights of some stages.
+    /// Checks, like [`Weights::check`], that these are exactly the weights of some stages.
     ///
     /// # Errors
-    /// [`Error::input`] naming the tensor that is missing, extra, misshapen or not finite.
+    /// [`Error::input`] naming the tensor that is missing, unexpected, of the wrong shape or not finite.
     pub fn check_stages(&self, config: &Config, stages: &[Stage], source: &str) -> Result<()> {
         let mut extra: BTreeSet<&str> = self.iter().map(|(name, _)| name).collect();
         for (name, shape) in parameters_of(config, stages)? {
@@ -75,7 +75,7 @@ impl Weights {
                 return Err(misshapen(source, &name, &shape, tensor.dims()));
             }
             let largest = tensor.abs()?.max_all()?.to_scalar::<f32>()?;
-            // A maximum can lose a NaN; a sum cannot.
+            // A maximum can miss a NaN; a sum cannot.
             if !largest.is_finite() || tensor.sum_all()?.to_scalar::<f32>()?.is_nan() {
                 return Err(Error::input(source, format!("tensor {name} has a value that is not finite")));
             }
@@ -90,10 +90,10 @@ impl Weights {
         }
     }
 
-    /// Weights drawn from `seed`, scaled so that activations stay near 1: for benchmarks without a download.
+    /// Random weights from `seed`, for benchmarks without a download. They are scaled so that activations stay near 1.
     ///
     /// # Errors
-    /// When the configuration is not consistent.
+    /// If the configuration is not consistent.
     pub fn random(config: &Config, seed: u32) -> Result<Self> {
         let mut random = Mt::new(seed);
         let mut weights = Self::default();
@@ -118,10 +118,10 @@ fn misshapen(source: &str, name: &str, expected: &[usize], found: &[usize]) -> E
     Error::input(source, format!("tensor {name} has shape {found:?}, expected {expected:?}"))
 }
 
-/// Names of modules whose products stay in full precision when a model is quantized, for one of two reasons: values enter or
-/// leave the model or one of its parts there, or a shortcut passes a block there, so that no norm has passed their input. They
-/// hold few weights, and nothing after them corrects their error. The times of the flow are embedded once per token, and every
-/// evaluation depends on them.
+/// Names of modules whose products stay in full precision when a model is quantized. A module is in this list for one
+/// of two reasons: values enter or leave the model or one of its parts there, or the module is in a shortcut around a
+/// block, so that its input has not passed a norm. These modules hold few weights, and no later layer corrects their
+/// error. The times of the flow are embedded once per token, and every evaluation depends on them.
 pub const FULL_PRECISION_MODULES: [&str; 8] = [
     transformer::Z_PROJ,
     flow::INPUT_PROJ,
@@ -133,14 +133,14 @@ pub const FULL_PRECISION_MODULES: [&str; 8] = [
     tokenizer::SHORTCUT,
 ];
 
-/// Whether the module of a scope, or one that it is in, is one of the [`FULL_PRECISION_MODULES`].
+/// Whether the module of a scope, or a module that contains it, is one of the [`FULL_PRECISION_MODULES`].
 pub fn keeps_full_precision(scope: &str) -> bool {
     let scope = format!(".{scope}.");
     FULL_PRECISION_MODULES.iter().any(|module| scope.contains(&format!(".{module}.")))
 }
 
-/// The part of the model that a scope is reported under: `encoder_blocks.3.attn.qkv` under `encoder_blocks`,
-/// `decoder.up.2.block.0` under `decoder.up.2`.
+/// The part of the model under which a scope is reported: `encoder_blocks` for `encoder_blocks.3.attn.qkv`,
+/// `decoder.up.2` for `decoder.up.2.block.0`.
 pub fn report_group(scope: &str) -> String {
     let parts: Vec<&str> = scope.split('.').collect();
     let length = match parts[..] {

@@ -1,4 +1,5 @@
-//! The parts of the model that run by themselves, one graph of a bundle each: their inputs, outputs and code.
+//! The stages of the model: parts that run separately, each as one graph of a bundle. Defines their inputs, outputs and
+//! code.
 
 use std::str::FromStr;
 
@@ -9,18 +10,18 @@ use super::{flow, tokenizer, transformer};
 use crate::ops::Ops;
 use crate::{Config, Error, Result};
 
-/// A part of the model that runs by itself: one graph of a bundle.
+/// A part of the model that runs separately: one graph of a bundle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stage {
-    /// What depends on the class alone: [`transformer::prefill`].
+    /// The computations that depend only on the class: [`transformer::prefill`].
     Prefill,
-    /// One token through the transformer: [`transformer::step`].
+    /// The transformer for one token: [`transformer::step`].
     Step,
-    /// The flow head's whole ODE for one token: [`flow::sample`].
+    /// The flow head's complete ODE for one token: [`flow::sample`].
     Flow,
-    /// Tokens to an image: [`tokenizer::decode`].
+    /// Decodes tokens to an image: [`tokenizer::decode`].
     Decoder,
-    /// An image to tokens: [`tokenizer::encode`].
+    /// Encodes an image to tokens: [`tokenizer::encode`].
     Encoder,
 }
 
@@ -28,23 +29,23 @@ pub enum Stage {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ValueInfo {
-    /// Its name in the graph.
+    /// Name of the value in the graph.
     pub name: String,
-    /// What its values are.
+    /// Kind of the value's elements.
     pub kind: ValueKind,
-    /// Its axes.
+    /// Size of each axis.
     pub shape: Vec<Dimension>,
 }
 
-/// What the values of an input or output are.
+/// Kind of the elements of an input or output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ValueKind {
     /// 64-bit integers.
     Integer,
-    /// 32-bit floating-point numbers, whatever the precision inside.
+    /// 32-bit floating-point numbers, for any precision of the graph.
     Float,
-    /// Keys or values of attention, in the precision of the graph; only graphs read them.
+    /// Keys or values of attention, in the precision of the graph. Only graphs read them.
     Cache,
 }
 
@@ -52,25 +53,26 @@ pub enum ValueKind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Dimension {
-    /// Known when the graph is written (ONNX `dim_value`).
+    /// A size that is known when the graph is written (ONNX `dim_value`).
     Fixed(usize),
-    /// Known at run time only (ONNX `dim_param`); axes of one symbol in one graph have one size.
+    /// A size that is known only at run time (ONNX `dim_param`). Axes with the same symbol in a graph have the same
+    /// size.
     Symbolic(Symbol),
 }
 
-/// Name of a size that is known at run time only.
+/// Name of a size that is known only at run time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Symbol {
-    /// Images of a batch; in the transformer, rows of the batch.
+    /// Number of images in a batch. In the transformer, number of rows in the batch.
     Batch,
-    /// Rows of the flow head: conditional ones, and with guidance as many unconditional ones.
+    /// Number of rows of the flow head: the conditional ones and, with guidance, the same number of unconditional ones.
     Rows,
-    /// Evaluations of the velocity.
+    /// Number of evaluations of the velocity.
     Evaluations,
-    /// Tokens of an image.
+    /// Number of tokens of an image.
     Tokens,
-    /// Pixels of an image's width.
+    /// Width of an image in pixels.
     Width,
 }
 
@@ -78,7 +80,7 @@ impl Symbol {
     /// All symbols.
     pub const ALL: [Self; 5] = [Self::Batch, Self::Rows, Self::Evaluations, Self::Tokens, Self::Width];
 
-    /// Its name in graphs.
+    /// Name of the symbol in graphs.
     pub fn name(self) -> &'static str {
         match self {
             Self::Batch => "batch",
@@ -90,7 +92,7 @@ impl Symbol {
     }
 }
 
-/// Sizes of all symbols. A stage reads those of its own axes.
+/// Sizes of all symbols. A stage uses only the symbols of its own axes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sizes {
     /// [`Symbol::Batch`].
@@ -111,7 +113,7 @@ impl Sizes {
         Self { batch, rows: batch, evaluations: 1, tokens: 1, width: 1 }
     }
 
-    /// The size that a symbol stands for.
+    /// The size of a symbol.
     pub fn get(&self, symbol: Symbol) -> usize {
         match symbol {
             Symbol::Batch => self.batch,
@@ -124,7 +126,7 @@ impl Sizes {
 }
 
 impl Dimension {
-    /// Its size.
+    /// Size of the axis for these sizes of the symbols.
     pub fn size(self, sizes: &Sizes) -> usize {
         match self {
             Self::Fixed(size) => size,
@@ -134,7 +136,7 @@ impl Dimension {
 }
 
 impl ValueInfo {
-    /// Its shape at these sizes.
+    /// Shape of the value for these sizes of the symbols.
     pub fn shape(&self, sizes: &Sizes) -> Vec<usize> {
         self.shape.iter().map(|axis| axis.size(sizes)).collect()
     }
@@ -146,7 +148,7 @@ fn value(name: impl Into<String>, kind: ValueKind, shape: Vec<Dimension>) -> Val
     ValueInfo { name: name.into(), kind, shape }
 }
 
-/// `{prefix}.{i}.key` and `{prefix}.{i}.value` of every block.
+/// The values `{prefix}.{i}.key` and `{prefix}.{i}.value` of every block.
 fn key_values(config: &Config, prefix: &str, length: usize) -> Vec<ValueInfo> {
     use Dimension::Fixed;
     let g = &config.generator;
@@ -156,7 +158,7 @@ fn key_values(config: &Config, prefix: &str, length: usize) -> Vec<ValueInfo> {
 }
 
 impl Stage {
-    /// All stages, in the order of a run.
+    /// All stages.
     pub const ALL: [Self; 5] = [Self::Prefill, Self::Step, Self::Flow, Self::Decoder, Self::Encoder];
 
     /// Name of the stage's graph.
@@ -170,7 +172,7 @@ impl Stage {
         }
     }
 
-    /// Inputs, in order.
+    /// Inputs of the stage, in order.
     pub fn inputs(self, config: &Config) -> Vec<ValueInfo> {
         use Dimension::{Fixed, Symbolic};
         let g = &config.generator;
@@ -196,7 +198,7 @@ impl Stage {
         }
     }
 
-    /// Outputs, in order.
+    /// Outputs of the stage, in order.
     pub fn outputs(self, config: &Config) -> Vec<ValueInfo> {
         use Dimension::{Fixed, Symbolic};
         let g = &config.generator;
@@ -212,11 +214,11 @@ impl Stage {
         }
     }
 
-    /// Runs the stage on `inputs`, in the order of [`Stage::inputs`]; gives the outputs in the order of
+    /// Runs the stage on `inputs`, in the order of [`Stage::inputs`]. Returns the outputs in the order of
     /// [`Stage::outputs`].
     ///
     /// # Errors
-    /// For another number of inputs; those of the interpreter.
+    /// If the number of inputs is wrong; errors of the interpreter.
     pub fn run<O: Ops>(self, o: &mut O, config: &Config, inputs: &[O::Tensor]) -> Result<Vec<O::Tensor>> {
         let expected = self.inputs(config).len();
         if inputs.len() != expected {
@@ -243,7 +245,7 @@ impl Stage {
         }
     }
 
-    /// What command lines call the stage.
+    /// Name of the stage on command lines.
     pub fn short_name(self) -> &'static str {
         match self {
             Self::Prefill => "prefill",
@@ -258,7 +260,7 @@ impl Stage {
 impl FromStr for Stage {
     type Err = Error;
 
-    /// The stage of a [short name](Stage::short_name). `decode` and `encode`, which were names before, are read too.
+    /// Parses a [short name](Stage::short_name). The former names `decode` and `encode` are also accepted.
     fn from_str(name: &str) -> Result<Self> {
         let name = match name {
             "decode" => "decoder",

@@ -1,4 +1,4 @@
-//! The convolutional tokenizer between images and rows of column tokens
+//! The convolutional tokenizer, which converts between images and rows of column tokens
 //! (reference: `tokenizer/models/tokenizer.py`, `tokenizer/modules/diffusionmodules/model.py`).
 
 use crate::Result;
@@ -19,10 +19,10 @@ pub const UP: &str = "up";
 pub const CONV_IN: &str = "conv_in";
 /// Name of the last convolution of an encoder or decoder.
 pub const CONV_OUT: &str = "conv_out";
-/// Name of the convolution that fits the input of a residual block to the width of its result.
+/// Name of the convolution in the shortcut of a residual block, which changes the number of channels.
 pub const SHORTCUT: &str = "nin_shortcut";
 
-/// Norm, swish, convolution: the pattern of every convolution but the first.
+/// Norm, swish and convolution, as in residual blocks and in the last layer of an encoder or decoder.
 fn norm_conv<O: Ops>(
     o: &mut O,
     config: &TokenizerConfig,
@@ -53,7 +53,7 @@ fn res_block<O: Ops>(
     })
 }
 
-/// Attention of all pixels of `x [B, C, rows, width]` to one another.
+/// Attention among all pixels of `x [B, C, rows, width]`.
 fn attention_block<O: Ops>(
     o: &mut O,
     config: &TokenizerConfig,
@@ -78,8 +78,9 @@ fn attention_block<O: Ops>(
     })
 }
 
-/// Convolution to fewer channels and pixel-unshuffle of `x [B, C, rows, width]` by `(fy, fx)`, plus the shortcut: the
-/// reference's mean over groups of channels of the unshuffled input is the mean over each `fy × fx` patch.
+/// Downsampling of `x [B, C, rows, width]` by `(fy, fx)`: a convolution to fewer channels and pixel-unshuffle, plus a
+/// shortcut. In the reference, the shortcut is the mean over groups of channels of the unshuffled input, which is the
+/// mean over each `fy × fx` patch.
 fn downsample<O: Ops>(
     o: &mut O,
     x: &O::Tensor,
@@ -102,8 +103,8 @@ fn downsample<O: Ops>(
     })
 }
 
-/// Convolution to more channels and pixel-shuffle of `x [B, C, rows, width]` by `(fy, fx)`, plus the shortcut: every
-/// channel repeated into the pixels of its patch, which before the shuffle is a broadcast.
+/// Upsampling of `x [B, C, rows, width]` by `(fy, fx)`: a convolution to more channels and pixel-shuffle, plus a
+/// shortcut. The shortcut repeats every channel for the pixels of its patch, which is a broadcast before the shuffle.
 fn upsample<O: Ops>(
     o: &mut O,
     x: &O::Tensor,
@@ -156,10 +157,11 @@ fn middle<O: Ops>(
     })
 }
 
-/// Encodes `image [B, 3, height, tokens·width]` in -1..1 to the posterior's mean `[B, tokens, E]`, at least two tokens.
+/// Encodes `image [B, 3, height, tokens·width]` with values in -1..1 to the mean of the posterior, `[B, tokens, E]`.
+/// There must be at least two tokens.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn encode<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Result<O::Tensor> {
     let columns = encode_columns(o, config, image)?;
     let width = config.encoder.z_channels * config.rows;
@@ -167,10 +169,11 @@ pub fn encode<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) ->
     o.permute(&latent, &[0, 2, 1])
 }
 
-/// The encoder without the last projection: image to columns `[B, Z·R, tokens]`, transposed from the reference's.
+/// The encoder without the last projection. It encodes an image to columns `[B, Z·R, tokens]`, transposed with respect
+/// to the reference.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn encode_columns<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Result<O::Tensor> {
     o.scope(ENCODER, |o| encoder(o, config, image))
 }
@@ -196,20 +199,20 @@ fn encoder<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Re
     o.conv1d("encoder1d", &columns, width, width)
 }
 
-/// Decodes latents `[B, tokens, E]` (generated tokens divided by `vae_norm`), at least two of them, to
-/// `image [B, 3, height, tokens·width]` in about -1..1.
+/// Decodes latents `[B, tokens, E]`, which are generated tokens divided by `vae_norm`, to
+/// `image [B, 3, height, tokens·width]` with values of about -1..1. There must be at least two tokens.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn decode<O: Ops>(o: &mut O, config: &TokenizerConfig, latents: &O::Tensor) -> Result<O::Tensor> {
     Ok(decode_with_features(o, config, latents)?.0)
 }
 
-/// Decodes as [`decode`] does, and gives beside the image the features of the top level before it is upsampled,
-/// `[B, C, rows, tokens]`, which the semantic decoder of the training starts from.
+/// Decodes like [`decode`]. Also returns the features of the coarsest level before they are upsampled,
+/// `[B, C, rows, tokens]`, which are the input of the semantic decoder in training.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn decode_with_features<O: Ops>(
     o: &mut O,
     config: &TokenizerConfig,
@@ -247,23 +250,23 @@ fn decoder<O: Ops>(o: &mut O, config: &TokenizerConfig, columns: &O::Tensor) -> 
     Ok((image, features))
 }
 
-/// Sizes of the semantic decoder, which exists for training alone (reference: `EquivariantTokenizerSemanticDecoder1D`).
+/// Sizes of the semantic decoder, which only training uses (reference: `EquivariantTokenizerSemanticDecoder1D`).
 #[derive(Clone, Copy, Debug)]
 pub struct Semantics {
-    /// Levels.
+    /// Number of levels.
     pub levels: usize,
-    /// Channels of every level.
+    /// Number of channels of every level.
     pub channels: usize,
-    /// Residual blocks of a level.
+    /// Number of residual blocks per level.
     pub res_blocks: usize,
-    /// Width of the features that it predicts.
+    /// Number of channels of the predicted features, `F`.
     pub features: usize,
 }
 
-/// Predicts semantic features `[B, F, rows, tokens]` of the image from [decoding's](decode_with_features) features.
+/// Predicts semantic features `[B, F, rows, tokens]` of the image from the features of [`decode_with_features`].
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn semantics<O: Ops>(
     o: &mut O,
     config: &TokenizerConfig,

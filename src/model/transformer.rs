@@ -1,21 +1,21 @@
-//! The windowed causal transformer that predicts, for every column, the condition of the flow head
+//! The windowed causal transformer. For every column, it predicts the condition of the flow head
 //! (reference: `generator/equ_modeling.py`).
 //!
-//! Condition tokens `c` depend on the class alone, so [`prefill`] computes their path once, with every block's
-//! cross-attention keys and values; image tokens `x` then pass one at a time through [`step`].
+//! Condition tokens `c` depend only on the class, so [`prefill`] computes them once, together with the cross-attention
+//! keys and values of every block. Image tokens `x` then pass through [`step`] one at a time.
 
 use crate::config::GeneratorConfig;
 use crate::ops::{Dim, Dropped, Ops, OpsExt, Unary};
 use crate::{Error, Result};
 
-/// Name of the module that tokens enter by.
+/// Name of the module that projects the tokens at the input.
 pub const Z_PROJ: &str = "z_proj";
 
 const BLOCK_EPS: f32 = 1e-6;
 const CROSS_EPS: f32 = 1e-5;
 const ROPE_BASE: f32 = 10000.0;
 
-// Added to the scores of slots that hold no token: so far below any score that exp() gives 0, and within FP16.
+// Added to the scores of slots that hold no token. It is so low that exp() gives 0, and it is within the range of FP16.
 const MASKED: f32 = -10000.0;
 
 /// Keys and values of one attention, each `[B, H, length, hd]`.
@@ -27,17 +27,18 @@ pub struct KeyValue<T> {
     pub value: T,
 }
 
-/// Cosines and sines of rotary position embedding, broadcasting against `[B, N, H, hd/2, 1]`.
+/// Cosines and sines of rotary position embedding, which broadcast against `[B, N, H, hd/2, 1]`.
 #[derive(Clone, Debug)]
 pub struct Rope<T> {
     cos: T,
     sin: T,
 }
 
-/// The class as `buffer` condition tokens `[B·buffer, D]`, for `labels [B]` of integers (`class_num`: unconditional).
+/// Embeds the class as `buffer` condition tokens `[B·buffer, D]`, for `labels [B]` of integers (`class_num`:
+/// unconditional).
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn embed_condition<O: Ops>(o: &mut O, config: &GeneratorConfig, labels: &O::Tensor) -> Result<O::Tensor> {
     let &GeneratorConfig { dim, buffer, class_num, .. } = config;
     let classes = o.param("class_emb.weight", &[class_num, dim])?;
@@ -51,20 +52,20 @@ pub fn embed_condition<O: Ops>(o: &mut O, config: &GeneratorConfig, labels: &O::
     o.layer_norm("z_proj_ln", &c, dim, BLOCK_EPS)
 }
 
-/// Image tokens `[rows, E]` at the transformer's width, `[rows, D]`.
+/// Projects image tokens `[rows, E]` to the transformer's width, `[rows, D]`.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn embed_tokens<O: Ops>(o: &mut O, config: &GeneratorConfig, tokens: &O::Tensor) -> Result<O::Tensor> {
     let x = o.linear(Z_PROJ, tokens, config.embed, config.dim)?;
     o.layer_norm("z_proj_ln", &x, config.dim, BLOCK_EPS)
 }
 
-/// Rotary embedding at `positions`, a vector of floating-point numbers that becomes the axes `[B, N]` of `layout`,
-/// one of them 1: interleaved pairs, base 10000.
+/// Rotary embedding for `positions`, a vector of floating-point numbers, with interleaved pairs and base 10000. The
+/// vector becomes the axes `[B, N]` of `layout`, one of which is 1.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn rope<O: Ops>(
     o: &mut O,
     config: &GeneratorConfig,
@@ -82,7 +83,7 @@ pub fn rope<O: Ops>(
     Ok(Rope { cos: o.unary(Unary::Cos, &angles)?, sin: o.unary(Unary::Sin, &angles)? })
 }
 
-/// Turns every pair (2k, 2k+1) of `x [B, N, heads, hd]` by its angle.
+/// Rotates every pair (2k, 2k+1) of `x [B, N, heads, hd]` by its angle.
 fn rotate<O: Ops>(
     o: &mut O,
     config: &GeneratorConfig,
@@ -104,13 +105,13 @@ fn rotate<O: Ops>(
     o.reshape(&turned, &[Dim::Rest, Dim::Is(n), Dim::Is(heads), Dim::Is(head_dim)])
 }
 
-/// `[B·length, D]` as heads, `[B, H, length, hd]`.
+/// Splits `[B·length, D]` into heads, `[B, H, length, hd]`.
 fn split_heads<O: Ops>(o: &mut O, config: &GeneratorConfig, x: &O::Tensor, length: usize) -> Result<O::Tensor> {
     let x = o.reshape(x, &[Dim::Rest, Dim::Is(length), Dim::Is(config.heads), Dim::Is(config.head_dim())])?;
     o.permute(&x, &[0, 2, 1, 3])
 }
 
-/// Heads `[B, H, n, hd]` as `[B·n, D]`.
+/// Merges heads `[B, H, n, hd]` to `[B·n, D]`.
 fn merge_heads<O: Ops>(o: &mut O, config: &GeneratorConfig, x: &O::Tensor) -> Result<O::Tensor> {
     let x = o.permute(x, &[0, 2, 1, 3])?;
     o.reshape(&x, &[Dim::Rest, Dim::Is(config.dim)])
@@ -128,11 +129,11 @@ fn mlp<O: Ops>(o: &mut O, config: &GeneratorConfig, x: &O::Tensor) -> Result<O::
     o.add(x, &h)
 }
 
-/// A block's work on the condition tokens `c [B·buffer, D]`: its cross-attention keys and values, and `c` for the next
-/// block. To be called inside the block's scope.
+/// The part of a block that processes the condition tokens `c [B·buffer, D]`. Returns the block's cross-attention keys
+/// and values, and `c` for the next block. Must be called inside the block's scope.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn condition_block<O: Ops>(
     o: &mut O,
     config: &GeneratorConfig,
@@ -148,8 +149,8 @@ pub fn condition_block<O: Ops>(
     Ok((cross, mlp(o, config, c)?))
 }
 
-/// Self-attention of `n` tokens `x [B·n, D]` to themselves and to `past`, whose keys and values stand in front;
-/// returns the result and all keys and values, `past` included.
+/// Self-attention of `n` tokens `x [B·n, D]` to themselves and to `past`, whose keys and values come first. Returns the
+/// result and all keys and values, `past` included.
 fn self_attention<O: Ops>(
     o: &mut O,
     config: &GeneratorConfig,
@@ -180,11 +181,11 @@ fn self_attention<O: Ops>(
     Ok((o.dropout(h, Dropped::Projection)?, KeyValue { key, value }))
 }
 
-/// A block's work on `n` image tokens `x [B·n, D]`; returns them with all keys and values of self-attention, `past`
-/// included. To be called inside the block's scope.
+/// The part of a block that processes `n` image tokens `x [B·n, D]`. Returns the tokens and all keys and values of
+/// self-attention, `past` included. Must be called inside the block's scope.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 #[allow(clippy::too_many_arguments)]
 pub fn token_block<O: Ops>(
     o: &mut O,
@@ -216,7 +217,7 @@ pub fn token_block<O: Ops>(
     Ok((mlp(o, config, &x)?, present))
 }
 
-/// What depends on the class alone.
+/// Results that depend only on the class.
 #[derive(Clone, Debug)]
 pub struct Prefill<T> {
     /// Condition of the flow head for the first token, `[B, D]`.
@@ -228,7 +229,7 @@ pub struct Prefill<T> {
 /// Runs the condition tokens of `labels [B]` (integers; `class_num`: unconditional) through all blocks.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn prefill<O: Ops>(o: &mut O, config: &GeneratorConfig, labels: &O::Tensor) -> Result<Prefill<O::Tensor>> {
     let &GeneratorConfig { dim, buffer, .. } = config;
     let mut c = embed_condition(o, config, labels)?;
@@ -245,21 +246,22 @@ pub fn prefill<O: Ops>(o: &mut O, config: &GeneratorConfig, labels: &O::Tensor) 
     Ok(Prefill { z, cross })
 }
 
-/// What one token leaves behind.
+/// Results of one token.
 #[derive(Clone, Debug)]
 pub struct Step<T> {
     /// Condition of the flow head for the next token, `[B, D]`.
     pub z: T,
-    /// Keys and values of the last `window` tokens of every block, `[B, H, window, hd]`, keys after rotary embedding.
+    /// Keys and values of the last `window` tokens in every block, `[B, H, window, hd]`. Keys are stored after rotary
+    /// embedding.
     pub present: Vec<KeyValue<T>>,
 }
 
 /// Runs one `token [B, E]` at its `position [B]` (integers from 0) through all blocks.
 ///
-/// `past` holds what the step before left behind; of a row at position p only the last p slots are looked at.
+/// `past` holds the keys and values of the previous step. For a row at position p, only the last p slots are used.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn step<O: Ops>(
     o: &mut O,
     config: &GeneratorConfig,
@@ -288,8 +290,8 @@ pub fn step<O: Ops>(
     Ok(Step { z, present })
 }
 
-/// Bias `[B, 1, 1, window+1]` over cache slots: slot j of a row at position p holds position p - window + j, which is no
-/// token while negative.
+/// Bias `[B, 1, 1, window+1]` over cache slots. For a row at position p, slot j holds the token at position
+/// `p - window + j`. If this position is negative, the slot holds no token and is masked.
 fn validity<O: Ops>(o: &mut O, window: usize, position: &O::Tensor) -> Result<O::Tensor> {
     let offsets: Vec<f32> = (0..=window).map(|slot| slot as f32 - window as f32).collect();
     let offsets = o.constant(&[1, 1, 1, window + 1], &offsets)?;
@@ -299,11 +301,11 @@ fn validity<O: Ops>(o: &mut O, window: usize, position: &O::Tensor) -> Result<O:
     o.scale(&before_start, -MASKED)
 }
 
-/// The teacher-forced model: conditions `z [B·n, D]` of all `n` tokens `[B·n, E]` at once, as the reference computes
-/// them in training. Positions start at `shift` (training draws it from `0..shift_num`; sampling uses 0).
+/// The model with teacher forcing, as the reference computes it in training: conditions `z [B·n, D]` of all `n` tokens
+/// `[B·n, E]` at once. Positions start at `shift` (training draws it from `0..shift_num`; sampling uses 0).
 ///
 /// # Errors
-/// Those of the interpreter.
+/// Errors of the interpreter.
 pub fn teacher_forced<O: Ops>(
     o: &mut O,
     config: &GeneratorConfig,
@@ -331,10 +333,11 @@ pub fn teacher_forced<O: Ops>(
     o.reshape(&z, &[Dim::Rest, Dim::Is(dim)])
 }
 
-/// Rotary embedding and attention bias `[n, n]` of `n` tokens that see themselves and `window` before them.
+/// Rotary embedding and attention bias `[n, n]` of `n` tokens. Each token sees itself and the `window` tokens before
+/// it.
 ///
 /// # Errors
-/// [`Error::input`] for no token at all; those of the interpreter.
+/// [`Error::input`] if `n` is 0; errors of the interpreter.
 pub fn teacher_forcing<O: Ops>(
     o: &mut O,
     config: &GeneratorConfig,

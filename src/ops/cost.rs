@@ -1,23 +1,23 @@
-//! The interpreter that counts: multiply-adds, parameters and bytes of every scope, without computing anything.
+//! The interpreter that counts multiply-adds, weights and activations of every scope, without computing any values.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, position, scoped, shuffle_by_transpose};
 use crate::{Error, Result};
 
-/// Shape of a tensor that is never computed.
+/// Shape of a tensor. This interpreter computes only shapes.
 pub type Shape = Vec<usize>;
 
-/// What one scope costs.
+/// Cost of one scope.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Row {
     /// Multiply-adds of matrix products and convolutions.
     pub multiply_adds: u64,
-    /// Elements of the weights first used here.
+    /// Elements of the weights that are first used in this scope.
     pub parameters: u64,
-    /// Elements of weights read, again for every iteration of a loop.
+    /// Elements of the weights that are read, counted in every iteration of a loop.
     pub weights_read: u64,
-    /// Elements of all results, again for every iteration of a loop.
+    /// Elements of all results, counted in every iteration of a loop.
     pub activations: u64,
 }
 
@@ -30,7 +30,7 @@ impl std::ops::AddAssign for Row {
     }
 }
 
-/// Counts primitives by scope.
+/// Counts the cost of primitives by scope.
 #[derive(Debug)]
 pub struct Cost {
     scope: Vec<String>,
@@ -52,12 +52,12 @@ impl Cost {
         self.parameters
     }
 
-    /// What every scope costs by itself, without the scopes inside it.
+    /// Cost of every scope, without the scopes inside it.
     pub fn rows(&self) -> &BTreeMap<String, Row> {
         &self.rows
     }
 
-    /// The sum over all scopes.
+    /// Total cost of all scopes.
     pub fn total(&self) -> Row {
         let mut total = Row::default();
         self.rows.values().for_each(|row| total += *row);
@@ -81,7 +81,7 @@ impl Cost {
     }
 }
 
-/// A loop whose body is counted once, times its iterations.
+/// A loop whose body is counted once and multiplied by the number of iterations.
 #[derive(Debug)]
 pub struct Counted {
     element: Option<Vec<Shape>>,

@@ -1,4 +1,4 @@
-//! The interpreter that runs the model on Candle, differentiably: the yardstick of every other one.
+//! The interpreter that runs the model on Candle, with gradients. All other interpreters are compared with it.
 
 use candle_core::{D, DType, Device, Tensor};
 use rand_mt::Mt;
@@ -7,7 +7,7 @@ use super::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, kernels, position
 use crate::weights::Weights;
 use crate::{Error, Result};
 
-/// Runs primitives on Candle tensors of `f32`, with the weights it was given.
+/// Runs primitives on Candle tensors of `f32`, with given weights.
 #[derive(Debug)]
 pub struct Eager<'a> {
     weights: &'a Weights,
@@ -16,44 +16,44 @@ pub struct Eager<'a> {
     training: Option<Training>,
 }
 
-/// How a model that is being trained runs otherwise.
+/// Settings of the interpreter in training.
 #[derive(Clone, Debug)]
 pub struct Training {
-    /// What it forgets.
+    /// Dropout, if it is used.
     pub dropout: Option<Dropout>,
-    /// Type that products and convolutions with weights are computed in; everything else is `f32`.
+    /// Data type of products and convolutions with weights. Everything else is computed in `f32`.
     pub products: DType,
 }
 
-/// What a model that is being trained forgets.
+/// Probabilities of dropout and its random numbers.
 #[derive(Clone, Debug)]
 pub struct Dropout {
-    /// Probability that a weight of attention is dropped.
+    /// Probability that an attention weight is dropped.
     pub attention: f64,
     /// Probability that an element of a projection is dropped.
     pub projection: f64,
-    /// Draws which.
+    /// Random number generator that selects the dropped elements.
     pub random: Mt,
 }
 
 impl<'a> Eager<'a> {
-    /// An interpreter outside any scope, on the device of the weights.
+    /// Creates an interpreter outside any scope, on the device of the weights.
     pub fn new(weights: &'a Weights) -> Self {
         Self { weights, device: weights.device(), scope: vec![], training: None }
     }
 
-    /// An interpreter for training.
+    /// Creates an interpreter for training.
     pub fn training(weights: &'a Weights, training: Training) -> Self {
         Self { training: Some(training), ..Self::new(weights) }
     }
 
-    /// What products with weights are computed in.
+    /// Data type of products with weights.
     fn products(&self) -> DType {
         self.training.as_ref().map_or(DType::F32, |training| training.products)
     }
 }
 
-/// A loop between two iterations.
+/// State of a loop between two iterations.
 #[derive(Debug)]
 pub struct Running {
     sequences: Vec<Tensor>,
@@ -205,7 +205,8 @@ impl Ops for Eager<'_> {
         if spatial == 2 && conv.kernel == 3 {
             return Ok(kernels::conv3x3(x, weight, &bias.to_dtype(products)?)?.to_dtype(DType::F32)?);
         }
-        // As a matrix product over the pixels; of a row's neighbours too.
+        // Other convolutions are matrix products over the pixels. If there are several taps, the shifted inputs are
+        // concatenated along the channels.
         let (batch, input) = (x.dim(0)?, x.dim(1)?);
         let (output, taps) = (weight.dim(0)?, weight.dim(D::Minus1)?);
         let length = x.dim(D::Minus1)? + 1 - taps;

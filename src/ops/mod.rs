@@ -1,7 +1,8 @@
 //! The primitives that the model is written in, and their interpreters.
 //!
-//! [`eager::Eager`] runs them on Candle, [`cost::Cost`] counts them, `eqim-export` lowers them to ONNX. Where an operator
-//! of ONNX exists, a primitive means what that operator means; shapes are written `[batch, ...]` in the model's code.
+//! [`eager::Eager`] runs the primitives on Candle, [`cost::Cost`] counts their cost, and `eqim-export` lowers them to
+//! ONNX. A primitive has the semantics of the ONNX operator, if there is one. Comments in the model's code write shapes
+//! as `[batch, ...]`.
 
 pub mod cost;
 pub mod eager;
@@ -14,9 +15,10 @@ use crate::Result;
 pub enum Dim<'a, T> {
     /// A size known from the configuration.
     Is(usize),
-    /// The size of an axis of another tensor: how symbolic sizes (the batch, the tokens) are named.
+    /// The size of an axis of another tensor. It expresses sizes that are known only at run time, such as the batch or
+    /// the tokens.
     Of(&'a T, usize),
-    /// What remains of the elements; at most once in a shape, and in [`Ops::reshape`] only.
+    /// The size that the remaining elements give. At most one per shape, and only in [`Ops::reshape`].
     Rest,
 }
 
@@ -39,11 +41,11 @@ pub enum Unary {
     Silu,
     /// Exact GELU, x · (1 + erf(x / √2)) / 2.
     Gelu,
-    /// Integers as floating-point numbers.
+    /// Conversion of integers to floating-point numbers.
     ToFloat,
 }
 
-/// An element-wise function of two tensors, broadcast as NumPy does.
+/// An element-wise function of two tensors, with broadcasting as in NumPy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Binary {
     /// a + b
@@ -54,12 +56,12 @@ pub enum Binary {
     Mul,
 }
 
-/// What dropout works on while the model is trained; each kind has its own probability.
+/// The values that dropout applies to in training. Each kind has its own probability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dropped {
-    /// Weights of attention, after the softmax (`attn_dropout`).
+    /// Attention weights after the softmax (`attn_dropout`).
     Attention,
-    /// Results of attention and of the MLP's two layers (`proj_dropout`).
+    /// Results of attention and of the two layers of the MLP (`proj_dropout`).
     Projection,
 }
 
@@ -72,41 +74,41 @@ pub struct Conv {
     pub output: usize,
     /// Size of the kernel along every axis.
     pub kernel: usize,
-    /// Axes that it runs over: the last ones, 1 or 2.
+    /// Number of axes of the kernel, 1 or 2. They are the last axes of the input.
     pub spatial: usize,
-    /// Whether the input is mirrored at its borders first (see [`Ops::pad_reflect`]).
+    /// Whether the input is first padded by reflection (see [`Ops::pad_reflect`]).
     pub reflect: bool,
 }
 
 impl Conv {
-    /// Shape of its weight, `[output, input, kernel, …]`.
+    /// Shape of the weight, `[output, input, kernel, …]`.
     pub fn weight_shape(self) -> Vec<usize> {
         let mut shape = vec![self.output, self.input];
         shape.resize(2 + self.spatial, self.kernel);
         shape
     }
 
-    /// The same convolution of an input that is mirrored already.
+    /// The same convolution for an input that is already padded.
     pub fn unpadded(self) -> Self {
         Self { reflect: false, ..self }
     }
 }
 
-/// What an iteration of a loop works on: the sequences' elements, and the state.
+/// Inputs of an iteration of a loop: the sequences' elements, and the state.
 pub type Iteration<T> = (Vec<T>, T);
 
 /// An interpreter of the model.
 ///
-/// Weights are asked for by their checkpoint name, relative to the [scope](OpsExt::scope) that is open; the same scoped name
-/// becomes the ONNX node's name and the row of the cost table. Model code never asks a tensor for its shape.
+/// Weights are requested by their checkpoint name, relative to the open [scope](OpsExt::scope). The scoped name is also
+/// the name of the ONNX node and of the row in the cost table. Model code never queries the shape of a tensor.
 pub trait Ops: Sized {
-    /// A value of the model.
+    /// A tensor of the interpreter.
     type Tensor: Clone;
 
-    /// A loop that is being run or written.
+    /// A loop that is being run or recorded.
     type Loop;
 
-    /// Opens a named scope inside the current one. Model code calls [`OpsExt::scope`].
+    /// Opens a named scope inside the current one. Model code calls [`OpsExt::scope`] instead.
     fn enter(&mut self, name: &str);
 
     /// Closes the innermost scope.
@@ -115,107 +117,107 @@ pub trait Ops: Sized {
     /// The weight `name` of the current scope.
     ///
     /// # Errors
-    /// When the weights have no tensor of that name and shape.
+    /// If the weights have no tensor of this name and shape.
     fn param(&mut self, name: &str, shape: &[usize]) -> Result<Self::Tensor>;
 
-    /// A tensor of known values.
+    /// A constant tensor.
     ///
     /// # Errors
-    /// When `data` is not as long as `shape` says.
+    /// If the length of `data` does not match `shape`.
     fn constant(&mut self, shape: &[usize], data: &[f32]) -> Result<Self::Tensor>;
 
     /// The same elements in another shape (ONNX `Reshape`).
     ///
     /// # Errors
-    /// When the sizes do not fit.
+    /// If the sizes do not fit.
     fn reshape(&mut self, x: &Self::Tensor, shape: &[Dim<Self::Tensor>]) -> Result<Self::Tensor>;
 
-    /// `x` repeated to `shape` by broadcasting (ONNX `Expand`).
+    /// Repeats `x` to `shape` by broadcasting (ONNX `Expand`).
     ///
     /// # Errors
-    /// When the sizes do not fit.
+    /// If the sizes do not fit.
     fn expand(&mut self, x: &Self::Tensor, shape: &[Dim<Self::Tensor>]) -> Result<Self::Tensor>;
 
-    /// Axes in another order (ONNX `Transpose`).
+    /// Permutes the axes (ONNX `Transpose`).
     ///
     /// # Errors
-    /// When `axes` is not a permutation.
+    /// If `axes` is not a permutation.
     fn permute(&mut self, x: &Self::Tensor, axes: &[usize]) -> Result<Self::Tensor>;
 
-    /// Elements `start..end` of an axis; as in NumPy, negative positions count from the end and a large `end` means
-    /// all of the rest (ONNX `Slice`).
+    /// Elements `start..end` of an axis (ONNX `Slice`). As in NumPy, negative positions count from the end, and an
+    /// `end` beyond the axis selects all remaining elements.
     ///
     /// # Errors
-    /// When the range lies outside.
+    /// If the range is outside of the axis.
     fn slice(&mut self, x: &Self::Tensor, axis: usize, start: i64, end: i64) -> Result<Self::Tensor>;
 
-    /// Tensors one after another along `axis` (ONNX `Concat`).
+    /// Concatenates tensors along `axis` (ONNX `Concat`).
     ///
     /// # Errors
-    /// When other axes differ.
+    /// If the other axes differ.
     fn concat(&mut self, xs: &[&Self::Tensor], axis: usize) -> Result<Self::Tensor>;
 
-    /// Rows of `table [n, ...]` by `indices [batch]` of integers, `[batch, ...]` (ONNX `Gather`).
+    /// Selects the rows `indices [batch]` (integers) of `table [n, ...]`; the result is `[batch, ...]` (ONNX `Gather`).
     ///
     /// # Errors
-    /// When an index lies outside.
+    /// If an index is out of range.
     fn gather(&mut self, table: &Self::Tensor, indices: &Self::Tensor) -> Result<Self::Tensor>;
 
     /// An element-wise function.
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn unary(&mut self, op: Unary, x: &Self::Tensor) -> Result<Self::Tensor>;
 
     /// An element-wise function of two tensors with broadcasting.
     ///
     /// # Errors
-    /// When the shapes do not broadcast.
+    /// If the shapes do not broadcast.
     fn binary(&mut self, op: Binary, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
 
-    /// `x` limited to `low..=high` (ONNX `Clip`).
+    /// Limits `x` to `low..=high` (ONNX `Clip`).
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn clamp(&mut self, x: &Self::Tensor, low: f32, high: f32) -> Result<Self::Tensor>;
 
-    /// Mean over some axes, which disappear (ONNX `ReduceMean`).
+    /// Mean over some axes, which are removed (ONNX `ReduceMean`).
     ///
     /// # Errors
-    /// When an axis lies outside.
+    /// If an axis is out of range.
     fn mean(&mut self, x: &Self::Tensor, axes: &[usize]) -> Result<Self::Tensor>;
 
     /// Softmax over the last axis (ONNX `Softmax`).
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn softmax(&mut self, x: &Self::Tensor) -> Result<Self::Tensor>;
 
-    /// Matrix product of the last two axes, the others broadcast (ONNX `MatMul`).
+    /// Matrix product over the last two axes. The other axes are broadcast (ONNX `MatMul`).
     ///
     /// # Errors
-    /// When the shapes do not fit.
+    /// If the shapes do not fit.
     fn matmul(&mut self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor>;
 
-    /// `x [rows, input] · weightᵀ + bias` (ONNX `Gemm` with `transB`), with the current scope's `weight [output, input]`, as
-    /// PyTorch stores it, and its `bias [output]`.
+    /// `x [rows, input] · weightᵀ + bias` (ONNX `Gemm` with `transB`). `weight [output, input]`, in PyTorch's layout,
+    /// and `bias [output]` are in the current scope.
     ///
     /// # Errors
-    /// Those of [`Ops::param`]; when the shapes do not fit.
+    /// Errors of [`Ops::param`], or if the shapes do not fit.
     fn gemm(&mut self, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor>;
 
-    /// Convolution of stride 1 (ONNX `Conv`), with the current scope's `weight [output, input, kernel, …]` and its
-    /// `bias [output]`.
+    /// Convolution with stride 1 (ONNX `Conv`). `weight [output, input, kernel, …]` and `bias [output]` are in the
+    /// current scope.
     ///
     /// # Errors
-    /// Those of [`Ops::param`] and [`Ops::pad_reflect`]; when the shapes do not fit.
+    /// Errors of [`Ops::param`] and [`Ops::pad_reflect`], or if the shapes do not fit.
     fn conv(&mut self, x: &Self::Tensor, conv: Conv) -> Result<Self::Tensor>;
 
-    /// Normalization over the last axis of `width` elements, with `(weight, bias)` or without
-    /// (ONNX `LayerNormalization`).
+    /// Normalization over the last axis of `width` elements, with or without `(weight, bias)` (ONNX
+    /// `LayerNormalization`).
     ///
     /// # Errors
-    /// When the shapes do not fit.
+    /// If the shapes do not fit.
     fn layer_normalization(
         &mut self,
         x: &Self::Tensor,
@@ -227,7 +229,7 @@ pub trait Ops: Sized {
     /// Normalization of `x [batch, channels, height, width]` over groups of channels (ONNX `GroupNormalization`).
     ///
     /// # Errors
-    /// When the shapes do not fit.
+    /// If the shapes do not fit.
     fn group_normalization(
         &mut self,
         x: &Self::Tensor,
@@ -236,18 +238,18 @@ pub trait Ops: Sized {
         eps: f32,
     ) -> Result<Self::Tensor>;
 
-    /// One element more on both sides of the `spatial` last axes of `x` of rank `2 + spatial`, mirrored without the
-    /// border itself (ONNX `Pad`, mode `reflect`).
+    /// Pads both sides of the last `spatial` axes of `x`, of rank `2 + spatial`, by one element. The values are
+    /// mirrored without repeating the border (ONNX `Pad`, mode `reflect`).
     ///
     /// # Errors
-    /// When an axis has fewer than two elements.
+    /// If an axis has fewer than two elements.
     fn pad_reflect(&mut self, x: &Self::Tensor, spatial: usize) -> Result<Self::Tensor>;
 
-    /// Channels `[batch, channels·fy·fx, rows, width]` as the pixels of larger patches,
-    /// `[batch, channels, rows·fy, width·fx]` (ONNX `DepthToSpace`, mode `CRD`, whose patches are square).
+    /// Rearranges channels `[batch, channels·fy·fx, rows, width]` as the pixels of larger patches,
+    /// `[batch, channels, rows·fy, width·fx]` (ONNX `DepthToSpace`, mode `CRD`, which supports only square patches).
     ///
     /// # Errors
-    /// When the sizes do not fit.
+    /// If the sizes do not fit.
     fn pixel_shuffle(
         &mut self,
         x: &Self::Tensor,
@@ -256,46 +258,46 @@ pub trait Ops: Sized {
         factors: (usize, usize),
     ) -> Result<Self::Tensor>;
 
-    /// `x` with elements set to zero at random while the model is trained; otherwise `x` itself.
+    /// In training, sets random elements of `x` to zero; otherwise returns `x`.
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn dropout(&mut self, x: Self::Tensor, what: Dropped) -> Result<Self::Tensor>;
 
-    /// Begins a loop that passes `state` through one iteration for every index of the first axis of `sequences`
-    /// (ONNX `Loop`). Model code calls [`OpsExt::fold`].
+    /// Begins a loop that updates `state` once for every index of the first axis of `sequences` (ONNX `Loop`). Model
+    /// code calls [`OpsExt::fold`] instead.
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn begin_loop(&mut self, sequences: &[&Self::Tensor], state: &Self::Tensor) -> Result<Self::Loop>;
 
-    /// What the next iteration works on: the sequences' elements and the state; `None` when all iterations are done. An
-    /// interpreter that writes the loop down instead of running it gives one iteration only.
+    /// Inputs of the next iteration: the sequences' elements and the state. `None` if all iterations are done. An
+    /// interpreter that records the loop instead of running it returns only one iteration.
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn next_iteration(&mut self, open: &mut Self::Loop) -> Result<Option<Iteration<Self::Tensor>>>;
 
-    /// Takes the state after an iteration.
+    /// Stores the state after an iteration.
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn end_iteration(&mut self, open: &mut Self::Loop, state: Self::Tensor) -> Result<()>;
 
-    /// Ends a loop; gives the last state.
+    /// Ends a loop. Returns the last state.
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn end_loop(&mut self, open: Self::Loop) -> Result<Self::Tensor>;
 }
 
-/// What the model is written in besides the primitives: derived from them, and the same for every interpreter.
+/// Operations that are composed of primitives and are the same for every interpreter.
 pub trait OpsExt: Ops {
-    /// Runs `body` inside the scope `name`; scopes are joined by dots as PyTorch joins module names. An error of `body` is
-    /// given the name of the scope.
+    /// Runs `body` inside the scope `name`. Names of nested scopes are joined by dots, as PyTorch joins module names.
+    /// The name is added to an error of `body`.
     ///
     /// # Errors
-    /// Those of `body`.
+    /// Errors of `body`.
     fn scope<R>(&mut self, name: &str, body: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
         self.enter(name);
         let result = body(self);
@@ -303,11 +305,11 @@ pub trait OpsExt: Ops {
         result.map_err(|error| error.in_scope(name))
     }
 
-    /// Passes `state` through `body` once for every index `i` of the first axis of `sequences`, handing it their
-    /// `i`-th elements.
+    /// Calls `body` once for every index `i` of the first axis of `sequences`. Each call receives the `i`-th elements
+    /// and the state, and returns the next state. Returns the last state.
     ///
     /// # Errors
-    /// Those of `body`.
+    /// Errors of `body`.
     fn fold(
         &mut self,
         sequences: &[&Self::Tensor],
@@ -325,7 +327,7 @@ pub trait OpsExt: Ops {
     /// a + b
     ///
     /// # Errors
-    /// Those of [`Ops::binary`].
+    /// Errors of [`Ops::binary`].
     fn add(&mut self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor> {
         self.binary(Binary::Add, a, b)
     }
@@ -333,7 +335,7 @@ pub trait OpsExt: Ops {
     /// a - b
     ///
     /// # Errors
-    /// Those of [`Ops::binary`].
+    /// Errors of [`Ops::binary`].
     fn sub(&mut self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor> {
         self.binary(Binary::Sub, a, b)
     }
@@ -341,15 +343,15 @@ pub trait OpsExt: Ops {
     /// a · b
     ///
     /// # Errors
-    /// Those of [`Ops::binary`].
+    /// Errors of [`Ops::binary`].
     fn mul(&mut self, a: &Self::Tensor, b: &Self::Tensor) -> Result<Self::Tensor> {
         self.binary(Binary::Mul, a, b)
     }
 
-    /// `x` times a number.
+    /// Multiplies `x` by a number.
     ///
     /// # Errors
-    /// Those of [`Ops::binary`].
+    /// Errors of [`Ops::binary`].
     fn scale(&mut self, x: &Self::Tensor, factor: f32) -> Result<Self::Tensor> {
         let factor = self.constant(&[], &[factor])?;
         self.mul(x, &factor)
@@ -358,7 +360,7 @@ pub trait OpsExt: Ops {
     /// x · (1 + scale) + shift, the modulation of adaptive layer norm (reference: `modulate`).
     ///
     /// # Errors
-    /// Those of [`Ops::binary`].
+    /// Errors of [`Ops::binary`].
     fn modulate(&mut self, x: &Self::Tensor, shift: &Self::Tensor, scale: &Self::Tensor) -> Result<Self::Tensor> {
         let one = self.constant(&[], &[1.0])?;
         let scale = self.add(scale, &one)?;
@@ -366,18 +368,18 @@ pub trait OpsExt: Ops {
         self.add(&x, shift)
     }
 
-    /// The module `nn.Linear(input, output)` of this name on `x [rows, input]`.
+    /// Applies the module `nn.Linear(input, output)` named `name` to `x [rows, input]`.
     ///
     /// # Errors
-    /// Those of [`Ops::gemm`].
+    /// Errors of [`Ops::gemm`].
     fn linear(&mut self, name: &str, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor> {
         self.scope(name, |o| o.gemm(x, input, output))
     }
 
-    /// The module `nn.LayerNorm(width, eps)` of this name.
+    /// Applies the module `nn.LayerNorm(width, eps)` named `name`.
     ///
     /// # Errors
-    /// Those of [`Ops::param`] and [`Ops::layer_normalization`].
+    /// Errors of [`Ops::param`] and [`Ops::layer_normalization`].
     fn layer_norm(&mut self, name: &str, x: &Self::Tensor, width: usize, eps: f32) -> Result<Self::Tensor> {
         self.scope(name, |o| {
             let weight = o.param("weight", &[width])?;
@@ -386,10 +388,10 @@ pub trait OpsExt: Ops {
         })
     }
 
-    /// The module `nn.GroupNorm(groups, channels, eps)` of this name.
+    /// Applies the module `nn.GroupNorm(groups, channels, eps)` named `name`.
     ///
     /// # Errors
-    /// Those of [`Ops::param`] and [`Ops::group_normalization`].
+    /// Errors of [`Ops::param`] and [`Ops::group_normalization`].
     fn group_norm(
         &mut self,
         name: &str,
@@ -405,35 +407,35 @@ pub trait OpsExt: Ops {
         })
     }
 
-    /// The module `nn.Conv1d(input, output, 3, padding=1, padding_mode="reflect")` of this name.
+    /// Applies the module `nn.Conv1d(input, output, 3, padding=1, padding_mode="reflect")` named `name`.
     ///
     /// # Errors
-    /// Those of [`Ops::conv`].
+    /// Errors of [`Ops::conv`].
     fn conv1d(&mut self, name: &str, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor> {
         self.scope(name, |o| o.conv(x, Conv { input, output, kernel: 3, spatial: 1, reflect: true }))
     }
 
-    /// The module `nn.Conv2d(input, output, 3, padding=1, padding_mode="reflect")` of this name.
+    /// Applies the module `nn.Conv2d(input, output, 3, padding=1, padding_mode="reflect")` named `name`.
     ///
     /// # Errors
-    /// Those of [`Ops::conv`].
+    /// Errors of [`Ops::conv`].
     fn conv2d(&mut self, name: &str, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor> {
         self.scope(name, |o| o.conv(x, Conv { input, output, kernel: 3, spatial: 2, reflect: true }))
     }
 
-    /// The module `nn.Conv2d(input, output, 1)` of this name.
+    /// Applies the module `nn.Conv2d(input, output, 1)` named `name`.
     ///
     /// # Errors
-    /// Those of [`Ops::conv`].
+    /// Errors of [`Ops::conv`].
     fn conv1x1(&mut self, name: &str, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor> {
         self.scope(name, |o| o.conv(x, Conv { input, output, kernel: 1, spatial: 2, reflect: false }))
     }
 
-    /// Softmax attention of `q [b, h, n, d]` to `k`, `v` `[b, h, m, d]`, with `bias` added to the scores
-    /// `[b, h, n, m]`; scores are scaled by `d^-0.5`.
+    /// Softmax attention of queries `q [b, h, n, d]` to keys `k` and values `v`, `[b, h, m, d]`. The scores
+    /// `[b, h, n, m]` are scaled by `d^-0.5`, then `bias` is added.
     ///
     /// # Errors
-    /// Those of the primitives.
+    /// Errors of the primitives.
     fn attention(
         &mut self,
         q: &Self::Tensor,
@@ -456,10 +458,11 @@ pub trait OpsExt: Ops {
 
 impl<O: Ops> OpsExt for O {}
 
-/// [`Ops::pixel_shuffle`] by [`Ops::reshape`] and [`Ops::permute`], for interpreters without an operator for it.
+/// Computes [`Ops::pixel_shuffle`] with [`Ops::reshape`] and [`Ops::permute`], for interpreters that have no operator
+/// for it.
 ///
 /// # Errors
-/// When the sizes do not fit.
+/// If the sizes do not fit.
 pub fn shuffle_by_transpose<O: Ops>(
     o: &mut O,
     x: &O::Tensor,
@@ -473,7 +476,7 @@ pub fn shuffle_by_transpose<O: Ops>(
     o.reshape(&x, &[Dim::Of(&x, 0), Dim::Is(channels), Dim::Is(rows * fy), Dim::Rest])
 }
 
-/// The full name of `name` in nested scopes, as PyTorch joins module names.
+/// The full name of `name` in nested scopes. The names are joined by dots, as PyTorch joins module names.
 pub fn scoped(scope: &[String], name: &str) -> String {
     let mut full = scope.join(".");
     if !full.is_empty() {
@@ -482,7 +485,7 @@ pub fn scoped(scope: &[String], name: &str) -> String {
     full + name
 }
 
-/// A position along an axis of `length` elements, counted from the end where negative.
+/// Index of a position along an axis of `length` elements. A negative position counts from the end.
 fn position(at: i64, length: usize) -> usize {
     let length = length as i64;
     if at < 0 { (length + at).max(0) as usize } else { at.min(length) as usize }

@@ -1,4 +1,4 @@
-//! Animated PNGs (<https://www.w3.org/TR/png-3/#apng-frame-based-animation>), written frame by frame.
+//! Writes animated PNGs (<https://www.w3.org/TR/png-3/#apng-frame-based-animation>) frame by frame.
 
 use std::fs::File;
 use std::io::BufWriter;
@@ -9,16 +9,16 @@ use ndarray::Array3;
 use crate::picture::bytes;
 use crate::{Error, Result, files};
 
-/// Frames a second.
+/// Frames per second.
 const RATE: u16 = 6;
-/// Seconds that the last frame stands.
+/// Duration of the last frame in seconds.
 const PAUSE: u16 = 2;
 
-/// Writes `count` frames, each `[3, height, width]` in -1..1, as an animation without end, replacing `path` when all are
-/// written. `frame` is asked for one after another.
+/// Writes `count` frames, each `[3, height, width]` with values in -1..1, as an animation that repeats forever. `frame`
+/// is called with the index of one frame after another. `path` is replaced only once the file is complete.
 ///
 /// # Errors
-/// [`Error::run`] when it cannot be written; those of `frame`.
+/// [`Error::run`] if the file cannot be written; errors of `frame`.
 pub fn write(
     path: &Path,
     (width, height): (usize, usize),

@@ -1,5 +1,5 @@
-//! A picture on disk that is written column by column and read row by row, so that neither its width nor its height has to
-//! fit in memory.
+//! A picture on disk that is written in columns and read in rows. Neither its width nor its height is limited by the
+//! memory.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
@@ -10,10 +10,10 @@ use ndarray::ArrayView3;
 use crate::picture::to_byte;
 use crate::{Error, Result, files};
 
-/// Bytes of a pixel: red, green, blue.
+/// Bytes per pixel: red, green, blue.
 const PIXEL: usize = 3;
 
-/// The pixels of a picture, row after row, in a file.
+/// A file with the pixels of a picture, row by row.
 #[derive(Debug)]
 pub struct Canvas {
     path: PathBuf,
@@ -23,20 +23,20 @@ pub struct Canvas {
 }
 
 impl Canvas {
-    /// Opens the canvas at `path`, or makes it.
+    /// Opens the canvas at `path`, or creates it.
     ///
     /// # Errors
-    /// [`Error::run`] when it cannot be opened.
+    /// [`Error::run`] if it cannot be opened.
     pub fn open(path: &Path, width: usize, height: usize) -> Result<Self> {
         let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
         let file = open.map_err(|error| failed(path)(error))?;
         Ok(Self { path: path.to_path_buf(), file, width, height })
     }
 
-    /// Writes columns `[3, height, columns]` in -1..1 at pixel `x`, down to the disk.
+    /// Writes columns `[3, height, columns]` with values in -1..1 at pixel `x`, and syncs them to the disk.
     ///
     /// # Errors
-    /// [`Error::run`] when they cannot be written.
+    /// [`Error::run`] if they cannot be written.
     pub fn write(&mut self, x: usize, columns: ArrayView3<f32>) -> Result<()> {
         let (_, height, count) = columns.dim();
         let mut write = || {
@@ -53,10 +53,10 @@ impl Canvas {
         write().map_err(failed(&self.path))
     }
 
-    /// Writes the whole picture as a PNG, replacing `path` when all of it is written.
+    /// Writes the whole picture as a PNG. `path` is replaced only once the file is complete.
     ///
     /// # Errors
-    /// [`Error::run`] when it cannot be written.
+    /// [`Error::run`] if the file cannot be written.
     pub fn write_png(&mut self, path: &Path) -> Result<()> {
         self.file.seek(SeekFrom::Start(0)).map_err(failed(&self.path))?;
         let mut rows = BufReader::new(&self.file);

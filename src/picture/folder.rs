@@ -1,4 +1,4 @@
-//! Folders of photographs: which files are pictures, and which classes their folders are.
+//! Folders of photographs: finds the pictures in a folder, and the classes that its sub-folders stand for.
 
 use std::path::{Path, PathBuf};
 
@@ -6,10 +6,10 @@ use walkdir::{DirEntry, WalkDir};
 
 use crate::{Error, Result};
 
-/// Extensions of pictures.
+/// File extensions of pictures.
 const EXTENSIONS: [&str; 3] = ["jpg", "jpeg", "png"];
 
-/// Paths of all pictures below `folder`, sorted. Hidden files and folders are left out.
+/// Paths of all pictures below `folder`, sorted. Hidden files and folders are skipped.
 ///
 /// # Errors
 /// [`Error::input`] for a folder that cannot be read or that holds no picture.
@@ -23,7 +23,7 @@ pub fn none_in(folder: &Path) -> Error {
     Error::input(folder.display(), "contains no PNG or JPEG")
 }
 
-/// Paths of all pictures below `folder`, sorted.
+/// Paths of all pictures below `folder`, sorted. There may be none.
 fn walk(folder: &Path) -> Result<Vec<PathBuf>> {
     let is_hidden = |entry: &DirEntry| entry.depth() > 0 && entry.file_name().to_string_lossy().starts_with('.');
     let entries = WalkDir::new(folder).follow_links(true).sort_by_file_name().into_iter();
@@ -38,19 +38,20 @@ fn walk(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Pictures by class.
+/// The pictures of a folder, by class.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Classes {
     /// Names of the sub-folders that hold pictures, sorted.
     pub names: Vec<String>,
-    /// Pictures with the index of their class, sorted by path; no index for those that lie in the folder itself.
+    /// Pictures with the index of their class, sorted by path. Pictures directly in the folder have no index.
     pub pictures: Vec<(PathBuf, Option<usize>)>,
 }
 
-/// The pictures below `folder`, which may be none. Each of its sub-folders is a class. Hidden files and folders are left out.
+/// The pictures below `folder`; there may be none. Each sub-folder with pictures is a class. Hidden files and folders
+/// are skipped.
 ///
 /// # Errors
-/// [`Error::input`] for a folder that cannot be read or that holds no picture.
+/// [`Error::input`] for a folder that cannot be read.
 pub fn classes(folder: &Path) -> Result<Classes> {
     let mut found = Classes { names: vec![], pictures: vec![] };
     for path in walk(folder)? {

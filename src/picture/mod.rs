@@ -1,4 +1,4 @@
-//! Images in and out: PNG and JPEG files against arrays `[3, height, width]` in -1..1.
+//! Reads and writes images: PNG and JPEG files, as arrays `[3, height, width]` with values in -1..1.
 
 pub mod animation;
 pub mod canvas;
@@ -16,34 +16,37 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, ResultExt, files};
 
-/// Widest picture that is read, in pixels after scaling: a sliver of a file would else scale to gigabytes.
+/// Largest width of a picture that is read, in pixels after scaling. Without this limit, a very flat picture would be
+/// scaled to gigabytes.
 pub const WIDEST: usize = 1 << 16;
 
-/// A channel's value in -1..1 as a byte, rounded as the reference does (`engine_generator.py`).
+/// Converts a channel's value in -1..1 to a byte, rounded as in the reference (`engine_generator.py`).
 pub fn to_byte(value: f32) -> u8 {
     ((value + 1.0) / 2.0 * 255.0).clamp(0.0, 255.0).round_ties_even() as u8
 }
 
-/// Pixels of `image [3, height, width]` as bytes, row by row: red, green, blue.
+/// Pixels of `image [3, height, width]` as bytes, row by row, in the order red, green, blue.
 pub fn bytes(image: ArrayView3<f32>) -> Vec<u8> {
     image.permuted_axes([1, 2, 0]).iter().map(|&value| to_byte(value)).collect()
 }
 
-/// Writes `image [3, height, width]` as a PNG, replacing `path` when all of it is written.
+/// Writes `image [3, height, width]` as a PNG. `path` is replaced only once the file is complete.
 ///
 /// # Errors
-/// [`Error::run`] when it cannot be written.
+/// [`Error::run`] if the file cannot be written.
 pub fn write_png(path: &Path, image: ArrayView3<f32>) -> Result<()> {
     let (_, height, width) = image.dim();
     write_rgb(path, &bytes(image), (width as u32, height as u32))
 }
 
-/// Writes pixels, row by row in red, green and blue, as a PNG of a width and height, replacing `path` when all of it is written.
+/// Writes pixels as a PNG. They are given row by row, in the order red, green, blue. `path` is replaced only once the
+/// file is complete.
 ///
 /// # Errors
-/// [`Error::run`] when it cannot be written.
+/// [`Error::run`] if the file cannot be written.
 pub fn write_rgb(path: &Path, pixels: &[u8], (width, height): (u32, u32)) -> Result<()> {
-    // In memory first: saved to a file, the end of a picture that a full disk cuts off would be lost without an error.
+    // The PNG is encoded in memory first. If it were encoded to a file and the disk became full, the end of the picture
+    // could be lost without an error.
     let mut file = Cursor::new(vec![]);
     image::write_buffer_with_format(&mut file, pixels, width, height, ExtendedColorType::Rgb8, ImageFormat::Png)
         .map_err(|error| Error::run(path.display(), "cannot be written").because(error))?;
@@ -55,28 +58,28 @@ pub fn write_rgb(path: &Path, pixels: &[u8], (width, height): (u32, u32)) -> Res
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum Side {
-    /// Its first columns.
+    /// The first columns.
     Left,
-    /// Its last ones.
+    /// The last columns.
     #[default]
     Right,
 }
 
-/// A picture that was read, and what was done to it.
+/// A picture that was read, with its sizes before scaling and cropping.
 #[derive(Clone, Debug)]
 pub struct Picture {
-    /// `[3, height, width]` in -1..1.
+    /// Pixels `[3, height, width]` with values in -1..1.
     pub pixels: Array3<f32>,
-    /// Width and height in the file, turned upright.
+    /// Width and height in the file, in the upright orientation.
     pub original: (u32, u32),
-    /// Width after scaling, before the cut.
+    /// Width after scaling, before cropping.
     pub scaled: usize,
 }
 
-/// Reads a PNG or JPEG, turned upright.
+/// Reads a PNG or JPEG in its upright orientation.
 ///
 /// # Errors
-/// [`Error::input`] when it is none, or was cut off.
+/// [`Error::input`] if the file is not a PNG or JPEG, or is truncated.
 pub fn load(path: &Path) -> Result<RgbImage> {
     let bad = |problem: String| Error::input(path.display(), problem);
     let unreadable = |error: ImageError| bad("is not a PNG or JPEG that can be read".into()).because(error);
@@ -85,17 +88,18 @@ pub fn load(path: &Path) -> Result<RgbImage> {
         return Err(bad("is a truncated JPEG: its end is missing".into()));
     }
     let mut image = reader.decode().map_err(unreadable)?;
-    // Cameras store pictures as the sensor lay, and beside them how to turn them.
+    // Cameras store pictures in the orientation of the sensor, and separately the rotation that turns them upright.
     let orientation = open(path)?.into_decoder().and_then(|mut decoder| decoder.orientation());
     image.apply_orientation(orientation.map_err(unreadable)?);
     Ok(image.to_rgb8())
 }
 
-/// Reads a PNG or JPEG, scaled to `height` with its proportions kept. Its width is cut to a multiple of `multiple` so that
-/// the side `kept` stays.
+/// Reads a PNG or JPEG and scales it to `height`, with its proportions kept. The width is then cropped to a multiple of
+/// `multiple`; the side `kept` stays.
 ///
 /// # Errors
-/// [`Error::input`] when it is none, or after scaling narrower than `2 · multiple` or wider than [`WIDEST`].
+/// [`Error::input`] if the file is not a PNG or JPEG, or if the scaled picture is narrower than `2 · multiple` or wider
+/// than [`WIDEST`].
 pub fn read(path: &Path, height: usize, multiple: usize, kept: Side) -> Result<Picture> {
     let bad = |problem: String| Error::input(path.display(), problem);
     let image = load(path)?;
@@ -119,15 +123,15 @@ pub fn read(path: &Path, height: usize, multiple: usize, kept: Side) -> Result<P
     Ok(Picture { pixels, original, scaled })
 }
 
-/// Whether a file starts as a PNG or JPEG does.
+/// Whether a file begins like a PNG or JPEG.
 ///
 /// # Errors
-/// [`Error::input`] when it cannot be read.
+/// [`Error::input`] if the file cannot be read.
 pub fn is_picture(path: &Path) -> Result<bool> {
     Ok(matches!(open(path)?.format(), Some(ImageFormat::Png | ImageFormat::Jpeg)))
 }
 
-/// Whether a JPEG has its end marker. The decoder fills what is missing without a word.
+/// Whether a JPEG has its end marker. The decoder replaces missing data without an error.
 fn is_whole_jpeg(path: &Path) -> Result<bool> {
     let bytes = files::read(path)?;
     let mut at = 2;
@@ -143,7 +147,7 @@ fn is_whole_jpeg(path: &Path) -> Result<bool> {
             }
         };
         if marker == 0xda {
-            // Compressed data: until a marker that is neither a stuffed byte nor a restart.
+            // Compressed data, up to a marker that is neither a stuffed byte nor a restart.
             let scan = bytes.get(at..).unwrap_or_default().windows(2);
             let end = |pair: &[u8]| pair[0] == 0xff && !matches!(pair[1], 0 | 0xd0..=0xd7);
             let Some(length) = scan.into_iter().position(end) else { return Ok(false) };

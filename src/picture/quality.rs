@@ -1,4 +1,4 @@
-//! How alike two runs from the same noise are: tokens, and images as they would be written.
+//! Measures the similarity of two runs from the same noise: of their tokens, and of their images as bytes.
 
 use super::to_byte;
 use ndarray::{ArrayView, ArrayView1, ArrayView2, ArrayView3, ArrayView4, Axis, Dimension, s};
@@ -12,8 +12,8 @@ pub fn cosine(found: ArrayView1<f32>, expected: ArrayView1<f32>) -> f32 {
     (dot(found, expected) / size.max(f64::MIN_POSITIVE)) as f32
 }
 
-/// Peak signal-to-noise ratio in dB of images in -1..1, as bytes; `None` for equal images, whose ratio is infinite. A value
-/// that is not finite is as far from any other as black from white.
+/// Peak signal-to-noise ratio in dB of images in -1..1, computed on their bytes. `None` for equal images, whose ratio
+/// is infinite. If a value is not finite, its difference is the one between black and white.
 pub fn psnr(found: ArrayView4<f32>, expected: ArrayView4<f32>) -> Option<f32> {
     let apart = |found: f32, expected: f32| match found.is_finite() && expected.is_finite() {
         true => to_byte(found).abs_diff(to_byte(expected)),
@@ -31,12 +31,12 @@ pub fn psnr_of_values<D: Dimension>(found: ArrayView<f32, D>, expected: ArrayVie
     10.0 * (4.0 * expected.len() as f64 / squares).log10()
 }
 
-/// Side of the windows that [`ssim`] compares, and the distance between them.
+/// Side length of the windows that [`ssim`] compares, and the distance between windows.
 const WINDOW: usize = 8;
 const STRIDE: usize = 4;
 
-/// Structural similarity of images `[B, 3, height, width]` in -1..1, the mean over 8×8 windows of luma in bytes
-/// (Wang et al., Image Quality Assessment, 2004, with their constants). It is not a number where a value is not finite.
+/// Structural similarity of images `[B, 3, height, width]` in -1..1 (Wang et al., Image Quality Assessment, 2004, with
+/// their constants). It is the mean over 8×8 windows of luma in bytes. The result is NaN if a value is not finite.
 pub fn ssim(found: ArrayView4<f32>, expected: ArrayView4<f32>) -> f32 {
     let (mut sum, mut count) = (0.0, 0);
     for (found, expected) in found.axis_iter(Axis(0)).zip(expected.axis_iter(Axis(0))) {
@@ -52,7 +52,7 @@ pub fn ssim(found: ArrayView4<f32>, expected: ArrayView4<f32>) -> f32 {
     (sum / f64::from(count.max(1))) as f32
 }
 
-/// Luma of an image `[3, height, width]` in bytes (ITU-R BT.601).
+/// Luma of an image `[3, height, width]` in the range of bytes (ITU-R BT.601).
 fn luma(image: ArrayView3<f32>) -> ndarray::Array2<f64> {
     const WEIGHTS: [f64; 3] = [0.299, 0.587, 0.114];
     let (_, height, width) = image.dim();

@@ -1,53 +1,54 @@
-//! What an image is conditioned on: a class, or classes that follow each other along its way.
+//! The condition of an image: one class, or several classes along its tokens.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// The class of an image, or its classes along the way; `None` is unconditional.
+/// The class of an image, or its classes along the tokens. `None` is unconditional.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum ClassSchedule {
-    /// The same for every token.
+    /// The same class for every token.
     Constant(Option<usize>),
-    /// By tokens, from left to right. Where two share tokens, the first fades into the second.
+    /// Classes of spans of tokens, from left to right. Where two spans share tokens, the first class fades into the
+    /// second.
     Spans(Vec<ClassSpan>),
 }
 
-/// The tokens of a class.
+/// A span of tokens with one class.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClassSpan {
-    /// The class.
+    /// Class of the span.
     pub class: Option<usize>,
-    /// Its first token.
+    /// First token of the span.
     pub begin: usize,
-    /// The token after its last; `None` is the image's end.
+    /// The token after the last one of the span; `None` is the end of the image.
     pub end: Option<usize>,
 }
 
-/// What a row of a batch is conditioned on: the keys and values of a class, or a mix of two classes'.
+/// Condition of a row of a batch: the keys and values of one class, or a mix of two classes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ClassMix {
-    /// The class.
+    /// Label of the class.
     pub label: i64,
-    /// The class that it fades into, and that one's share in 0..1.
+    /// Label of the class that it fades into, and the share of that class in 0..1.
     pub blend: Option<(i64, f32)>,
 }
 
 impl ClassMix {
-    /// A class alone.
+    /// The condition of one class.
     pub fn of(label: i64) -> Self {
         Self { label, blend: None }
     }
 
-    /// Its classes.
+    /// Labels of the classes.
     pub fn labels(self) -> impl Iterator<Item = i64> {
         [self.label].into_iter().chain(self.blend.map(|(label, _)| label))
     }
 }
 
 impl ClassSpan {
-    /// The token after its last, in an image of `tokens`.
+    /// The token after the last one of the span, in an image of `tokens` tokens.
     fn end(&self, tokens: usize) -> usize {
         self.end.unwrap_or(tokens)
     }
@@ -60,7 +61,7 @@ impl From<Option<usize>> for ClassSchedule {
 }
 
 impl ClassSchedule {
-    /// Its classes.
+    /// All classes of the schedule.
     pub fn classes(&self) -> impl Iterator<Item = usize> {
         let (one, spans) = match self {
             Self::Constant(class) => (*class, &[][..]),
@@ -69,7 +70,7 @@ impl ClassSchedule {
         one.into_iter().chain(spans.iter().filter_map(|span| span.class))
     }
 
-    /// Checks that every one of `tokens` has a class, or two of which one fades into the other.
+    /// Checks that each of the `tokens` tokens has one class, or two classes of which one fades into the other.
     ///
     /// # Errors
     /// [`Error::setting`] naming the tokens.
@@ -105,8 +106,8 @@ impl ClassSchedule {
         Ok(())
     }
 
-    /// What token `index` is conditioned on; `none` is the label of no class. Where two classes share n tokens, the share of
-    /// the second is 1/(n+1) at the first of them, and grows by as much with each.
+    /// Condition of token `index`; `none` is the unconditional label. Where two classes share n tokens, the share of
+    /// the second is 1/(n+1) at the first of these tokens, and grows by 1/(n+1) with each token.
     pub fn condition(&self, index: usize, none: usize) -> ClassMix {
         let label = |class: Option<usize>| class.unwrap_or(none) as i64;
         let spans = match self {

@@ -1,4 +1,4 @@
-//! What is asked of the model: one batch of images, how its tokens are sampled, and what comes out.
+//! A request for images: one batch of images, how their tokens are sampled, and the result.
 
 pub mod condition;
 pub mod random;
@@ -27,74 +27,75 @@ pub enum GuidanceSchedule {
     Constant,
 }
 
-/// Where a run's noise comes from.
+/// Source of the noise of a run.
 #[derive(Clone, Debug)]
 pub enum Noise {
-    /// `torch.randn(B, E)` on the CPU for every generated token in turn, after `torch.manual_seed(seed)`.
+    /// Noise of a seed: `torch.randn(B, E)` on the CPU for every generated token in order, after
+    /// `torch.manual_seed(seed)`.
     Seed(u64),
-    /// Given: `[B, generated tokens, E]`.
+    /// Given noise, `[B, generated tokens, E]`.
     Given(Array3<f32>),
 }
 
 /// One batch of images to generate.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// The class of each image, or its classes along the tokens, `[B]`.
+    /// Class of each image, or its classes along the tokens, `[B]`.
     pub classes: Vec<ClassSchedule>,
-    /// Length in tokens, the prefix included.
+    /// Length of each image in tokens, the prefix included.
     pub tokens: usize,
-    /// Classifier-free guidance; 1 is none.
+    /// Scale of classifier-free guidance; 1 is no guidance.
     pub cfg: f32,
-    /// How guidance grows.
+    /// How guidance grows along the image.
     pub cfg_schedule: GuidanceSchedule,
-    /// What integrates the ODE of a token.
+    /// Solver of the ODE of a token.
     pub solver: Solver,
-    /// Its steps a token.
+    /// Number of steps of the solver per token.
     pub steps: usize,
-    /// Tokens that are given, `[B, n, E]`; generation goes on after them.
+    /// Given tokens, `[B, n, E]`. Generation continues after them.
     pub prefix: Option<Array3<f32>>,
-    /// The noise that tokens are sampled from.
+    /// Noise from which the tokens are sampled.
     pub noise: Noise,
 }
 
-/// What a run produced.
+/// Result of a run.
 #[derive(Clone, Debug)]
 pub struct Generated {
     /// All tokens, `[B, N, E]`, the prefix included.
     pub tokens: Array3<f32>,
-    /// The noise of the generated ones, `[B, N - prefix, E]`.
+    /// Noise of the generated tokens, `[B, N - prefix, E]`.
     pub noise: Array3<f32>,
-    /// Where the time went.
+    /// Time spent in each stage.
     pub times: StageTimes,
 }
 
 /// How all images of a batch are sampled.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampling {
-    /// The label of an unconditional row beside every image's own, where there is guidance.
+    /// With guidance, the label of the unconditional row that is added for each image.
     pub unconditional: Option<i64>,
-    /// How a token's ODE is integrated.
+    /// Times and updates of the solver.
     pub tableau: Tableau,
 }
 
 impl Sampling {
-    /// How the images of a request are sampled.
+    /// Sampling of the images of a request.
     pub fn new(config: &Config, request: &Request) -> Self {
         let unconditional = (request.cfg != 1.0).then(|| config.generator.unconditional() as i64);
         Self { unconditional, tableau: Tableau::new(request.solver, request.steps) }
     }
 }
 
-/// Most tokens of a run, over all of its images. A million tokens of 256 values and their noise take 2 GB, and their
-/// images would be 16 million pixels wide together: a larger number is a mistake.
+/// Largest number of tokens of a run, over all of its images. One million tokens of 256 values and their noise take
+/// 2 GB, and their images would together be 16 million pixels wide. A larger number is a mistake.
 pub const MOST_TOKENS: usize = 1_000_000;
 
-/// Most steps a token that a run may ask for.
+/// Largest number of steps per token.
 pub const MOST_STEPS: usize = 100_000;
 
 impl Request {
-    /// Images of these classes, `tokens` long, sampled as the model is by default: without guidance, by Euler's method in the
-    /// model's steps, from the noise of seed 0.
+    /// A request for images of these classes, `tokens` tokens long, with the default sampling: no guidance, Euler's
+    /// method with the model's number of steps, and the noise of seed 0.
     pub fn new<C: Into<ClassSchedule>>(config: &Config, classes: impl IntoIterator<Item = C>, tokens: usize) -> Self {
         Self {
             classes: classes.into_iter().map(Into::into).collect(),
@@ -115,7 +116,7 @@ impl Request {
     /// Checks the request against the model before anything runs.
     ///
     /// # Errors
-    /// [`Error::input`] naming the flag, or the file's key, that does not fit.
+    /// [`Error::setting`] naming the setting that does not fit.
     pub fn check(&self, config: &Config) -> Result<()> {
         let generator = &config.generator;
         let (rows, embed) = (self.classes.len(), generator.embed);
@@ -164,7 +165,7 @@ impl Request {
         }
     }
 
-    /// Guidance of token `index`, from 0.
+    /// Guidance of token `index`, counted from 0.
     pub fn guidance(&self, index: usize) -> f32 {
         match self.cfg_schedule {
             GuidanceSchedule::Linear => {
@@ -175,20 +176,20 @@ impl Request {
     }
 }
 
-/// A batch on its way into an engine: checked, and everything random drawn.
+/// A checked request whose noise has been drawn.
 #[derive(Clone, Debug)]
 pub struct PreparedRequest {
-    /// The class of each image, or its classes along the tokens, `[B]`.
+    /// Class of each image, or its classes along the tokens, `[B]`.
     pub classes: Vec<ClassSchedule>,
-    /// Length in tokens, the prefix included.
+    /// Length of each image in tokens, the prefix included.
     pub tokens: usize,
-    /// Tokens that are given, `[B, n, E]`, n from 0.
+    /// Given tokens, `[B, n, E]`; n may be 0.
     pub prefix: Array3<f32>,
-    /// What tokens are sampled from, `[B, N - n, E]`.
+    /// Noise of the other tokens, `[B, N - n, E]`.
     pub noise: Array3<f32>,
     /// Guidance of each token, `[N]`.
     pub guidance: Vec<f32>,
-    /// How they are sampled.
+    /// How the tokens are sampled.
     pub sampling: Sampling,
 }
 
@@ -222,7 +223,7 @@ impl PreparedRequest {
         })
     }
 
-    /// What all rows are conditioned on at token `index`: those of the B images, and with guidance as many unconditional ones
+    /// Conditions of all rows at token `index`: one per image and, with guidance, the same number of unconditional ones
     /// after them.
     pub fn conditions(&self, config: &Config, index: usize) -> Vec<ClassMix> {
         let none = config.generator.unconditional();
@@ -231,21 +232,21 @@ impl PreparedRequest {
         images.chain(unconditional.into_iter().flatten()).collect()
     }
 
-    /// Images of the batch.
+    /// Number of images in the batch.
     pub fn batch(&self) -> usize {
         self.noise.dim().0
     }
 
-    /// Tokens that are given.
+    /// Number of given tokens.
     pub fn given(&self) -> usize {
         self.prefix.dim().1
     }
 }
 
-/// Checks token `index` of some rows.
+/// Checks that token `index` is finite in all rows.
 ///
 /// # Errors
-/// [`Error::run`] when a value is not finite.
+/// [`Error::run`] if a value is not finite.
 pub fn check_finite<D: Dimension>(engine: &str, index: usize, token: ArrayView<f32, D>) -> Result<()> {
     if token.iter().all(|value| value.is_finite()) {
         return Ok(());

@@ -1,9 +1,10 @@
-//! `torch.randn` on the CPU: the same seed draws the same noise, and so the same image, as the reference.
+//! `torch.randn` on the CPU. The same seed gives the same noise as in the reference, and so the same image.
 //!
-//! No library has this: the bits of `mt19937` are in `rand_mt`, and what PyTorch makes of them is here.
+//! No library provides this function. `rand_mt` generates the bits of `mt19937`; this module converts them to numbers
+//! as PyTorch does.
 //!
-//! The generator's bits are PyTorch's; its vectorized logarithm and cosine may differ from ours in a value's last place.
-//! PyTorch fills tensors of at least 16 elements by another rule than smaller ones
+//! The bits are the same as PyTorch's. Values can differ in the last place, because PyTorch's logarithm and cosine are
+//! vectorized. PyTorch fills tensors of at least 16 elements with another algorithm than smaller ones
 //! (`aten/src/ATen/native/cpu/DistributionTemplates.h`, `aten/src/ATen/core/DistributionsHelper.h`).
 
 use std::f64::consts::TAU;
@@ -14,20 +15,20 @@ use rand_mt::Mt;
 #[derive(Clone, Debug)]
 pub struct TorchRng {
     engine: Mt,
-    // The sine half of the last pair of single draws.
+    // The sine half of the last pair of normal values, for the next single draw.
     spare: Option<f64>,
 }
 
 const BLOCK: usize = 16;
 
 impl TorchRng {
-    /// The generator after `torch.manual_seed(seed)`.
+    /// The generator in its state after `torch.manual_seed(seed)`.
     pub fn new(seed: u64) -> Self {
         // PyTorch seeds its mt19937 with the low 32 bits.
         Self { engine: Mt::new(seed as u32), spare: None }
     }
 
-    /// `torch.randn` of a tensor of `count` elements.
+    /// The values of `torch.randn` for a tensor of `count` elements.
     pub fn randn(&mut self, count: usize) -> Vec<f32> {
         if count < BLOCK {
             return (0..count).map(|_| self.normal() as f32).collect();
@@ -64,7 +65,7 @@ impl TorchRng {
     }
 }
 
-/// Turns 16 uniform values into normal ones: cosines in the first half, sines in the second.
+/// Converts 16 uniform values to normal ones: cosines in the first half, sines in the second.
 fn box_muller(block: &mut [f32]) {
     let (first, last) = block.split_at_mut(BLOCK / 2);
     for (a, b) in first.iter_mut().zip(last) {

@@ -1,7 +1,8 @@
-//! The settings of an image: the flags of `eqim-run` and `eqim-bench`, a line of a file of jobs, the record of a run.
+//! Settings of an image: the flags of `eqim-run` and `eqim-bench`, the fields of a line in a jobs file, and the record
+//! of a run.
 //!
-//! Every setting stands here once. A field that is `None` is left to what the settings are [laid over](Settings::over), and
-//! in the end to the defaults and the model.
+//! Every setting is defined only here. A field that is `None` takes the value of the settings that these are
+//! [laid over](Settings::over), and finally the default or the value of the model.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -16,7 +17,7 @@ use super::{GuidanceSchedule, MOST_TOKENS, Noise, Request};
 use crate::picture::Side;
 use crate::{Config, Error, Result};
 
-/// Length of an image in tokens by default: square, in the published models.
+/// Default length of an image in tokens. In the published models, the image is then square.
 pub const DEFAULT_TOKENS: usize = 16;
 
 /// How tokens are sampled.
@@ -24,12 +25,12 @@ pub const DEFAULT_TOKENS: usize = 16;
 #[cfg_attr(feature = "clap", derive(clap::Args))]
 #[serde(default)]
 pub struct SamplingSettings {
-    /// Seed of the noise: the noise is that of torch.manual_seed [default: 0]
+    /// Seed of the noise, as in torch.manual_seed [default: 0]
     #[cfg_attr(feature = "clap", arg(long, value_name = "N"))]
     pub seed: Option<u64>,
 
-    /// Scale of classifier-free guidance: how strongly an image follows its class. 1 is no guidance, and twice as fast
-    /// [default: 1]
+    /// Scale of classifier-free guidance: how strongly an image follows its class. 1 turns guidance off and is twice as
+    /// fast
     #[cfg_attr(feature = "clap", arg(long, value_name = "SCALE"))]
     pub cfg: Option<f32>,
 
@@ -37,8 +38,8 @@ pub struct SamplingSettings {
     #[cfg_attr(feature = "clap", arg(long, value_enum, value_name = "HOW"))]
     pub cfg_schedule: Option<GuidanceSchedule>,
 
-    /// Solver of the ODE of a token. Solvers other than euler need fewer evaluations of the flow head for the same distance
-    /// [default: euler]
+    /// Solver of the ODE of a token. Solvers other than euler need fewer evaluations of the flow head for the same
+    /// accuracy [default: euler]
     #[cfg_attr(feature = "clap", arg(long, value_enum, value_name = "SOLVER"))]
     pub solver: Option<Solver>,
 
@@ -47,26 +48,28 @@ pub struct SamplingSettings {
     pub steps: Option<usize>,
 }
 
-/// What an image is, and how its tokens are sampled.
+/// Contents of an image, and how its tokens are sampled.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "clap", derive(clap::Args))]
 #[serde(default)]
 pub struct Settings {
-    /// Classes by number or name, separated by commas, one image each; `none` is an image without a class [default: none]
+    /// Classes by number or name, separated by commas, one image per class; `none` is an image without a class
+    /// [default: none]
     #[cfg_attr(feature = "clap", arg(long, value_name = "CLASSES", value_delimiter = ','))]
     #[serde(with = "one_or_many")]
     pub class: Vec<ClassName>,
 
-    /// Classes along the tokens of one image, as CLASS:BEGIN-END with the last END left out: forest:0-40,water:40-. Where two
-    /// classes share tokens, as in forest:0-40,water:32-, the first fades into the second
+    /// Classes along the tokens of one image, as CLASS:BEGIN-END, where the last END can be omitted:
+    /// forest:0-40,water:40-. Where two classes share tokens, as in forest:0-40,water:32-, the first fades into the
+    /// second
     #[cfg_attr(feature = "clap", arg(long, value_name = "CLASS:BEGIN-END,…", conflicts_with = "class"))]
     pub classes: Option<ClassCourse>,
 
-    /// Length of the images in tokens, those of the prefix included [default: 16]
+    /// Length of the images in tokens, the prefix included [default: 16]
     #[cfg_attr(feature = "clap", arg(long, value_name = "N"))]
     pub tokens: Option<usize>,
 
-    /// Length of the images in pixels, instead of tokens; a multiple of the width of a token
+    /// Length of the images in pixels instead of tokens; must be a multiple of the width of a token
     #[cfg_attr(feature = "clap", arg(long, value_name = "PIXELS", conflicts_with = "tokens"))]
     pub width: Option<usize>,
 
@@ -75,26 +78,26 @@ pub struct Settings {
     #[serde(flatten)]
     pub sampling: SamplingSettings,
 
-    /// Beginning to continue: a PNG or JPEG, or tokens that --save-tokens wrote; one beginning is used for all classes
+    /// Beginning to continue: a PNG or JPEG, or tokens that --save-tokens wrote. All classes use the same beginning
     #[cfg_attr(feature = "clap", arg(long, value_name = "FILE"))]
     pub prefix: Option<PathBuf>,
 
-    /// Side on which the beginning is continued. The model goes from left to right: to the left it continues the mirrored
-    /// picture, and the result is mirrored back [default: right]
+    /// Side on which the beginning is continued. The model generates from left to right. To the left, it continues the
+    /// mirrored picture, and the result is mirrored back [default: right]
     #[cfg_attr(feature = "clap", arg(long, value_enum, value_name = "SIDE"))]
     pub direction: Option<Side>,
 
-    /// Keep the columns of the picture of the prefix as they are, except for an edge of two tokens where they fade into the
-    /// model's columns
+    /// Keep the pixels of the prefix picture, except for an edge of two tokens where they fade into the generated
+    /// columns
     #[cfg_attr(feature = "clap", arg(long, num_args = 0, default_missing_value = "true"))]
     pub keep_prefix_pixels: Option<bool>,
 
-    /// Decode in tiles of N tokens while generating, in memory that does not grow with the width; `none` decodes the image as
-    /// a whole, exactly [default: none up to 256 tokens, 64 beyond]
+    /// Decode in tiles of N tokens during generation, with memory that does not grow with the width. `none` decodes the
+    /// image as a whole, which is exact [default: none up to 256 tokens, 64 beyond]
     #[cfg_attr(feature = "clap", arg(long, value_name = "N"))]
     pub tile: Option<TileSize>,
 
-    /// Tokens that neighbouring tiles share and fade over, at most half a tile [default: a quarter of a tile]
+    /// Number of tokens that neighbouring tiles share and fade over, at most half a tile [default: a quarter of a tile]
     #[cfg_attr(feature = "clap", arg(long, value_name = "N"))]
     pub overlap: Option<usize>,
 }
@@ -103,9 +106,9 @@ pub struct Settings {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum ClassName {
-    /// A number from 0.
+    /// Number of the class, from 0.
     Number(usize),
-    /// A name of the model's, or `none`.
+    /// Name of a class of the model, or `none`.
     Name(String),
 }
 
@@ -177,13 +180,13 @@ impl TryFrom<String> for ClassCourse {
     }
 }
 
-/// Tokens of a tile, or none: the image as a whole.
+/// Number of tokens per tile, or none for the image as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "Value", try_from = "Value")]
 pub enum TileSize {
     /// The image as a whole.
     Whole,
-    /// Tiles of so many tokens.
+    /// Tiles of this number of tokens.
     Tokens(usize),
 }
 
@@ -221,7 +224,7 @@ impl TryFrom<Value> for TileSize {
     }
 }
 
-/// A list that may be written as its only element, or as null where it is empty.
+/// Serializes a list. A list with one element can be written as that element, and an empty list as null.
 mod one_or_many {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -253,7 +256,7 @@ mod one_or_many {
 }
 
 impl SamplingSettings {
-    /// These settings, with those of `base` where these have none.
+    /// These settings, with missing values from `base`.
     pub fn over(self, base: &Self) -> Self {
         Self {
             seed: self.seed.or(base.seed),
@@ -264,7 +267,7 @@ impl SamplingSettings {
         }
     }
 
-    /// The request, sampled as these settings say.
+    /// The request with the sampling of these settings.
     pub fn apply(&self, request: Request) -> Request {
         Request {
             cfg: self.cfg.unwrap_or(request.cfg),
@@ -278,8 +281,8 @@ impl SamplingSettings {
 }
 
 impl Settings {
-    /// These settings, with those of `base` where these have none. Of settings that exclude each other, a length in tokens and
-    /// one in pixels for example, those of `base` stay only where these have none of them.
+    /// These settings, with missing values from `base`. Some settings exclude each other, for example a length in
+    /// tokens and one in pixels. If these settings contain one of them, none of them is taken from `base`.
     pub fn over(self, base: &Self) -> Self {
         let (has_class, has_length) =
             (!self.class.is_empty() || self.classes.is_some(), self.tokens.is_some() || self.width.is_some());
@@ -300,14 +303,14 @@ impl Settings {
     /// Reads settings from a JSON object.
     ///
     /// # Errors
-    /// [`Error::input`] naming the field that is no setting, or whose value does not fit.
+    /// [`Error::input`] naming the field that is not a setting or whose value does not fit.
     pub fn from_json(object: Map<String, Value>) -> Result<Self> {
         let known = Self::names();
         for (name, value) in &object {
             if !known.contains(name) {
                 return Err(Error::input(name, format!("is not a setting, expected one of {}", known.join(", "))));
             }
-            // Each by itself, so that the error can name it.
+            // Each field is read separately, so that the error can name it.
             let alone = Map::from_iter([(name.clone(), value.clone())]);
             if let Err(error) = serde_json::from_value::<Self>(alone.into()) {
                 return Err(Error::input_caused(format!("{name} is {value}"), error));
@@ -337,7 +340,7 @@ impl Settings {
         Ok(())
     }
 
-    /// The request for a model. A prefix and noise that is given have to be added: they are read from files.
+    /// The request for a model. The caller must add a prefix or given noise, because these are read from files.
     ///
     /// # Errors
     /// [`Error::setting`] for a setting that does not fit the model.
@@ -378,8 +381,8 @@ impl Settings {
         }
     }
 
-    /// All settings of one image of a request that was made from these: what is left out is filled in, and a class is its
-    /// number.
+    /// All settings of one image of a request that was made from these settings. Missing values are filled in, and
+    /// classes are given by number.
     pub fn resolved(&self, request: &Request, row: usize) -> Self {
         let number = |class: Option<usize>| class.map_or_else(|| ClassName::Name("none".into()), ClassName::Number);
         let (class, classes) = match &request.classes[row] {
@@ -414,7 +417,7 @@ impl Settings {
     }
 }
 
-/// Tokens of an image `width` pixels wide.
+/// Number of tokens of an image that is `width` pixels wide.
 fn tokens_of_width(width: usize, token_width: usize) -> Result<usize> {
     let (below, least) = (width / token_width, 2);
     if below >= least && width.is_multiple_of(token_width) {
@@ -422,6 +425,8 @@ fn tokens_of_width(width: usize, token_width: usize) -> Result<usize> {
     }
     let nearest = if below < least {
         format!("the smallest is {}", least * token_width)
+    } else if below >= MOST_TOKENS {
+        format!("the largest is {}", MOST_TOKENS * token_width)
     } else {
         format!("the nearest are {} and {}", below * token_width, (below + 1) * token_width)
     };

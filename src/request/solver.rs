@@ -1,7 +1,8 @@
-//! How the flow head's ODE is integrated, from noise at time 1 to a token at time 0.
+//! Solvers of the flow head's ODE, from noise at time 1 to a token at time 0.
 //!
-//! Whatever the solver, one evaluation of the velocity `v` at the point `x` is followed by a linear update of `x` and of one
-//! value `p` that is held for later. A [`Tableau`] lists these updates, so that one graph runs every solver.
+//! Every solver evaluates the velocity `v` at the point `x`, then updates `x` and a value `p`, which is kept for later
+//! evaluations. The updates are linear combinations of `x`, `p` and `v`. A [`Tableau`] lists them, so that one graph
+//! runs every solver.
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,17 +16,17 @@ use crate::{Error, Result};
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 pub enum Solver {
-    /// Euler's method, one evaluation a step: the reference's.
+    /// Euler's method, one evaluation per step, as in the reference.
     #[default]
     Euler,
-    /// The midpoint method, two evaluations a step.
+    /// The midpoint method, two evaluations per step.
     Midpoint,
-    /// Heun's method, two evaluations a step but one in the last, as in the reference's `diffusion/flows.py`.
+    /// Heun's method, two evaluations per step but one in the last step, as in the reference's `diffusion/flows.py`.
     Heun,
-    /// The Adams–Bashforth method of second order, one evaluation a step; begins with Euler's.
+    /// The second-order Adams–Bashforth method, one evaluation per step. It begins with a step of Euler's method.
     Ab2,
-    /// DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) for a path of straight lines, one evaluation a step; begins and ends with
-    /// Euler's.
+    /// DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) for a path of straight lines, one evaluation per step. It begins
+    /// with two steps and ends with one step of Euler's method.
     Dpm2,
 }
 
@@ -33,7 +34,7 @@ impl Solver {
     /// All solvers.
     pub const ALL: [Self; 5] = [Self::Euler, Self::Midpoint, Self::Heun, Self::Ab2, Self::Dpm2];
 
-    /// What command lines call it.
+    /// Name of the solver on command lines.
     pub fn name(self) -> &'static str {
         match self {
             Self::Euler => "euler",
@@ -44,7 +45,7 @@ impl Solver {
         }
     }
 
-    /// Evaluations of the velocity that `steps` steps take.
+    /// Number of evaluations of the velocity in `steps` steps.
     pub fn evaluations(self, steps: usize) -> usize {
         match self {
             Self::Euler | Self::Ab2 | Self::Dpm2 => steps,
@@ -72,30 +73,31 @@ impl FromStr for Solver {
     }
 }
 
-/// What a solver does, evaluation after evaluation.
+/// The evaluations and updates of a solver, in order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tableau {
-    /// When the velocity is evaluated, `[evaluations]`, from 1 down.
+    /// Times at which the velocity is evaluated, `[evaluations]`, decreasing from 1.
     pub times: Vec<f32>,
-    /// The new `x` and the new `p` after it as sums of `x`, `p` and `v`, `[evaluations, 2, 3]`.
+    /// The new `x` and the new `p` after each evaluation, as linear combinations of `x`, `p` and `v`: their factors,
+    /// `[evaluations, 2, 3]`.
     pub updates: Vec<f32>,
 }
 
-/// Factors of `x`, `p` and `v`.
+/// A sum of `x`, `p` and `v`, by their factors.
 type Sum = [f64; 3];
 
-/// `x` itself, and `p` itself.
+/// The sums that are equal to `x`, to `p` and to `v`.
 const X: Sum = [1.0, 0.0, 0.0];
 const P: Sum = [0.0, 1.0, 0.0];
 const V: Sum = [0.0, 0.0, 1.0];
 
-/// `sum` and `factor` times the velocity.
+/// `sum` plus `factor` times the velocity.
 fn along(sum: Sum, factor: f64) -> Sum {
     [sum[0], sum[1], sum[2] + factor]
 }
 
 impl Tableau {
-    /// The updates of `steps` equal steps.
+    /// The tableau of `steps` equal steps.
     pub fn new(solver: Solver, steps: usize) -> Self {
         let mut tableau = Self::default();
         let dt = -1.0 / steps as f64;
@@ -129,20 +131,20 @@ impl Tableau {
         self.updates.extend(x.iter().chain(&p).map(|&factor| factor as f32));
     }
 
-    /// Evaluations of the velocity.
+    /// Number of evaluations of the velocity.
     pub fn evaluations(&self) -> usize {
         self.times.len()
     }
 }
 
-/// How far DPM-Solver++(2M) extrapolates the predicted token from the prediction before: `h / (2 h_before)`, where h are
-/// steps of half the logarithm of the signal-to-noise ratio, `ln((1-t)/t)`.
+/// Factor by which DPM-Solver++(2M) extrapolates the predicted token from the previous prediction: `h / (2 h_before)`.
+/// The values h are steps of half the logarithm of the signal-to-noise ratio, `ln((1-t)/t)`.
 fn correction(before: f64, t: f64, next: f64) -> f64 {
     let lambda = |t: f64| ((1.0 - t) / t).ln();
     (lambda(next) - lambda(t)) / (2.0 * (lambda(t) - lambda(before)))
 }
 
-/// The next point of DPM-Solver++(2M), where `x - t·v` is the predicted token and `p` the prediction before.
+/// The next point of DPM-Solver++(2M). `x - t·v` is the predicted token, and `p` is the previous prediction.
 fn extrapolated(t: f64, next: f64, correction: f64) -> Sum {
     let kept = next / t;
     let token = (1.0 - next) - (1.0 - t) * kept;
@@ -176,7 +178,7 @@ mod tests {
             let ratio = error(32) / error(64);
             let expected = match solver {
                 Solver::Euler => 1.9..2.1,
-                // On its logarithmic scale the steps next to both ends do not shrink.
+                // On the solver's logarithmic scale, the steps next to both ends do not shrink.
                 Solver::Dpm2 => 2.8..4.2,
                 Solver::Midpoint | Solver::Heun | Solver::Ab2 => 3.8..4.4,
             };

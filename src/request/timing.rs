@@ -1,13 +1,13 @@
-//! Where the time of a run goes.
+//! Measures the time of the stages of a run.
 
 use std::time::{Duration, Instant};
 
-/// How long each call of a stage took.
+/// Duration of each call of a stage.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct CallTimes(pub Vec<Duration>);
 
 impl CallTimes {
-    /// Does `work`, and remembers how long it took.
+    /// Runs `work` and records its duration.
     pub fn time<T>(&mut self, work: impl FnOnce() -> T) -> T {
         let mut time = Duration::ZERO;
         let result = timed(&mut time, work);
@@ -15,7 +15,7 @@ impl CallTimes {
         result
     }
 
-    /// The sum of all calls.
+    /// Total duration of all calls.
     pub fn total(&self) -> Duration {
         self.0.iter().sum()
     }
@@ -24,47 +24,47 @@ impl CallTimes {
 /// Time spent in each stage.
 #[derive(Clone, Debug, Default)]
 pub struct StageTimes {
-    /// Class-only work.
+    /// Computations that depend only on the class.
     pub prefill: CallTimes,
     /// The transformer, token by token.
     pub step: CallTimes,
     /// The flow head, token by token.
     pub flow: CallTimes,
-    /// What a GPU tells beside; the stages' times are then its own.
+    /// Additional times of a GPU. If they are present, the times of the stages were also measured on the GPU.
     pub device: Option<DeviceTimes>,
 }
 
-/// Time around the work of a GPU, as trtexec names it.
+/// Times of a GPU other than its computations, with trtexec's names.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DeviceTimes {
-    /// The host's, handing work to the GPU.
+    /// Time in which the host enqueues work.
     pub enqueue: Duration,
-    /// The GPU's, copying from the host.
+    /// Time in which the GPU copies data from the host.
     pub host_to_device: Duration,
-    /// The GPU's, copying to the host.
+    /// Time in which the GPU copies data to the host.
     pub device_to_host: Duration,
 }
 
-/// The value that `percent` of the sorted values do not exceed, interpolated between two of them.
+/// Percentile of sorted values, with linear interpolation between two values.
 ///
 /// # Panics
-/// Without values.
+/// If there are no values.
 pub fn percentile(sorted: &[f64], percent: f64) -> f64 {
     let place = percent / 100.0 * (sorted.len() - 1) as f64;
     let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
     below + (above - below) * place.fract()
 }
 
-/// The median of values, which are sorted.
+/// Sorts the values and gives their median.
 ///
 /// # Panics
-/// Without values.
+/// If there are no values.
 pub fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     percentile(values, 50.0)
 }
 
-/// Runs `work` and adds the time it took.
+/// Runs `work` and adds its duration to `total`.
 pub fn timed<T>(total: &mut Duration, work: impl FnOnce() -> T) -> T {
     let start = Instant::now();
     let result = work();

@@ -1,7 +1,7 @@
-//! 3×3 convolution: Candle's own is several times slower forward, and more so backward.
+//! 3×3 convolution. Candle's own is several times slower in the forward pass, and slower still in the backward pass.
 //!
-//! Direct, without an unfolded copy of the image: a block of output channels times a run of pixels stays in registers
-//! while input channels and taps go by.
+//! The convolution is direct, without an unfolded copy of the image (im2col). The sums of a block of output channels
+//! for a run of pixels stay in registers during the loop over input channels and taps.
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use pulp::{Arch, Simd, WithSimd};
@@ -9,10 +9,10 @@ use rayon::prelude::*;
 
 use super::storage::{sum, values, with_values};
 
-// Output channels of a block.
+// Output channels per block.
 const CHANNELS: usize = 4;
-// Rows that one task works on: few enough that their input stays in a core's cache, whatever the number of cores, so
-// that sums over tasks do not depend on it.
+// Rows per task. Their input is small enough to stay in a core's cache. The number does not depend on the number of
+// cores, so sums over tasks do not depend on it either.
 const ROWS: usize = 8;
 const TAPS: usize = 9;
 
@@ -27,17 +27,17 @@ struct Sizes {
 }
 
 impl Sizes {
-    /// Row length of the input.
+    /// Length of a row of the input.
     fn stride(self) -> usize {
         self.width + 2
     }
 
-    /// Elements of an input channel.
+    /// Number of elements of an input channel.
     fn plane(self) -> usize {
         (self.height + 2) * self.stride()
     }
 
-    /// The output's rows in strips, of all images: (image, first row, rows).
+    /// Divides the output's rows of all images into strips: (image, first row, number of rows).
     fn strips(self) -> Vec<(usize, usize, usize)> {
         let starts = (0..self.height).step_by(ROWS);
         let strips = starts.map(|start| (start, ROWS.min(self.height - start)));
@@ -45,7 +45,8 @@ impl Sizes {
     }
 }
 
-/// `x [batch, input, height+2, width+2]` with `weight [output, input, 3, 3]` and `bias [output]`, stride 1: ONNX `Conv`.
+/// Convolution with stride 1 (ONNX `Conv`) of `x [batch, input, height+2, width+2]` with `weight [output, input, 3, 3]`
+/// and `bias [output]`.
 pub struct Conv3x3;
 
 impl CustomOp3 for Conv3x3 {
@@ -83,7 +84,7 @@ impl CustomOp3 for Conv3x3 {
         let of_bias = with_values([&gradient], |[gradient]| Ok(bias_gradient(bias.elem_count(), area, gradient)))?;
         let of_bias = Tensor::from_vec(of_bias, bias.shape(), bias.device())?;
         let of_weight = x.apply_op2_no_bwd(&gradient, &WeightGradient)?;
-        // The transposed convolution: the mirrored kernel over the gradient with a border of zeros.
+        // The transposed convolution: the mirrored kernel is applied to the gradient with a border of zeros.
         let mirrored = weight.flip(&[2, 3])?.transpose(0, 1)?.contiguous()?;
         let bordered = gradient.pad_with_zeros(2, 2, 2)?.pad_with_zeros(3, 2, 2)?;
         let zeros = Tensor::zeros(mirrored.dim(0)?, gradient.dtype(), gradient.device())?;
@@ -92,14 +93,14 @@ impl CustomOp3 for Conv3x3 {
     }
 }
 
-/// The gradient of the bias, one value for each of `channels` of `area` pixels.
+/// Gradient of the bias: one value per channel, for `channels` channels of `area` pixels.
 fn bias_gradient(channels: usize, area: usize, gradient: &[f32]) -> Vec<f32> {
     let of_planes: Vec<f64> = gradient.par_chunks(area).map(|plane| sum(plane, |value| value)).collect();
     let of_channel = |channel| of_planes.iter().skip(channel).step_by(channels).sum::<f64>() as f32;
     (0..channels).map(of_channel).collect()
 }
 
-/// The weight's gradient `[output, input, 3, 3]` from `x` and the gradient of `y`.
+/// Gradient of the weight, `[output, input, 3, 3]`, from `x` and the gradient of `y`.
 struct WeightGradient;
 
 impl CustomOp2 for WeightGradient {
@@ -123,7 +124,7 @@ impl CustomOp2 for WeightGradient {
             .into_par_iter()
             .map(|(image, start, rows)| Arch::new().dispatch(WeightStrip { sizes, x, gradient, image, start, rows }))
             .collect();
-        // In order, so that the sum is the same however many threads worked.
+        // The parts are added in order, so that the sum does not depend on the number of threads.
         let mut sum = vec![0.0; output * input * TAPS];
         for part in parts {
             sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
@@ -135,7 +136,7 @@ impl CustomOp2 for WeightGradient {
 fn forward(sizes: Sizes, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
     let packed = pack(sizes, weight);
     let mut y = vec![0.0; sizes.batch * sizes.output * sizes.height * sizes.width];
-    // Every strip of rows gets its part of each output channel.
+    // Each strip of rows receives its part of every output channel.
     let strips = sizes.strips();
     let mut parts: Vec<Vec<&mut [f32]>> = strips.iter().map(|_| Vec::with_capacity(sizes.output)).collect();
     let a_image = strips.len() / sizes.batch.max(1);
@@ -152,7 +153,8 @@ fn forward(sizes: Sizes, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
     y
 }
 
-/// The weight as `[output / CHANNELS, input, tap]` of `CHANNELS` values, with zeros in the last block's empty places.
+/// Packs the weight as `[output / CHANNELS, input, tap]` (rounded up) of `CHANNELS` values. Unused places of the last
+/// block are zero.
 fn pack(sizes: Sizes, weight: &[f32]) -> Vec<[f32; CHANNELS]> {
     let taps = sizes.input * TAPS;
     let blocks = sizes.output.div_ceil(CHANNELS);
@@ -164,7 +166,7 @@ fn pack(sizes: Sizes, weight: &[f32]) -> Vec<[f32; CHANNELS]> {
     packed
 }
 
-/// Some rows of one image's convolution, all output channels.
+/// A strip of rows of one image's convolution, with all output channels.
 struct Strip<'a> {
     sizes: Sizes,
     x: &'a [f32],
@@ -211,7 +213,8 @@ impl WithSimd for Strip<'_> {
     }
 }
 
-/// `N` vectors of neighbouring pixels in a block of output channels; `x` starts at the first pixel's upper left tap.
+/// Computes `N` vectors of adjacent pixels in a block of output channels. `x` starts at the upper left tap of the first
+/// pixel.
 #[inline(always)]
 fn pixels<S: Simd, const N: usize>(
     simd: S,
@@ -249,7 +252,7 @@ fn store<S: Simd, const N: usize>(outputs: &mut [&mut [f32]], to: usize, sums: [
     }
 }
 
-/// At most a vector of neighbouring pixels in a block of output channels.
+/// Computes `count` adjacent pixels, at most one vector, in a block of output channels.
 #[inline(always)]
 fn some_pixels<S: Simd>(
     simd: S,
@@ -275,7 +278,7 @@ fn some_pixels<S: Simd>(
     sums
 }
 
-/// What some rows of one image add to the weight's gradient, `[output, input, 3, 3]`.
+/// Contribution of a strip of rows of one image to the weight's gradient, `[output, input, 3, 3]`.
 struct WeightStrip<'a> {
     sizes: Sizes,
     x: &'a [f32],
@@ -294,7 +297,7 @@ impl WithSimd for WeightStrip<'_> {
         let mut sums = vec![0.0; sizes.output * sizes.input * TAPS];
         let area = sizes.height * sizes.width;
         for first in (0..sizes.output).step_by(CHANNELS) {
-            // The last block looks at its last channel more than once rather than past it.
+            // The last block uses the last channel more than once instead of reading past it.
             let channels: [usize; CHANNELS] = std::array::from_fn(|channel| (first + channel).min(sizes.output - 1));
             let gradients = channels.map(|channel| &self.gradient[(image * sizes.output + channel) * area..][..area]);
             for input in 0..sizes.input {
@@ -313,7 +316,7 @@ impl WithSimd for WeightStrip<'_> {
 }
 
 impl WeightStrip<'_> {
-    /// The three taps of a kernel's row `ky` for a block of output channels.
+    /// The gradients of the three taps in row `ky` of the kernel, for a block of output channels.
     #[inline(always)]
     fn taps<S: Simd>(&self, simd: S, x: &[f32], gradients: [&[f32]; CHANNELS], ky: usize) -> [[f32; 3]; CHANNELS] {
         let &Self { sizes, start, rows, .. } = self;

@@ -1,7 +1,7 @@
-//! Where training spends its time: on the CPU operators of our own, fused, on all cores, with their gradients; elsewhere
-//! Candle's.
+//! Kernels for the operators that take most of the training time. On the CPU, `f32` tensors use the fused,
+//! multithreaded operators of this module, which have gradients. All other tensors use Candle's operators.
 //!
-//! Every result on the CPU is independent of the number of threads, so that a resumed training goes on bit for bit.
+//! Results on the CPU do not depend on the number of threads, so a resumed training continues bit for bit.
 
 mod conv;
 mod norm;
@@ -17,7 +17,7 @@ use silu::Silu;
 
 use candle_core::{DType, Result, Tensor};
 
-/// Whether our operators can take a tensor.
+/// Whether the operators of this module support a tensor.
 fn ours(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
@@ -25,7 +25,7 @@ fn ours(x: &Tensor) -> bool {
 /// x · sigmoid(x).
 ///
 /// # Errors
-/// When Candle fails.
+/// If Candle fails.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
     if ours(x) { x.contiguous()?.apply_op1(Silu) } else { x.silu() }
 }
@@ -33,7 +33,7 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
 /// Normalization of `x [batch, channels, …]` over groups of channels, with `weight` and `bias` `[channels]`.
 ///
 /// # Errors
-/// When the shapes do not fit.
+/// If the shapes do not fit.
 pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f32) -> Result<Tensor> {
     if ours(x) {
         return x.contiguous()?.apply_op3(weight, bias, GroupNorm { groups, eps });
@@ -44,15 +44,15 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
 /// Convolution of `x [batch, input, height+2, width+2]` with `weight [output, input, 3, 3]` and `bias [output]`.
 ///
 /// # Errors
-/// When the shapes do not fit.
+/// If the shapes do not fit.
 pub fn conv3x3(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     if ours(x) { x.contiguous()?.apply_op3(weight, bias, Conv3x3) } else { portable::conv3x3(x, weight, bias) }
 }
 
-/// `x [batch, channels, height, width]` with a mirrored row and column more on every side.
+/// Pads `x [batch, channels, height, width]` by one mirrored row or column on every side.
 ///
 /// # Errors
-/// When the shapes do not fit.
+/// If the shapes do not fit.
 pub fn pad_reflect(x: &Tensor) -> Result<Tensor> {
     if ours(x) { x.contiguous()?.apply_op1(PadReflect) } else { portable::pad_reflect(x) }
 }
@@ -68,7 +68,7 @@ mod tests {
         Var::from_tensor(&Tensor::randn(0f32, 1f32, shape, &Device::Cpu).unwrap()).unwrap()
     }
 
-    /// Values and gradients, by a random direction, of `ours` against `theirs`.
+    /// Compares values, and gradients in a random direction, of `ours` and `theirs`.
     fn same(
         vars: &[&Var],
         tolerance: f32,
@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn convolution_is_candles_own() {
-        // Widths on both sides of a vector's, strips that do not divide, and channels that fill no block.
+        // Widths below and above a vector's length, strips of unequal length, and channels that do not fill a block.
         let sizes = [(2, 3, 5, 19, 33), (1, 4, 8, 8, 16), (2, 1, 1, 1, 1), (1, 7, 3, 17, 7)];
         for (batch, input, output, height, width) in sizes {
             let x = random(&[batch, input, height + 2, width + 2]);

@@ -1,19 +1,20 @@
-//! Normalization over groups of channels, forward and backward in few passes.
+//! Normalization over groups of channels, forward and backward with few passes over the data.
 
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::storage::{sum, values, with_values};
 
-/// `x [batch, channels, …]` with `weight [channels]` and `bias [channels]` (ONNX `GroupNormalization`).
+/// Group normalization of `x [batch, channels, …]` with `weight [channels]` and `bias [channels]` (ONNX
+/// `GroupNormalization`).
 pub struct GroupNorm {
-    /// Groups that the channels divide into.
+    /// Number of groups of channels.
     pub groups: usize,
-    /// Added to the variance.
+    /// Constant that is added to the variance.
     pub eps: f32,
 }
 
-/// Mean of a group and one over its standard deviation.
+/// Mean of a group, and the reciprocal of its standard deviation.
 struct Moments {
     mean: f32,
     scale: f32,
@@ -27,7 +28,7 @@ impl GroupNorm {
     }
 }
 
-/// The sums over a channel of `gradient` and of `gradient · x`.
+/// Sums of `gradient` and of `gradient · x` over a channel.
 fn sums(x: &[f32], gradient: &[f32]) -> (f64, f64) {
     const LANES: usize = 16;
     const RUN: usize = 64 * LANES;
@@ -52,7 +53,7 @@ fn sums(x: &[f32], gradient: &[f32]) -> (f64, f64) {
 }
 
 impl GroupNorm {
-    /// The gradients of `x`, of the weight and of the bias.
+    /// Gradients of `x`, of the weight and of the bias.
     fn gradients(&self, x: &[f32], weight: &[f32], gradient: &[f32], batch: usize) -> [Vec<f32>; 3] {
         let group = x.len() / (batch * self.groups);
         let mut of_x = vec![0.0; x.len()];
@@ -74,7 +75,8 @@ impl GroupNorm {
         [of_x, of_weight, of_bias]
     }
 
-    /// Fills in the gradient of one group's `x`; gives those of weight and bias for each of its channels.
+    /// Writes the gradient of one group of `x` to `of_x`. Returns the gradients of weight and bias for each channel of
+    /// the group.
     fn group_gradients(&self, of_x: &mut [f32], x: &[f32], weight: &[f32], gradient: &[f32]) -> Vec<[f32; 2]> {
         let Moments { mean, scale } = self.moments(x);
         let area = x.len() / weight.len();

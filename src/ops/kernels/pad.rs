@@ -1,11 +1,11 @@
-//! Reflect padding by one row and column on every side, forward and backward in one pass each.
+//! Reflect padding by one row and column on every side, with one pass forward and one backward.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::storage::{values, with_values};
 
-/// `x [batch, channels, height, width]`, both sides at least 2, to `[batch, channels, height+2, width+2]`.
+/// Pads `x [batch, channels, height, width]`, height and width at least 2, to `[batch, channels, height+2, width+2]`.
 pub struct PadReflect;
 
 impl CustomOp1 for PadReflect {
@@ -48,7 +48,7 @@ impl CustomOp1 for PadReflect {
     }
 }
 
-/// The row that `row` of the padded image shows.
+/// Row of the input that is copied to `row` of the padded image.
 fn source(row: usize, height: usize) -> usize {
     match row {
         0 => 1,

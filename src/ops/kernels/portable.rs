@@ -1,11 +1,11 @@
-//! The same in Candle's own operators, for every device. The formulas are those of [`super`].
+//! The functions of [`super`] with Candle's own operators, for every device and type.
 
 use candle_core::{D, Result, Tensor};
 
-/// [`super::group_norm`].
+/// Same as [`super::group_norm`].
 ///
 /// # Errors
-/// When the shapes do not fit.
+/// If the shapes do not fit.
 pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps: f32) -> Result<Tensor> {
     let mut affine = vec![1; x.rank()];
     affine[1] = x.dim(1)?;
@@ -16,18 +16,18 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
     normed.broadcast_mul(&weight.reshape(affine.as_slice())?)?.broadcast_add(&bias.reshape(affine.as_slice())?)
 }
 
-/// [`super::conv3x3`].
+/// Same as [`super::conv3x3`].
 ///
 /// # Errors
-/// When the shapes do not fit.
+/// If the shapes do not fit.
 pub fn conv3x3(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     x.contiguous()?.conv2d(weight, 0, 1, 1, 1)?.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?)
 }
 
-/// [`super::pad_reflect`].
+/// Same as [`super::pad_reflect`].
 ///
 /// # Errors
-/// When the shapes do not fit.
+/// If the shapes do not fit.
 pub fn pad_reflect(x: &Tensor) -> Result<Tensor> {
     let mut x = x.clone();
     for axis in 2..4 {

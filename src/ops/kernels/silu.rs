@@ -1,4 +1,4 @@
-//! x · sigmoid(x), forward and backward in one pass each.
+//! x · sigmoid(x), with one pass forward and one backward.
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use pulp::Arch;
@@ -56,13 +56,14 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// e^x within 2 units in the last place, in a form that compilers vectorize: powers of two by their exponent's bits, and
-/// a polynomial for what remains (Cephes' `expf`). The standard library's is a call for every element.
+/// e^x within 2 units in the last place, in a form that compilers vectorize. The power of two is set through the bits
+/// of the exponent, and a polynomial gives the rest (Cephes' `expf`). The standard library's function needs one call
+/// per element.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
     let power = (x * std::f32::consts::LOG2_E + 0.5).floor();
-    // ln 2 in two parts, the first exact in few bits.
+    // ln 2 is split into two parts. The first has few bits, so that its product with `power` is exact.
     let x = x - power * 0.693_359_4 + power * 2.121_944_4e-4;
     let p = 1.987_569_1e-4f32;
     let p = p * x + 1.398_199_9e-3;

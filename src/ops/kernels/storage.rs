@@ -20,7 +20,7 @@ pub fn with_values<const N: usize, R>(tensors: [&Tensor; N], read: impl FnOnce([
     read(slices)
 }
 
-/// A sum in single precision over short runs, and in double over those.
+/// Sums `term(x)`. Short runs are added in single precision, and their sums in double precision.
 pub fn sum(x: &[f32], term: impl Fn(f32) -> f32) -> f64 {
     const LANES: usize = 16;
     const RUN: usize = 64 * LANES;

@@ -24,6 +24,8 @@ Examples:
 /// All candidates generate the same images in turn, from the same noise. A ratio is printed only if their tokens agree.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "eqim-bench", version, after_help = EXAMPLES, allow_negative_numbers = true)]
+// The guidance scale of the published images.
+#[command(mut_arg("cfg", |arg| arg.default_value("7")))]
 pub struct Arguments {
     /// Folder of an exported model; repeat the flag to compare several
     #[arg(long = "engine", value_name = "BUNDLE", required = true)]

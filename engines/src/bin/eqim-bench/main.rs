@@ -174,9 +174,6 @@ fn machine() -> Result<Option<Machine>> {
     }
 }
 
-/// Default guidance scale. The published images use it.
-const CFG: f32 = 7.0;
-
 /// Request of a case: the classes in turn, noise from one seed, and random prefix tokens with `--tail`.
 fn request(arguments: &Arguments, config: &Config, batch: usize, tokens: usize) -> Request {
     let g = &config.generator;
@@ -186,7 +183,7 @@ fn request(arguments: &Arguments, config: &Config, batch: usize, tokens: usize) 
         Array3::from_shape_fn((batch, given, g.embed), |(b, n, e)| values[(b * given + n) * g.embed + e])
     });
     let classes = (0..batch).map(|row| Some(row % g.class_num));
-    let request = Request { cfg: CFG, prefix, ..Request::new(config, classes, tokens) };
+    let request = Request { prefix, ..Request::new(config, classes, tokens) };
     arguments.sampling.apply(request)
 }
 

@@ -27,6 +27,7 @@ class 1 fades into class 4 over tokens 32 to 39.";
 /// Progress and warnings go to standard error, the report goes to standard output.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "eqim-run", version, after_help = EXAMPLES, allow_negative_numbers = true)]
+#[command(mut_arg("cfg", |arg| arg.default_value("1")))]
 pub struct Arguments {
     /// Folder of the exported model, as written by `eqim-export onnx`
     #[arg(long, value_name = "BUNDLE")]
