@@ -1,6 +1,5 @@
 //! The CPU operators of training and their gradients, compared with the same computation in Candle's own operators, at
-//! the
-//! sizes of the demo tokenizer: `cargo bench --bench kernels`.
+//! the sizes of the demo tokenizer: `cargo bench --bench kernels`.
 
 use std::hint::black_box;
 

@@ -1,6 +1,5 @@
 //! Broken, wrong and hostile input. Every case ends with exit code 2 and a message that names the problem, and changes
-//! no
-//! file.
+//! no file.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Cursor, Write};

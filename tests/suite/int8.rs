@@ -85,10 +85,8 @@ fn policies(table: &Table) -> [Policy; 3] {
 
 /// Largest allowed error of a graph with one product in INT8 against its preview, as a fraction of the error of INT8
 /// itself. Both round to the same grids, but sums that differ in the last place can round to neighbouring levels. In
-/// the
-/// small products of the fixtures, one such level is a tenth of the INT8 error. Measured: at most 9 %. A wrong scale,
-/// zero
-/// point or layout gives more than 100 %.
+/// the small products of the fixtures, one such level is a tenth of the INT8 error. Measured: at most 9 %. A wrong
+/// scale, zero point or layout gives more than 100 %.
 const ONE_PRODUCT: f32 = 0.25;
 
 #[test]

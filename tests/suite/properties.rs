@@ -88,8 +88,7 @@ fn batch(rows: &[Vec<KeyValue<Tensor>>]) -> Vec<KeyValue<Tensor>> {
 }
 
 /// A row that is computed alone: its condition `z` after the token at `position`, its keys and values `past` before
-/// that
-/// token, and the keys and values `cross` of its class.
+/// that token, and the keys and values `cross` of its class.
 struct Alone {
     z: Array2<f32>,
     past: Vec<KeyValue<Tensor>>,

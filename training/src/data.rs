@@ -68,9 +68,8 @@ pub struct Photos {
 
 impl Photos {
     /// Finds the PNGs and JPEGs in `folder`, whose subfolders are the classes. A picture has to be at least `height`
-    /// pixels
-    /// high and, after scaling to that height, at least `width` pixels wide. Other pictures are skipped with a reason.
-    /// Hidden files and files of other types are ignored.
+    /// pixels high and, after scaling to that height, at least `width` pixels wide. Other pictures are skipped with a
+    /// reason. Hidden files and files of other types are ignored.
     ///
     /// # Errors
     /// [`Error::input`] if the folder cannot be read or has no usable picture, or if a picture lies next to the
@@ -104,8 +103,7 @@ impl Photos {
     }
 
     /// Holds out `count` photographs, chosen at random from `seed`. Returns the photographs to train on and the
-    /// held-out
-    /// photographs.
+    /// held-out photographs.
     ///
     /// # Errors
     /// [`Error::input`] if no photograph would be left to train on.
@@ -173,8 +171,7 @@ impl Crops {
     }
 
     /// Cuts a random view that covers nearly the whole width of a picture, `[3, height, any width]` in -1..1. The width
-    /// is a
-    /// multiple of `multiple`, and the view starts within the first `multiple` pixels of the scaled picture.
+    /// is a multiple of `multiple`, and the view starts within the first `multiple` pixels of the scaled picture.
     pub fn draw_wide(&self, picture: &RgbImage, multiple: usize, random: &mut impl Rng) -> Array3<f32> {
         let height = self.window_height(picture, random);
         let scale = height / self.height as f64;

@@ -71,8 +71,7 @@ impl Dino {
     }
 
     /// Features `[batch, width, rows, columns]` of images `[batch, 3, height, width]` in -1..1. The images are scaled
-    /// so
-    /// that each of the `rows` × `columns` cells becomes one patch.
+    /// so that each of the `rows` × `columns` cells becomes one patch.
     ///
     /// # Errors
     /// If the shapes do not match.
@@ -173,8 +172,7 @@ impl Kernel {
     const ANTIALIASED: Self = Self { a: -0.5, antialias: true };
 
     /// The matrix `[output, input]` that resizes an axis, with `align_corners` off. Positions outside the input take
-    /// the
-    /// border value; with antialiasing they are skipped.
+    /// the border value; with antialiasing they are skipped.
     fn matrix(self, input: usize, output: usize) -> Vec<f32> {
         let scale = input as f64 / output as f64;
         let widened = if self.antialias { scale.max(1.0) } else { 1.0 };

@@ -63,8 +63,7 @@ const PREVIEW_CFG: f32 = 2.0;
 const VALIDATION_BATCHES: usize = 4;
 
 /// Flow matching loss, a scalar: the mean squared error of the predicted velocity at `z_t = t·noise + (1-t)·token`,
-/// where
-/// the true velocity is `noise - token` (reference: `diffusion/flows.py`, `RectifiedFlow.get_train_tuple`).
+/// where the true velocity is `noise - token` (reference: `diffusion/flows.py`, `RectifiedFlow.get_train_tuple`).
 ///
 /// # Errors
 /// If the shapes do not match.
@@ -89,8 +88,7 @@ pub fn loss(config: &GeneratorConfig, weights: &Weights, inputs: &StepInputs) ->
 }
 
 /// Whether AdamW's weight decay applies to a parameter (reference: `util/misc.py`, `add_weight_decay`). It does not
-/// apply
-/// to biases, other vectors, and the parameters of the flow head.
+/// apply to biases, other vectors, and the parameters of the flow head.
 pub fn decays(name: &str, axes: usize) -> bool {
     axes > 1 && !name.starts_with("diffloss.")
 }

@@ -15,8 +15,7 @@ enum Start {
     /// Uniform distribution between minus and plus this value.
     Uniform(f32),
     /// For weights `[output, input, 3]`: at the center tap the identity, or `min(output, input)` orthonormal vectors
-    /// that
-    /// are the same for a shape and its transpose; 0 at the other taps.
+    /// that are the same for a shape and its transpose; 0 at the other taps.
     Orthogonal,
 }
 
@@ -41,9 +40,8 @@ fn generator(name: &str, shape: &[usize]) -> Start {
 /// Initial weights of the tokenizer. The reference keeps PyTorch's default initialization, with which a network of this
 /// depth needs many steps until it passes an image through. A short training works better if at first only the residual
 /// shortcuts pass the signal. Therefore the layers keep the variance, and the last layer of every residual branch
-/// starts
-/// at 0 (Goyal et al. 2017). The 1-D convolutions along the row of tokens are orthogonal at the center tap (Xiao et al.
-/// 2018), and the matrix of the decoder is the transpose of the matrix of the encoder.
+/// starts at 0 (Goyal et al. 2017). The 1-D convolutions along the row of tokens are orthogonal at the center tap (Xiao
+/// et al. 2018), and the matrix of the decoder is the transpose of the matrix of the encoder.
 fn tokenizer(name: &str, shape: &[usize]) -> Start {
     let branch = [".conv2.", ".proj_out.", ".conv.conv."].iter().any(|part| name.contains(part));
     match shape {

@@ -96,10 +96,8 @@ impl Learner {
     }
 
     /// Differentiates a loss that is the weighted mean over `shards`. On a CPU, the shards run in parallel on all
-    /// cores.
-    /// Returns the gradients and the weighted means of the metrics of the shards. The result does not depend on the
-    /// number
-    /// of cores.
+    /// cores. Returns the gradients and the weighted means of the metrics of the shards. The result does not depend on
+    /// the number of cores.
     ///
     /// # Errors
     /// The errors of `loss`, or an error if Candle cannot differentiate it.

@@ -28,8 +28,7 @@ pub struct Metrics {
 
 impl Metrics {
     /// Opens the records of a run that continues after `step` steps (0 for a new run). Later records, which a killed
-    /// run
-    /// wrote after its last checkpoint, are removed, and so is an incomplete last line.
+    /// run wrote after its last checkpoint, are removed, and so is an incomplete last line.
     ///
     /// # Errors
     /// [`eqim::Error::input`] naming a line that is not a record; [`eqim::Error::run`] if the file cannot be written.

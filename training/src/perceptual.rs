@@ -33,8 +33,7 @@ const EPS: f64 = 1e-10;
 
 impl Lpips {
     /// Reads the weights to `device`: `features.{i}.weight` and `.bias` of torchvision's VGG16, and
-    /// `lin{k}.model.1.weight`
-    /// of LPIPS.
+    /// `lin{k}.model.1.weight` of LPIPS.
     ///
     /// # Errors
     /// [`Error::input`] naming the tensor that is missing or has a wrong shape.

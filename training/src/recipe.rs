@@ -122,8 +122,7 @@ pub struct TokenizerRecipe {
 #[serde(deny_unknown_fields)]
 pub struct GeneratorRecipe {
     /// Sizes of the model. The classes are taken from the photographs, the width of the latents from the tokenizer, and
-    /// the
-    /// scale of the latents from the encoded photographs.
+    /// the scale of the latents from the encoded photographs.
     pub model: GeneratorConfig,
     /// Common settings, such as steps, batch size and learning rate.
     pub plan: TrainingPlan,

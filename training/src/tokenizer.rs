@@ -1,4 +1,5 @@
-//! Training of the tokenizer (reference: `tokenizer/models/tokenizer.py`, `tokenizer/modules/losses/contperceptual.py`).
+//! Training of the tokenizer (reference: `tokenizer/models/tokenizer.py` and
+//! `tokenizer/modules/losses/contperceptual.py`).
 
 use std::path::Path;
 
@@ -264,12 +265,9 @@ impl Objective<'_> {
     }
 
     /// Weight of the adversarial loss: the gradient norm of the other reconstruction losses, divided by the gradient
-    /// norm of
-    /// the adversarial loss (reference: `calculate_adaptive_weight`). The reference takes the gradients with respect to
-    /// the
-    /// weight of the last layer. Here they are taken with respect to the reconstruction, which needs no pass through
-    /// the
-    /// decoder.
+    /// norm of the adversarial loss (reference: `calculate_adaptive_weight`). The reference takes the gradients with
+    /// respect to the weight of the last layer. Here they are taken with respect to the reconstruction, which needs no
+    /// pass through the decoder.
     fn adaptive_weight(&self, discriminator: &Weights, reconstruction: &Tensor, image: &Tensor) -> Result<f64> {
         let leaf = Var::from_tensor(&reconstruction.detach())?;
         let pull = |loss: Tensor| -> Result<f64> {

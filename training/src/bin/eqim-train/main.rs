@@ -143,9 +143,8 @@ impl Shared {
 }
 
 /// Makes Candle use one thread per operation. Batches are divided among the cores instead, and Candle's own threads
-/// would
-/// wait for one another after every operation. Candle reads the number of threads once, from the environment, so this
-/// function restarts the program with `CANDLE_NUM_THREADS=1` unless the variable is already set.
+/// would wait for one another after every operation. Candle reads the number of threads once, from the environment, so
+/// this function restarts the program with `CANDLE_NUM_THREADS=1` unless the variable is already set.
 ///
 /// # Errors
 /// [`Error::run`] if the program cannot be restarted.
