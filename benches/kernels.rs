@@ -1,5 +1,5 @@
-//! The operators that training runs on the CPU, and their gradients, against the same in Candle's own operators, at the sizes
-//! of the demo tokenizer: `cargo bench --bench kernels`.
+//! The CPU operators of training and their gradients, compared with the same computation in Candle's own operators, at
+//! the sizes of the demo tokenizer: `cargo bench --bench kernels`.
 
 use std::hint::black_box;
 
@@ -15,10 +15,10 @@ fn var(shape: &[usize]) -> Var {
     Tensor::from_vec(values, shape, &Device::Cpu).and_then(|tensor| Var::from_tensor(&tensor)).expect("a variable")
 }
 
-/// An operator of some inputs.
+/// An operator as a function of its inputs.
 type Operator<'a> = &'a dyn Fn(&[&Tensor]) -> Result<Tensor>;
 
-/// Measures an operator of ours and Candle's, each alone and with its gradient.
+/// Measures our operator and Candle's operator, each alone and with its gradient.
 fn compare(criterion: &mut Criterion, name: &str, inputs: &[&Tensor], ours: Operator, candle: Operator) {
     let mut group = criterion.benchmark_group(name);
     group.throughput(Throughput::Elements(inputs[0].elem_count() as u64)).sample_size(10);
@@ -33,7 +33,7 @@ fn compare(criterion: &mut Criterion, name: &str, inputs: &[&Tensor], ours: Oper
 }
 
 fn kernels(criterion: &mut Criterion) {
-    // A crop of the tokenizer's widest level: batch, channels, height, width.
+    // Features of a crop at the second level of the tokenizer: batch, channels, height, width.
     let x = var(&[4, 32, 128, 64]);
     let (scale, shift) = (var(&[32]), var(&[32]));
     compare(criterion, "silu", &[&x], &|t| kernels::silu(t[0]), &|t| t[0].silu());

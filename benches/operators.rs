@@ -1,5 +1,5 @@
-//! Candle's operators at the sizes of the large published model: `cargo bench --bench operators`. Each says how many
-//! multiply-adds or elements it passes a second.
+//! Candle's operators at the sizes of the large published model: `cargo bench --bench operators`. The throughput is in
+//! multiply-adds or elements per second.
 
 use std::hint::black_box;
 
@@ -17,7 +17,7 @@ fn tensor(shape: &[usize]) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).expect("tensor")
 }
 
-/// Measures `work` on `elements` elements or multiply-adds.
+/// Measures `work`, which has `elements` elements or multiply-adds.
 fn measure(
     criterion: &mut Criterion,
     weights: &Weights,
@@ -34,7 +34,8 @@ fn measure(
 fn operators(criterion: &mut Criterion) {
     let model = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/demo/model.safetensors");
     let (_, weights): (Config, Weights) = checkpoint::load_safetensors(model.as_ref()).expect("demo model");
-    // Products take their weights from the interpreter's: the demo model's, and these.
+    // Products read their weights from the interpreter, which holds the demo model's weights and the weights added
+    // here.
     let mut weights = weights;
     let zeros = |width: usize| Tensor::zeros(width, DType::F32, &Device::Cpu).expect("zeros");
 

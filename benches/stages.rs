@@ -1,5 +1,5 @@
 //! Every stage of the fixture model on both engines: `cargo bench --bench stages`. The model is tiny, so this measures
-//! what a call costs beside its arithmetic.
+//! the overhead of a call.
 
 use std::hint::black_box;
 use std::path::Path;

@@ -1,5 +1,5 @@
-//! The tokenizer of the demo model forward and backward, two 256×256 images at once: `cargo bench --bench training`.
-//! `CANDLE_NUM_THREADS=1`, which eqim-train sets by itself, keeps Candle's own threads out of the way.
+//! Forward and backward pass of the demo model's tokenizer, on two 256×256 images in parallel:
+//! `cargo bench --bench training`. `CANDLE_NUM_THREADS=1` turns off Candle's own threads; eqim-train sets it by itself.
 
 use std::hint::black_box;
 use std::path::Path;

@@ -14,7 +14,7 @@ import onnx.shape_inference
 
 
 def check(path):
-    """Raises what is wrong with the graph at `path`."""
+    """Raises an exception if the graph at `path` is invalid."""
     onnx.checker.check_model(path, full_check=True)
     # The full check does not compare a tensor's size with its external data; this does.
     for tensor in onnx.load(path, load_external_data=False).graph.initializer:
@@ -31,7 +31,7 @@ def check(path):
 
 
 def main(paths):
-    """Checks every graph, and returns the exit code."""
+    """Checks every graph and returns the exit code."""
     if not paths:
         print("no graph given: expected one or more .onnx paths", file=sys.stderr)
         return 1

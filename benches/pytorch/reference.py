@@ -2,10 +2,11 @@
 
     python reference.py CHECKOUT BUNDLE THREADS
 
-CHECKOUT is a checkout of drx-code/EquivariantModeling, BUNDLE a folder that eqim-export onnx wrote in FP32: its weights are
-loaded into the reference's own modules. Requests are read from standard input, one JSON object a line, and answered on
-standard output in the same way. The semantic decoder is left out, since its weights are in no bundle: that makes the
-reference faster than its own decode().
+CHECKOUT is a checkout of drx-code/EquivariantModeling. BUNDLE is a folder that eqim-export onnx wrote in FP32; its
+weights are loaded into the modules of the reference. THREADS is the number of threads of PyTorch; 0 keeps the default.
+Requests are read from standard input, one JSON object per line, and answers are written to standard output in the same
+way. The semantic decoder is left out, because bundles do not contain its weights. This makes the reference faster than
+its own decode().
 """
 
 import json
@@ -16,18 +17,18 @@ import time
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ANSWERS = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)  # whatever the reference prints is no answer
+os.dup2(2, 1)  # output of the reference goes to standard error, because it is not an answer
 
 import numpy  # noqa: E402
 import torch  # noqa: E402
 
-# The reference moves everything to a GPU, wherever it runs.
+# The reference moves everything to a GPU; here everything stays on the CPU.
 torch.Tensor.cuda = lambda self, *_, **__: self
 torch.nn.Module.cuda = lambda self, *_, **__: self
 
 
 def read_safetensors(path):
-    """All tensors of a file of 32-bit floats."""
+    """Returns all tensors of a .safetensors file of 32-bit floats."""
     values = numpy.memmap(path, numpy.uint8, "c")
     length = struct.unpack("<Q", values[:8])[0]
     header = json.loads(bytes(values[8 : 8 + length]))
@@ -42,7 +43,7 @@ def read_safetensors(path):
 
 
 def load(module, tensors, prefix=""):
-    """Gives a module the tensors whose names begin with `prefix`: each of its parameters one."""
+    """Loads all parameters of a module from the tensors whose names begin with `prefix`."""
     names = [name for name, _ in module.named_parameters()]
     missing = [prefix + name for name in names if prefix + name not in tensors]
     if missing:
@@ -104,7 +105,7 @@ def decoder(config, tensors):
 
 
 class Clock:
-    """Seconds spent in a function, call by call."""
+    """Wraps a function and records the seconds of each call."""
 
     def __init__(self, function):
         self.function = function
@@ -118,7 +119,7 @@ class Clock:
 
 
 def answer(model, decode, vae_norm, request):
-    """One batch of images, as the reference's engine_generator.py makes them."""
+    """Generates a batch of images as engine_generator.py of the reference does, and returns the times in seconds."""
     labels = torch.tensor(request["labels"])
     prefix = None
     if request["prefix"]:

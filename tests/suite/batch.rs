@@ -1,4 +1,4 @@
-//! A batch of unequal images gives each the tokens that it has alone.
+//! In a batch of different images, each image has the same tokens as alone.
 
 use eqim::bundle::Bundle;
 use eqim::checkpoint::WeightSet;
@@ -15,7 +15,7 @@ use ndarray::{Array2, Array3, Axis};
 use crate::common::bins::Workplace;
 use crate::common::{Fixture, assert_close, fixtures};
 
-/// Images of different classes, lengths, beginnings and guidance.
+/// Requests for images of different classes, lengths, prefixes and guidance.
 fn requests(engine: &dyn Engine, guided: bool) -> Vec<Request> {
     let embed = engine.config().generator.embed;
     let request = |seed: u64, label: Option<usize>, tokens: usize, given: usize| Request {
@@ -54,7 +54,7 @@ fn check(engine: &dyn Engine) {
             generate_all(engine, rollouts[0].sampling.clone(), images, most, |(number, tokens)| {
                 let (found, expected) = (tokens?, &alone[number]);
                 assert_eq!(found.dim(), expected.dim());
-                // Sums of a batch's products are in another order than those of one row.
+                // Products of a batch are summed in another order than products of one row.
                 let what = format!("image {number} of at most {most} on {}", engine.name());
                 assert_close(what, &found, expected, Tolerance::ACTIVATION);
                 order.push(number);
@@ -72,7 +72,7 @@ fn check(engine: &dyn Engine) {
     }
 }
 
-/// ONNX Runtime has one thread here: its others and Candle's would spin on the same cores while they wait.
+/// ONNX Runtime has one thread here, because idle threads of ONNX Runtime and of Candle would spin on the same cores.
 #[test]
 fn images_are_those_that_they_are_alone() {
     check(&Fixture::open(fixtures()).engine(WeightSet::Ema));
@@ -86,7 +86,7 @@ fn an_image_that_fails_does_not_fail_the_others() {
     let engine = Fixture::open(fixtures()).engine(WeightSet::Ema);
     let mut requests = requests(&engine, true);
     requests.iter_mut().for_each(|request| request.prefix = None);
-    // Finite noise whose token is not.
+    // Finite noise whose token is not finite.
     let shape = (1, requests[1].tokens, engine.config().generator.embed);
     requests[1].noise = Noise::Given(Array3::from_elem(shape, f32::MAX));
     let rollouts: Vec<PreparedRequest> =

@@ -1,4 +1,4 @@
-//! `eqim-bench`, on the fixture: that it measures what it says, not how long it takes.
+//! `eqim-bench` on the fixture. The tests check what it measures and reports, not the times.
 
 use candle_core::{Device, Tensor};
 use eqim::checkpoint::WeightSet;
@@ -50,7 +50,7 @@ fn images_stage_by_stage_beside_the_reference() {
         let (n, images) = (tokens as f64, batch as f64);
         let expected = [("prefill", 1.0), ("transformer_step", n - 1.0), ("flow_sampler", n), ("decoder", images)];
         assert_eq!(calls, expected);
-        // The whole is not less than its parts.
+        // The time of the whole is not less than the sum of its parts.
         let parts: f64 =
             stages.iter().map(|stage| stage["call"]["min"].as_f64().unwrap() * stage["calls"].as_f64().unwrap()).sum();
         assert!(bundle["batch"]["max"].as_f64().unwrap() >= parts, "{bundle}");
@@ -123,7 +123,7 @@ fn solvers_come_closer_with_every_evaluation() {
 #[test]
 fn tokens_that_differ_have_no_ratio() {
     let place = workplace();
-    // Two steps of Euler's method are far from the reference's own number of them.
+    // One step is far from the 10 Euler steps of the reference.
     let run = place.run(&format!("eqim-bench --engine bundle --reference --solver ab2 --steps 1 --cfg 3 {QUICK}"));
     assert!(run.stdout.contains("no ratio"), "{}", run.stdout);
     run.failed(1, &["its tokens differ from those of the reference"]);
@@ -150,7 +150,7 @@ fn lines_that_cannot_be_measured_are_refused() {
     insta::assert_snapshot!(place.messages());
 }
 
-/// Pictures in folders of classes, high as the fixture's images and `widths` tokens wide.
+/// Writes pictures in class folders, with the height of the fixture's images and `widths` in tokens.
 fn photographs(place: &Workplace, widths: &[(&str, u32)]) {
     place.run("eqim-run --engine bundle --class 0 --tokens 2 -o small.png").succeeded();
     let (token, height) = image::open(place.path("small.png")).unwrap().to_rgb8().dimensions();
@@ -162,7 +162,8 @@ fn photographs(place: &Workplace, widths: &[(&str, u32)]) {
     }
 }
 
-/// The loss at every position of one picture, by the model's teacher-forced pass instead of the engine's steps.
+/// The loss at every position of a picture, from the teacher-forced pass of the model instead of the steps of the
+/// engine.
 fn losses(place: &Workplace, picture: &str, class: i64, positions: usize) -> Vec<f64> {
     let engine = Fixture::open(fixtures()).engine(WeightSet::Ema);
     let (g, token) = (&engine.config().generator, engine.config().tokenizer.token_width());
@@ -239,7 +240,7 @@ fn equivariance_of_the_tokenizer_and_of_positions() {
     assert_eq!((plot.width(), plot.height()), (1200, 1600));
     insta::with_settings!({filters => VARYING}, { insta::assert_snapshot!(String::from_utf8(place.read("bench.md")).unwrap()) });
 
-    // Pictures in more folders than there are names are of no class, and too narrow ones are named.
+    // If a folder name is not a class name, the pictures have no class. Pictures that are too narrow are refused.
     photographs(&place, &[("sea", 18), ("sky", 6)]);
     let run = place.run(&line).succeeded();
     assert!(run.stdout.contains("2 pictures, classes from nothing: the folders"), "{}", run.stdout);

@@ -1,4 +1,5 @@
-//! Classes that follow each other along an image: each token is of its class, two that share tokens fade, every backend agrees.
+//! Images whose class changes along the width: each token has its class, overlapping classes are blended, and all
+//! backends agree.
 
 use candle_core::{DType, Device, Tensor};
 use eqim::Config;
@@ -41,7 +42,7 @@ fn the_same_class_all_along_is_that_class() {
     for cfg in [1.0, 3.0] {
         let one = tokens(&engine, Some(1).into(), cfg);
         assert_eq!(tokens(&engine, spans(&[(Some(1), 0, Some(4)), (Some(1), 4, None)]), cfg), one);
-        // Mixing equal numbers is exact.
+        // Blending equal numbers is exact.
         assert_eq!(tokens(&engine, spans(&[(Some(1), 0, Some(8)), (Some(1), 3, None)]), cfg), one);
     }
 }
@@ -56,7 +57,8 @@ fn tokens_before_a_change_do_not_know_of_it() {
     assert!(differ(&one) && differ(&other), "token 5 is of the new class, after tokens of the old one");
 }
 
-/// Conditions of every token of a row of `blend` shares, from the stages by hand: keys and values are mixed here.
+/// Conditions of every token of a row, from direct calls of the stages. The keys and values of the two classes are
+/// blended here, by `shares`.
 fn by_hand(engine: &CandleEngine, (a, b): (i64, i64), shares: &[f32], given: &Array2<f32>) -> Vec<Vec<f32>> {
     let g = &engine.config().generator;
     let prefill = |label: i64| engine.run(Stage::Prefill, &[Tensor::new(&[label], &Device::Cpu).unwrap()]).unwrap();
@@ -96,7 +98,7 @@ fn fading_mixes_keys_and_values_by_their_shares() {
             found = session.step(token.insert_axis(Axis(0)), &[position as i64]).unwrap();
         }
     }
-    // And a row that begins in the middle of it, as a run that goes on does.
+    // A row that begins in the middle of the blend, as in a resumed run.
     let begun = session.arrange(&[Row::new(label.condition(4, none))]).unwrap();
     let first = |class: i64| -> Array2<f32> {
         to_array(&engine.run(Stage::Prefill, &[Tensor::new(&[class], &Device::Cpu).unwrap()]).unwrap()[0]).unwrap()
@@ -104,7 +106,7 @@ fn fading_mixes_keys_and_values_by_their_shares() {
     assert_close("begun in the middle", &begun, &((first(1) + first(2)) / 2.0), Tolerance::ACTIVATION);
 }
 
-/// What changes, fades, or begins without a class, beside images that do not.
+/// Class schedules that change, blend or begin without a class, and one constant class.
 fn labels() -> Vec<ClassSchedule> {
     vec![
         spans(&[(Some(1), 0, Some(5)), (Some(2), 5, None)]),
@@ -192,7 +194,7 @@ fn a_change_is_resumed_in_its_middle() {
     let place = Workplace::with_bundle(&Fixture::open(fixtures()));
     let line = "eqim-run --engine bundle --seed 4 --tokens 30 --cfg 2 --tile 8 --overlap 2 --classes 1:0-20,2:6-";
     place.run(&format!("{line} -o whole.png")).succeeded();
-    // The limit on the size of a file stops it after the first tiles.
+    // A limit on the size of files stops the run after the first tiles.
     let program = crate::common::bins::program("eqim-run").display().to_string();
     let limited = format!("trap '' XFSZ; ulimit -f 1; exec {} -o part.png", line.replace("eqim-run", &program));
     let output =

@@ -1,4 +1,4 @@
-//! The trained model that ships: how well it does what `assets/demo/README.md` says.
+//! The demo model: the quality of its reconstructions and long images, as `assets/demo/README.md` describes it.
 
 use std::collections::BTreeMap;
 
@@ -37,7 +37,7 @@ fn photographs_are_reconstructed_as_reported() {
         let mut sum = 0.0;
         for (photo, reported) in photos {
             let found = psnr(&engine, photo);
-            // The report is of the weights before they were rounded to FP16.
+            // The report was made with the weights before they were rounded to FP16.
             assert!((found - reported).abs() < 0.05, "{photo}: {found} dB, reported {reported}");
             sum += found;
         }
@@ -48,7 +48,7 @@ fn photographs_are_reconstructed_as_reported() {
     assert_eq!(report["training"].len() + report["held_out"].len(), 13);
 }
 
-/// Mean absolute step from every column of pixels to the next, `[width - 1]`.
+/// Mean absolute difference between each column of pixels and the next, `[width - 1]`.
 fn steps(image: &Array3<f32>) -> Vec<f32> {
     let width = image.dim().2;
     let step = |x: usize| {
@@ -74,7 +74,7 @@ fn a_long_image_goes_on_without_seams_or_collapse() {
             chosen.iter().sum::<f32>() / chosen.len() as f32
         };
         let seams = mean(true) / mean(false);
-        // Differences between columns far apart, in the last quarter: a flat colour or one column again and again has none.
+        // Standard deviation along the width, in the last quarter: it is 0 for a flat colour and for a repeated column.
         let last = image.slice(s![.., .., 3 * image.dim().2 / 4..]);
         let spread = last.std_axis(Axis(2), 0.0).mean().unwrap();
         let rows = last.mean_axis(Axis(2)).unwrap().std(0.0);

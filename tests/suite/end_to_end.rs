@@ -1,4 +1,4 @@
-//! From checkpoints to images through the programs alone, against what the PyTorch reference computed.
+//! From checkpoints to images by the programs alone, compared with the results of the PyTorch reference.
 
 use std::collections::{BTreeSet, HashMap};
 use std::process::{Command, Stdio};
@@ -42,7 +42,7 @@ impl Workplace {
     }
 }
 
-/// The command line of a fixture's sampling run, seed included, without backend and outputs.
+/// The command line of a fixture's sampling run, without seed, backend and outputs.
 fn run_line(fixture: &Fixture, run: &str) -> String {
     let meta = &fixture.meta["sampling"][run];
     let labels: Vec<String> = match fixture.expected.get(&format!("{run}/labels")) {
@@ -99,7 +99,7 @@ fn what_the_reference_sampled() {
     }
 }
 
-/// Compares a run's images with the reference's, where the fixture has them.
+/// Compares the images of a run with the images of the reference, if the fixture has them.
 fn images_are_close(place: &Workplace, fixture: &Fixture, run: &str, rows: usize) {
     let Some(expected) = fixture.expected.get(&format!("{run}/image_u8")) else { return };
     for (row, name) in image_names(rows).iter().enumerate() {
@@ -147,7 +147,6 @@ fn a_width_is_so_many_tokens_and_the_same_command_gives_the_same_bytes() {
     }
 }
 
-/// Without guidance a longer image begins as the shorter one of the same seed.
 #[test]
 fn every_solver_is_the_same_on_both_backends_and_another_than_euler() {
     let place = Workplace::new(&first());
@@ -166,6 +165,7 @@ fn every_solver_is_the_same_on_both_backends_and_another_than_euler() {
     }
 }
 
+/// Without guidance, a longer image begins with the tokens of a shorter image of the same seed.
 #[test]
 fn an_image_far_longer_than_in_training() {
     let fixture = first();
@@ -375,7 +375,7 @@ fn what_a_bundle_holds() {
     }
 }
 
-/// `ORT_DYLIB_PATH` decides where ONNX Runtime is, so a file that is not there takes it away.
+/// `ORT_DYLIB_PATH` is the path of ONNX Runtime, so that a missing file means no ONNX Runtime.
 const WITHOUT_RUNTIME: [(&str, &str); 1] = [("ORT_DYLIB_PATH", "missing.so")];
 
 #[test]
@@ -411,7 +411,7 @@ fn a_library_that_is_not_onnx_runtime() {
     assert_eq!(before, place.listing());
 }
 
-/// As when the output goes to `head`.
+/// Standard output is closed early, as by `head`.
 #[test]
 fn a_reader_that_goes_away() {
     let fixture = first();

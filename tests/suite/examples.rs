@@ -1,4 +1,4 @@
-//! The examples, run as their first pages say.
+//! The examples, run as their documentation says.
 
 use crate::common::bins::Workplace;
 use crate::common::file;

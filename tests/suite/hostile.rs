@@ -1,4 +1,5 @@
-//! Broken, wrong and hostile input: every case ends with exit code 2, a message that names what is wrong, and no trace.
+//! Broken, wrong and hostile input. Every case ends with exit code 2 and a message that names the problem, and changes
+//! no file.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Cursor, Write};
@@ -19,7 +20,7 @@ fn first() -> Fixture {
 
 // Checkpoints.
 
-/// Exports with one of the fixture's two checkpoints replaced.
+/// Command lines that export with one of the fixture's two checkpoints replaced.
 const GENERATOR: &str = "eqim-export onnx --tokenizer tokenizer.ckpt --heads 2 -o out --generator";
 const TOKENIZER: &str = "eqim-export onnx --generator generator.pth --heads 2 -o out --tokenizer";
 
@@ -194,7 +195,7 @@ impl Saved<'_> {
     }
 }
 
-/// A generator's checkpoint of that state dict.
+/// A generator checkpoint with this state dict.
 fn generator(state: &[(&str, Vec<u8>)]) -> Vec<u8> {
     let pickle = [dict(&[("model_ema", dict(state))]), b".".to_vec()].concat();
     let values = [0; 4 * STORAGE_FLOATS];
@@ -203,7 +204,7 @@ fn generator(state: &[(&str, Vec<u8>)]) -> Vec<u8> {
 
 #[test]
 fn tensors_that_are_not_in_their_storage() {
-    // All that the generator's sizes are read from; `bad` takes the place of one of them.
+    // All tensors from which the sizes of the generator are read; `bad` replaces one of them.
     const USUAL: [(&str, &[i64]); 6] = [
         ("class_emb.weight", &[5, 8]),
         ("diffloss.net.input_proj.weight", &[8, 4]),
@@ -250,13 +251,13 @@ fn tensors_that_are_not_in_their_storage() {
     refused("z_proj.weight", call(global("os", "system"), &[text("touch owned")]));
     refused("z_proj.weight", call(global("torch._utils", "_rebuild_tensor_v2"), &[]));
 
-    // A parameter that is a parameter that is a parameter …: itself, or a thousand times.
+    // A parameter that contains itself, and parameters nested a thousand times.
     let parameter = global("torch._utils", "_rebuild_parameter");
     let itself = [&parameter[..], b"]q\x00Rq\x01", b"h\x00h\x01a0"].concat();
     refused("z_proj.weight", itself);
     let wrapped = (0..1000).fold(saved(&[8, 4]).pickle(), |inner, _| call(parameter.clone(), &[inner]));
     refused("z_proj.weight", wrapped);
-    // No class, no position: sizes that are 0 stop at the configuration.
+    // Sizes of 0 are refused by the checks of the configuration.
     place.write("bad.pth", generator(&USUAL.map(|(name, shape)| (name, saved(&vec![0; shape.len()]).pickle()))));
     place.refused(line);
     insta::assert_snapshot!(place.messages());
@@ -297,7 +298,7 @@ fn storages_that_are_missing_or_short() {
 #[test]
 fn pickles_that_are_not_of_torch_save() {
     let nested = |levels: usize| [&b")"[..], &vec![0x85; levels], b"."].concat();
-    // Ten references to the list before, sixty times over: 10^60 values if they were copied.
+    // Sixty lists, each with ten references to the list before: 10^60 values if the lists were copied.
     let laughs = (0..60u8).fold(b"]q\x00".to_vec(), |mut pickle, level| {
         pickle.extend(b"](");
         pickle.extend([b'h', level].repeat(10));
@@ -356,9 +357,9 @@ fn pickles_that_are_not_of_torch_save() {
     insta::assert_snapshot!(place.messages());
 }
 
-// Our own checkpoints.
+// Checkpoints of eqim.
 
-/// The header of a `.safetensors`, and what follows.
+/// A `.safetensors` file with this header and data.
 fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
 }
@@ -409,7 +410,7 @@ fn safetensors_that_lie() {
     insta::assert_snapshot!(place.messages());
 }
 
-/// What a `.safetensors` holds.
+/// Contents of a `.safetensors` file.
 #[derive(Clone)]
 struct Contents {
     tensors: BTreeMap<String, Tensor>,
@@ -629,7 +630,7 @@ fn descriptions_that_are_not_of_the_bundle() {
         refused_by_all(config.to_string().as_bytes());
     }
 
-    // What the graphs' inputs do not show, the weights' own description does.
+    // The inputs of the graphs do not show the number of classes; the configuration in the file of the weights does.
     let mut config: Value = serde_json::from_slice(&whole).unwrap();
     *config.pointer_mut("/model/generator/class_num").unwrap() = json!(1000);
     refused_by_all(config.to_string().as_bytes());
@@ -710,7 +711,8 @@ fn zeros(shape: &[usize]) -> Tensor {
     Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap()
 }
 
-/// Writes tokens or noise, as `key`, that a run of one class and E 8 cannot use, and refuses all of them.
+/// Writes tensors `key` (tokens or noise) that a run of one class with E = 8 cannot use, and asserts that all are
+/// refused.
 fn refuse_tensors(place: &Workplace, flag: &str, key: &str, line: &str) {
     let poisoned = |value: f32| {
         let values: Vec<f32> = (0..24).map(|i| if i == 20 { value } else { 0.5 }).collect();
@@ -774,7 +776,7 @@ fn noise_that_does_not_fit() {
     insta::assert_snapshot!(place.messages());
 }
 
-/// A PNG's header that promises `width × height` pixels.
+/// A PNG without pixels, whose header claims `width × height` pixels.
 fn promised_png(width: u32, height: u32) -> Vec<u8> {
     let chunk = |kind: &[u8], data: &[u8]| {
         let body = [kind, data].concat();
@@ -807,7 +809,7 @@ fn prefixes_that_are_pictures() {
     for file in ["pixel", "narrow", "tower", "sliver", "long", "huge", "endless", "none", "text"] {
         refused(&format!("{file}.png"));
     }
-    // A JPEG with something behind its end, as cameras' moving pictures have, is whole.
+    // A JPEG with data after its end, such as a motion photo of a camera, is valid.
     place.write("moving.jpg", [&place.read("whole.jpg")[..], b"moov\xff\xda\x01"].concat());
     place.run(&format!("{line} moving.jpg")).succeeded();
     std::fs::remove_file(place.path("out.png")).unwrap();

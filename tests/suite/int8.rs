@@ -1,4 +1,4 @@
-//! INT8: calibration, its table, the preview against ONNX Runtime, and the commands.
+//! INT8: calibration, the calibration table, the preview compared with ONNX Runtime, and the commands.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -34,7 +34,7 @@ fn picture(width: u32, height: u32, seed: u32) -> RgbImage {
     })
 }
 
-/// Writes pictures of a fixture's height in a folder.
+/// Writes pictures with the image height of a model to a folder.
 fn write_pictures(folder: &Path, engine: &CandleEngine) -> Vec<PathBuf> {
     let tokenizer = &engine_config(engine).tokenizer;
     let (height, token) = (tokenizer.image_height() as u32, tokenizer.token_width() as u32);
@@ -61,7 +61,7 @@ fn samples(folder: &Path, pictures: &[PathBuf], engine: &CandleEngine) -> Sample
     }
 }
 
-/// A fixture's model, calibrated.
+/// The model of a fixture and its calibration table.
 fn calibrated(fixture: &Fixture) -> (CandleEngine, Table) {
     let engine = fixture.engine(WeightSet::Ema);
     let folder = tempfile::tempdir().unwrap();
@@ -83,10 +83,10 @@ fn policies(table: &Table) -> [Policy; 3] {
     [policy(Int8Target::TensorRt), policy(Int8Target::Cpu), batched]
 }
 
-/// How far a graph with one product in INT8 may lie from its preview, as a part of what INT8 itself changes. Both sides
-/// round to the same grids, but sums that differ in the last place can round to neighbouring levels, and in the fixtures'
-/// small products a single such level is a tenth of INT8's error. Measured: at most 9 %. A wrong scale, zero point or
-/// layout is more than 100 %.
+/// Largest allowed error of a graph with one product in INT8 against its preview, as a fraction of the error of INT8
+/// itself. Both round to the same grids, but sums that differ in the last place can round to neighbouring levels. In
+/// the small products of the fixtures, one such level is a tenth of the INT8 error. Measured: at most 9 %. A wrong
+/// scale, zero point or layout gives more than 100 %.
 const ONE_PRODUCT: f32 = 0.25;
 
 #[test]
@@ -110,7 +110,8 @@ fn every_product_alone_is_what_onnx_runtime_computes() {
                 let preview = Preview::engine(config, weights, &policy).unwrap();
                 for check in validate_preview(&draft.bundle, &preview, &engine, &library, |_| {}).unwrap() {
                     let quantized = scopes[scope].contains(&check.stage);
-                    // A wrong scale, zero point or layout would show in full.
+                    // Only the stages with the INT8 product differ from FP32, by enough to reveal a wrong scale, zero
+                    // point or layout.
                     assert_eq!(check.own > 1e-4, quantized, "{scope} {check:?}");
                     if quantized {
                         worst = worst.max(check.error / check.own);
@@ -224,7 +225,7 @@ fn dead_channels_and_a_constant_input_run() {
     assert_eq!(eqim_calibration::int8::round_weight(&zeros, 127.0).unwrap().scales, [1.0; 4]);
 }
 
-/// A place with a fixture's bundle, pictures, and a table.
+/// A workplace with the bundle of a fixture, pictures and a calibration table.
 fn place(fixture: &Fixture) -> Workplace {
     let place = Workplace::with_bundle(fixture);
     write_pictures(&place.path("photos"), &fixture.engine(WeightSet::Ema));
@@ -240,7 +241,7 @@ fn bundles_in_int8_run_and_report() {
         let place = place(&fixture);
         let line = export_line(&fixture);
         for target in ["cpu", "tensorrt"] {
-            // Forced, because a test must not fail for the time that something takes.
+            // `--force`, because the test must not depend on measured times.
             let options = format!("--int8 --calibration table.json --for {target} --force -o {target}");
             let exported = place.run(&format!("{line} {options}")).succeeded();
             assert!(!exported.stdout.contains("-[x]"), "{}", exported.stdout);
@@ -271,7 +272,7 @@ fn bundles_in_int8_run_and_report() {
     }
 }
 
-/// Asserts that the onnx package's checker accepts a bundle's graphs.
+/// Asserts that the checker of the Python package onnx accepts the graphs of a bundle.
 fn checker_accepts(place: &Workplace, bundle: &str) {
     let graphs = Stage::ALL.map(|stage| place.path(bundle).join(format!("{}.onnx", stage.name())));
     let mut command = Command::new("python3");
@@ -280,7 +281,7 @@ fn checker_accepts(place: &Workplace, bundle: &str) {
     assert!(output.status.success(), "{bundle}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The model that ships, on the photographs that ship: on a CPU its decoder is what gains.
+/// The demo model on the photographs of the repository. On a CPU, its decoder gains from INT8.
 #[test]
 fn the_demo_model_keeps_its_images() {
     let place = Workplace::new(&Fixture::open(fixtures()));
@@ -362,7 +363,7 @@ fn the_sensitivity_search_ranks_scopes_and_keeps_the_worst_out() {
     assert!(found["exclude"].as_array().unwrap().is_empty() && ranked.stdout.contains("scope alone in INT8"));
     let all = found["psnr"].as_f64().unwrap();
 
-    // A floor between that of everything in INT8 and that of the worst scope alone.
+    // A floor between the PSNR with all scopes in INT8 and the PSNR with only the worst scope in INT8.
     let floor = all + 3.0;
     place.run(&format!("{CALIBRATE} -o kept.json --sensitivity --for cpu --min-psnr {floor}")).succeeded();
     let table: Value = serde_json::from_slice(&place.read("kept.json")).unwrap();
@@ -378,7 +379,7 @@ fn the_sensitivity_search_ranks_scopes_and_keeps_the_worst_out() {
     let quantized = config["quantization"]["scopes"].as_array().unwrap();
     assert_eq!(quantized.len() + excluded.len(), scopes.len());
     assert!(excluded.iter().all(|scope| !quantized.contains(scope)));
-    // A floor that no scope in INT8 reaches: all stay out, and the image is FP32's.
+    // No scope in INT8 reaches this floor: all scopes are excluded, and the image is the FP32 image.
     place.run(&format!("{CALIBRATE} -o none.json --sensitivity --for cpu --min-psnr 1000")).succeeded();
     let table: Value = serde_json::from_slice(&place.read("none.json")).unwrap();
     let found = &table["sensitivity"];

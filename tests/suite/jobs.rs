@@ -1,4 +1,4 @@
-//! `eqim-run --jobs`: many images from one file.
+//! `eqim-run --jobs`: many images from one jobs file.
 
 use image::RgbImage;
 use serde_json::Value;
@@ -14,7 +14,7 @@ const JOBS: &str = r#"{"id": "a", "class": 1, "seed": 3, "tokens": 9}
 {"id": "d", "class": 1, "seed": 7, "tokens": 5, "prefix": "prefix.png"}
 "#;
 
-/// A workplace with a bundle, a prefix and jobs whose widths fit its tokens.
+/// A workplace with a bundle, a prefix image, and jobs whose widths are multiples of the token width.
 fn workplace() -> (Workplace, String) {
     let place = Workplace::with_bundle(&Fixture::open(fixtures()));
     let line = "eqim-run --engine bundle --class 0 --tokens 2 -o prefix.png";

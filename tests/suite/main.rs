@@ -1,4 +1,4 @@
-//! What the workspace promises as a whole, tested on the fixtures: one program, so that Cargo links once.
+//! Tests of the workspace as a whole, on the fixtures. They are one program, so that Cargo links once.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! Photographs that are carried on, to either side; and images as folders of tiles.
+//! Photographs that are continued to the left or right, and images as folders of tiles.
 
 use image::{RgbImage, imageops};
 use serde_json::Value;
@@ -6,13 +6,13 @@ use serde_json::Value;
 use crate::common::bins::Workplace;
 use crate::common::{Fixture, fixtures};
 
-/// Tokens of the photograph.
+/// Width of the photograph in tokens.
 const GIVEN: u32 = 7;
-/// Tokens over which it fades into what follows.
+/// Number of tokens over which the photograph is blended into the generated image.
 const EDGE: u32 = 2;
 const RUN: &str = "eqim-run --engine bundle --class 1 --seed 3 --tokens 12";
 
-/// A workplace with a photograph of `GIVEN` tokens and its mirror image; and the width of a token.
+/// A workplace with a photograph of `GIVEN` tokens and its mirror image, and the width of a token in pixels.
 fn workplace() -> (Workplace, u32) {
     let place = Workplace::with_bundle(&Fixture::open(fixtures()));
     place.run("eqim-run --engine bundle --class 0 --tokens 2 -o small.png").succeeded();
@@ -42,7 +42,7 @@ fn a_photograph_keeps_its_pixels_up_to_a_blended_edge() {
     let (edge, end) = ((GIVEN - EDGE) * width, GIVEN * width);
     assert!(columns(&kept, 0, edge) == columns(&photo, 0, edge), "the photograph's pixels are others");
     assert!(columns(&kept, end, 12 * width) == columns(&decoded, end, 12 * width), "what follows is another");
-    // In between every pixel lies between the two, up to rounding.
+    // At the blended edge, every pixel value lies between the two images, up to rounding.
     for (x, y, pixel) in columns(&kept, edge, end).enumerate_pixels() {
         for channel in 0..3 {
             let ends = [&photo, &decoded].map(|image| image.get_pixel(edge + x, y)[channel]);
@@ -50,7 +50,7 @@ fn a_photograph_keeps_its_pixels_up_to_a_blended_edge() {
             assert!((low.saturating_sub(1)..=high.saturating_add(1)).contains(&pixel[channel]), "{x}, {y}");
         }
     }
-    // The same in tiles, where the photograph ends inside of one.
+    // The same in tiles; the photograph ends inside a tile.
     let tiles = "--tile 4 --overlap 1";
     place.run(&format!("{RUN} --prefix photo.png {tiles} -o tiled.png")).succeeded();
     place.run(&format!("{RUN} --prefix photo.png --keep-prefix-pixels {tiles} -o tiled-kept.png")).succeeded();
@@ -74,7 +74,7 @@ fn to_the_left_is_the_mirror_image_of_to_the_right() {
             assert!(columns(&left, end - kept, end) == columns(&photo, GIVEN * width - kept, GIVEN * width), "{how}");
         }
     }
-    // What is cut is on the side that is not continued.
+    // The photograph is cut on the side that is not continued.
     let photo = image(&place, "photo.png");
     columns(&photo, 0, GIVEN * width - 3).save(place.path("odd.png")).unwrap();
     let run = place.run(&format!("{RUN} --prefix odd.png --direction left --keep-prefix-pixels -o odd-left.png"));
@@ -144,7 +144,7 @@ fn a_folder_of_tiles_holds_the_same_columns() {
     for taken in ["whole.png/", "bundle/", "./", "no/such/"] {
         place.refused(&format!("{RUN} -o {taken}"));
     }
-    // Short images too: one tile.
+    // A short image is one tile.
     place.run(&format!("{RUN} -o short/")).succeeded();
     place.run(&format!("{RUN} -o short.png")).succeeded();
     assert!(image(&place, "short/0000000000.png") == image(&place, "short.png"));

@@ -1,4 +1,4 @@
-//! The model on Candle against what the PyTorch reference computed, at two configurations.
+//! The model on Candle, compared with the results of the PyTorch reference at two configurations.
 
 use candle_core::{Device, Tensor};
 use eqim::checkpoint::{self, Hints, Shapes, WeightSet};

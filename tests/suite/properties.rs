@@ -1,4 +1,4 @@
-//! What holds for every model, sequence, seed and image.
+//! Property tests over models, token sequences, seeds and images.
 
 use candle_core::{DType, Device, Tensor};
 use eqim::Config;
@@ -77,7 +77,7 @@ fn integers(values: &[i64]) -> Tensor {
     Tensor::from_slice(values, values.len(), &Device::Cpu).unwrap()
 }
 
-/// Rows of one batch from the same parts of single rows.
+/// Concatenates the keys and values of single rows to a batch.
 fn batch(rows: &[Vec<KeyValue<Tensor>>]) -> Vec<KeyValue<Tensor>> {
     let join = |parts: Vec<&Tensor>| Tensor::cat(&parts, 0).unwrap();
     let block = |i: usize| KeyValue {
@@ -87,8 +87,8 @@ fn batch(rows: &[Vec<KeyValue<Tensor>>]) -> Vec<KeyValue<Tensor>> {
     (0..rows[0].len()).map(block).collect()
 }
 
-/// A row by itself: its condition after the token at `position`, and what it had kept and its class had given before
-/// that token.
+/// A row that is computed alone: its condition `z` after the token at `position`, its keys and values `past` before
+/// that token, and the keys and values `cross` of its class.
 struct Alone {
     z: Array2<f32>,
     past: Vec<KeyValue<Tensor>>,

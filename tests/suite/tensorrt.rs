@@ -1,4 +1,4 @@
-//! TensorRT: NVIDIA's parser and builder on the fixture, and the runtime up to the driver.
+//! TensorRT: NVIDIA's parser and builder on the fixture, and the runtime without an NVIDIA driver.
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -18,7 +18,7 @@ fn first() -> Fixture {
     Fixture::open(fixtures())
 }
 
-/// Writes a value in the sidecar of the engines.
+/// Edits the sidecar file of the engines.
 fn edit(place: &Workplace, edit: impl FnOnce(&mut Value)) {
     let mut sidecar: Value = serde_json::from_slice(&place.read("bundle/trt/engines.json")).unwrap();
     edit(&mut sidecar);
@@ -53,7 +53,7 @@ fn engines_of_every_precision_for_one_and_for_two_targets() {
                     let product = ["MATRIX_MULTIPLY", "CONVOLUTION"].contains(&layers.kind.as_str());
                     !product || layers.precision == kind
                 }));
-                // Norms and softmax stay in FP32.
+                // Normalizations and softmax stay in FP32.
                 let precise = |kind: &str| ["SOFTMAX", "NORMALIZATION"].contains(&kind);
                 let mut layers = engine.layers.iter().filter(|layers| precise(&layers.kind));
                 assert!(layers.all(|layers| layers.precision == "FLOAT"), "{:?}", engine.layers);
@@ -71,7 +71,7 @@ fn engines_of_every_precision_for_one_and_for_two_targets() {
     }
     let json: Value = serde_json::from_str(&place.run("eqim-export inspect bundle --json").succeeded().stdout).unwrap();
     assert_eq!(json["engines"]["engines"]["encoder"]["precision"], "bf16");
-    // A bundle with engines can be exported anew: they go with it.
+    // Another export to a bundle with engines removes the engines.
     place
         .run("eqim-export onnx --generator generator.pth --tokenizer tokenizer.ckpt --heads 2 --no-validate -o bundle")
         .succeeded();
@@ -203,7 +203,7 @@ fn lines_that_cannot_be_done_are_refused() {
     place.refused("eqim-export trt --engine half --fp32");
     place.run("eqim-export trt --engine half --fp16 --target sm86 --no-validate").succeeded();
     let set: EngineSet = serde_json::from_slice(&place.read("half/trt/engines.json")).unwrap();
-    // The same precision is the same graph: what is exported is what is built.
+    // At the precision of the bundle, the engines are built from the exported graphs without changes.
     assert!(set.engines.values().all(|engine| engine.graph == engine.lowered));
 }
 
@@ -311,7 +311,7 @@ fn engines_that_are_stale_or_foreign_are_refused() {
     refused();
     place.write("bundle/trt/flow_sampler.engine", engine);
 
-    // Without --backend trt, a stale engine is a warning, and ONNX Runtime runs.
+    // Without `--backend trt`, the run prints a note and uses another backend.
     edit(&place, |sidecar| sidecar["weights"] = "0".repeat(64).into());
     let auto = place.run("eqim-run --engine bundle --tokens 3 -o out.png").succeeded();
     assert!(auto.stderr.contains("engines are not used") && auto.stderr.contains("is stale"), "{}", auto.stderr);

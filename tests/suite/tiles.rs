@@ -1,4 +1,5 @@
-//! Long images in tiles: as close to exact decoding as documented, without seams, and the same file after an interruption.
+//! Long images in tiles: as close to exact decoding as documented, without seams, and the same file after an
+//! interruption.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -46,7 +47,7 @@ fn tiled(engine: &dyn Engine, tiling: Tiling, tokens: &Array2<f32>) -> Array3<f3
     image.mapv(|value: f32| value.clamp(-1.0, 1.0))
 }
 
-/// Mean absolute step from column to column, where tiles fade over each other and elsewhere.
+/// Mean absolute difference between neighbouring columns, where tiles overlap and elsewhere.
 fn gradients(image: &Array3<f32>, shared: impl Fn(usize) -> bool) -> (f32, f32) {
     let step = &image.slice(s![.., .., 1..]) - &image.slice(s![.., .., ..-1]);
     let (mut inside, mut outside) = (vec![], vec![]);
@@ -68,7 +69,7 @@ fn tiles_are_close_to_the_whole_and_have_no_seams() {
     let difference = (&found - &whole).mapv(|value| value.abs() * 127.5);
     let (mean, largest) = (difference.mean().unwrap(), close::largest(&difference));
     println!("of 255: mean {mean}, largest {largest}");
-    // Measured: 0.46 and 1.8 (docs/long.md), on an image that stays one landscape.
+    // Measured: 0.46 and 1.8 (docs/long.md), on an image that shows one landscape along its whole width.
     assert!(mean < 0.7 && largest < 3.0, "mean {mean}, largest {largest}");
     let (step, width) = (tiling.tile - tiling.overlap, engine.config().tokenizer.token_width());
     let shared = |x: usize| x / width >= step && x / width % step < tiling.overlap && x / width < 112 - tiling.overlap;
@@ -144,12 +145,12 @@ fn an_interrupted_run_goes_on_to_the_same_file() {
     assert!(!place.path("killed.png.partial").exists());
 }
 
-/// The limit of a shell on the size of a file ends the run after some tiles of a folder.
+/// A limit of the shell on the size of files stops the run after some tiles of the folder.
 #[cfg(unix)]
 #[test]
 fn a_folder_of_tiles_goes_on() {
     let place = Workplace::with_bundle(&Fixture::open(fixtures()));
-    // Long enough for the tokens to reach the limit before any tile does.
+    // Long enough that the file of tokens reaches the limit before any tile does.
     let line = LINE.replace("--tokens 60", "--tokens 150");
     place.run(&format!("eqim-run {line} whole/")).succeeded();
     let limited = format!("trap '' XFSZ; ulimit -f 4; exec {} {line} part/", program("eqim-run").display());
@@ -166,7 +167,7 @@ fn a_folder_of_tiles_goes_on() {
     }
 }
 
-/// The limit of a shell on the size of files stands for a full disk.
+/// A limit of the shell on the size of files imitates a full disk.
 #[cfg(unix)]
 #[test]
 fn a_disk_that_is_full_keeps_what_is_done() {

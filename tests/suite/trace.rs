@@ -1,4 +1,4 @@
-//! `eqim-run --trace`: pictures of what each token means.
+//! `eqim-run --trace`: pictures of the effect of each token.
 
 use image::RgbImage;
 use serde_json::Value;
@@ -89,7 +89,7 @@ fn a_picture_is_traced_by_the_tokens_of_its_encoder() {
     assert_eq!(place.listing_of("trace/encoded").len(), 4);
     assert_eq!(image(&place, "trace/encoded/0000.png").width(), image(&place, "photo.png").width());
     assert!(image(&place, "trace/generated/0005.png") == image(&place, "image.png"), "frames are not mirrored");
-    // A batch has a folder for each image.
+    // A batch has one folder per image.
     place.run(&format!("{RUN} --class 1,2 -o image.png --trace both")).succeeded();
     assert_eq!(place.listing_of("both"), ["0", "1"]);
     for row in 0..2 {

@@ -1,4 +1,4 @@
-//! Loss curves: a picture of the metrics of a training run.
+//! Loss curves: a plot of the metrics of a training run.
 
 use std::path::Path;
 
@@ -7,11 +7,11 @@ use eqim_cli::chart::{self, Chart, Series};
 
 use crate::metrics::Record;
 
-/// Draws the values of these names over the steps, replacing `path` by a PNG: each as a thin line, and smoothed as a thick
-/// one. What is missing in a record is left out.
+/// Plots the metrics `names` over the steps and writes the plot to `path` as a PNG. Each metric has a thin line for its
+/// values and a thick line for the smoothed values. Records without a value of a metric are skipped.
 ///
 /// # Errors
-/// Those of [`chart::draw`].
+/// The errors of [`chart::draw`].
 pub fn draw(path: &Path, title: &str, records: &[Record], names: &[&str]) -> Result<()> {
     let y = if let [name] = names { name } else { "value" };
     let series = names.iter().map(|name| series(records, name)).collect();

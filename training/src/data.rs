@@ -1,4 +1,4 @@
-//! Photographs to train on: found in folders, decoded ahead, cut into crops.
+//! Training photographs: finding them in folders, decoding them ahead of time, and cutting crops.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -17,61 +17,63 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
-/// What random numbers are for: each purpose has its own, so that none depends on how many another took.
+/// Purpose of random numbers. Each purpose has its own stream, so that its numbers do not depend on how many numbers
+/// are drawn for other purposes.
 #[derive(Clone, Copy, Debug)]
 pub enum Purpose {
-    /// Weights to start from.
+    /// Initial weights.
     Initial,
-    /// Photographs for validation.
+    /// Choice of the validation photographs.
     Split,
-    /// The order of photographs in an epoch.
+    /// Order of the photographs in an epoch.
     Order,
     /// Crops.
     Crop,
     /// Samples of the tokenizer's posterior.
     Posterior,
-    /// Labels that are dropped, and positions.
+    /// Dropped labels, and positions of the first token.
     Labels,
-    /// Noise and times of the flow.
+    /// Noise and times of flow matching.
     Flow,
     /// Dropout.
     Dropout,
 }
 
-/// The random numbers of a step: a function of these three alone, so that a run that is resumed needs no state of them.
+/// The random number generator of a step. It depends on the arguments only, so that a resumed run needs no saved state.
 pub fn randomness(seed: u64, purpose: Purpose, step: usize) -> ChaCha8Rng {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     random.set_stream(((purpose as u64) << 48) | step as u64);
     random
 }
 
-/// A photograph that can be trained on.
+/// A usable photograph.
 #[derive(Clone, Debug)]
 pub struct Photo {
-    /// Its file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// Its place among the [classes](Photos::classes).
+    /// Index of the class in [`Photos::classes`].
     pub class: usize,
 }
 
 /// The photographs of a folder.
 #[derive(Clone, Debug)]
 pub struct Photos {
-    /// Names of the sub-folders, sorted; a single empty name where photographs lie in the folder itself.
+    /// Names of the subfolders, sorted; a single empty name if the photographs lie in the folder itself.
     pub classes: Vec<String>,
     /// The photographs, sorted by class and path.
     pub photos: Vec<Photo>,
-    /// Pictures that cannot be used, and why.
+    /// Pictures that cannot be used, with the reason.
     pub skipped: Vec<(PathBuf, String)>,
 }
 
 impl Photos {
-    /// Looks through `folder`, whose sub-folders are the classes, for PNGs and JPEGs at least `height` pixels high, and
-    /// `width` wide when scaled to that height. Others of them are skipped with a reason; other files and hidden ones
-    /// are passed over.
+    /// Finds the PNGs and JPEGs in `folder`, whose subfolders are the classes. A picture has to be at least `height`
+    /// pixels high and, after scaling to that height, at least `width` pixels wide. Other pictures are skipped with a
+    /// reason. Hidden files and files of other types are ignored.
     ///
     /// # Errors
-    /// [`Error::input`] when the folder cannot be read or has no such picture.
+    /// [`Error::input`] if the folder cannot be read or has no usable picture, or if a picture lies next to the
+    /// subfolders.
     pub fn open(folder: &Path, height: usize, width: usize) -> Result<Self> {
         let Classes { names, pictures } = classes(folder)?;
         let loose = pictures.iter().find(|(_, class)| class.is_none());
@@ -100,10 +102,11 @@ impl Photos {
         Ok(photos)
     }
 
-    /// Holds out `count` photographs, drawn by `seed`: those to train on, and those held out.
+    /// Holds out `count` photographs, chosen at random from `seed`. Returns the photographs to train on and the
+    /// held-out photographs.
     ///
     /// # Errors
-    /// [`Error::input`] when none would be left to train on.
+    /// [`Error::input`] if no photograph would be left to train on.
     pub fn split(self, count: usize, seed: u64) -> Result<(Self, Self)> {
         if count >= self.photos.len() {
             let problem =
@@ -120,7 +123,7 @@ impl Photos {
         Ok((with(part(false)), with(part(true))))
     }
 
-    /// A hash of the photographs' names and classes, in order.
+    /// Hash of the file names and classes of the photographs, in order.
     pub fn fingerprint(&self) -> String {
         let mut hash = Hash::default();
         for Photo { path, class } in &self.photos {
@@ -131,7 +134,7 @@ impl Photos {
     }
 }
 
-/// Whether a picture can be decoded and is large enough.
+/// Checks that a picture can be decoded and is large enough.
 fn check(path: &Path, (height, width): (usize, usize)) -> Result<()> {
     let (found_width, found_height) = picture::load(path)?.dimensions();
     let scaled = (f64::from(found_width) * height as f64 / f64::from(found_height)).round() as usize;
@@ -145,21 +148,21 @@ fn check(path: &Path, (height, width): (usize, usize)) -> Result<()> {
     Ok(())
 }
 
-/// How crops are drawn.
+/// Settings of random crops.
 #[derive(Clone, Copy, Debug)]
 pub struct Crops {
-    /// Height in pixels.
+    /// Height of a crop in pixels.
     pub height: usize,
-    /// Width in pixels.
+    /// Width of a crop in pixels.
     pub width: usize,
-    /// Pictures are scaled to between 1 and this many times `height` before, as far as their own pixels reach.
+    /// Before cropping, pictures are scaled to between 1 and this many times `height`, but not above their own height.
     pub largest_scale: f64,
-    /// Whether half of the crops are mirrored.
+    /// Whether crops are mirrored horizontally with a probability of 0.5.
     pub flip: bool,
 }
 
 impl Crops {
-    /// Draws a crop of a picture, `[3, height, width]` in -1..1.
+    /// Cuts a random crop of a picture, `[3, height, width]` in -1..1.
     pub fn draw(&self, picture: &RgbImage, random: &mut impl Rng) -> Array3<f32> {
         let height = self.window_height(picture, random);
         let width = self.width as f64 * height / self.height as f64;
@@ -168,8 +171,8 @@ impl Crops {
         self.cut(picture, (left, width), height as u32, self.width, random)
     }
 
-    /// Draws a view of a picture as wide as the picture, `[3, height, any width]` in -1..1: a whole number of times
-    /// `multiple` wide, beginning somewhere in its first `multiple` pixels.
+    /// Cuts a random view that covers nearly the whole width of a picture, `[3, height, any width]` in -1..1. The width
+    /// is a multiple of `multiple`, and the view starts within the first `multiple` pixels of the scaled picture.
     pub fn draw_wide(&self, picture: &RgbImage, multiple: usize, random: &mut impl Rng) -> Array3<f32> {
         let height = self.window_height(picture, random);
         let scale = height / self.height as f64;
@@ -181,7 +184,7 @@ impl Crops {
         self.cut(picture, (left, taken), height as u32, width, random)
     }
 
-    /// Height of a window, in the picture's own pixels.
+    /// Random height of the window to cut, in pixels of the picture.
     fn window_height(&self, picture: &RgbImage, random: &mut impl Rng) -> f64 {
         let whole = f64::from(picture.height());
         let largest = self.largest_scale.min(whole / self.height as f64).max(1.0);
@@ -207,16 +210,17 @@ impl Crops {
     }
 }
 
-/// Crops of some photographs.
+/// A batch of crops.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// `[batch, 3, height, width]` in -1..1.
+    /// Images, `[batch, 3, height, width]` in -1..1.
     pub images: Array4<f32>,
-    /// The photographs' classes, `[batch]`.
+    /// Class indices of the photographs, `[batch]`.
     pub labels: Vec<usize>,
 }
 
-/// Which of `count` photographs make up the batch of `step`: batches go through epochs in turn, each a permutation.
+/// Indices of the photographs in the batch of `step`, out of `count` photographs. Successive batches run through
+/// epochs, and each epoch is a permutation of all photographs.
 pub fn order(seed: u64, count: usize, batch: usize, step: usize) -> Vec<usize> {
     let mut epoch = (usize::MAX, vec![]);
     let mut at = |place: usize| {
@@ -230,12 +234,12 @@ pub fn order(seed: u64, count: usize, batch: usize, step: usize) -> Vec<usize> {
     (step * batch..(step + 1) * batch).map(&mut at).collect()
 }
 
-// Decoded pictures that are kept, in bytes.
+// Largest total size of the cached pictures, in bytes.
 const KEPT: usize = 512 << 20;
-// Batches that wait to be trained on.
+// Largest number of batches in the queue.
 const AHEAD: usize = 2;
 
-/// Makes batches on a thread of its own, a few steps ahead.
+/// Prepares batches on a separate thread, a few steps ahead.
 #[derive(Debug)]
 pub struct Ahead {
     batches: Option<Receiver<Result<Batch>>>,
@@ -243,10 +247,10 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// Makes the batches of `steps`, `batch` crops each.
+    /// Starts preparing the batches of `steps`, with `batch` crops each.
     ///
     /// # Errors
-    /// [`Error::run`] when no thread can be had.
+    /// [`Error::run`] if the thread cannot be started.
     pub fn start(photos: Photos, crops: Crops, batch: usize, seed: u64, steps: Range<usize>) -> Result<Self> {
         let (sender, receiver) = sync_channel(AHEAD);
         let work = move || {
@@ -264,10 +268,10 @@ impl Ahead {
         Ok(Self { batches: Some(receiver), thread: Some(thread) })
     }
 
-    /// The next step's batch.
+    /// The batch of the next step.
     ///
     /// # Errors
-    /// [`Error::input`] for a photograph that cannot be read any more; [`Error::run`] when all steps are done.
+    /// [`Error::input`] if a photograph can no longer be read; [`Error::run`] if all steps are done.
     pub fn next_batch(&mut self) -> Result<Batch> {
         let batch = self.batches.as_ref().and_then(|batches| batches.recv().ok());
         batch.unwrap_or_else(|| Err(Error::run("decoding", "has no more batches")))
@@ -276,7 +280,7 @@ impl Ahead {
 
 impl Drop for Ahead {
     fn drop(&mut self) {
-        // The thread ends when it finds that nobody receives.
+        // The thread ends because it can no longer send.
         self.batches = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -297,7 +301,7 @@ fn make(photos: &Photos, decoded: &mut Decoded, crops: Crops, batch: usize, seed
     Ok(Batch { images, labels })
 }
 
-/// Decoded pictures, as many as fit.
+/// Cache of decoded pictures, up to `KEPT` bytes.
 #[derive(Debug, Default)]
 struct Decoded {
     pictures: HashMap<PathBuf, RgbImage>,
@@ -325,7 +329,7 @@ mod tests {
 
     use super::*;
 
-    /// A folder with a class of pictures whose brightness tells them apart.
+    /// A folder with one class of pictures that differ in their red channel.
     fn photos(count: u8) -> (tempfile::TempDir, Photos) {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir(folder.path().join("class")).unwrap();
@@ -364,7 +368,7 @@ mod tests {
         let mut later = start(4);
         assert_eq!(later.next_batch().unwrap().images, batches[4].images);
         assert_ne!(batches[4].images, batches[5].images);
-        // Dropped before its end, which does not hang.
+        // Dropping it before the last batch does not hang.
         drop(start(0));
     }
 

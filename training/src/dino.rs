@@ -1,5 +1,5 @@
-//! Semantic features of images by DINOv2 (Oquab et al. 2023), for who has its weights: the reference's semantic decoder
-//! learns to predict them (`tokenizer/modules/losses/contperceptual.py`).
+//! Semantic features of images from DINOv2 (Oquab et al. 2023), if its weights are given. The semantic decoder of the
+//! reference learns to predict them (`tokenizer/modules/losses/contperceptual.py`).
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use eqim::{Error, Result};
 #[derive(Debug)]
 pub struct Dino {
     class: Tensor,
-    /// `[1, width, side, side]`.
+    /// Position embeddings of the patches, `[1, width, side, side]`.
     positions: Tensor,
     class_position: Tensor,
     patch: (Tensor, Tensor),
@@ -28,17 +28,17 @@ struct Block {
     scales: [Tensor; 2],
 }
 
-// Mean and deviation of ImageNet's channels, in 0..1.
+// Mean and standard deviation of the ImageNet channels, for values in 0..1.
 const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
 const DEVIATION: [f32; 3] = [0.229, 0.224, 0.225];
 const HEAD: usize = 64;
 const EPS: f64 = 1e-6;
 
 impl Dino {
-    /// Reads the weights, to `device`, under the names of the `state_dict` of `facebookresearch/dinov2`.
+    /// Reads the weights to `device`. The tensors have the names of the `state_dict` of `facebookresearch/dinov2`.
     ///
     /// # Errors
-    /// [`Error::input`] naming the tensor that is missing or misshapen.
+    /// [`Error::input`] naming the tensor that is missing or has a wrong shape.
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
         let mut file = Reader { file: TensorFile::open(path)?, device };
         let class = file.tensor("cls_token", 3)?;
@@ -70,11 +70,11 @@ impl Dino {
         self.class.dims()[2]
     }
 
-    /// Features `[batch, width, rows, columns]` of images `[batch, 3, height, width]` in -1..1, scaled so that each of
-    /// `rows` × `columns` cells becomes a patch.
+    /// Features `[batch, width, rows, columns]` of images `[batch, 3, height, width]` in -1..1. The images are scaled
+    /// so that each of the `rows` × `columns` cells becomes one patch.
     ///
     /// # Errors
-    /// When the shapes do not fit.
+    /// If the shapes do not match.
     pub fn features(&self, image: &Tensor, rows: usize, columns: usize) -> Result<Tensor> {
         let patch = self.patch.0.dim(2)?;
         let channels = |values: [f32; 3]| Tensor::from_slice(&values, (1, 3, 1, 1), image.device());
@@ -94,7 +94,7 @@ impl Dino {
     }
 }
 
-/// A file of weights.
+/// Reads weights from a file to a device.
 struct Reader<'a> {
     file: TensorFile,
     device: &'a Device,
@@ -110,7 +110,7 @@ impl Reader<'_> {
         Ok(tensor)
     }
 
-    /// A weight and its bias.
+    /// Reads a weight and its bias.
     fn pair(&mut self, name: &str, rank: usize) -> Result<(Tensor, Tensor)> {
         Ok((self.tensor(&format!("{name}.weight"), rank)?, self.tensor(&format!("{name}.bias"), 1)?))
     }
@@ -158,12 +158,12 @@ fn layer_norm(x: &Tensor, (weight, bias): &(Tensor, Tensor)) -> Result<Tensor> {
     Ok(x.broadcast_div(&deviation)?.broadcast_mul(weight)?.broadcast_add(bias)?)
 }
 
-/// Bicubic interpolation, in PyTorch's two kinds.
+/// Kernel of bicubic interpolation, in the two variants of PyTorch.
 #[derive(Clone, Copy)]
 struct Kernel {
-    /// The cubic's free parameter.
+    /// Free parameter of the cubic.
     a: f64,
-    /// Whether shrinking widens the kernel.
+    /// Whether downscaling widens the kernel.
     antialias: bool,
 }
 
@@ -171,8 +171,8 @@ impl Kernel {
     const PYTORCH: Self = Self { a: -0.75, antialias: false };
     const ANTIALIASED: Self = Self { a: -0.5, antialias: true };
 
-    /// The matrix `[output, input]` that resizes an axis, `align_corners` off; borders are repeated, or left out where
-    /// antialiased.
+    /// The matrix `[output, input]` that resizes an axis, with `align_corners` off. Positions outside the input take
+    /// the border value; with antialiasing they are skipped.
     fn matrix(self, input: usize, output: usize) -> Vec<f32> {
         let scale = input as f64 / output as f64;
         let widened = if self.antialias { scale.max(1.0) } else { 1.0 };
@@ -192,7 +192,7 @@ impl Kernel {
         matrix
     }
 
-    /// Keys' cubic convolution kernel (1981).
+    /// The cubic convolution kernel of Keys (1981).
     fn weight(self, x: f64) -> f64 {
         let (a, x) = (self.a, x.abs());
         match x {
@@ -215,7 +215,7 @@ mod tests {
 
     use super::*;
 
-    /// What timm's `vit` computes with the same weights: `tests/fixtures/make_dino.py` made it.
+    /// The expected features come from timm with the same weights (`tests/fixtures/make_dino.py`).
     #[test]
     fn features_are_those_of_pytorch() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");

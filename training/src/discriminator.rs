@@ -1,6 +1,6 @@
-//! An optional discriminator of patches (PatchGAN, Isola et al., CVPR 2017; reference:
-//! `tokenizer/modules/discriminator/model.py`), with group normalization where that has batch normalization: batches are
-//! small, and their statistics would have to be kept.
+//! An optional patch discriminator (PatchGAN, Isola et al., CVPR 2017; reference:
+//! `tokenizer/modules/discriminator/model.py`). It has group normalization instead of the batch normalization of the
+//! reference, because batches are small and running statistics would have to be stored.
 
 use candle_core::{DType, Device, Tensor};
 use eqim::Result;
@@ -12,18 +12,18 @@ use crate::initial::normal;
 const KERNEL: usize = 4;
 const GROUPS: usize = 32;
 const EPS: f64 = 1e-5;
-// Slope of the leaky rectifier below 0.
+// Slope of the leaky ReLU below 0.
 const SLOPE: f64 = 0.2;
-// Deviation of the first weights.
+// Standard deviation of the initial weights.
 const DEVIATION: f32 = 0.02;
 
 /// Output channels and stride of each convolution.
 const LAYERS: [(usize, usize); 5] = [(64, 2), (128, 2), (256, 2), (512, 1), (1, 1)];
 
-/// Weights to start from, by name.
+/// Initial weights, by name.
 ///
 /// # Errors
-/// When Candle refuses.
+/// If a Candle operation fails.
 pub fn initial(random: &mut impl Rng) -> Result<Vec<(String, Tensor)>> {
     let (mut weights, mut input) = (vec![], 3);
     for (layer, (output, _)) in LAYERS.into_iter().enumerate() {
@@ -41,15 +41,16 @@ pub fn initial(random: &mut impl Rng) -> Result<Vec<(String, Tensor)>> {
     Ok(weights)
 }
 
-/// Neither the first nor the last layer is.
+/// Whether a layer has normalization: all except the first and the last.
 fn normalized(layer: usize) -> bool {
     (1..LAYERS.len() - 1).contains(&layer)
 }
 
-/// Logits `[batch, 1, rows, columns]` of overlapping patches of images `[batch, 3, height, width]`: large for real ones.
+/// Logits `[batch, 1, rows, columns]` of overlapping patches of images `[batch, 3, height, width]`; they are large for
+/// real images.
 ///
 /// # Errors
-/// When an image is smaller than a patch.
+/// If an image is smaller than a patch.
 pub fn logits(weights: &Weights, image: &Tensor) -> Result<Tensor> {
     let (mut x, mut input) = (image.clone(), 3);
     for (layer, (output, stride)) in LAYERS.into_iter().enumerate() {
@@ -76,10 +77,11 @@ fn group_norm(x: &Tensor) -> Result<Tensor> {
     Ok(centered.broadcast_div(&deviation)?.reshape(x.shape())?)
 }
 
-/// The discriminator's hinge loss (Lim & Ye 2017; reference: `hinge_d_loss`) of logits of real and of made images.
+/// Hinge loss of the discriminator (Lim & Ye 2017; reference: `hinge_d_loss`) for the logits of real images and of
+/// reconstructions (`made`).
 ///
 /// # Errors
-/// When Candle refuses.
+/// If a Candle operation fails.
 pub fn hinge(real: &Tensor, made: &Tensor) -> Result<Tensor> {
     let real = real.affine(-1.0, 1.0)?.relu()?.mean_all()?;
     let made = made.affine(1.0, 1.0)?.relu()?.mean_all()?;

@@ -38,35 +38,35 @@ pub struct GeneratorTask {
     held_out: Latents,
 }
 
-/// Everything that a step's loss depends on beside the weights.
+/// All inputs of the loss of a step, except the weights.
 pub struct StepInputs {
-    /// Data, `[batch, tokens, E]`.
+    /// Tokens of the photographs, `[batch, tokens, E]`.
     pub tokens: Tensor,
-    /// Labels, `[batch]`; dropped ones are `class_num`.
+    /// Class labels, `[batch]`; a dropped label is `class_num`.
     pub labels: Tensor,
-    /// The first token's position.
+    /// Position of the first token.
     pub shift: usize,
-    /// `[copies, batch, tokens, E]`, every copy of a token with its own.
+    /// Noise, `[copies, batch, tokens, E]`; every copy of a token has its own noise.
     pub noise: Tensor,
     /// Times in 0..1, `[copies, batch, tokens]`.
     pub times: Tensor,
-    /// How the model runs otherwise while it is trained.
+    /// Dropout and data type of products in training; `None` in validation.
     pub training: Option<Training>,
 }
 
-// Rows of a batch that one core works on at a time: fixed, so that sums do not depend on the number of cores.
+// Rows per shard of a batch. The number is fixed, so that sums do not depend on the number of cores.
 const SHARD: usize = 8;
-// Euler steps and guidance of the pictures made on the way.
+// Euler steps and guidance scale of the sample pictures.
 const PREVIEW_STEPS: usize = 25;
 const PREVIEW_CFG: f32 = 2.0;
-// Batches that the validation loss is the mean of.
+// Number of batches over which the validation loss is averaged.
 const VALIDATION_BATCHES: usize = 4;
 
-/// Flow matching's mean squared error of the velocity, a scalar: `z_t = t·noise + (1-t)·token`, whose velocity is
-/// `noise - token` (reference: `diffusion/flows.py`, `RectifiedFlow.get_train_tuple`).
+/// Flow matching loss, a scalar: the mean squared error of the predicted velocity at `z_t = t·noise + (1-t)·token`,
+/// where the true velocity is `noise - token` (reference: `diffusion/flows.py`, `RectifiedFlow.get_train_tuple`).
 ///
 /// # Errors
-/// When the shapes do not fit.
+/// If the shapes do not match.
 pub fn loss(config: &GeneratorConfig, weights: &Weights, inputs: &StepInputs) -> Result<Tensor> {
     let (batch, n, embed) = inputs.tokens.dims3()?;
     let copies = inputs.noise.dim(0)?;
@@ -87,17 +87,17 @@ pub fn loss(config: &GeneratorConfig, weights: &Weights, inputs: &StepInputs) ->
     Ok((found - velocity)?.sqr()?.mean_all()?)
 }
 
-/// Whether AdamW's weight decay applies (reference: `util/misc.py`, `add_weight_decay`): to no bias, no other vector and
-/// nothing of the flow head.
+/// Whether AdamW's weight decay applies to a parameter (reference: `util/misc.py`, `add_weight_decay`). It does not
+/// apply to biases, other vectors, and the parameters of the flow head.
 pub fn decays(name: &str, axes: usize) -> bool {
     axes > 1 && !name.starts_with("diffloss.")
 }
 
 impl GeneratorTask {
-    /// A generator with random weights, over latents that are computed into `cache` first.
+    /// A generator with random weights. The latents of the photographs are computed first and stored in `cache`.
     ///
     /// # Errors
-    /// [`eqim::Error::input`] when the photographs or the recipe do not fit the tokenizer.
+    /// [`eqim::Error::input`] if the photographs or the recipe do not fit the tokenizer.
     pub fn new(
         mut recipe: GeneratorRecipe,
         posterior_std: f64,
@@ -119,7 +119,7 @@ impl GeneratorTask {
         let open = |photos: &Photos| Latents::open(cache, &encoder, photos, crops, recipe.views, plan.seed);
         let (training, held_out) = (open(&training)?, open(&held_out)?);
         recipe.model.class_num = classes.len();
-        // A folder that no command line could name is known by its number, and so are all then.
+        // If one folder name is not valid as a class name, no class has a name, only a number.
         let named = classes.iter().all(|name| is_class_name(name));
         recipe.model.class_names = if named { classes.clone() } else { vec![] };
         recipe.model.embed = encoder.config.embed;
@@ -132,12 +132,12 @@ impl GeneratorTask {
         Ok(Self { recipe, learner, encoder, posterior_std, device, classes, fingerprint, training, held_out })
     }
 
-    /// The number and names of classes.
+    /// Names of the classes.
     pub fn classes(&self) -> &[String] {
         &self.classes
     }
 
-    /// Draws a batch of `latents`.
+    /// Draws the inputs of a step from `latents`.
     fn draw(&self, latents: &Latents, step: usize, training: bool) -> Result<StepInputs> {
         let GeneratorRecipe { model, plan, .. } = &self.recipe;
         let (batch, n, embed) = (plan.batch_size, plan.tokens, model.embed);
@@ -173,7 +173,7 @@ impl GeneratorTask {
         })
     }
 
-    /// A model of the averaged weights and the tokenizer.
+    /// An engine with the averaged weights of the generator and with the tokenizer.
     fn engine(&self) -> Result<CandleEngine> {
         let mut weights = self.encoder.weights.clone();
         for (name, tensor) in self.learner.average()?.to_device(&Device::Cpu)?.iter() {
@@ -184,17 +184,17 @@ impl GeneratorTask {
     }
 }
 
-/// A time in (0, 1] of a uniform draw (reference: `RectifiedFlow.get_train_tuple`).
+/// Maps a uniform random number to a time in (0, 1] (reference: `RectifiedFlow.get_train_tuple`).
 pub fn time(uniform: f32) -> f32 {
     const LEAST: f32 = 1e-5;
     uniform * (1.0 - LEAST) + LEAST
 }
 
 impl StepInputs {
-    /// The batch in parts, each with its share of the batch.
+    /// Splits the batch into shards. Each shard comes with its fraction of the batch.
     ///
     /// # Errors
-    /// When Candle refuses.
+    /// If a Candle operation fails.
     pub fn shards(mut self) -> Result<Vec<(f64, Self)>> {
         let batch = self.tokens.dim(0)?;
         let mut shards = vec![];

@@ -1,4 +1,4 @@
-//! The reference's random weights to start from.
+//! Random initial weights.
 
 use candle_core::{Device, Tensor};
 use eqim::Result;
@@ -7,23 +7,24 @@ use rand_distr::{Distribution, StandardNormal};
 
 use crate::data::{Purpose, randomness};
 
-/// How a tensor starts.
+/// Initial values of a tensor.
 enum Start {
     Constant(f32),
-    /// Normal, with this standard deviation.
+    /// Normal distribution with mean 0 and this standard deviation.
     Normal(f32),
-    /// Uniform between plus and minus this.
+    /// Uniform distribution between minus and plus this value.
     Uniform(f32),
-    /// Of `[output, input, 3]`, at the center tap: the identity, or `min(output, input)` orthonormal vectors, the same for
-    /// a shape and its transpose.
+    /// For weights `[output, input, 3]`: at the center tap the identity, or `min(output, input)` orthonormal vectors
+    /// that are the same for a shape and its transpose; 0 at the other taps.
     Orthogonal,
 }
 
-// Standard deviation of embeddings.
+// Standard deviation of the initial embeddings.
 const EMBEDDING: f32 = 0.02;
 
-/// Weights of the generator (reference: `initialize_weights` in `equ_modeling.py` and `diffloss.py`): Xavier's uniform
-/// for products, so that layers keep the variance; nothing at first from the flow head's modulations and last layer.
+/// Initial weights of the generator (reference: `initialize_weights` in `equ_modeling.py` and `diffloss.py`). Linear
+/// layers have the Xavier uniform initialization, which keeps the variance. The modulations and the last layer of the
+/// flow head start at 0.
 fn generator(name: &str, shape: &[usize]) -> Start {
     let zero = ["adaLN_modulation.1.", "final_layer.linear."].iter().any(|part| name.contains(part));
     let embedding = ["class_emb.weight", "fake_latent", "encoder_pos_embed_learned"].contains(&name);
@@ -36,10 +37,11 @@ fn generator(name: &str, shape: &[usize]) -> Start {
     }
 }
 
-/// Weights of the tokenizer. The reference leaves PyTorch's own, which take long to let an image through so many layers.
-/// With few steps to learn in, the way through the shortcuts alone is the better start: layers that keep the variance,
-/// nothing from the last layer of every residual branch (Goyal et al. 2017), and orthogonal maps at the center of the
-/// row's convolutions (Xiao et al. 2018), the decoder's the transpose of the encoder's.
+/// Initial weights of the tokenizer. The reference keeps PyTorch's default initialization, with which a network of this
+/// depth needs many steps until it passes an image through. A short training works better if at first only the residual
+/// shortcuts pass the signal. Therefore the layers keep the variance, and the last layer of every residual branch
+/// starts at 0 (Goyal et al. 2017). The 1-D convolutions along the row of tokens are orthogonal at the center tap (Xiao
+/// et al. 2018), and the matrix of the decoder is the transpose of the matrix of the encoder.
 fn tokenizer(name: &str, shape: &[usize]) -> Start {
     let branch = [".conv2.", ".proj_out.", ".conv.conv."].iter().any(|part| name.contains(part));
     match shape {
@@ -51,18 +53,18 @@ fn tokenizer(name: &str, shape: &[usize]) -> Start {
     }
 }
 
-/// Draws the generator's weights of these names and shapes.
+/// Random initial weights of the generator for these names and shapes.
 ///
 /// # Errors
-/// When Candle refuses.
+/// If a Candle operation fails.
 pub fn generator_weights(parameters: &[(String, Vec<usize>)], seed: u64) -> Result<Vec<(String, Tensor)>> {
     draw(parameters, seed, generator)
 }
 
-/// Draws the tokenizer's weights of these names and shapes.
+/// Random initial weights of the tokenizer for these names and shapes.
 ///
 /// # Errors
-/// When Candle refuses.
+/// If a Candle operation fails.
 pub fn tokenizer_weights(parameters: &[(String, Vec<usize>)], seed: u64) -> Result<Vec<(String, Tensor)>> {
     draw(parameters, seed, tokenizer)
 }
@@ -97,7 +99,7 @@ fn orthogonal(shape: &[usize], seed: u64) -> Vec<f32> {
             true => (0..length).map(|place| if place == vectors.len() { 1.0 } else { 0.0 }).collect(),
             false => normal(&mut random, length),
         };
-        // Gram-Schmidt, twice against what rounding leaves.
+        // Gram-Schmidt; the second pass removes the rounding errors of the first.
         for other in vectors.iter().chain(&vectors) {
             let along: f32 = vector.iter().zip(other).map(|(a, b)| a * b).sum();
             vector.iter_mut().zip(other).for_each(|(value, other)| *value -= along * other);
@@ -114,7 +116,7 @@ fn orthogonal(shape: &[usize], seed: u64) -> Vec<f32> {
     values
 }
 
-/// Draws from the normal distribution.
+/// Draws `count` numbers from the standard normal distribution.
 pub fn normal(random: &mut impl Rng, count: usize) -> Vec<f32> {
     StandardNormal.sample_iter(random).take(count).collect()
 }

@@ -1,4 +1,4 @@
-//! Latents of photographs, computed once and kept on disk.
+//! Latents of photographs, computed once and cached on disk.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -18,17 +18,17 @@ use rand::Rng;
 
 use crate::data::{Crops, Photo, Photos, Purpose, randomness};
 
-/// A tokenizer that is used, not trained.
+/// A trained tokenizer that encodes the photographs.
 pub struct Encoder {
-    /// Its sizes.
+    /// Sizes of the tokenizer.
     pub config: TokenizerConfig,
-    /// Its weights.
+    /// Weights of the tokenizer.
     pub weights: Weights,
-    /// A hash of its weights' file.
+    /// Hash of the file of the weights.
     pub hash: String,
 }
 
-/// The latents of some photographs: of each, several views as wide as the photograph.
+/// The latents of several views of each photograph. A view is nearly as wide as the photograph.
 #[derive(Debug)]
 pub struct Latents {
     views: Vec<PhotoViews>,
@@ -38,15 +38,15 @@ pub struct Latents {
 struct PhotoViews {
     file: PathBuf,
     class: usize,
-    /// Tokens of each view.
+    /// Number of tokens of each view.
     lengths: Vec<usize>,
 }
 
 impl Latents {
-    /// Encodes `views` views of every photograph into `folder`, or takes those that an earlier run left there.
+    /// Encodes `views` views of every photograph into `folder`, or reuses the files that an earlier run wrote there.
     ///
     /// # Errors
-    /// [`Error::input`] for a photograph that cannot be read any more; [`Error::run`] when the folder cannot be written.
+    /// [`Error::input`] if a photograph can no longer be read; [`Error::run`] if the folder cannot be written.
     pub fn open(
         folder: &Path,
         encoder: &Encoder,
@@ -77,10 +77,10 @@ impl Latents {
         Ok(Self { views: all })
     }
 
-    /// The standard deviation of all latents, were they sampled from posteriors of standard deviation `posterior`.
+    /// Standard deviation of all latents if they are sampled from posteriors with the standard deviation `posterior`.
     ///
     /// # Errors
-    /// [`Error::input`] when a file cannot be read.
+    /// [`Error::input`] if a file cannot be read.
     pub fn deviation(&self, posterior: f64) -> Result<f64> {
         let (mut count, mut sum, mut squares) = (0.0, 0.0, 0.0);
         for photo in &self.views {
@@ -96,25 +96,25 @@ impl Latents {
         Ok((squares / count - mean * mean + posterior * posterior).sqrt())
     }
 
-    /// Photographs.
+    /// Number of photographs.
     pub fn len(&self) -> usize {
         self.views.len()
     }
 
-    /// Whether there are none.
+    /// Whether there are no photographs.
     pub fn is_empty(&self) -> bool {
         self.views.is_empty()
     }
 
-    /// The class of a photograph.
+    /// Index of the class of a photograph.
     pub fn class(&self, photo: usize) -> usize {
         self.views[photo].class
     }
 
-    /// Draws `tokens` neighbouring tokens, `[tokens, E]`, of a photograph's latents.
+    /// Draws `tokens` adjacent tokens, `[tokens, E]`, from a random view of a photograph.
     ///
     /// # Errors
-    /// [`Error::input`] when its file cannot be read any more.
+    /// [`Error::input`] if the file can no longer be read.
     pub fn draw(&self, photo: usize, tokens: usize, random: &mut impl Rng) -> Result<Tensor> {
         let PhotoViews { file, lengths, .. } = &self.views[photo];
         let view = random.random_range(0..lengths.len());
@@ -127,7 +127,7 @@ fn name(view: usize) -> String {
     format!("view.{view}")
 }
 
-/// A name that depends on all that the latents do.
+/// Name of the cache file: a hash of everything that the latents depend on.
 fn key(encoder: &Encoder, photo: &Photo, crops: Crops, views: usize, seed: u64) -> Result<String> {
     let mut hash = Hash::default();
     hash.add(format!("{} {crops:?} {views} {seed} ", encoder.hash));

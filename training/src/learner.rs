@@ -1,4 +1,4 @@
-//! Parameters that are trained, and what their optimizer keeps of them.
+//! Trained parameters and the state of their optimizer.
 
 use std::collections::BTreeMap;
 
@@ -8,13 +8,13 @@ use eqim::weights::Weights;
 use eqim::{Error, Result};
 use rayon::prelude::*;
 
-/// Gradients by the name of their parameter.
+/// Gradients by parameter name.
 pub type Gradients = BTreeMap<String, Tensor>;
 
-/// Numbers that a step reports, by name.
+/// Metrics of a step, by name.
 pub type Measures = BTreeMap<String, f64>;
 
-/// Parameters with the optimizer's moments and their exponential moving average.
+/// Parameters with their optimizer moments and their exponential moving average.
 #[derive(Debug)]
 pub struct Learner {
     name: &'static str,
@@ -30,32 +30,32 @@ struct Parameter {
     average: Tensor,
 }
 
-/// How a step of AdamW (Loshchilov & Hutter 2019; PyTorch's `torch.optim.AdamW`) changes the parameters.
+/// Settings of one step of AdamW (Loshchilov & Hutter 2019; PyTorch's `torch.optim.AdamW`).
 pub struct Update<'a> {
-    /// The step's learning rate.
+    /// Learning rate of the step.
     pub learning_rate: f64,
     /// Decay rates of the moments.
     pub betas: [f64; 2],
-    /// Weight decay of the parameters that `decays` names.
+    /// Weight decay of the parameters for which `decays` is true.
     pub weight_decay: f64,
-    /// Whether a parameter decays, by name and number of axes.
+    /// Whether weight decay applies to a parameter, from its name and number of axes.
     pub decays: &'a (dyn Fn(&str, usize) -> bool + Sync),
-    /// Largest norm of all gradients together; larger ones are scaled down to it.
+    /// Largest global norm of the gradients; gradients with a larger norm are scaled down to it.
     pub clip: Option<f64>,
-    /// How much of the moving average stays.
+    /// Decay rate of the moving average.
     pub average: f64,
 }
 
 const EPS: f64 = 1e-8;
-// As `torch.nn.utils.clip_grad_norm_` has it.
+// As in `torch.nn.utils.clip_grad_norm_`.
 const CLIP_EPS: f64 = 1e-6;
 
 impl Learner {
-    /// A learner of these parameters, on `device`, that has not learned yet. Its `name` tells its tensors from others' in
-    /// a file.
+    /// A learner of these parameters on `device`, before the first update. The tensors of its state have the prefix
+    /// `name`.
     ///
     /// # Errors
-    /// When Candle refuses.
+    /// If a Candle operation fails.
     pub fn new(
         name: &'static str,
         values: impl IntoIterator<Item = (String, Tensor)>,
@@ -71,10 +71,10 @@ impl Learner {
         Ok(Self { name, parameters: values.into_iter().map(parameter).collect::<Result<_>>()?, updates: 0 })
     }
 
-    /// The parameters, for the model to be run and differentiated with.
+    /// The parameters as the weights of a model, tracked for gradients.
     ///
     /// # Errors
-    /// When Candle refuses.
+    /// If a Candle operation fails.
     pub fn weights(&self) -> Result<Weights> {
         let mut weights = Weights::default();
         for (name, parameter) in &self.parameters {
@@ -83,10 +83,10 @@ impl Learner {
         Ok(weights)
     }
 
-    /// The parameters' moving averages.
+    /// The moving averages of the parameters.
     ///
     /// # Errors
-    /// When Candle refuses.
+    /// If a Candle operation fails.
     pub fn average(&self) -> Result<Weights> {
         let mut weights = Weights::default();
         for (name, parameter) in &self.parameters {
@@ -95,11 +95,12 @@ impl Learner {
         Ok(weights)
     }
 
-    /// Differentiates a loss that is the weighted mean over `shards`, on as many cores as there are. Gives the gradients
-    /// and the means of what the shards measured. The result does not depend on the number of cores.
+    /// Differentiates a loss that is the weighted mean over `shards`. On a CPU, the shards run in parallel on all
+    /// cores. Returns the gradients and the weighted means of the metrics of the shards. The result does not depend on
+    /// the number of cores.
     ///
     /// # Errors
-    /// Those of `loss`; when Candle cannot differentiate it.
+    /// The errors of `loss`, or an error if Candle cannot differentiate it.
     pub fn differentiate<T: Sync>(
         &self,
         shards: &[(f64, T)],
@@ -120,7 +121,7 @@ impl Learner {
             Ok((taken, losses.parts.into_iter().map(measure).collect::<Result<Measures>>()?))
         };
         let on_cpu = self.parameters.values().all(|parameter| parameter.value.device().is_cpu());
-        // A GPU is one worker, whose work is queued by one thread.
+        // On a GPU, one thread queues the work of all shards.
         let results: Vec<Result<(Gradients, Measures)>> =
             if on_cpu { shards.par_iter().map(shard).collect() } else { shards.iter().map(shard).collect() };
         let (mut gradients, mut measures) = (Gradients::new(), Measures::new());
@@ -138,10 +139,11 @@ impl Learner {
         Ok((gradients, measures))
     }
 
-    /// Takes a step along `gradients`; parameters without one stay. Gives the gradients' norm before clipping.
+    /// Takes an optimizer step with `gradients`. Parameters without a gradient do not change. Returns the norm of the
+    /// gradients before clipping.
     ///
     /// # Errors
-    /// [`Error::run`] when the norm is not finite, with nothing changed.
+    /// [`Error::run`] if the norm is not finite; the parameters are unchanged then.
     pub fn update(&mut self, gradients: &Gradients, update: &Update) -> Result<f64> {
         let mut squares = 0.0;
         for gradient in gradients.values() {
@@ -182,7 +184,7 @@ impl Learner {
         Ok(norm)
     }
 
-    /// Everything that has to be kept, by names that start with the learner's own.
+    /// All tensors to save in a checkpoint. Their names start with the name of the learner.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let mut tensors = vec![];
         for (name, parameter) in &self.parameters {
@@ -198,10 +200,10 @@ impl Learner {
         tensors
     }
 
-    /// Goes on from a [state](Learner::state) after `updates` updates.
+    /// Restores a [state](Learner::state) that was saved after `updates` updates.
     ///
     /// # Errors
-    /// [`Error::input`] naming the tensor that is missing or has another shape.
+    /// [`Error::input`] naming the tensor that is missing or has a wrong shape.
     pub fn restore(&mut self, file: &mut TensorFile, updates: usize) -> Result<()> {
         let keys: Vec<String> = self.parameters.keys().cloned().collect();
         for name in keys {
@@ -230,10 +232,10 @@ impl Learner {
     }
 }
 
-/// What one shard of a batch loses.
+/// Losses of one shard of a batch.
 pub struct Losses {
-    /// What is differentiated: a scalar.
+    /// The loss to differentiate, a scalar.
     pub total: Tensor,
-    /// Its parts, or other scalars to be reported.
+    /// Terms of the total, or other scalars to report, with their names.
     pub parts: Vec<(&'static str, Tensor)>,
 }

@@ -1,9 +1,9 @@
-//! Training in Candle: the tokenizer and the generator from folders of photographs.
+//! Training of the tokenizer and the generator with Candle, on folders of photographs.
 //!
 //! ```
 //! use eqim_training::recipe::{Base, Recipe};
 //!
-//! // A preset, and a TOML file that changes some of its keys.
+//! // A preset with one key changed by a TOML file.
 //! # let folder = tempfile::tempdir().expect("a folder");
 //! # let path = folder.path().join("recipe.toml");
 //! std::fs::write(&path, "[generator]\nlabel_drop_prob = 0.2\n").expect("a file");

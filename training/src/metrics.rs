@@ -1,4 +1,4 @@
-//! The growing file of what a training run measures: a JSON line for each logged step.
+//! The metrics file of a training run: one JSON line per logged step.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -11,14 +11,14 @@ use serde::{Deserialize, Serialize};
 /// A line of `metrics.jsonl`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// Steps taken.
+    /// Number of steps taken.
     pub step: usize,
-    /// What was measured, by name; a value that was not finite is null.
+    /// Metrics by name; a value that is not finite is null.
     #[serde(flatten)]
     pub values: BTreeMap<String, Option<f64>>,
 }
 
-/// The records of a run and the file that they go to.
+/// The records of a run and their file.
 #[derive(Debug)]
 pub struct Metrics {
     path: PathBuf,
@@ -27,11 +27,11 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Opens the records of a run that goes on after `step` steps (0: a new one). Later ones, which a run that was
-    /// killed wrote after its last checkpoint, are cut off, and so is a last line that is not whole.
+    /// Opens the records of a run that continues after `step` steps (0 for a new run). Later records, which a killed
+    /// run wrote after its last checkpoint, are removed, and so is an incomplete last line.
     ///
     /// # Errors
-    /// [`eqim::Error::input`] naming the line that is no record; [`Error::run`] when the file cannot be written.
+    /// [`eqim::Error::input`] naming a line that is not a record; [`eqim::Error::run`] if the file cannot be written.
     pub fn open(path: &Path, step: usize) -> Result<Self> {
         let bytes = if path.exists() { files::read(path)? } else { vec![] };
         let text = String::from_utf8_lossy(&bytes);
@@ -53,7 +53,7 @@ impl Metrics {
     /// Adds a record to the file.
     ///
     /// # Errors
-    /// [`eqim::Error::run`] when it cannot be written.
+    /// [`eqim::Error::run`] if the file cannot be written.
     pub fn append(&mut self, record: Record) -> Result<()> {
         let text = line(&self.path, &record)?;
         self.file.write_all(text.as_bytes()).or_run(self.path.display())?;

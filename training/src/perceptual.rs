@@ -1,5 +1,5 @@
-//! The learned perceptual distance LPIPS (Zhang et al., CVPR 2018), for who has its weights: the reference trains with it
-//! (`tokenizer/modules/losses/lpips.py`).
+//! The learned perceptual distance LPIPS (Zhang et al., CVPR 2018), used if its weights are given. The reference trains
+//! with it (`tokenizer/modules/losses/lpips.py`).
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::{Error, Result};
 
-/// VGG16 up to its fifth block, and the weights of its features.
+/// VGG16 up to its fifth block, with the LPIPS weights of its features.
 #[derive(Debug)]
 pub struct Lpips {
     blocks: Vec<Block>,
@@ -21,20 +21,22 @@ struct Block {
     weights: Tensor,
 }
 
-// Places of VGG16's convolutions in torchvision's `features`, by block, with their numbers of channels.
+// Blocks of VGG16: number of channels, and indices of the convolutions in torchvision's `features`.
 const BLOCKS: [(usize, &[usize]); 5] =
     [(64, &[0, 2]), (128, &[5, 7]), (256, &[10, 12, 14]), (512, &[17, 19, 21]), (512, &[24, 26, 28])];
-// What the network was trained on: mean and deviation of each channel of images in -1..1.
+// Mean and standard deviation of each channel of the network's training images, in -1..1.
 const SHIFT: [f32; 3] = [-0.030, -0.088, -0.188];
 const SCALE: [f32; 3] = [0.458, 0.448, 0.450];
-// The reference adds 1e-10 to the root, whose slope is infinite where all features are 0; here it stands under it.
+// The reference adds 1e-10 to the square root, whose gradient is infinite if all features are 0. Here it is added under
+// the root.
 const EPS: f64 = 1e-10;
 
 impl Lpips {
-    /// Reads the weights, to `device`: torchvision's `features.{i}.weight` and `.bias` of VGG16 and LPIPS' `lin{k}.model.1.weight`.
+    /// Reads the weights to `device`: `features.{i}.weight` and `.bias` of torchvision's VGG16, and
+    /// `lin{k}.model.1.weight` of LPIPS.
     ///
     /// # Errors
-    /// [`Error::input`] naming the tensor that is missing or misshapen.
+    /// [`Error::input`] naming the tensor that is missing or has a wrong shape.
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
         let mut file = TensorFile::open(path)?;
         let mut read = |name: String, shape: &[usize]| {
@@ -60,11 +62,11 @@ impl Lpips {
         Ok(Self { blocks })
     }
 
-    /// The distance of images from one another, both `[batch, 3, height, width]` in -1..1 and at least 16 pixels on each
-    /// side, as a scalar: the mean over the batch.
+    /// The distance between reconstructions and images, a scalar: the mean over the batch. Both are
+    /// `[batch, 3, height, width]` in -1..1, with at least 16 pixels on each side.
     ///
     /// # Errors
-    /// When the shapes do not fit.
+    /// If the shapes do not match.
     pub fn distance(&self, reconstruction: &Tensor, image: &Tensor) -> Result<Tensor> {
         let channels = |values: [f32; 3]| Tensor::from_slice(&values, (1, 3, 1, 1), image.device());
         let (shift, scale) = (channels(SHIFT)?, channels(SCALE)?);
@@ -90,7 +92,7 @@ impl Block {
     }
 }
 
-/// Features of length 1 at every pixel.
+/// Normalizes the features to length 1 at every pixel.
 fn unit(x: &Tensor) -> Result<Tensor> {
     Ok(x.broadcast_div(&(x.sqr()?.sum_keepdim(1)? + EPS)?.sqrt()?)?)
 }

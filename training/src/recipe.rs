@@ -1,4 +1,4 @@
-//! Everything that a training run can be told: presets, and TOML files that change them.
+//! Settings of a training run: presets, and TOML files that change them.
 
 use std::path::Path;
 
@@ -9,140 +9,141 @@ use eqim::{Config, Error, Result, ResultExt, files};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
-/// Where a recipe starts.
+/// The preset that a recipe starts from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Base {
-    /// Small enough for an hour on two CPU cores.
+    /// A small model that trains in an hour on two CPU cores.
     #[default]
     Demo,
-    /// The published model of 127 M parameters.
+    /// The published model with 127 M parameters.
     Small,
-    /// 296 M parameters.
+    /// The published model with 296 M parameters.
     Base,
-    /// 644 M parameters.
+    /// The published model with 644 M parameters.
     Large,
-    /// 1203 M parameters.
+    /// The published model with 1203 M parameters.
     Huge,
 }
 
-/// How both halves are trained.
+/// Settings for the training of the tokenizer and of the generator.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
-    /// The tokenizer's part.
+    /// Settings of the tokenizer.
     pub tokenizer: TokenizerRecipe,
-    /// The generator's part.
+    /// Settings of the generator.
     pub generator: GeneratorRecipe,
 }
 
-/// How the learning rate goes on after its linear warm-up (reference: `util/lr_sched.py`).
+/// Learning rate schedule after the linear warm-up (reference: `util/lr_sched.py`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Schedule {
-    /// It stays.
+    /// The learning rate stays constant.
     Constant,
-    /// It falls to zero along half a cosine, at the last step.
+    /// The learning rate falls to zero along half a cosine until the last step.
     Cosine,
 }
 
-/// What both halves' training has in common.
+/// Settings that the tokenizer and the generator have in common. Names in parentheses are from the reference.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainingPlan {
-    /// Optimizer steps.
+    /// Number of optimizer steps.
     pub steps: usize,
-    /// Crops, or rows of tokens, of a step (`batch_size`).
+    /// Crops (tokenizer) or rows of tokens (generator) per step (`batch_size`).
     pub batch_size: usize,
     /// Width of a crop in tokens (`token_num`).
     pub tokens: usize,
-    /// Pictures are scaled up to this many times the model's height before a crop is cut out of them.
+    /// Before cropping, pictures are scaled to between 1 and this many times the image height of the model.
     pub largest_scale: f64,
-    /// Whether half of the crops are mirrored.
+    /// Whether crops are mirrored horizontally with a probability of 0.5.
     pub flip: bool,
-    /// Learning rate after warm-up, for a batch of 256 (`blr`); that of the batch is in proportion.
+    /// Learning rate after warm-up for a batch of 256 (`blr`), scaled in proportion to the batch size.
     pub base_learning_rate: f64,
-    /// Steps until the learning rate is reached.
+    /// Number of steps of the linear warm-up.
     pub warmup_steps: usize,
-    /// How it goes on.
+    /// Learning rate schedule after the warm-up.
     pub schedule: Schedule,
-    /// Decay rates of the optimizer's moments.
+    /// Decay rates of the optimizer moments.
     pub betas: [f64; 2],
-    /// Largest norm of the gradients (`grad_clip`); 0 clips nothing.
+    /// Largest norm of the gradients (`grad_clip`); 0 turns clipping off.
     pub clip: f64,
-    /// How much of the weights' moving average stays at each step (`ema_rate`).
+    /// Decay rate of the moving average of the weights (`ema_rate`).
     pub ema: f64,
-    /// Whether products with weights are computed in BF16, from weights and moments in FP32: for GPUs.
+    /// Whether products with weights are computed in BF16, for GPUs. Weights and moments stay in FP32.
     pub bf16: bool,
-    /// Photographs held out for validation.
+    /// Number of photographs held out for validation.
     pub validation: usize,
-    /// Seed of everything random.
+    /// Random seed.
     pub seed: u64,
     /// Steps between two lines of metrics.
     pub log_every: usize,
     /// Steps between two checkpoints.
     pub checkpoint_every: usize,
-    /// Steps between two pictures and validations.
+    /// Steps between two sample pictures; each comes with a validation.
     pub sample_every: usize,
 }
 
-/// How the tokenizer is trained (reference: `configs/first_stage/tokenizer_config.yaml`).
+/// Settings of the training of the tokenizer (reference: `configs/first_stage/tokenizer_config.yaml`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenizerRecipe {
-    /// Sizes.
+    /// Sizes of the model.
     pub model: TokenizerConfig,
-    /// Steps, batches, rates.
+    /// Common settings, such as steps, batch size and learning rate.
     pub plan: TrainingPlan,
     /// Standard deviation of the posterior (`std`).
     pub posterior_std: f64,
-    /// Weight of the posterior's divergence from the normal distribution (`kl_weight`).
+    /// Weight of the KL divergence of the posterior from the standard normal distribution (`kl_weight`).
     pub kl_weight: f64,
-    /// Weight of the mean absolute difference of pixels (`pixelloss_weight`).
+    /// Weight of the mean absolute error of the pixels (`pixelloss_weight`).
     pub pixel_weight: f64,
-    /// Weight of the multi-scale structural difference, which needs no pretrained network.
+    /// Weight of the multi-scale structural loss, which needs no pretrained network.
     pub structure_weight: f64,
-    /// Weight of LPIPS, where its weights are given (`perceptual_weight`).
+    /// Weight of LPIPS, used if its weights are given (`perceptual_weight`).
     pub perceptual_weight: f64,
-    /// Weight of the patch discriminator (`disc_weight`); 0 trains none.
+    /// Weight of the patch discriminator (`disc_weight`); 0 trains no discriminator.
     pub discriminator_weight: f64,
-    /// First step that the discriminator takes part in (`disc_start`).
+    /// First step with the discriminator (`disc_start`).
     pub discriminator_start: usize,
-    /// Weight of the squared difference between predicted and DINOv2's features, where its weights are given
+    /// Weight of the squared error of the predicted DINOv2 features, used if the weights of DINOv2 are given
     /// (`semantic_loss_w`).
     pub semantic_weight: f64,
-    /// First step that they take part in (`semantic_iter_start`).
+    /// First step with the semantic loss (`semantic_iter_start`).
     pub semantic_start: usize,
-    /// Only the decoder learns, from a tokenizer that is given (`stage2`).
+    /// Whether only the decoder is trained, starting from a given tokenizer (`stage2`).
     pub decoder_only: bool,
 }
 
-/// How the generator is trained (reference: `scripts/train_generator.py`).
+/// Settings of the training of the generator (reference: `scripts/train_generator.py`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GeneratorRecipe {
-    /// Sizes. The number of classes and the latents' width and scale are taken from the photographs and the tokenizer.
+    /// Sizes of the model. The classes are taken from the photographs, the width of the latents from the tokenizer, and
+    /// the scale of the latents from the encoded photographs.
     pub model: GeneratorConfig,
-    /// Steps, batches, rates.
+    /// Common settings, such as steps, batch size and learning rate.
     pub plan: TrainingPlan,
-    /// Crops of every photograph that latents are cached of.
+    /// Number of views of every photograph whose latents are cached.
     pub views: usize,
     /// Weight decay of all matrices outside the flow head.
     pub weight_decay: f64,
-    /// Probability that a class is forgotten, so that guidance has something to lean on.
+    /// Probability that a class label is dropped, for classifier-free guidance.
     pub label_drop_prob: f64,
-    /// Dropout of attention's weights.
+    /// Dropout rate of the attention weights.
     pub attn_dropout: f64,
-    /// Dropout of projections.
+    /// Dropout rate of the projections.
     pub proj_dropout: f64,
-    /// Positions start anywhere in 0 to this, excluded.
+    /// The position of the first token is drawn from 0 to this, excluded.
     pub shift_num: usize,
-    /// Draws of noise and time for every token.
+    /// Samples of noise and time per token.
     pub diffusion_batch_mul: usize,
 }
 
 impl TrainingPlan {
-    /// The type of products with weights.
+    /// Data type of products with weights.
     pub fn products(&self) -> DType {
         if self.bf16 { DType::BF16 } else { DType::F32 }
     }
@@ -163,8 +164,8 @@ impl TrainingPlan {
         }
     }
 
-    /// What two runs must have in common for one to go on where the other stopped: not how often they tell of it, nor how
-    /// long they take where the learning rate does not depend on that.
+    /// The settings that must be equal for a run to be resumed. The intervals of metrics, checkpoints and samples may
+    /// differ, and so may the number of steps if the learning rate does not depend on it.
     pub fn identity(&self) -> Self {
         let steps = if self.schedule == Schedule::Constant { 0 } else { self.steps };
         Self { steps, log_every: 0, checkpoint_every: 0, sample_every: 0, ..self.clone() }
@@ -216,7 +217,7 @@ fn probability(name: &str, value: f64) -> Result<()> {
 }
 
 impl Recipe {
-    /// The recipe of a preset; those of the published sizes are the reference's.
+    /// The recipe of a preset. For the published sizes, it is the recipe of the reference.
     pub fn new(base: Base) -> Self {
         let preset = match base {
             Base::Demo => return demo(),
@@ -248,7 +249,7 @@ impl Recipe {
         let tokenizer_plan = TrainingPlan {
             steps: 1_000_000,
             batch_size: 12,
-            // 1.92e-4 for this batch.
+            // 1.92e-4 for this batch size.
             base_learning_rate: 1.92e-4 * 256.0 / 12.0,
             warmup_steps: 3000,
             betas: [0.5, 0.9],
@@ -285,7 +286,7 @@ impl Recipe {
         }
     }
 
-    /// A preset changed by a TOML file, whose tables and keys are those of [`Recipe`].
+    /// A preset changed by a TOML file with the tables and keys of [`Recipe`].
     ///
     /// # Errors
     /// [`Error::input`] naming the file and the key that is unknown or cannot be used.
@@ -301,10 +302,10 @@ impl Recipe {
         Ok(recipe)
     }
 
-    /// Checks what no type says.
+    /// Checks the ranges of the values.
     ///
     /// # Errors
-    /// [`Error::input`] naming the key that does not fit.
+    /// [`Error::input`] naming the key whose value is out of range.
     pub fn check(&self) -> Result<()> {
         let (t, g) = (&self.tokenizer, &self.generator);
         t.plan.check("tokenizer")?;
@@ -332,16 +333,16 @@ impl Recipe {
         Config { generator, tokenizer: t.model.clone() }.check()
     }
 
-    /// The recipe as TOML, to be changed and [read](Recipe::read).
+    /// The recipe as TOML, which can be edited and [read](Recipe::read).
     ///
     /// # Errors
-    /// When a number is none that TOML has.
+    /// If TOML cannot represent a number.
     pub fn text(&self) -> Result<String> {
         toml::to_string(self).or_run("recipe")
     }
 }
 
-/// Puts `changes` over `table`, table by table.
+/// Overwrites the keys of `table` with `changes`, recursively in nested tables.
 fn merge(table: &mut Table, changes: Table) {
     for (key, change) in changes {
         match (table.get_mut(&key), change) {
@@ -351,7 +352,7 @@ fn merge(table: &mut Table, changes: Table) {
     }
 }
 
-/// Channels from the image to the latent grid, with attention at the grid alone.
+/// Levels with these channels, from the image to the latent grid; only the last level has attention.
 fn levels(channels: &[usize]) -> Vec<Level> {
     let last = channels.len() - 1;
     channels.iter().enumerate().map(|(level, &channels)| Level { channels, attention: level == last }).collect()

@@ -1,4 +1,4 @@
-//! The loop around the steps of a training: progress, metrics, pictures, checkpoints.
+//! The training loop, with progress, metrics, sample pictures and checkpoints.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -16,58 +16,58 @@ use crate::learner::Measures;
 use crate::metrics::{Metrics, Record};
 use crate::recipe::TrainingPlan;
 
-/// One half of the model being trained.
+/// The training of the tokenizer or of the generator.
 pub trait Task {
-    /// What is trained, `tokenizer` or `generator`: also the result's file name.
+    /// Name of the trained model, `tokenizer` or `generator`; also the name of its file.
     fn kind(&self) -> &'static str;
 
-    /// Steps, intervals, rates.
+    /// Steps, intervals and learning rates.
     fn plan(&self) -> &TrainingPlan;
 
-    /// What two runs must have in common for one to go on where the other stopped, as readable text.
+    /// The settings and inputs that must be equal for a run to be resumed, as readable text.
     ///
     /// # Errors
-    /// When it cannot be written down.
+    /// If the settings cannot be written as text.
     fn identity(&self) -> Result<String>;
 
-    /// Takes the step of this number, from 0; gives what it measured, the loss as `loss`.
+    /// Takes the step of this number, counted from 0. Returns its metrics; the loss has the name `loss`.
     ///
     /// # Errors
-    /// [`Error::input`] for a photograph that cannot be read any more; [`Error::run`] for a loss that is not finite.
+    /// [`Error::input`] if a photograph can no longer be read; [`Error::run`] if the gradients are not finite.
     fn step(&mut self, step: usize) -> Result<Measures>;
 
-    /// Measures the averaged weights on what is held out; nothing where nothing is.
+    /// Metrics of the averaged weights on the held-out photographs; empty if no photographs are held out.
     ///
     /// # Errors
-    /// When the model fails.
+    /// If the model fails.
     fn validate(&self) -> Result<Measures>;
 
-    /// A picture `[3, height, width]` in -1..1 that shows what the averaged weights can do.
+    /// A sample picture from the averaged weights, `[3, height, width]` in -1..1.
     ///
     /// # Errors
-    /// When the model fails.
+    /// If the model fails.
     fn picture(&self) -> Result<Array3<f32>>;
 
-    /// All that [`Task::restore`] needs.
+    /// All tensors that [`Task::restore`] needs.
     fn state(&self) -> Vec<(String, Tensor)>;
 
-    /// Goes on from a state after `steps` steps.
+    /// Restores a state that was saved after `steps` steps.
     ///
     /// # Errors
-    /// [`Error::input`] naming the tensor that does not fit.
+    /// [`Error::input`] naming the tensor that is missing or has a wrong shape.
     fn restore(&mut self, file: &mut TensorFile, steps: usize) -> Result<()>;
 
-    /// Writes the averaged weights as a checkpoint of eqim.
+    /// Writes the averaged weights as an eqim checkpoint.
     ///
     /// # Errors
-    /// [`Error::run`] when it cannot be written.
+    /// [`Error::run`] if the file cannot be written.
     fn write_model(&self, path: &Path) -> Result<()>;
 }
 
-/// Key of [`Saved`], as JSON, in the metadata of a state.
+/// Metadata key in a state file for [`Saved`] as JSON.
 const STATE_KEY: &str = "eqim-training";
 
-/// How far a saved training had come.
+/// Description of a saved training state.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Saved {
@@ -76,17 +76,18 @@ struct Saved {
     identity: String,
 }
 
-/// The folder that a training run writes.
+/// Output folder of a training run.
 #[derive(Debug)]
 pub struct Output {
     folder: PathBuf,
 }
 
 impl Output {
-    /// A folder for a new run, or with `resume` one that a run may have left a state in.
+    /// Opens the folder and creates it if it is missing. With `resume`, it may hold the state of an earlier run.
     ///
     /// # Errors
-    /// [`Error::input`] when it holds a run already and `resume` is not asked for; [`Error::run`] when it cannot be made.
+    /// [`Error::input`] if the folder already holds a run and `resume` is false; [`Error::run`] if it cannot be
+    /// created.
     pub fn open(folder: &Path, resume: bool) -> Result<Self> {
         let output = Self { folder: folder.to_path_buf() };
         if !resume && (output.state().exists() || output.metrics().exists()) {
@@ -98,12 +99,12 @@ impl Output {
         Ok(output)
     }
 
-    /// A file of this name in it.
+    /// Path of a file in the folder.
     pub fn file(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 
-    /// What `--resume` goes on from.
+    /// Path of the state from which `--resume` continues.
     fn state(&self) -> PathBuf {
         self.file("state.safetensors")
     }
@@ -112,10 +113,10 @@ impl Output {
         self.file("metrics.jsonl")
     }
 
-    /// Brings `task` to where the saved run stopped; gives the steps that it had taken, 0 where nothing was saved yet.
+    /// Restores `task` from the saved state. Returns the number of steps taken so far, 0 if no state was saved yet.
     ///
     /// # Errors
-    /// [`Error::input`] when the state is of another training.
+    /// [`Error::input`] if the state belongs to another training.
     pub fn resume(&self, task: &mut impl Task) -> Result<usize> {
         let path = self.state();
         if !path.exists() {
@@ -154,10 +155,10 @@ impl Output {
     }
 }
 
-/// Takes the steps from `start` on.
+/// Takes all steps from `start` to the end of the plan.
 ///
 /// # Errors
-/// Those of the task, with what was kept; [`Error::run`] when a file cannot be written.
+/// The errors of the task, with the last checkpoint in the message; [`Error::run`] if a file cannot be written.
 pub fn run(task: &mut impl Task, output: &Output, start: usize) -> Result<()> {
     let mut metrics = Metrics::open(&output.metrics(), start)?;
     let plan = task.plan().clone();
@@ -199,7 +200,7 @@ fn stopped(error: Error, step: usize, kept: usize, output: &Output) -> Error {
     error.advise(format!("; {left}")).about(at)
 }
 
-/// Means of what the steps since the last line measured, and how fast they went.
+/// Means of the metrics since the last line, and the speed of the steps.
 struct Pace {
     bar: ProgressBar,
     plan: TrainingPlan,
@@ -225,7 +226,7 @@ impl Pace {
         self.bar.inc(1);
     }
 
-    /// The means since the last line, and what goes with them.
+    /// The means since the last line, with the speed, the learning rate and the elapsed time.
     fn line(&mut self, step: usize) -> Measures {
         let seconds = self.line.elapsed().as_secs_f64();
         let steps = self.steps as f64;
@@ -238,7 +239,7 @@ impl Pace {
         values
     }
 
-    /// Shows a line: in the bar on a terminal, by itself elsewhere.
+    /// Shows a line: in the progress bar on a terminal, otherwise as a separate line.
     fn show(&self, done: usize, values: &Measures) {
         let a_step = self.started.elapsed().as_secs_f64() / (done - self.start).max(1) as f64;
         let left = Duration::from_secs_f64(a_step * (self.plan.steps - done) as f64);

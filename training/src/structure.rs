@@ -1,20 +1,22 @@
-//! A difference of images in structure that needs no pretrained network.
+//! A structural loss between images that needs no pretrained network.
 
 use candle_core::Tensor;
 use eqim::Result;
 
 const SCALES: usize = 4;
 
-/// How far a reconstruction's edges and areas are from an image's, both `[batch, channels, height, width]`, as a scalar.
+/// Difference in edges and areas between a reconstruction and an image, both `[batch, channels, height, width]`, as a
+/// scalar.
 ///
-/// At full size and at halves, quarters and eighths (means over 2×2 pixels), the mean absolute difference of neighbouring
-/// pixels' steps in both directions (the gradient difference loss of Mathieu et al., ICLR 2016) plus, from halves on, that
-/// of the pixels themselves; the mean over the scales. Nothing for equal images.
+/// The scales are full size, halves, quarters and eighths (means over 2×2 pixels). At each scale, the loss is the mean
+/// absolute difference of the steps between neighbouring pixels, in both directions (the gradient difference loss of
+/// Mathieu et al., ICLR 2016). From halves on, the mean absolute difference of the pixels is added. The result is the
+/// mean over the scales; it is 0 for equal images.
 ///
 /// # Errors
-/// When the shapes differ.
+/// If the shapes differ.
 pub fn structure(reconstruction: &Tensor, image: &Tensor) -> Result<Tensor> {
-    // All of it is linear in the images up to the absolute value, so one difference serves every scale.
+    // Everything before the absolute values is linear in the images, so that one difference is enough for all scales.
     let mut difference = (reconstruction - image)?;
     let mut total = edges(&difference)?;
     let mut scales = 1;
@@ -26,7 +28,7 @@ pub fn structure(reconstruction: &Tensor, image: &Tensor) -> Result<Tensor> {
     Ok((total / scales as f64)?)
 }
 
-/// Mean absolute step between neighbours, in both directions together.
+/// Mean absolute step between neighbouring pixels, summed over both directions.
 fn edges(x: &Tensor) -> Result<Tensor> {
     let steps = |axis: usize| -> Result<Tensor> {
         let length = x.dim(axis)? - 1;

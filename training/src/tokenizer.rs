@@ -1,4 +1,5 @@
-//! Training of the tokenizer (reference: `tokenizer/models/tokenizer.py`, `tokenizer/modules/losses/contperceptual.py`).
+//! Training of the tokenizer (reference: `tokenizer/models/tokenizer.py` and
+//! `tokenizer/modules/losses/contperceptual.py`).
 
 use std::path::Path;
 
@@ -35,19 +36,19 @@ pub struct TokenizerTask {
     discriminator: Option<Learner>,
     teachers: Teachers,
     device: Device,
-    /// Weights that stay as they are.
+    /// Weights that are not trained.
     frozen: Weights,
     training: Photos,
     held_out: Photos,
     batches: Option<Ahead>,
 }
 
-/// Networks that are given, and judge reconstructions.
+/// Pretrained networks for the losses; both are optional.
 #[derive(Debug, Default)]
 pub struct Teachers {
-    /// For the perceptual distance.
+    /// Network of the perceptual loss.
     pub lpips: Option<Lpips>,
-    /// For semantic features.
+    /// Network of the semantic loss.
     pub dino: Option<Dino>,
 }
 
@@ -56,12 +57,12 @@ const SEMANTIC_LEVELS: usize = 2;
 const SEMANTIC_BLOCKS: usize = 2;
 const SEMANTIC: &str = "semantic_decoder.";
 
-/// The decoder that learns to predict features of this width.
+/// Sizes of the semantic decoder, which predicts features of this width.
 fn semantics(width: usize) -> Semantics {
     Semantics { levels: SEMANTIC_LEVELS, channels: width, res_blocks: SEMANTIC_BLOCKS, features: width }
 }
 
-/// Names and shapes of the weights of the decoder of semantic features of this width.
+/// Names and shapes of the weights of the semantic decoder for features of this width.
 fn semantic_parameters(model: &TokenizerConfig, width: usize) -> Result<Vec<(String, Vec<usize>)>> {
     if !width.is_multiple_of(model.groups) {
         let problem = format!("has features of width {width}, expected a multiple of the {} groups", model.groups);
@@ -73,14 +74,14 @@ fn semantic_parameters(model: &TokenizerConfig, width: usize) -> Result<Vec<(Str
     Ok(cost.into_parameters())
 }
 
-// Parts that stay as they are when only the decoder learns.
+// Prefixes of the weights that are frozen if only the decoder is trained.
 const ENCODER: [&str; 2] = ["encoder.", "quant_layer."];
 
 impl TokenizerTask {
-    /// A tokenizer that starts from random weights, or from `initial` ones.
+    /// A tokenizer that starts from the weights `initial`, or from random weights.
     ///
     /// # Errors
-    /// [`Error::input`] when the recipe asks for what was not given.
+    /// [`Error::input`] if the recipe requires initial weights that are not given, or holds out all photographs.
     pub fn new(
         recipe: TokenizerRecipe,
         photos: Photos,
@@ -131,14 +132,14 @@ impl TokenizerTask {
         }
     }
 
-    /// The averaged weights, and those that stay as they are.
+    /// The averaged weights and the frozen weights.
     fn averaged(&self) -> Result<Weights> {
         let mut weights = self.learner.average()?;
         add(&mut weights, &self.frozen)?;
         Ok(weights)
     }
 
-    /// Encodes and decodes a picture `[3, height, width]` with the averaged weights.
+    /// Encodes and decodes a picture `[3, height, width]` with `weights`.
     fn reconstruct(&self, weights: &Weights, picture: ArrayView3<f32>) -> Result<Array3<f32>> {
         let o = &mut Eager::new(weights);
         let image = candle::to_tensor(picture.insert_axis(Axis(0)))?.to_device(&self.device)?;
@@ -147,17 +148,17 @@ impl TokenizerTask {
         Ok(image.index_axis_move(Axis(0), 0))
     }
 
-    /// A photograph at the model's height, `[3, height, width]`.
+    /// A whole photograph, scaled to the image height of the model, `[3, height, width]`.
     fn whole_picture(&self, path: &Path) -> Result<Array3<f32>> {
         let model = &self.recipe.model;
         Ok(picture::read(path, model.image_height(), model.token_width(), Side::Right)?.pixels)
     }
 
-    /// Peak signal-to-noise ratio in dB of each photograph's reconstruction by the averaged weights, over all its pixels
-    /// at the model's height.
+    /// Peak signal-to-noise ratio in dB of the reconstruction of each photograph with the averaged weights, by file. It
+    /// covers all pixels of the photograph at the image height of the model.
     ///
     /// # Errors
-    /// When a photograph cannot be read any more.
+    /// If a photograph can no longer be read.
     pub fn psnr(&self, photos: &Photos) -> Result<Vec<(String, f64)>> {
         let weights = self.averaged()?;
         let of = |photo: &crate::data::Photo| {
@@ -168,36 +169,37 @@ impl TokenizerTask {
         photos.photos.iter().map(of).collect()
     }
 
-    /// The photographs that are trained on, and those held out.
+    /// The training photographs and the held-out photographs.
     pub fn photos(&self) -> (&Photos, &Photos) {
         (&self.training, &self.held_out)
     }
 }
 
-/// What one shard of a batch is reconstructed from.
+/// Inputs of one shard of a batch.
 struct Shard {
-    /// `[1, 3, height, width]`.
+    /// The image, `[1, 3, height, width]`.
     image: Tensor,
-    /// Of the posterior, `[1, tokens, E]`.
+    /// Noise of the posterior sample, `[1, tokens, E]`.
     noise: Tensor,
 }
 
-/// What a reconstruction loses.
+/// The losses of a reconstruction.
 struct Objective<'a> {
     recipe: &'a TokenizerRecipe,
     lpips: Option<&'a Lpips>,
-    /// From its first step on.
+    /// DINOv2, from the first step with the semantic loss.
     dino: Option<&'a Dino>,
-    /// The discriminator's weights, from its first step on.
+    /// Weights of the discriminator, from the first step with the discriminator.
     discriminator: Option<Weights>,
 }
 
-// As the reference has them in `calculate_adaptive_weight`.
+// As in `calculate_adaptive_weight` of the reference.
 const ADAPTIVE_EPS: f64 = 1e-4;
 const ADAPTIVE_MOST: f64 = 1e4;
 
 impl Objective<'_> {
-    /// The posterior's mean `[1, tokens, E]`, the reconstruction of a sample, and the decoder's features on the way.
+    /// The mean of the posterior `[1, tokens, E]`, the reconstruction of a sample, and the intermediate features of the
+    /// decoder.
     fn reconstruct(&self, weights: &Weights, shard: &Shard) -> Result<(Tensor, Tensor, Tensor)> {
         let o = &mut self.interpreter(weights);
         let mean = tokenizer::encode(o, &self.recipe.model, &shard.image)?;
@@ -210,7 +212,7 @@ impl Objective<'_> {
         Eager::training(weights, Training { dropout: None, products: self.recipe.plan.products() })
     }
 
-    /// Squared difference of the predicted semantic features from the image's, against the number of its values.
+    /// Sum of the squared errors of the predicted semantic features, divided by the number of values of the image.
     fn semantic(&self, dino: &Dino, weights: &Weights, features: &Tensor, image: &Tensor) -> Result<Tensor> {
         let model = &self.recipe.model;
         let predicted = tokenizer::semantics(&mut self.interpreter(weights), model, semantics(dino.width()), features)?;
@@ -233,7 +235,8 @@ impl Objective<'_> {
             total = (total + (&semantic * recipe.semantic_weight)?)?;
             parts.push(("semantic", semantic));
         }
-        // Divergence from the normal distribution, weighed against sums over an image's values as the reference does.
+        // KL divergence from the standard normal distribution, divided by the number of values of the image as in the
+        // reference.
         let variance = recipe.posterior_std.powi(2);
         let kl = ((mean.sqr()?.sum_all()? + mean.elem_count() as f64 * (variance - 1.0 - variance.ln()))? * 0.5)?;
         let kl = (kl / shard.image.elem_count() as f64)?;
@@ -243,7 +246,7 @@ impl Objective<'_> {
         Ok(Losses { total, parts })
     }
 
-    /// How far a reconstruction is from its image, without the discriminator.
+    /// Losses between a reconstruction and its image, without the discriminator.
     fn difference(&self, reconstruction: &Tensor, image: &Tensor) -> Result<Losses> {
         let pixel = (reconstruction - image)?.abs()?.mean_all()?;
         let mut total = (&pixel * self.recipe.pixel_weight)?;
@@ -261,9 +264,10 @@ impl Objective<'_> {
         Ok(Losses { total, parts })
     }
 
-    /// How much stronger the difference pulls at the reconstruction than the discriminator does (reference:
-    /// `calculate_adaptive_weight`, there at the last layer's weight; at the layer's result it costs no pass through the
-    /// decoder).
+    /// Weight of the adversarial loss: the gradient norm of the other reconstruction losses, divided by the gradient
+    /// norm of the adversarial loss (reference: `calculate_adaptive_weight`). The reference takes the gradients with
+    /// respect to the weight of the last layer. Here they are taken with respect to the reconstruction, which needs no
+    /// pass through the decoder.
     fn adaptive_weight(&self, discriminator: &Weights, reconstruction: &Tensor, image: &Tensor) -> Result<f64> {
         let leaf = Var::from_tensor(&reconstruction.detach())?;
         let pull = |loss: Tensor| -> Result<f64> {
@@ -277,7 +281,7 @@ impl Objective<'_> {
     }
 }
 
-/// A configuration around a tokenizer's; only the tokenizer's half is used.
+/// A configuration with this tokenizer. The generator in it is not used.
 fn whole(model: &TokenizerConfig) -> Config {
     let generator = GeneratorConfig { embed: model.embed, ..Preset::Small.config().generator };
     Config { generator, tokenizer: model.clone() }
@@ -287,7 +291,7 @@ fn add(weights: &mut Weights, others: &Weights) -> Result<()> {
     others.iter().try_for_each(|(name, tensor)| weights.insert(name.to_string(), tensor))
 }
 
-/// A hash of the values, in the order of their names.
+/// Hash of the values of the weights, in the order of their names.
 fn fingerprint(weights: &Weights) -> Result<String> {
     let mut hash = Hash::default();
     for (_, tensor) in weights.iter() {
@@ -296,7 +300,7 @@ fn fingerprint(weights: &Weights) -> Result<String> {
     Ok(hash.hex())
 }
 
-/// The arithmetic mean.
+/// The arithmetic mean; 0 if there are no values.
 pub fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     let count = values.len().max(1);
     values.sum::<f64>() / count as f64

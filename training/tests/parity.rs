@@ -1,4 +1,4 @@
-//! One training step of the generator against the PyTorch reference's, from its recorded random inputs.
+//! One training step of the generator, compared with the PyTorch reference on its recorded random inputs.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,13 +13,13 @@ fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
 }
 
-/// Single precision, summed in another order than PyTorch's.
+/// Relative tolerance for single precision, with sums in another order than in PyTorch.
 const RELATIVE: f32 = 1e-5;
 
-/// Gradients below this are rounding: that of a key's bias, which attention does not see, is one.
+/// Gradients below this are rounding errors, such as the gradient of a key bias, which does not affect attention.
 const NOTHING: f32 = 1e-3;
 
-/// Whether values are as close as single precision lets them, relative to the largest of the tensor.
+/// Asserts that values agree within [`RELATIVE`] of the largest value of the tensor.
 fn close(name: &str, found: &Tensor, expected: &Tensor) {
     assert_eq!(found.dims(), expected.dims(), "{name}");
     let [found, expected] = [found, expected].map(|tensor| values(tensor).unwrap());
@@ -48,7 +48,7 @@ fn one_step_is_the_references() {
     let copies = get("noise").dim(0).unwrap() / (batch * n);
     let labels = get("labels").to_vec1::<i64>().unwrap().into_iter();
     let dropped = get("drop_uniform").to_vec1::<f32>().unwrap();
-    // meta.json: label_drop_prob.
+    // 0.4 is `label_drop_prob` in meta.json.
     let labels = labels.zip(dropped).map(|(label, u)| if u < 0.4 { config.class_num as i64 } else { label });
     let times = get("t_uniform").flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(time);
     let cpu = candle_core::Device::Cpu;

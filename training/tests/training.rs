@@ -1,4 +1,4 @@
-//! `eqim-train` as people run it, on models and pictures small enough for a test.
+//! `eqim-train`, run from the command line with models and pictures that are small enough for a test.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use image::{Rgb, RgbImage};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// A model of 32-pixel-high images in tokens of 4 pixels.
+/// Recipe of a model for images 32 pixels high, with tokens 4 pixels wide.
 const MICRO: &str = r#"
 [tokenizer.model]
 rows = 8
@@ -57,7 +57,7 @@ checkpoint_every = 3
 sample_every = 6
 "#;
 
-/// A folder with photographs of two classes, a recipe and whatever runs write.
+/// A folder with photographs of two classes, a recipe and the outputs of runs.
 struct Place(TempDir);
 
 impl Place {
@@ -89,7 +89,7 @@ impl Place {
         self.command(line).output().unwrap()
     }
 
-    /// Runs a line that has to succeed; gives what it said.
+    /// Runs a command line that has to succeed. Returns its output.
     fn trains(&self, line: &str) -> String {
         let output = self.run(line);
         let said = String::from_utf8(output.stderr).unwrap();
@@ -97,7 +97,7 @@ impl Place {
         said + &String::from_utf8(output.stdout).unwrap()
     }
 
-    /// Runs a line that has to fail with this code; gives the error.
+    /// Runs a command line that has to fail with this exit code. Returns its standard error.
     fn fails(&self, line: &str, code: i32) -> String {
         let output = self.run(line);
         let said = String::from_utf8(output.stderr).unwrap();
@@ -125,7 +125,7 @@ impl Place {
     }
 }
 
-/// A sky over a ground, with a hill.
+/// A picture of a sky above hilly ground.
 fn picture(width: u32, height: u32, sky: [u8; 3], seed: u32) -> RgbImage {
     RgbImage::from_fn(width, height, |x, y| {
         let hill = f64::from(height) * (0.6 + 0.2 * (f64::from(x + 7 * seed) / 9.0).sin());
@@ -174,7 +174,7 @@ fn products_in_bf16_learn_as_well() {
     place.trains(&place.generator("-o half --steps 60").replace("micro.toml", "bf16.toml"));
     let loss = |run: &str| place.metrics(run).pop().unwrap()["loss"].as_f64().unwrap();
     let (whole, half) = (loss("whole"), loss("half"));
-    // Eight bits of mantissa change every product by up to 0.4 %.
+    // The eight bits of the BF16 mantissa change every product by up to 0.4 %.
     assert!(whole != half && (half / whole - 1.0).abs() < 0.02, "{whole} and {half}");
     fs::write(place.path("bf16.toml"), MICRO.replace("[tokenizer.plan]", "[tokenizer.plan]\nbf16 = true")).unwrap();
     let said = place.fails(&place.tokenizer("-o x").replace("micro.toml", "bf16.toml"), 2);
@@ -199,7 +199,7 @@ fn a_resumed_run_goes_on_bit_for_bit() {
     for (index, line) in lines.iter().enumerate() {
         let (whole, parts) = (format!("whole{index}"), format!("parts{index}"));
         place.trains(&format!("{line} -o {whole}"));
-        // As if it had been killed after its first checkpoint: later files are there, and a line that is not whole.
+        // Imitates a run that was killed after its first checkpoint: adds a later record and an incomplete line.
         place.trains(&format!("{line} -o {parts} --steps 3"));
         let state = place.path(&parts).join("metrics.jsonl");
         let text = fs::read_to_string(&state).unwrap();
@@ -314,7 +314,7 @@ fn a_full_disk_is_an_error_that_loses_nothing() {
     let place = Place::new();
     place.trains(&place.tokenizer("-o t --steps 3"));
     let before = fs::read(place.path("t/state.safetensors")).unwrap();
-    // No file may grow beyond 40 kB, as on a disk that is full.
+    // A limit of 40 kB on the size of files imitates a full disk.
     let line = format!(
         "ulimit -f 40; trap '' XFSZ; exec {} {}",
         env!("CARGO_BIN_EXE_eqim-train"),
@@ -337,7 +337,7 @@ fn only_the_decoder_learns_in_stage_two() {
     let line = "tokenizer --images photos --recipe stage2.toml -o s";
     assert!(place.fails(line, 2).contains("--from"));
     place.trains(&format!("{line} --from t/tokenizer.safetensors"));
-    // Neither other frozen weights nor another judge goes on with this run.
+    // The run cannot be resumed with other frozen weights.
     place.trains(&place.tokenizer("-o u --seed 5"));
     let said = place.fails(&format!("{line} --from u/tokenizer.safetensors --resume"), 2);
     assert!(said.contains("frozen = "), "{said}");
@@ -349,7 +349,7 @@ fn only_the_decoder_learns_in_stage_two() {
     for ((name, before), (_, after)) in before.iter().zip(after.iter()) {
         let equal = largest_difference(&values(before).unwrap(), &values(after).unwrap()) == 0.0;
         let stays = name.starts_with("encoder.") || name.starts_with("quant_layer.");
-        // A bias that attention does not see has no gradient.
+        // A key bias does not affect attention and has no gradient.
         assert!(equal == stays || name.ends_with(".k.bias"), "{name}");
     }
 }

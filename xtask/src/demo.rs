@@ -1,4 +1,4 @@
-//! The demo model, from its weights to pictures.
+//! `cargo xtask demo`: exports the demo model and draws pictures with it.
 
 use std::env::{self, consts::EXE_SUFFIX};
 use std::fs;
@@ -13,7 +13,7 @@ use crate::setup;
 const EXPORT: &str = "onnx --generator assets/demo/model.safetensors --tokenizer assets/demo/model.safetensors \
                       --class-names assets/demo/classes.txt -o demo/bundle";
 
-/// What is drawn, and how.
+/// The pictures: description, file name and options of eqim-run.
 const PICTURES: [(&str, &str, &str); 4] = [
     ("a 256×256 image", "image.png", "--class 3 --seed 23 --tokens 16"),
     ("a 256×2048 image", "long.png", "--class 2 --seed 22 --tokens 128"),
@@ -49,7 +49,7 @@ pub fn demo(root: &Path) -> Result<()> {
 
 /// Runs a program of this workspace in the workspace's root.
 fn run_built(program: &str, args: &str, root: &Path) -> Result<()> {
-    // Cargo puts all release programs, this one too, in one folder.
+    // Cargo puts all release programs, including this one, in one folder.
     let xtask = env::current_exe().context("the folder of the built programs is unknown")?;
     let program = xtask.with_file_name(format!("{program}{EXE_SUFFIX}"));
     run(Command::new(program).args(args.split_whitespace()).current_dir(root))

@@ -1,4 +1,4 @@
-//! The workspace's chores: `cargo xtask setup`, `cargo xtask demo` and `cargo xtask test`.
+//! Development tasks of the workspace: `cargo xtask setup`, `cargo xtask demo` and `cargo xtask test`.
 
 mod command;
 mod demo;
@@ -10,7 +10,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
-/// Chores of the eqim workspace.
+/// Development tasks of the eqim workspace.
 #[derive(Parser)]
 #[command(bin_name = "cargo xtask")]
 struct Cli {
@@ -18,16 +18,16 @@ struct Cli {
     chore: Chore,
 }
 
-/// One chore.
+/// The development tasks.
 #[derive(Subcommand)]
 enum Chore {
-    /// Install ONNX Runtime, TensorRT for RTX, libclang and the Python package onnx under .native/.
+    /// Install ONNX Runtime, the Python package onnx and, on Linux x86_64, TensorRT for RTX and libclang in .native/.
     Setup,
-    /// Export the test fixture to ONNX and draw one picture with it.
+    /// Export the demo model assets/demo/model.safetensors to demo/bundle and draw four pictures with it in demo/.
     Demo,
     /// Run the tests of the whole workspace.
     Test {
-        /// Arguments for `cargo test`; a second `--` starts those of the test binaries.
+        /// Arguments for `cargo test`; arguments after a second `--` are passed to the test binaries.
         #[arg(last = true)]
         args: Vec<String>,
     },
@@ -44,7 +44,7 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Performs one chore; each needs the native libraries.
+/// Performs one task. Every task first installs the native libraries that are missing.
 fn perform(chore: Chore) -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()

@@ -1,4 +1,4 @@
-//! The pinned native libraries under `.native/`.
+//! `cargo xtask setup`: installs the pinned native libraries in `.native/`.
 
 use std::env::consts::{ARCH, OS};
 use std::fs::{self, File};
@@ -12,21 +12,22 @@ use crate::command::run;
 
 /// Pinned version of ONNX Runtime.
 const ONNXRUNTIME: &str = "1.32.0";
-/// Pinned version of the Python package onnx, with which the tests check exported graphs.
+/// Pinned version of the Python package onnx, which the tests use to check exported graphs.
 const ONNX: &str = "1.23.2";
 /// Pinned version of the libraries of TensorRT for RTX.
 const TENSORRT: &str = "1.7.1.116";
-/// Pinned version of libclang, with which the crate trtx reads TensorRT's headers: newer than 21 cannot.
+/// Pinned version of libclang, which the crate trtx uses to read the headers of TensorRT. Versions above 21 cannot read
+/// them.
 const LIBCLANG: &str = "18.1.1";
-/// The file in an installed folder that names the version standing there.
+/// The file in an installed folder that holds the installed version.
 const STAMP: &str = "VERSION";
 
-/// Installs ONNX Runtime, the Python package onnx and what TensorRT needs, each unless it stands there already.
+/// Installs ONNX Runtime, the Python package onnx and the libraries for TensorRT, unless they are already installed.
 pub fn setup(root: &Path) -> Result<()> {
     let library = library_name()?;
     let native = root.join(".native");
     fs::create_dir_all(&native).with_context(|| format!("{} could not be created", native.display()))?;
-    // Two setups at once would fill the same partial folder.
+    // Without the lock, two setups at the same time would fill the same partial folder.
     let lock = File::create(native.join("lock")).context(".native/lock could not be created")?;
     lock.lock().context(".native/lock could not be locked")?;
 
@@ -49,7 +50,7 @@ pub fn setup(root: &Path) -> Result<()> {
     link_headers(&libclang.join("include"))
 }
 
-/// What `cargo` is told to build with, so that everything that was installed is used.
+/// The options with which `cargo` builds the features for all installed libraries.
 pub fn features() -> &'static [&'static str] {
     if has_tensorrt() { &["--features", "tensorrt"] } else { &[] }
 }
@@ -71,7 +72,7 @@ fn library_name() -> Result<String> {
     }
 }
 
-/// Fills `folder` with `package`, unless its stamp says this version stands there already.
+/// Installs `package` in `folder` with `fill`, unless the stamp says that this version is already installed.
 fn install(package: &str, version: &str, folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if fs::read_to_string(folder.join(STAMP)).is_ok_and(|stamp| stamp.trim() == version) {
         println!("{package} {version} is already in {}", folder.display());
@@ -80,7 +81,7 @@ fn install(package: &str, version: &str, folder: &Path, fill: impl FnOnce(&Path)
     println!("installing {package} {version} in {}", folder.display());
     require_pip()?;
 
-    // Only a complete folder gets the final name: an interrupted setup is simply run again.
+    // Only a complete folder gets the final name, so that an interrupted setup can be run again.
     let partial = folder.with_extension("partial");
     remove(&partial)?;
     fs::create_dir(&partial).with_context(|| format!("{} could not be created", partial.display()))?;
@@ -93,7 +94,7 @@ fn install(package: &str, version: &str, folder: &Path, fill: impl FnOnce(&Path)
 /// Puts the ONNX Runtime library and its licences in `folder`.
 fn unpack_onnxruntime(library: &str, folder: &Path) -> Result<()> {
     let wheel = folder.join("wheel");
-    // The library does not depend on Python: any Python can unpack the wheel of this one.
+    // The library does not depend on Python, so that every Python version can unpack the wheel for this version.
     let options = ["--no-deps", "--python-version=3.11", "--ignore-requires-python"];
     pip_install(&format!("onnxruntime=={ONNXRUNTIME}"), &wheel, &options)?;
 
@@ -127,9 +128,10 @@ fn unpack_libclang(folder: &Path) -> Result<()> {
     remove(&wheel)
 }
 
-/// Makes `link` the folder of gcc's own headers, which libclang's package lacks; `.cargo/config.toml` names it.
+/// Links `link` to the folder of the headers of gcc, which the libclang package lacks. `.cargo/config.toml` names
+/// `link`.
 fn link_headers(link: &Path) -> Result<()> {
-    // An upgrade of gcc moves them: the link is then made anew.
+    // An upgrade of gcc moves the headers; then the link is replaced.
     if link.join("stddef.h").is_file() {
         return Ok(());
     }
@@ -147,7 +149,7 @@ fn link_headers(link: &Path) -> Result<()> {
     symlink(&headers, link).with_context(|| format!("{} could not be linked to {}", link.display(), headers.display()))
 }
 
-/// Installs a Python package in `folder`, away from the system's own.
+/// Installs a Python package in `folder`, separate from the packages of the system.
 fn pip_install(package: &str, folder: &Path, options: &[&str]) -> Result<()> {
     run(Command::new("python3")
         .args(["-m", "pip", "install", "--quiet", "--only-binary=:all:"])
@@ -155,7 +157,7 @@ fn pip_install(package: &str, folder: &Path, options: &[&str]) -> Result<()> {
         .arg("--target")
         .arg(folder)
         .arg(package)
-        // As variables, because an older pip rejects options that it does not know.
+        // These are variables because older versions of pip reject unknown options.
         .env("PIP_DISABLE_PIP_VERSION_CHECK", "1")
         .env("PIP_ROOT_USER_ACTION", "ignore"))
 }

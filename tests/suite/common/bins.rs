@@ -1,4 +1,4 @@
-//! The workspace's programs, run as a user runs them.
+//! Runs the programs of the workspace from the command line.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -11,10 +11,11 @@ use tempfile::TempDir;
 
 use super::Fixture;
 
-/// Far longer than any run on the fixtures takes: a program that hangs fails its test.
+/// Time limit of a program, far longer than any run on the fixtures. A program that hangs fails its test.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Path of the program or example `name`. It is built first: Cargo builds only the programs of a test's own package.
+/// Path of the program or example `name`. All programs are built first, because Cargo builds only the programs of the
+/// test's own package.
 pub fn program(name: &str) -> &'static Path {
     static PROGRAMS: OnceLock<BTreeMap<String, PathBuf>> = OnceLock::new();
     PROGRAMS.get_or_init(build).get(name).unwrap_or_else(|| panic!("no program {name}"))
@@ -58,7 +59,7 @@ pub struct Workplace {
     messages: RefCell<String>,
 }
 
-/// A program that has ended.
+/// Result of a program that has ended.
 pub struct Finished {
     line: String,
     code: Option<i32>,
@@ -66,7 +67,7 @@ pub struct Finished {
     pub stderr: String,
 }
 
-/// Length and time of change of every file of a folder, none for folders.
+/// Length and modification time of every file in a folder; `None` for subfolders.
 type Listing = BTreeMap<PathBuf, Option<(u64, SystemTime)>>;
 
 impl Workplace {
@@ -103,12 +104,12 @@ impl Workplace {
         std::fs::write(self.path(name), contents).unwrap_or_else(|error| panic!("{name}: {error}"));
     }
 
-    /// Runs a command line of a program and arguments without spaces.
+    /// Runs a command line: a program, and arguments that do not contain spaces.
     pub fn run(&self, line: &str) -> Finished {
         self.run_with(line, &[])
     }
 
-    /// Runs a command line with variables of the environment set.
+    /// Runs a command line with these environment variables.
     pub fn run_with(&self, line: &str, variables: &[(&str, &str)]) -> Finished {
         let mut words = line.split(' ');
         let mut command = assert_cmd::Command::new(program(words.next().unwrap()));
@@ -118,8 +119,8 @@ impl Workplace {
         Finished { line: line.into(), code: output.status.code(), stdout, stderr }
     }
 
-    /// Runs a command line that has to be refused with exit code 2, and to leave no trace. The message is compared with a
-    /// snapshot: [`Workplace::messages`].
+    /// Asserts that a command line fails with exit code 2 and changes no file. The message is compared with a snapshot:
+    /// [`Workplace::messages`].
     #[track_caller]
     pub fn refused(&self, line: &str) {
         let before = self.listing();
@@ -137,7 +138,7 @@ impl Workplace {
         self.messages.take().replace(&folder, "[folder]").trim_end().to_string()
     }
 
-    /// Names in a folder inside, sorted.
+    /// Names in a subfolder, sorted.
     pub fn listing_of(&self, folder: &str) -> Vec<String> {
         let entries = std::fs::read_dir(self.path(folder)).unwrap();
         let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -145,7 +146,7 @@ impl Workplace {
         names
     }
 
-    /// Everything in the folder, however deep.
+    /// All files and subfolders, at every depth.
     pub fn listing(&self) -> Listing {
         let (mut listing, mut folders) = (Listing::new(), vec![self.folder.path().to_path_buf()]);
         while let Some(folder) = folders.pop() {
@@ -170,14 +171,14 @@ impl Drop for Workplace {
 }
 
 impl Finished {
-    /// Asserts that it succeeded.
+    /// Asserts that the program succeeded.
     #[track_caller]
     pub fn succeeded(self) -> Self {
         self.ended(Some(0));
         self
     }
 
-    /// Asserts that it failed with exit code `code` and a message on standard error that holds `mentions`.
+    /// Asserts that the program failed with exit code `code` and a message on standard error that contains `mentions`.
     #[track_caller]
     pub fn failed(self, code: i32, mentions: &[&str]) -> Self {
         self.ended(Some(code));
@@ -194,7 +195,7 @@ impl Finished {
     }
 }
 
-/// The command line that exports a fixture, without its output.
+/// The command line that exports a fixture, without `--output`.
 pub fn export_line(fixture: &Fixture) -> String {
     format!("eqim-export onnx --generator generator.pth --tokenizer tokenizer.ckpt --heads {}", fixture.heads)
 }

@@ -1,4 +1,4 @@
-//! The golden fixtures, and tolerances with their reasons.
+//! The golden fixtures, and comparisons with them.
 
 pub mod bins;
 
@@ -24,7 +24,7 @@ pub struct Fixture {
     pub expected: BTreeMap<String, Tensor>,
 }
 
-/// A file of the repository.
+/// Path of a file of the repository.
 pub fn file(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
@@ -34,7 +34,7 @@ pub fn fixtures() -> PathBuf {
     file("tests/fixtures")
 }
 
-/// Both sets: the reference's at two configurations that differ in every size.
+/// Both sets of fixtures, from the reference at two configurations that differ in every size.
 pub fn all() -> [Fixture; 2] {
     [Fixture::open(fixtures()), Fixture::open(fixtures().join("other"))]
 }
@@ -64,7 +64,7 @@ impl Fixture {
         to_array(&self.tensor(key).to_dtype(DType::F32).unwrap()).unwrap()
     }
 
-    /// The request of a sampling run, with its noise from the seed.
+    /// The request of a sampling run, with the noise from its seed.
     pub fn request(&self, config: &Config, run: &str) -> Request {
         let meta = &self.meta["sampling"][run];
         let number = |key: &str| meta[key].as_u64().unwrap() as usize;

@@ -1,4 +1,4 @@
-//! Trains the tokenizer and the generator on folders of photographs.
+//! `eqim-train`: trains the tokenizer and the generator on folders of photographs.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -19,7 +19,8 @@ use eqim_training::tokenizer::{Teachers, TokenizerTask, mean};
 use mimalloc::MiMalloc;
 use serde::Serialize;
 
-// Every step makes and drops gigabytes of tensors: the system's allocator hands their pages back each time.
+// Every step allocates and frees gigabytes of tensors. The system allocator returns their pages to the kernel each
+// time.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
@@ -31,7 +32,7 @@ fn main() -> ExitCode {
     })
 }
 
-/// Trains the tokenizer and the generator on folders of photographs.
+/// Train the tokenizer or the generator on a folder of photographs.
 #[derive(Parser)]
 #[command(name = "eqim-train", version)]
 struct Arguments {
@@ -39,14 +40,14 @@ struct Arguments {
     part: Part,
 }
 
-/// What to train.
+/// The commands of `eqim-train`.
 #[derive(Subcommand)]
 enum Part {
-    /// Train the tokenizer: images to columns and back.
+    /// Train the tokenizer: the autoencoder between images and latent tokens.
     Tokenizer {
         #[command(flatten)]
         shared: Shared,
-        /// Start from this tokenizer's weights (.safetensors of this program, or .ckpt).
+        /// Tokenizer checkpoint to start from (.safetensors of eqim-train, or .ckpt).
         #[arg(long, value_name = "FILE")]
         from: Option<PathBuf>,
         /// Weights of VGG16 and LPIPS (.safetensors), for the perceptual loss.
@@ -60,46 +61,46 @@ enum Part {
     Generator {
         #[command(flatten)]
         shared: Shared,
-        /// The tokenizer (.safetensors of this program, or .ckpt).
+        /// Checkpoint of the trained tokenizer (.safetensors of eqim-train, or .ckpt).
         #[arg(long, value_name = "FILE")]
         tokenizer: PathBuf,
     },
-    /// Print a preset as TOML, to be changed and given to --recipe.
+    /// Print a preset as TOML, to edit and pass to --recipe.
     Recipe {
-        /// The preset.
+        /// Preset to print.
         #[arg(long, value_enum, default_value_t)]
         preset: Base,
     },
 }
 
-/// What both trainings are told.
+/// Arguments of both training commands.
 #[derive(Args)]
 struct Shared {
-    /// Photographs (.jpg, .png), in a folder for each class.
+    /// Folder of photographs (.jpg, .png), with one subfolder per class.
     #[arg(long, value_name = "DIR")]
     images: PathBuf,
-    /// Folder for the result, checkpoints, metrics and samples.
+    /// Output folder for the model, checkpoints, metrics and samples.
     #[arg(short, long, value_name = "DIR")]
     output: PathBuf,
-    /// Sizes and hyper-parameters to start from.
+    /// Preset of model sizes and hyperparameters.
     #[arg(long, value_enum, default_value_t)]
     preset: Base,
-    /// TOML file of what differs from the preset.
+    /// TOML file with the settings that differ from the preset.
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
-    /// Where to train: cpu, or cuda:N in a program built with the feature cuda.
+    /// Device to train on: cpu, or cuda:N if built with the feature cuda.
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
-    /// Go on from the last checkpoint in the output folder.
+    /// Resume from the last checkpoint in the output folder.
     #[arg(long)]
     resume: bool,
-    /// Optimizer steps, instead of the recipe's.
+    /// Number of optimizer steps; overrides the recipe.
     #[arg(long)]
     steps: Option<usize>,
-    /// Images of a step, instead of the recipe's.
+    /// Images per optimizer step; overrides the recipe.
     #[arg(long)]
     batch_size: Option<usize>,
-    /// Seed of everything random, instead of the recipe's.
+    /// Random seed; overrides the recipe.
     #[arg(long)]
     seed: Option<u64>,
 }
@@ -141,12 +142,12 @@ impl Shared {
     }
 }
 
-/// Makes Candle work on a tensor with one thread: batches are divided among the cores instead, and its own threads would
-/// wait for one another between every two operations. It reads the number from the environment, once, so this starts the
-/// program over where it is not there.
+/// Makes Candle use one thread per operation. Batches are divided among the cores instead, and Candle's own threads
+/// would wait for one another after every operation. Candle reads the number of threads once, from the environment, so
+/// this function restarts the program with `CANDLE_NUM_THREADS=1` unless the variable is already set.
 ///
 /// # Errors
-/// [`Error::run`] when the program cannot be started.
+/// [`Error::run`] if the program cannot be restarted.
 fn one_thread_a_tensor() -> Result<()> {
     const VARIABLE: &str = "CANDLE_NUM_THREADS";
     if std::env::var_os(VARIABLE).is_some() {
@@ -163,10 +164,10 @@ fn one_thread_a_tensor() -> Result<()> {
     Ok(())
 }
 
-/// Does what the command line says.
+/// Runs the command.
 ///
 /// # Errors
-/// [`Error::input`] naming the flag, file or key that cannot be used; [`Error::run`] for a training that failed.
+/// [`Error::input`] naming the flag, file or key that cannot be used; [`Error::run`] if the training fails.
 fn run(arguments: &Arguments) -> Result<()> {
     match &arguments.part {
         Part::Recipe { preset } => eqim_cli::print(Recipe::new(*preset).text()?),
@@ -230,12 +231,12 @@ fn train(task: &mut impl Task, output: &Output, resume: bool) -> Result<()> {
     eqim_cli::print(format_args!("the {} is {}", task.kind(), result.display()))
 }
 
-/// How well a tokenizer reconstructs the photographs.
+/// Quality of the tokenizer's reconstructions of the photographs.
 #[derive(Serialize)]
 struct ReconstructionReport {
-    /// Peak signal-to-noise ratio in dB of every photograph that was trained on, by file.
+    /// Peak signal-to-noise ratio (PSNR) in dB of each training photograph, by file.
     training: Vec<(String, f64)>,
-    /// Of those held out.
+    /// PSNR in dB of each held-out photograph, by file.
     held_out: Vec<(String, f64)>,
 }
 
