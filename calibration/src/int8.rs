@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 /// Number of positive levels of weights in integer products on a CPU. Processors without VNNI multiply unsigned by
-/// signed bytes and add pairs of these products in 16 bits (`vpmaddubsw`). With 64 levels the sum is at most 2 · 255 ·
-/// 64 and never saturates; with 127 levels it can.
+/// signed bytes and add pairs of these products in 16 bits (`vpmaddubsw`). With 64 levels the sum is at most
+/// `2 · 255 · 64` and never saturates; with 127 levels it can.
 pub const CPU_WEIGHT_LEVELS: f32 = 64.0;
 /// Number of positive levels of weights in all other products.
 pub const WEIGHT_LEVELS: f32 = 127.0;

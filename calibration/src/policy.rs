@@ -3,8 +3,8 @@
 //! For TensorRT, convolutions are W8A8 and matrices are weight-only. The step and the ODE's loop multiply the matrices
 //! with one or two rows per guidance stream, so the time is spent on reading the weights. The modulations of all ODE
 //! steps are one product of many rows. It runs once per token, while the products inside the loop run a hundred times.
-//! W8A8 makes it a few percent faster, but has four times the error of weight-only (measured on the demo model: 3.9 %
-//! of a token instead of 0.9 %). [`Policy::w8a8`] selects W8A8, for large batches.
+//! W8A8 gains a few percent there, but has four times the error of weight-only (measured on the demo model: 3.9 % of a
+//! token instead of 0.9 %). [`Policy::w8a8`] selects W8A8, for large batches.
 
 use std::collections::BTreeSet;
 

@@ -22,7 +22,7 @@ pub const FORMAT: u32 = 1;
 pub struct Table {
     /// Version of the format.
     pub format: u32,
-    /// Program and version that wrote it.
+    /// Program and version that wrote the table.
     pub producer: String,
     /// [Fingerprint](fingerprint) of the calibrated model.
     pub model: String,
@@ -65,7 +65,7 @@ pub struct Ranked {
     pub damage: Damage,
 }
 
-/// Error that quantization causes: the largest of a few images.
+/// Largest error that quantization causes in a few images.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Damage {
     /// Relative error of the tokens.

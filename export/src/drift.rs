@@ -97,8 +97,8 @@ const MOST_STEPS: usize = 8;
 /// in tokens. `progress` receives a line of text for every length, and for FP16 one for the largest activation.
 ///
 /// # Errors
-/// [`eqim::Error::input`] if a length is below 2 or there are no lengths; if an engine fails or a token of the
-/// reference is not finite. Drift and overflow of the bundle are not errors. They are recorded in the report.
+/// [`eqim::Error::input`] if a length is below 2 or there are no lengths. Other errors if an engine fails or a token of
+/// the reference is not finite. Drift and overflow of the bundle are not errors. They are recorded in the report.
 pub fn measure(
     bundle: &Bundle,
     reference: &CandleEngine,
