@@ -1,4 +1,4 @@
-//! Calibration: the model at the work of its life, and the ranges of its activations.
+//! Calibration: runs the model on pictures and rollouts, and collects the ranges of its activations.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -23,7 +23,7 @@ use crate::histogram::Histogram;
 use crate::observe::{Observe, Seen};
 use crate::table::{Damage, Entry, FORMAT, Range, Samples, Table};
 
-/// Calibration that may not be complete: what its state file holds.
+/// State of a calibration that can be incomplete. It is saved in the state file.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Collection {
@@ -31,12 +31,12 @@ pub struct Collection {
     samples: Samples,
     done: usize,
     scopes: BTreeMap<String, Watched>,
-    /// What the sensitivity search has looked at, by the settings of the search and by scope.
+    /// Damage that the sensitivity search has measured, by the settings of the search and by scope.
     #[serde(default)]
     pub(crate) damages: BTreeMap<String, BTreeMap<String, Damage>>,
 }
 
-/// The values of one scope.
+/// Histograms of one scope.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Watched {
@@ -44,10 +44,10 @@ struct Watched {
     output: Histogram,
 }
 
-/// SHA-256 of every picture's file, by its name in `folder`.
+/// SHA-256 of every picture file, by its path relative to `folder`.
 ///
 /// # Errors
-/// [`Error::input`] when one cannot be read.
+/// [`Error::input`] if a file cannot be read.
 pub fn hashes(folder: &Path, pictures: &[PathBuf]) -> Result<BTreeMap<String, String>> {
     let hash = |path: &PathBuf| {
         let name = path.strip_prefix(folder).unwrap_or(path).to_string_lossy().into_owned();
@@ -56,10 +56,11 @@ pub fn hashes(folder: &Path, pictures: &[PathBuf]) -> Result<BTreeMap<String, St
     pictures.iter().map(hash).collect()
 }
 
-/// Reads a picture as the tokenizer takes it: at the model's height, cut to `tokens` columns, `[1, 3, height, width]`.
+/// Reads a picture as an input of the tokenizer, `[1, 3, height, width]`: at the model's height, and cropped to at most
+/// `tokens` tokens.
 ///
 /// # Errors
-/// [`Error::input`] when it is none, or of another height without `resize`.
+/// [`Error::input`] if the file is not a picture, or has another height and `resize` is false.
 pub fn read_picture(path: &Path, config: &Config, tokens: usize, resize: bool) -> Result<Array4<f32>> {
     let (height, token) = (config.tokenizer.image_height(), config.tokenizer.token_width());
     let picture = picture::read(path, height, token, Side::Right)?;
@@ -74,7 +75,7 @@ pub fn read_picture(path: &Path, config: &Config, tokens: usize, resize: bool) -
     Ok(picture.pixels.slice(s![.., .., ..width]).to_owned().insert_axis(Axis(0)))
 }
 
-/// The model on Candle, watched.
+/// Runs the model on Candle and adds its activations to histograms.
 struct Watching<'a> {
     weights: &'a Weights,
     scopes: &'a RefCell<BTreeMap<String, Watched>>,
@@ -101,7 +102,7 @@ impl Runner for Watching<'_> {
     }
 }
 
-/// The guided rollout number `index` of a calibration.
+/// Request of the guided rollout with the number `index`.
 fn request(config: &Config, samples: &Samples, index: usize) -> Request {
     Request {
         cfg: samples.cfg,
@@ -112,10 +113,10 @@ fn request(config: &Config, samples: &Samples, index: usize) -> Request {
 }
 
 impl Collection {
-    /// Goes on with what `path` holds, or begins.
+    /// Resumes the calibration whose state is in the file `path`, or begins a new one if the file does not exist.
     ///
     /// # Errors
-    /// [`Error::input`] when `path` holds something else, or the state of a calibration with other settings.
+    /// [`Error::input`] if the file is not the state of a calibration, or the model, images or settings differ.
     pub fn open(path: &Path, model: &str, samples: &Samples) -> Result<Self> {
         if !path.exists() {
             let (model, samples) = (model.to_string(), samples.clone());
@@ -134,29 +135,30 @@ impl Collection {
         Ok(state)
     }
 
-    /// Writes the state.
+    /// Writes the state to a file.
     ///
     /// # Errors
-    /// [`Error::run`] when it cannot be written.
+    /// [`Error::run`] if the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_vec(self).or_run(path.display())?;
         files::write(path, &text)
     }
 
-    /// Samples that have been seen: pictures first, then rollouts.
+    /// Number of samples that the model has run on: pictures first, then rollouts.
     pub fn done(&self) -> usize {
         self.done
     }
 
-    /// Samples in all.
+    /// Total number of samples.
     pub fn total(&self) -> usize {
         self.samples.images.len() + self.samples.rollouts
     }
 
-    /// Shows the model the next sample. `pictures` are those of the samples, in their order.
+    /// Runs the model on the next sample. `pictures` are the picture files of the calibration, in the same order at
+    /// every call.
     ///
     /// # Errors
-    /// [`Error::input`] for a picture that does not fit; [`Error::run`] for a value that is not finite.
+    /// [`Error::input`] if a picture does not fit the model; [`Error::run`] if an activation is not finite.
     pub fn next(&mut self, config: &Config, weights: &Weights, pictures: &[PathBuf]) -> Result<()> {
         let scopes = RefCell::new(std::mem::take(&mut self.scopes));
         let engine = StageEngine::new(config.clone(), Watching { weights, scopes: &scopes });
@@ -180,10 +182,10 @@ impl Collection {
         engine.decode_tokens(generated.tokens.view()).map(drop)
     }
 
-    /// The table of a complete collection.
+    /// The calibration table of a complete collection.
     ///
     /// # Errors
-    /// [`Error::run`] for activations beyond FP16's scales.
+    /// [`Error::run`] if FP16 cannot represent the scale of a scope.
     pub fn table(&self, estimator: Estimator) -> Result<Table> {
         let entry = |(scope, watched): (&String, &Watched)| {
             let [input, output] = [&watched.input, &watched.output].map(|histogram| Range::of(histogram, estimator));

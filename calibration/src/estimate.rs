@@ -1,4 +1,4 @@
-//! From a histogram of activations to the range that INT8 covers; what lies beyond is cut.
+//! Chooses the range that INT8 covers from a histogram of activations. Values outside this range are clipped.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,25 +8,25 @@ use serde::{Deserialize, Serialize};
 
 use crate::histogram::Histogram;
 
-/// Positive levels of a symmetric 8-bit integer.
+/// Number of positive levels of a symmetric 8-bit quantization.
 pub const LEVELS: usize = 127;
 
-/// How the largest absolute value that is covered is chosen.
+/// Method that chooses the threshold: the largest absolute value that INT8 covers.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub enum Estimator {
-    /// The largest that occurred.
+    /// The largest value that occurred.
     Max,
-    /// The one that this percentage of the values does not exceed.
+    /// The threshold that this percentage of the values does not exceed.
     Percentile(f64),
-    /// The one after which the distribution differs least from before, by the Kullback-Leibler divergence (Migacz, 8-bit
-    /// Inference with TensorRT, 2017).
+    /// The threshold with the least Kullback-Leibler divergence between the distributions before and after quantization
+    /// (Migacz, 8-bit Inference with TensorRT, 2017).
     Entropy,
-    /// The one with the least mean squared error.
+    /// The threshold with the least mean squared error.
     Mse,
 }
 
-/// Percentage of a percentile unless told otherwise.
+/// Default percentage of `percentile`.
 const PERCENTILE: f64 = 99.99;
 
 impl fmt::Display for Estimator {
@@ -82,7 +82,8 @@ impl FromStr for Estimator {
 }
 
 impl Estimator {
-    /// Largest absolute value to cover: positive and at most the largest that occurred, or 0 when all values are 0.
+    /// The largest absolute value to cover. It is positive and at most the largest value that occurred, or 0 if all
+    /// values are 0.
     pub fn threshold(self, histogram: &Histogram) -> f32 {
         let (counts, width, largest) = (histogram.counts(), histogram.width(), histogram.largest());
         let bins = match self {
@@ -92,12 +93,12 @@ impl Estimator {
             Self::Entropy => entropy(counts),
             Self::Mse => mse(counts),
         };
-        // The last bin ends beyond the largest value.
+        // The last bin can end beyond the largest value.
         largest.min((bins as f64 * width) as f32)
     }
 }
 
-/// Bins that hold the percentage of the values.
+/// Number of bins, counted from zero, that hold this percentage of the values.
 fn percentile(counts: &[u64], percentage: f64) -> usize {
     let wanted = counts.iter().sum::<u64>() as f64 * percentage / 100.0;
     let mut so_far = 0;
@@ -108,7 +109,7 @@ fn percentile(counts: &[u64], percentage: f64) -> usize {
     counts.iter().position(enough).map_or(counts.len(), |last| last + 1)
 }
 
-/// Candidates of the searches: their number of bins grows by this.
+/// Step between the numbers of bins that a search tries.
 const STRIDE: usize = 4;
 
 fn candidates(counts: &[u64]) -> impl Iterator<Item = usize> {
@@ -121,7 +122,8 @@ fn least(counts: &[u64], cost: impl Fn(usize) -> f64) -> usize {
     costs.min_by(|a, b| a.1.total_cmp(&b.1)).map_or(counts.len(), |(bins, _)| bins)
 }
 
-/// Bins with the least squared error of values that are rounded to a level, or cut to the last.
+/// Number of bins with the least squared error if values are rounded to the nearest level, and larger values are
+/// clipped to the last level.
 fn mse(counts: &[u64]) -> usize {
     least(counts, |bins| {
         let step = bins as f64 / LEVELS as f64;
@@ -134,7 +136,8 @@ fn mse(counts: &[u64]) -> usize {
     })
 }
 
-/// Bins whose distribution, with what lies beyond counted into the last, diverges least from itself at 128 levels.
+/// Number of bins with the least divergence between two distributions: the values in these bins, with all larger values
+/// counted in the last bin, and the values in these bins quantized to 128 levels.
 fn entropy(counts: &[u64]) -> usize {
     least(counts, |bins| {
         let beyond: u64 = counts[bins..].iter().sum();
@@ -147,7 +150,8 @@ fn entropy(counts: &[u64]) -> usize {
             let shared = counts[members.clone()].iter().sum::<u64>() as f64 / occupied.max(1) as f64;
             for bin in members {
                 let p = reference(bin) as f64 / total;
-                // An empty bin that everything beyond was counted into: as unlikely as a single value.
+                // Only the last bin, in which the larger values were counted, can have p > 0 here. It gets the
+                // probability of one value.
                 let q = if counts[bin] > 0 { shared / kept } else { 1.0 / total };
                 if p > 0.0 {
                     divergence += p * (p / q).ln();

@@ -1,40 +1,41 @@
-//! How often activations of each size occur.
+//! Histograms of absolute activation values.
 
 use eqim::{Error, Result};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-/// Bins of a histogram.
+/// Number of bins of a histogram.
 pub const BINS: usize = 2048;
 
-/// Counts of absolute values, in equal bins from zero to a power of two that is not below the largest.
+/// Counts of absolute values in bins of equal width. The bins cover zero to a power of two that is at least the largest
+/// value.
 ///
-/// Ranges are powers of two so that a wider value merges whole bins: what a histogram holds does not depend on the order
-/// in which values came.
+/// Because the range is a power of two, a larger value merges whole bins. The counts therefore do not depend on the
+/// order of the values.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Histogram {
     low: f32,
     high: f32,
-    /// End of the last bin, once a value was not zero.
+    /// Upper end of the last bin; 0 until a value other than zero is added.
     end: f32,
     counts: Vec<u64>,
 }
 
-/// Extremes of some values.
+/// Minimum and maximum of the values and 0; NaN if a value is not finite.
 fn extremes(values: &[f32]) -> (f32, f32) {
     let wider = |(low, high): (f32, f32), &value: &f32| {
-        // A comparison with NaN is false, which lets it through to be found at the end.
+        // `f32::min` and `f32::max` ignore NaN, so a value that is not finite sets both extremes to NaN instead.
         if value.is_finite() { (low.min(value), high.max(value)) } else { (f32::NAN, f32::NAN) }
     };
     values.iter().fold((0.0, 0.0), |so_far, value| if so_far.0.is_nan() { so_far } else { wider(so_far, value) })
 }
 
 impl Histogram {
-    /// Counts values.
+    /// Adds values to the counts.
     ///
     /// # Errors
-    /// [`Error::run`] when one is not finite.
+    /// [`Error::run`] if a value is not finite. The histogram is then unchanged.
     pub fn add(&mut self, values: &[f32]) -> Result<()> {
         let parts: Vec<(f32, f32)> = values.par_chunks(1 << 16).map(extremes).collect();
         if parts.iter().any(|(low, _)| low.is_nan()) {
@@ -44,7 +45,7 @@ impl Histogram {
             (self.low, self.high) = (self.low.min(low), self.high.max(high));
         }
         self.widen();
-        // All zeros so far: any end will do.
+        // If all values so far are zero, they belong in the first bin.
         let per_bin = if self.end > 0.0 { BINS as f64 / f64::from(self.end) } else { 0.0 };
         let count = |mut counts: Vec<u64>, chunk: &[f32]| {
             for value in chunk {
@@ -62,18 +63,18 @@ impl Histogram {
         Ok(())
     }
 
-    /// Lets the bins reach the largest value.
+    /// Extends the bins to the largest value by merging pairs of bins.
     fn widen(&mut self) {
         let largest = self.largest();
         if largest == 0.0 {
             return;
         }
         if self.end == 0.0 {
-            // Never below the smallest normal number, whose powers all scale without loss.
+            // At least the smallest normal number, which can be doubled without loss.
             self.end = f32::MIN_POSITIVE.max(f64::from(largest).log2().ceil().exp2() as f32);
         }
         while self.end < largest {
-            // The largest power is beyond f32; the numbers below it share its last bin.
+            // 2^128 is beyond f32, so the end is `f32::MAX` instead. The last bin includes it.
             self.end = if self.end >= f32::MAX / 2.0 { f32::MAX } else { self.end * 2.0 };
             if !self.counts.is_empty() {
                 self.counts = self.counts.chunks(2).map(|pair| pair.iter().sum()).collect();
@@ -97,12 +98,12 @@ impl Histogram {
         self.high.max(-self.low)
     }
 
-    /// Values that were counted.
+    /// Number of counted values.
     pub fn samples(&self) -> u64 {
         self.counts.iter().sum()
     }
 
-    /// Counts of the bins up to the largest value; none when all values are zero.
+    /// Counts of the bins up to the last one that is not empty; no bins if all values are zero.
     pub fn counts(&self) -> &[u64] {
         let used = self.counts.iter().rposition(|&count| count > 0).map_or(0, |last| last + 1);
         if self.end > 0.0 { &self.counts[..used] } else { &[] }

@@ -1,4 +1,4 @@
-//! 8-bit numbers: scales, rounding, and the forms that products with weights take in INT8.
+//! 8-bit quantization: scales, rounding, and the INT8 variants of products with weights.
 
 use candle_core::Tensor;
 use eqim::ops::cost::{Cost, Shape};
@@ -9,17 +9,18 @@ use half::f16;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-/// Positive levels of weights in integer products on a CPU. Processors without VNNI add pairs of products of an
-/// unsigned and a signed byte in 16 bits (`vpmaddubsw`), which 2 · 255 · 64 never fills; 127 levels would.
+/// Number of positive levels of weights in integer products on a CPU. Processors without VNNI multiply unsigned by
+/// signed bytes and add pairs of these products in 16 bits (`vpmaddubsw`). With 64 levels the sum is at most
+/// `2 · 255 · 64` and never saturates; with 127 levels it can.
 pub const CPU_WEIGHT_LEVELS: f32 = 64.0;
-/// Positive levels of weights elsewhere.
+/// Number of positive levels of weights in all other products.
 pub const WEIGHT_LEVELS: f32 = 127.0;
 
-/// The smallest number of FP16 that is not below `scale`, so that graphs in FP16 and in FP32 quantize alike and nothing
-/// within the range is cut.
+/// The smallest positive FP16 number that is at least `scale`. With it, graphs in FP16 and in FP32 quantize
+/// identically, and no value within the range is clipped.
 ///
 /// # Errors
-/// [`Error::run`] for a scale that is not finite, negative, or beyond FP16.
+/// [`Error::run`] if the scale is negative, not finite, or beyond the FP16 range.
 pub fn representable(scale: f32) -> Result<f32> {
     let rounded = f16::from_f32(scale);
     let up = if rounded.to_f32() < scale { f16::from_bits(rounded.to_bits() + 1) } else { rounded };
@@ -29,33 +30,33 @@ pub fn representable(scale: f32) -> Result<f32> {
     Ok(up.to_f32().max(f16::from_bits(1).to_f32()))
 }
 
-/// An unsigned 8-bit quantization: `(q - zero) · scale`.
+/// An unsigned 8-bit quantization: the level `q` represents the value `(q - zero) · scale`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Affine {
-    /// Step between two levels.
+    /// Step between two neighbouring levels.
     pub scale: f32,
-    /// The level that means 0.
+    /// Zero point: the level that represents 0.
     pub zero: u8,
 }
 
 impl Affine {
-    /// Covers `low..=high`, which holds 0.
+    /// The quantization that covers `low..=high`. This range must include 0.
     ///
     /// # Errors
-    /// [`Error::run`] for a range beyond FP16's scales.
+    /// [`Error::run`] if FP16 cannot represent the scale.
     pub fn covering(low: f32, high: f32) -> Result<Self> {
-        // Constant zeros: any scale represents them.
+        // All values are 0, which any scale represents.
         let scale = if low == high { 1.0 } else { representable((high - low) / 255.0)? };
         Ok(Self { scale, zero: (-low / scale).round_ties_even().clamp(0.0, 255.0) as u8 })
     }
 
-    /// What becomes of a value (ONNX `QuantizeLinear` and `DequantizeLinear`).
+    /// Quantizes and dequantizes a value (ONNX `QuantizeLinear` and `DequantizeLinear`).
     pub fn round(self, value: f32) -> f32 {
         let zero = f32::from(self.zero);
         (((value / self.scale).round_ties_even() + zero).clamp(0.0, 255.0) - zero) * self.scale
     }
 
-    /// The range of one tensor as ONNX `DynamicQuantizeLinear` finds it.
+    /// The quantization that covers the values of one tensor (ONNX `DynamicQuantizeLinear`).
     pub fn dynamic(values: &[f32]) -> Self {
         let low = values.iter().copied().fold(0.0, f32::min);
         let high = values.iter().copied().fold(0.0, f32::max);
@@ -64,24 +65,24 @@ impl Affine {
     }
 }
 
-/// What becomes of a value in a symmetric 8-bit quantization (ONNX `QuantizeLinear` and `DequantizeLinear`).
+/// Quantizes and dequantizes a value symmetrically in 8 bits (ONNX `QuantizeLinear` and `DequantizeLinear`).
 pub fn round_symmetric(value: f32, scale: f32) -> f32 {
     (value / scale).round_ties_even().clamp(-128.0, 127.0) * scale
 }
 
-/// A weight in 8 bits, its first axis the output channels.
+/// A weight in 8 bits. Its first axis is the output channels.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rounded {
-    /// Levels, in the order of the weight.
+    /// Levels, in the order of the weight's elements.
     pub levels: Vec<i8>,
-    /// A scale for every channel.
+    /// Scales, one per output channel.
     pub scales: Vec<f32>,
 }
 
-/// Quantizes a weight per output channel; a channel of zeros gets a scale of 1.
+/// Quantizes a weight per output channel. A channel of zeros gets a scale of 1.
 ///
 /// # Errors
-/// [`Error::run`] for values beyond FP16's scales.
+/// [`Error::run`] if FP16 cannot represent a scale.
 pub fn round_weight(weight: &Tensor, levels: f32) -> Result<Rounded> {
     let values = weight.flatten_all()?.to_vec1::<f32>()?;
     let channel = values.len() / weight.dim(0)?;
@@ -97,10 +98,10 @@ pub fn round_weight(weight: &Tensor, levels: f32) -> Result<Rounded> {
 }
 
 impl Rounded {
-    /// The weight's values, in `shape`.
+    /// The dequantized weight in `shape`.
     ///
     /// # Errors
-    /// When the shape does not fit.
+    /// If the number of elements does not fit the shape.
     pub fn tensor(&self, shape: &[usize]) -> Result<Tensor> {
         let channel = self.levels.len() / self.scales.len().max(1);
         let channels = self.levels.chunks(channel).zip(&self.scales);
@@ -110,44 +111,48 @@ impl Rounded {
     }
 }
 
-/// A bias as integer convolutions add it: in 32 bits, at the product of the input's scale and the channel's.
+/// Quantizes a bias for an integer convolution: to 32 bits, with the product of the scale of the input and the scale of
+/// the weight's channel as its scale.
 pub fn round_bias(bias: f32, input: f32, weight: f32) -> i32 {
     // The conversion saturates.
     (f64::from(bias) / (f64::from(input) * f64::from(weight))).round_ties_even() as i32
 }
 
-/// The forms that products with the weights of the current scope take in INT8, in addition to the primitives of [`Ops`].
+/// INT8 variants of products with the weights of the current scope, in addition to the primitives of [`Ops`].
 pub trait Int8: Ops {
-    /// Rounds activations to a symmetric 8-bit grid (ONNX `QuantizeLinear`, `DequantizeLinear`; zero point 0).
+    /// Rounds activations to the levels of a symmetric 8-bit quantization (ONNX `QuantizeLinear` and
+    /// `DequantizeLinear`, with zero point 0).
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn quantize_dequantize(&mut self, x: &Self::Tensor, scale: f32) -> Result<Self::Tensor>;
 
-    /// [`Ops::gemm`] with a weight that is stored in 8 bits per output channel (ONNX `DequantizeLinear`).
+    /// [`Ops::gemm`] with a weight that is stored in 8 bits, with one scale per output channel (ONNX
+    /// `DequantizeLinear`).
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn dequantized_gemm(&mut self, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor>;
 
-    /// [`Ops::conv`] with a weight that is stored in 8 bits per output channel (ONNX `DequantizeLinear`).
+    /// [`Ops::conv`] with a weight that is stored in 8 bits, with one scale per output channel (ONNX
+    /// `DequantizeLinear`).
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn dequantized_conv(&mut self, x: &Self::Tensor, conv: Conv) -> Result<Self::Tensor>;
 
-    /// [`Ops::gemm`] in integers, with activations quantized by the range they have (ONNX `DynamicQuantizeLinear`,
-    /// `MatMulInteger`).
+    /// [`Ops::gemm`] in integers. The activations are quantized by their range at run time (ONNX
+    /// `DynamicQuantizeLinear` and `MatMulInteger`).
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn dynamic_gemm(&mut self, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor>;
 
-    /// [`Ops::conv`] in integers from an 8-bit input to an 8-bit output of these ranges (ONNX `QLinearConv`). Where the
-    /// convolution mirrors its input, it does so after the input is in 8 bits.
+    /// [`Ops::conv`] in integers (ONNX `QLinearConv`). `ranges` are the quantizations of the input and the output. If
+    /// the convolution pads its input by reflection, the padding follows the quantization of the input.
     ///
     /// # Errors
-    /// When the interpreter refuses.
+    /// If the interpreter fails.
     fn integer_conv(&mut self, x: &Self::Tensor, conv: Conv, ranges: (Affine, Affine)) -> Result<Self::Tensor>;
 }
 
@@ -158,8 +163,8 @@ fn each(x: &Tensor, function: impl Fn(f32) -> f32 + Sync + Send) -> Result<Tenso
     Ok(Tensor::from_vec(values, x.shape(), x.device())?)
 }
 
-/// The preview of INT8: values on the grids of 8 bits, sums in FP32. Weights, and biases of integer convolutions, have to
-/// be rounded beforehand, once: [`Preview`](crate::Preview) does.
+/// Simulation of INT8: values are rounded to 8-bit levels, sums are in FP32. The weights, and the biases of integer
+/// convolutions, must be rounded before. [`Preview`](crate::Preview) does this once.
 impl Int8 for Eager<'_> {
     fn quantize_dequantize(&mut self, x: &Tensor, scale: f32) -> Result<Tensor> {
         each(x, |value| round_symmetric(value, scale))
@@ -186,7 +191,7 @@ impl Int8 for Eager<'_> {
     }
 }
 
-/// INT8 multiplies and adds as often as FP32.
+/// INT8 has as many multiply-adds as FP32.
 impl Int8 for Cost {
     fn quantize_dequantize(&mut self, x: &Shape, _scale: f32) -> Result<Shape> {
         Ok(x.clone())

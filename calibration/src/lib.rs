@@ -1,19 +1,22 @@
-//! INT8: interpreters around others that watch the model run, and that put its products into 8 bits.
+//! INT8 calibration and quantization. Two interpreters wrap another interpreter: one records the activations, the other
+//! runs matrix products and convolutions in INT8.
 //!
-//! [`Observe`] shows every computed value. A [`Collection`] runs the model on pictures and rollouts and counts what it
-//! shows; an [`Estimator`] makes a [`Table`] of that. A [`Policy`] says by rules which product runs in INT8 and how, and
-//! [`Quantize`] applies it around any interpreter: around Candle as a [`Preview`], around the lowering as an export.
+//! [`Observe`] passes the activations to a callback. A [`Collection`] runs the model on pictures and rollouts and
+//! counts the activations in histograms. An [`Estimator`] chooses the ranges, which are stored in a [`Table`]. A
+//! [`Policy`] holds the rules that choose the products to run in INT8 and their schemes. [`Quantize`] applies a policy
+//! around any interpreter: around Candle it gives a [`Preview`], around the lowering it gives an export.
 //!
 //! ```
 //! use eqim_calibration::{Estimator, Histogram};
 //!
-//! // One value lies far from the others.
+//! // One value is an outlier.
 //! let mut activations: Vec<f32> = (0..10_000).map(|i| (i as f32).sin()).collect();
 //! activations.push(40.0);
 //! let mut histogram = Histogram::default();
 //! histogram.add(&activations)?;
 //!
-//! // The scale of INT8 is the threshold divided by 127: a small threshold cuts the outlier off and keeps the others precise.
+//! // The INT8 scale is the threshold divided by 127.
+//! // A small threshold clips the outlier and gives the other values a finer resolution.
 //! assert_eq!(Estimator::Max.threshold(&histogram), 40.0);
 //! assert!(Estimator::Percentile(99.9).threshold(&histogram) < 2.0);
 //! # Ok::<(), eqim::Error>(())

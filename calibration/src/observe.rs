@@ -1,21 +1,22 @@
-//! The decorator around an interpreter.
+//! An interpreter that wraps another one and passes its activations to a callback.
 
 use eqim::Result;
 use eqim::ops::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary};
 
-/// What a value is to the scope it is shown under.
+/// Role of a value in its scope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
-    /// It enters a product or a convolution with the scope's weight.
+    /// Input of a product or convolution with the scope's weight.
     Input,
-    /// It comes out of a product or a convolution with the scope's weight.
+    /// Output of a product or convolution with the scope's weight.
     Output,
-    /// It enters a norm, or enters or leaves a product of two activations.
+    /// Input of a norm, or operand or result of a product of two activations.
     Other,
 }
 
-/// Runs primitives on `O` and shows `probe`, under the name of the scope, every value that enters a matrix product, a
-/// convolution or a norm, and every result of a product or convolution: what reduced precision has to hold.
+/// Runs primitives on `O` and calls `probe` with the scope's name and the values that a reduced precision must
+/// represent: every input of a matrix product, convolution or norm, and every result of a matrix product or
+/// convolution.
 #[derive(Debug)]
 pub struct Observe<O, F> {
     inner: O,
@@ -24,7 +25,7 @@ pub struct Observe<O, F> {
 }
 
 impl<O: Ops, F: FnMut(&str, Seen, &O::Tensor) -> Result<()>> Observe<O, F> {
-    /// A decorated interpreter outside any scope.
+    /// Wraps an interpreter that is outside any scope.
     pub fn new(inner: O, probe: F) -> Self {
         Self { inner, probe, scope: vec![] }
     }

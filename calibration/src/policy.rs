@@ -1,9 +1,10 @@
-//! Which products run in INT8, and how: the rules, in one place.
+//! Rules that choose the products to run in INT8, and their schemes.
 //!
-//! For TensorRT convolutions are W8A8 and matrices weight-only: the step and the ODE's loop multiply them with a row or two
-//! a stream, and the time is that of reading them. The modulations of all steps are a product of many rows, but one that is
-//! run once a token where the loop's are run a hundred times; W8A8 gains a few percent there, and costs four times the
-//! error (measured on the demo model: 3.9 % of a token against 0.9 %). It is there for who runs large batches.
+//! For TensorRT, convolutions are W8A8 and matrices are weight-only. The step and the ODE's loop multiply the matrices
+//! with one or two rows per guidance stream, so the time is spent on reading the weights. The modulations of all ODE
+//! steps are one product of many rows. It runs once per token, while the products inside the loop run a hundred times.
+//! W8A8 gains a few percent there, but has four times the error of weight-only (measured on the demo model: 3.9 % of a
+//! token instead of 0.9 %). [`Policy::w8a8`] selects W8A8, for large batches.
 
 use std::collections::BTreeSet;
 
@@ -15,67 +16,67 @@ use regex::Regex;
 use crate::int8::Affine;
 use crate::table::Table;
 
-/// How one product with a weight runs.
+/// Scheme of one product with a weight.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scheme {
-    /// As in the bundle's precision.
+    /// Not quantized: runs in the precision of the bundle.
     Float,
-    /// The weight in 8 bits, dequantized where it is used: for products that reading the weight takes the time of.
+    /// Weight in 8 bits, dequantized before the product. For products that spend their time on reading the weight.
     WeightOnly,
-    /// Weight and activations in 8 bits (W8A8), activations by a calibrated scale.
+    /// Weight and activations in 8 bits (W8A8), with a calibrated scale for the activations.
     Static {
-        /// Of the activations, zero point 0.
+        /// Scale of the activations. The zero point is 0.
         scale: f32,
     },
-    /// Weight and activations in 8 bits, activations by the range they have when it runs.
+    /// Weight and activations in 8 bits. The scale of the activations is computed at run time.
     Dynamic,
-    /// Weight, input and output in 8 bits, by calibrated ranges.
+    /// Weight, input and output in 8 bits, with calibrated ranges.
     Integer {
-        /// Of the input.
+        /// Quantization of the input.
         input: Affine,
-        /// Of the output.
+        /// Quantization of the output.
         output: Affine,
     },
 }
 
-/// A product with a weight, as the rules see it.
+/// Properties of a product with a weight that the rules depend on.
 #[derive(Clone, Copy, Debug)]
 pub struct Product<'a> {
-    /// The stage that is run.
+    /// Stage that runs the product.
     pub stage: Stage,
     /// Scope of the weight.
     pub scope: &'a str,
-    /// Shape of the weight, `[out, in]` of a matrix, `[out, in, ...]` of a convolution.
+    /// Shape of the weight: `[out, in]` for a matrix, `[out, in, ...]` for a convolution.
     pub shape: &'a [usize],
 }
 
-/// The stages that `--int8` means by itself: those that take the time of every image.
+/// Default stages of `--int8`: the stages that take most of the time of every image.
 pub const STAGES: [Stage; 3] = [Stage::Step, Stage::Flow, Stage::Decoder];
 
-/// Below as many inputs or outputs a product is not worth quantizing.
+/// Minimum number of input and output channels. Smaller products are not quantized.
 const NARROW: usize = 16;
 
-/// The rules and what they refer to.
+/// Rules for INT8, with their settings.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// What the graphs are for.
+    /// Target of the graphs.
     pub target: Int8Target,
     /// Stages that may run in INT8.
     pub stages: BTreeSet<Stage>,
-    /// Scopes to leave as they are.
+    /// Patterns of scopes to exclude from INT8.
     pub exclude: Vec<Regex>,
-    /// Matrices to run W8A8 where they would be weight-only.
+    /// Patterns of matrices to run in W8A8 instead of weight-only.
     pub w8a8: Vec<Regex>,
-    /// The only scope that may run in INT8, where one is looked at alone.
+    /// The only scope that may run in INT8, if the sensitivity search quantizes one scope alone.
     pub only: Option<String>,
-    /// Scopes that the sensitivity search left out.
+    /// Scopes that the sensitivity search excludes from INT8.
     pub left_out: BTreeSet<String>,
-    /// Ranges of activations.
+    /// Calibration table, with the ranges of the activations.
     pub table: Table,
 }
 
 impl Policy {
-    /// The rules for `target` with what a table's sensitivity search found.
+    /// The rules for `target`. Scopes that the table's sensitivity search excludes are left out of INT8.
     pub fn new(target: Int8Target, stages: impl IntoIterator<Item = Stage>, table: Table) -> Self {
         let left_out = table.sensitivity.as_ref().map_or(BTreeSet::new(), |found| found.exclude.clone());
         Self {
@@ -89,10 +90,11 @@ impl Policy {
         }
     }
 
-    /// How a product runs.
+    /// Chooses the scheme of a product.
     ///
     /// # Errors
-    /// [`Error::input`] when the table knows nothing of it.
+    /// [`Error::input`] if the table does not have the product's scope; [`Error::run`] if FP16 cannot represent a
+    /// scale.
     pub fn scheme(&self, product: Product) -> Result<Scheme> {
         if !self.stages.contains(&product.stage) || self.is_excluded(product.scope) || !is_worth_it(&product) {
             return Ok(Scheme::Float);
@@ -119,15 +121,15 @@ impl Policy {
 
 fn is_worth_it(product: &Product) -> bool {
     let Product { scope, shape, .. } = product;
-    // Convolutions over columns see one token where the others see its pixels.
+    // 1-D convolutions run over tokens, while the others run over pixels, of which there are many per token.
     let columns = shape.len() == 3;
     !keeps_full_precision(scope) && !columns && shape[0].min(shape[1]) >= NARROW
 }
 
-/// Compiles the patterns of a setting.
+/// Compiles the regular expressions of a setting.
 ///
 /// # Errors
-/// [`Error::setting`] for one that is not a regular expression.
+/// [`Error::setting`] if a text is not a regular expression.
 pub fn patterns(field: &'static str, texts: &[String]) -> Result<Vec<Regex>> {
     let bad = |text: &String, error| Error::setting(field, format!("is {text}")).because(error);
     texts.iter().map(|text| Regex::new(text).map_err(|error| bad(text, error))).collect()

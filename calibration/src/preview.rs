@@ -1,4 +1,4 @@
-//! INT8 on Candle, without a graph or a GPU: the values that a quantized bundle computes.
+//! Simulation of INT8 on Candle, without a graph or a GPU. It computes the same values as a quantized bundle.
 
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ use crate::int8::{self, CPU_WEIGHT_LEVELS, WEIGHT_LEVELS};
 use crate::policy::{Policy, Scheme};
 use crate::quantize::{QuantizationPlan, Quantize, plan};
 
-/// A model whose weights are rounded as its policy says, stage by stage.
+/// A model whose weights are rounded for each stage as its policy specifies.
 #[derive(Debug)]
 pub struct Preview<'a> {
     policy: &'a Policy,
@@ -21,10 +21,10 @@ pub struct Preview<'a> {
 }
 
 impl<'a> Preview<'a> {
-    /// An engine of the model in INT8.
+    /// Creates an engine that simulates the model in INT8.
     ///
     /// # Errors
-    /// Those of [`plan`]; [`Error::run`] for weights beyond the scales of INT8.
+    /// Errors of [`plan`]; [`Error::run`] if FP16 cannot represent the scale of a weight.
     pub fn engine(config: &Config, weights: &Weights, policy: &'a Policy) -> Result<StageEngine<Self>> {
         let rounded = |(stage, plan): (Stage, QuantizationPlan)| Ok((stage, round(weights, &plan)?));
         let stages = plan(config, policy)?.into_iter().map(rounded).collect::<Result<_>>()?;
@@ -32,7 +32,7 @@ impl<'a> Preview<'a> {
     }
 }
 
-/// The weights as one stage's integers stand for them.
+/// Rounds the weights to the values that the integers of one stage represent.
 fn round(weights: &Weights, plan: &QuantizationPlan) -> Result<Weights> {
     let mut all = weights.clone();
     for (scope, scheme) in plan.schemes.iter().filter(|(_, scheme)| **scheme != Scheme::Float) {
@@ -53,7 +53,7 @@ fn round(weights: &Weights, plan: &QuantizationPlan) -> Result<Weights> {
     Ok(all)
 }
 
-/// Positive levels of the weights of a scheme.
+/// Number of positive levels of the weights in a scheme.
 pub fn levels(scheme: Scheme) -> f32 {
     match scheme {
         Scheme::Dynamic | Scheme::Integer { .. } => CPU_WEIGHT_LEVELS,

@@ -1,4 +1,5 @@
-//! The decorator that puts products into INT8 as a [`Policy`] says, and what a model then needs of its weights.
+//! An interpreter that wraps another one and runs products in INT8 as a [`Policy`] specifies, and the list of weights
+//! that a model then requires.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,7 +11,7 @@ use eqim::{Config, Error, Result};
 use crate::int8::Int8;
 use crate::policy::{Policy, Product, Scheme};
 
-/// Runs a stage on `O`, products with weights in the form that the policy gives them.
+/// Runs a stage on `O`. Products with weights run in the scheme that the policy chooses.
 #[derive(Debug)]
 pub struct Quantize<'a, O> {
     inner: O,
@@ -20,27 +21,28 @@ pub struct Quantize<'a, O> {
     chosen: QuantizationPlan,
 }
 
-/// What a stage needs of its weights.
+/// Weights that a stage requires, quantized or not.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct QuantizationPlan {
     /// Schemes of all products with weights, by scope.
     pub schemes: BTreeMap<String, Scheme>,
-    /// Names of the weights that are needed as they are.
+    /// Names of the weights that the stage requires without quantization.
     pub floats: BTreeSet<String>,
 }
 
 impl<'a, O: Int8> Quantize<'a, O> {
-    /// A decorated interpreter of one stage.
+    /// Wraps an interpreter to run one stage.
     pub fn new(inner: O, policy: &'a Policy, stage: Stage) -> Self {
         Self { inner, policy, stage, scope: vec![], chosen: QuantizationPlan::default() }
     }
 
-    /// The interpreter inside.
+    /// The wrapped interpreter.
     pub fn into_inner(self) -> O {
         self.inner
     }
 
-    /// Decides how the product with the scope's weight of this shape runs, and notes what that needs.
+    /// Chooses the scheme of the product with the current scope's weight, which has this shape, and records the weights
+    /// that the product requires.
     fn decide(&mut self, shape: &[usize]) -> Result<Scheme> {
         let scope = self.scope.join(".");
         let scheme = self.policy.scheme(Product { stage: self.stage, scope: &scope, shape })?;
@@ -55,10 +57,10 @@ impl<'a, O: Int8> Quantize<'a, O> {
     }
 }
 
-/// What every stage of a model needs of its weights under a policy.
+/// Weights that every stage of a model requires under a policy.
 ///
 /// # Errors
-/// [`Error::input`] when the policy's table lacks a scope, or one of its patterns fits none.
+/// [`Error::input`] if the policy's table lacks a scope, or one of its patterns matches no scope.
 pub fn plan(config: &Config, policy: &Policy) -> Result<BTreeMap<Stage, QuantizationPlan>> {
     let mut plans = BTreeMap::new();
     for stage in Stage::ALL {

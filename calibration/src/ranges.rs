@@ -1,4 +1,4 @@
-//! The largest activation of every scope: what limits FP16.
+//! The largest absolute activation of every scope, to detect overflow in FP16.
 
 use std::collections::BTreeMap;
 
@@ -16,10 +16,10 @@ pub struct Ranges {
 }
 
 impl Ranges {
-    /// Runs `work` on Candle and widens the ranges by what it computes.
+    /// Runs `work` on Candle and widens the ranges to include its activations.
     ///
     /// # Errors
-    /// Those of `work`.
+    /// Errors of `work`; [`Error::run`] if an activation is not finite.
     pub fn observe<R>(
         &mut self,
         weights: &Weights,
@@ -34,7 +34,7 @@ impl Ranges {
             return Ok(());
         }
         let largest = x.abs()?.max_all()?.to_scalar::<f32>()?;
-        // A maximum can lose a NaN; a sum cannot.
+        // A maximum can ignore a NaN, but a sum cannot.
         if !largest.is_finite() || x.sum_all()?.to_scalar::<f32>()?.is_nan() {
             return Err(Error::run("activation", "a value is not finite"));
         }
@@ -43,7 +43,7 @@ impl Ranges {
         Ok(())
     }
 
-    /// The scope with the largest activation, and that.
+    /// The scope with the largest activation, and that activation; `None` if nothing was recorded.
     pub fn largest(&self) -> Option<(&str, f32)> {
         let widest = self.scopes.iter().max_by(|a, b| a.1.total_cmp(b.1));
         widest.map(|(scope, range)| (scope.as_str(), *range))

@@ -1,4 +1,5 @@
-//! What quantizing each scope alone does to tokens and images, and the largest set that keeps a quality.
+//! Sensitivity search: the error of tokens and images if each scope alone is quantized, and the fewest scopes to
+//! exclude from INT8 so that images keep a minimum PSNR.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -20,7 +21,7 @@ use crate::preview::Preview;
 use crate::quantize::plan;
 use crate::table::{Damage, Ranked, Samples, Sensitivity};
 
-/// A model, its images in FP32, and what is tried on it.
+/// A model, with its reference tokens and images in FP32.
 pub struct Search<'a> {
     config: &'a Config,
     weights: &'a Weights,
@@ -29,10 +30,10 @@ pub struct Search<'a> {
 }
 
 impl<'a> Search<'a> {
-    /// Runs the reference: images of the first classes.
+    /// Generates the reference images in FP32, of the first classes.
     ///
     /// # Errors
-    /// When the model fails.
+    /// If the model fails.
     pub fn new(config: &'a Config, weights: &'a Weights, policy: &Policy) -> Result<Self> {
         let engine = CandleEngine::new(config.clone(), weights.clone());
         let reference = generate(&engine, &request(config, &policy.table.samples), |_| {})?;
@@ -40,10 +41,10 @@ impl<'a> Search<'a> {
         Ok(Self { config, weights, reference, images })
     }
 
-    /// What the policy does to the rollout.
+    /// Measures the error of tokens and images under a policy.
     ///
     /// # Errors
-    /// When the model fails.
+    /// If the model fails.
     pub fn damage(&self, policy: &Policy) -> Result<Damage> {
         let engine = Preview::engine(self.config, self.weights, policy)?;
         let tokens = generate(&engine, &request(self.config, &policy.table.samples), |_| {})?.tokens;
@@ -53,13 +54,14 @@ impl<'a> Search<'a> {
         Ok(Damage { token_error, psnr: self.worst_psnr(&decode(&engine, &tokens)?) })
     }
 
-    /// The least likeness to the reference's images; `None` when all are equal.
+    /// Lowest PSNR of the images against the reference images; `None` if all images are equal.
     fn worst_psnr(&self, images: &Array4<f32>) -> Option<f32> {
         let rows = images.axis_chunks_iter(Axis(0), 1).zip(self.images.axis_chunks_iter(Axis(0), 1));
         rows.filter_map(|(found, expected)| psnr(found, expected)).min_by(f32::total_cmp)
     }
 
-    /// Damage of a scope alone. A scope of the decoder alone does nothing to the tokens, which are then not generated.
+    /// Damage if only this scope is quantized. If only the decoder uses the scope, the tokens do not change and are not
+    /// generated again.
     fn alone(&self, policy: &Policy, scope: &str, stages: &BTreeSet<Stage>) -> Result<Damage> {
         let policy = Policy { only: Some(scope.to_string()), ..policy.clone() };
         if stages.iter().any(|&stage| stage != Stage::Decoder) {
@@ -70,10 +72,10 @@ impl<'a> Search<'a> {
     }
 }
 
-/// Images that damage is looked for in: one can come through where another does not.
+/// Number of images that damage is measured on. There are several because the damage differs between images.
 const IMAGES: usize = 8;
 
-/// A batch of guided images, as long as the calibration's.
+/// A batch of guided images with the tokens, steps, guidance and seed of the calibration.
 fn request(config: &Config, samples: &Samples) -> Request {
     let classes = (0..IMAGES).map(|row| Some(row % config.generator.class_num));
     Request {
@@ -88,14 +90,14 @@ fn decode(engine: &dyn Engine, tokens: &Array3<f32>) -> Result<Array4<f32>> {
     engine.decode_tokens(tokens.view())
 }
 
-/// Scopes that a policy puts in INT8, with the stages that use them.
+/// Scopes that a policy runs in INT8, each with the stages that use it. The encoder is left out.
 ///
 /// # Errors
-/// Those of [`plan`].
+/// Errors of [`plan`].
 pub fn quantized(config: &Config, policy: &Policy) -> Result<BTreeMap<String, BTreeSet<Stage>>> {
     let mut scopes: BTreeMap<String, BTreeSet<Stage>> = BTreeMap::new();
     for (stage, plan) in plan(config, policy)? {
-        // The encoder takes no part in a rollout.
+        // A rollout does not run the encoder.
         let chosen = plan.schemes.into_iter().filter(|(_, scheme)| *scheme != Scheme::Float && stage != Stage::Encoder);
         for (scope, _) in chosen {
             scopes.entry(scope).or_default().insert(stage);
@@ -104,12 +106,14 @@ pub fn quantized(config: &Config, policy: &Policy) -> Result<BTreeMap<String, BT
     Ok(scopes)
 }
 
-/// Looks at every scope alone, then keeps the worst out of INT8, as few as `min_psnr` dB needs.
+/// Measures the damage of every scope alone and ranks the scopes by it. Then excludes the worst scopes from INT8, as
+/// few as needed for a PSNR of `min_psnr` dB.
 ///
-/// What has been looked at is kept in `collection`, saved in `state`. `progress` is told how many scopes are known.
+/// The results are stored in `collection` and saved to the file `state` after every scope. `progress` receives the
+/// number of scopes measured so far.
 ///
 /// # Errors
-/// When the model fails, or the state cannot be written.
+/// If the model fails, the state cannot be written, or the PSNR is not reached even without INT8.
 pub fn search(
     config: &Config,
     weights: &Weights,
@@ -143,7 +147,7 @@ pub fn search(
     Ok(Sensitivity { target: policy.target, min_psnr, psnr: damage.psnr, exclude, scopes: ranking })
 }
 
-/// The fewest scopes from the front of the ranking that have to stay out, by bisection, and the damage that is left.
+/// Number of scopes at the front of the ranking that must be excluded, found by bisection, and the damage that remains.
 fn fewest(search: &Search, policy: &Policy, ranking: &[Ranked], min_psnr: f32) -> Result<(usize, Damage)> {
     let without = |count: usize| {
         let left_out = ranking[..count].iter().map(|ranked| ranked.scope.clone()).collect();

@@ -16,112 +16,112 @@ use crate::int8::{Affine, representable};
 /// Version of the format that this code writes and reads.
 pub const FORMAT: u32 = 1;
 
-/// What calibration found.
+/// Result of a calibration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Table {
     /// Version of the format.
     pub format: u32,
-    /// Program and version that wrote it.
+    /// Program and version that wrote the table.
     pub producer: String,
-    /// [Fingerprint](fingerprint) of the model that was watched.
+    /// [Fingerprint](fingerprint) of the calibrated model.
     pub model: String,
-    /// What the ranges come from.
+    /// Inputs that the ranges were measured on.
     pub samples: Samples,
-    /// How the ranges were chosen.
+    /// Method that chose the ranges.
     pub estimator: Estimator,
-    /// Scopes of products and convolutions with weights.
+    /// Ranges by scope, for every product and convolution with a weight.
     pub scopes: BTreeMap<String, Entry>,
-    /// What quantizing costs, scope by scope, where it was asked for.
+    /// Result of the sensitivity search, if one was requested.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sensitivity: Option<Sensitivity>,
 }
 
-/// What a sensitivity search found.
+/// Result of a sensitivity search.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sensitivity {
-    /// What the scopes were quantized for.
+    /// Target that the scopes were quantized for.
     #[serde(alias = "flavour")]
     pub target: Int8Target,
-    /// Least PSNR that was asked for, dB.
+    /// Requested minimum PSNR, dB.
     pub min_psnr: f32,
-    /// The worst image's PSNR with everything in INT8 but `exclude`, dB; `null` for equal images.
+    /// PSNR of the worst image with all scopes other than `exclude` in INT8, dB; `null` if the images are equal.
     pub psnr: Option<f32>,
-    /// Scopes to leave out of INT8, the worst.
+    /// The worst scopes, which are excluded from INT8.
     #[serde(alias = "keep")]
     pub exclude: BTreeSet<String>,
-    /// Every scope quantized alone, the worst first.
+    /// Damage of every scope quantized alone, the worst scope first.
     pub scopes: Vec<Ranked>,
 }
 
 /// One scope of the ranking.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Ranked {
-    /// The scope.
+    /// Name of the scope.
     pub scope: String,
-    /// What quantizing it alone does.
+    /// Damage if only this scope is quantized.
     #[serde(flatten)]
     pub damage: Damage,
 }
 
-/// What quantizing does to a few images, the worst of them.
+/// Largest error that quantization causes in a few images.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Damage {
     /// Relative error of the tokens.
     pub token_error: f32,
-    /// PSNR, dB; `null` for equal images.
+    /// PSNR of the image, dB; `null` if the images are equal.
     pub psnr: Option<f32>,
 }
 
 impl Damage {
-    /// A key that grows with the damage: the image first, then the tokens.
+    /// Sort key that grows with the damage: by the image first, then by the tokens.
     pub fn severity(self) -> (f32, f32) {
         (-self.psnr.unwrap_or(f32::INFINITY), self.token_error)
     }
 }
 
-/// What the model was watched on.
+/// Inputs of a calibration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Samples {
-    /// SHA-256 of every image's file by name.
+    /// SHA-256 of every image file, by file name.
     pub images: BTreeMap<String, String>,
-    /// Whether images of other heights were scaled.
+    /// Whether images of other heights were resized.
     pub resized: bool,
-    /// Guided rollouts, each of its own class and seed.
+    /// Number of guided rollouts. Each has its own class and seed.
     pub rollouts: usize,
-    /// Tokens of a rollout, and at most of an image.
+    /// Tokens per rollout, and maximum tokens per image.
     pub tokens: usize,
-    /// Euler steps of a token.
+    /// Euler steps per token.
     pub steps: usize,
-    /// Guidance at the last token.
+    /// Classifier-free guidance at the last token.
     pub cfg: f32,
-    /// Seed of the first rollout; the others' follow.
+    /// Seed of the first rollout. The seed grows by 1 with every rollout.
     pub seed: u64,
 }
 
-/// What calibration found at one scope.
+/// Ranges of one scope.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entry {
-    /// Of the input, symmetric: value = level · scale, levels from -127 to 127.
+    /// Scale of the symmetrically quantized input: value = level · scale, with levels from -127 to 127.
     pub scale: f32,
     /// Range of the input.
     pub input: Range,
     /// Range of the output.
     pub output: Range,
-    /// Values of the input that were seen.
+    /// Number of input values that were counted.
     pub samples: u64,
 }
 
-/// Activations that are covered; those beyond are cut.
+/// Range of activations that INT8 covers. Values outside are clipped.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Range {
-    /// Smallest, at most 0.
+    /// Smallest value, at most 0.
     pub low: f32,
-    /// Largest, at least 0.
+    /// Largest value, at least 0.
     pub high: f32,
 }
 
@@ -132,20 +132,20 @@ impl Range {
         Self { low: histogram.low().max(-threshold), high: histogram.high().min(threshold) }
     }
 
-    /// Scale of symmetric levels.
+    /// Scale of the symmetric quantization of the range.
     ///
     /// # Errors
-    /// [`Error::run`] for a range beyond FP16's scales.
+    /// [`Error::run`] if FP16 cannot represent the scale.
     pub fn scale(self) -> Result<f32> {
         let largest = self.high.max(-self.low);
-        // Constant zeros: any scale represents them.
+        // All values are 0, which any scale represents.
         if largest == 0.0 { Ok(1.0) } else { representable(largest / LEVELS as f32) }
     }
 
-    /// Unsigned levels.
+    /// Unsigned quantization of the range.
     ///
     /// # Errors
-    /// [`Error::run`] for a range beyond FP16's scales.
+    /// [`Error::run`] if FP16 cannot represent the scale.
     pub fn affine(self) -> Result<Affine> {
         Affine::covering(self.low, self.high)
     }
@@ -155,16 +155,16 @@ impl Range {
     }
 }
 
-/// SHA-256 of a model: its configuration, and names and values in FP32 of its weights. The default number of steps of a run
-/// is not part of it, and labels for people are not, such as the names of classes.
+/// SHA-256 of a model: of its configuration, and of the names and FP32 values of its weights. The default number of
+/// steps and the class names are not part of it.
 ///
 /// # Errors
-/// When a tensor cannot be read.
+/// If a tensor cannot be read.
 pub fn fingerprint(config: &Config, weights: &Weights) -> Result<String> {
     fingerprint_with_labels(&config.without_labels(), weights)
 }
 
-/// The fingerprint that versions before 0.2 wrote: the names of classes were part of it.
+/// The fingerprint of versions before 0.2, which included the class names.
 fn fingerprint_with_labels(config: &Config, weights: &Weights) -> Result<String> {
     let mut config = config.clone();
     config.generator.steps = 0;
@@ -181,7 +181,8 @@ impl Table {
     /// Reads a table.
     ///
     /// # Errors
-    /// [`Error::input`] for a file that is none, or holds a range or scale that is not possible.
+    /// [`Error::input`] if the file cannot be read, is not a calibration table of this format, or holds an invalid
+    /// range or scale.
     pub fn read(path: &Path) -> Result<Self> {
         let bad = |problem: String| Error::input(path.display(), problem);
         let text = files::read(path)?;
@@ -205,18 +206,18 @@ impl Table {
         Ok(table)
     }
 
-    /// Writes the table, replacing an older one.
+    /// Writes the table and replaces an older one.
     ///
     /// # Errors
-    /// [`Error::run`] when it cannot be written.
+    /// [`Error::run`] if the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         files::write_json(path, self)
     }
 
-    /// Checks that the table, read from `path`, is of this model.
+    /// Checks that the table, which was read from `path`, belongs to this model.
     ///
     /// # Errors
-    /// [`Error::input`] when it is of another.
+    /// [`Error::input`] if it belongs to another model.
     pub fn check_model(&self, path: &Path, config: &Config, weights: &Weights) -> Result<()> {
         let found = fingerprint(config, weights)?;
         if self.model == found || self.model == fingerprint_with_labels(config, weights)? {
@@ -231,10 +232,10 @@ impl Table {
         Err(Error::input(path.display(), problem))
     }
 
-    /// What was found at a scope.
+    /// Ranges of a scope.
     ///
     /// # Errors
-    /// [`Error::input`] when nothing was.
+    /// [`Error::input`] if the table does not have the scope.
     pub fn entry(&self, scope: &str) -> Result<&Entry> {
         self.scopes
             .get(scope)

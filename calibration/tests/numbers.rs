@@ -1,4 +1,4 @@
-//! Properties of 8-bit numbers, histograms and estimators.
+//! Properties of 8-bit quantization, histograms and estimators.
 
 use candle_core::{Device, Tensor};
 use eqim::close::largest;
@@ -19,7 +19,7 @@ fn histogram(values: &[f32]) -> Histogram {
     histogram
 }
 
-/// Values of very different sizes, zeros among them.
+/// Values of very different magnitudes, including zeros.
 fn values() -> impl Strategy<Value = Vec<f32>> {
     let sizes = prop_oneof![Just(0.0f32), -1e-3f32..1e-3, -10.0f32..10.0, -5e4f32..5e4];
     vec(sizes, 1..400)
@@ -31,7 +31,7 @@ proptest! {
         let rounded = representable(scale).unwrap();
         prop_assert!(rounded > 0.0 && rounded >= scale);
         prop_assert_eq!(f16::from_f32(rounded).to_f32(), rounded);
-        // The next smaller number of FP16 would not do.
+        // The next smaller FP16 number is below the scale.
         let below = f16::from_bits(f16::from_f32(rounded).to_bits() - 1).to_f32();
         prop_assert!(below < scale || rounded == f16::from_bits(1).to_f32());
     }
@@ -41,7 +41,7 @@ proptest! {
         let value = low + at * (high - low);
         let affine = Affine::covering(low, high).unwrap();
         let half = affine.scale * 0.501;
-        // The zero point is rounded too: the ends can lie half a step outside.
+        // The zero point is also rounded, so the ends of the range can lie half a step outside the levels.
         prop_assert!((affine.round(value) - value).abs() <= 2.0 * half);
         prop_assert_eq!(affine.round(0.0), 0.0);
         prop_assert_eq!(affine.round(affine.round(value)), affine.round(value));
@@ -135,7 +135,7 @@ proptest! {
             let step = estimator.threshold(&histogram) / 127.0;
             values.iter().map(|value| ((value / step).round().clamp(-127.0, 127.0) * step - value).powi(2)).sum::<f32>()
         };
-        // The search knows values to a bin.
+        // The search knows every value only to the width of a bin.
         prop_assert!(error(Estimator::Mse) <= 1.1 * error(Estimator::Max) + 1e-3);
     }
 }

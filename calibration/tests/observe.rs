@@ -1,4 +1,4 @@
-//! The decorator changes nothing of what it watches.
+//! `Observe` does not change the values that the inner interpreter computes.
 
 use candle_core::{Device, Tensor};
 use eqim::close::{largest, values};
@@ -14,7 +14,7 @@ use eqim_calibration::{Observe, Ranges, Seen};
 const ROWS: usize = 2;
 const STEPS: usize = 3;
 
-/// A published model made small enough to draw weights for in no time.
+/// A published model, reduced so that its random weights are generated quickly.
 fn micro() -> Config {
     let mut config = Preset::Small.config();
     let generator = &mut config.generator;
@@ -57,7 +57,8 @@ fn an_observed_run_computes_the_same() {
     let sampled = ranges.observe(&weights, |o| flow::sample(o, g, &z, &noise, &guidance, &times, &updates)).unwrap();
     assert_eq!(sampled.to_vec2::<f32>().unwrap(), plain.to_vec2::<f32>().unwrap());
 
-    // The noise enters the first product inside the loop, so that scope's range is at least the noise's.
+    // The noise is an input of the first product inside the loop, so the range of that scope is at least the largest
+    // noise value.
     let largest_noise = largest(&values(&noise).unwrap());
     assert!(ranges.scopes()["diffloss.net.input_proj"] >= largest_noise);
     assert!(ranges.largest().unwrap().1 >= ranges.scopes()["diffloss.net.final_layer.linear"]);

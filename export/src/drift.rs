@@ -1,8 +1,9 @@
-//! How far graphs of another precision drift from FP32 along whole rollouts: tokens, and bytes of the images.
+//! Measures how far graphs in another precision drift from FP32 over whole rollouts, in the tokens and in the bytes of
+//! the images.
 //!
-//! ONNX Runtime's CPU computes most FP16 nodes in FP32 and drops the casts between them, so that a value beyond FP16's
-//! range overflows only where it is stored, as keys and values are. A GPU would overflow at once: therefore the range of
-//! the activations is watched on Candle too.
+//! On a CPU, ONNX Runtime computes most FP16 nodes in FP32 and removes the casts between them. A value beyond the FP16
+//! range then overflows only where it is stored, as keys and values are. A GPU would overflow at once. Therefore the
+//! range of the activations is also measured on Candle.
 
 use std::path::Path;
 
@@ -26,74 +27,78 @@ use serde::{Deserialize, Serialize};
 
 use crate::validate::MOST_FP16;
 
-/// How far the graphs of one precision drift from FP32.
+/// Drift of the graphs in one precision from FP32.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Drift {
-    /// Of the graphs.
+    /// Precision of the graphs.
     pub precision: Precision,
-    /// Largest drift of a token that passes.
+    /// Tolerance: the largest drift of a token that passes.
     pub atol: f32,
-    /// Guidance, the same at every token: so a shorter rollout is the beginning of a longer one.
+    /// Classifier-free guidance. It is the same at every token, so that a shorter rollout is the beginning of a longer
+    /// one.
     pub cfg: f32,
-    /// Euler steps a token.
+    /// Euler steps per token.
     pub steps: usize,
     /// Seed of the noise.
     pub seed: u64,
-    /// One of each length.
+    /// Drift of the rollouts, one rollout per length.
     pub rollouts: Vec<RolloutDrift>,
-    /// The scope of the longest rollout's largest activation in FP32, and that, where the precision limits it.
+    /// Scope and value of the largest activation in FP32 over the longest rollout; only for FP16 graphs.
     pub largest_activation: Option<(String, f32)>,
 }
 
-/// One length.
+/// Drift of the rollout of one length.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RolloutDrift {
-    /// Length.
+    /// Length in tokens.
     pub tokens: usize,
-    /// The first token with a value that is not finite. Nothing is compared then, and the rest is `null`.
+    /// The first token with a value that is not finite. The rollout is then not compared, and the next fields are
+    /// `null`.
     pub first_not_finite: Option<usize>,
     /// Largest `|found - expected| / max(1, |expected|)` of the tokens' values.
     pub largest: Option<f32>,
-    /// Mean of the same.
+    /// Mean of `|found - expected| / max(1, |expected|)`.
     pub mean: Option<f32>,
-    /// The images; `null` when one has a value that is not finite.
+    /// Drift of the image; `null` if one of the two images has a value that is not finite.
     pub image: Option<ImageDrift>,
-    /// Whether all is finite, the tokens within the tolerance, and the images at least [`LEAST_PSNR`] alike.
+    /// Whether all values are finite, the tokens are within the tolerance, and the PSNR of the image is at least
+    /// [`LEAST_PSNR`].
     pub passed: bool,
 }
 
-/// Difference of two images, in levels of 8 bits.
+/// Difference between two images, in 8-bit levels.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageDrift {
-    /// Largest.
+    /// Largest difference.
     pub largest: u8,
-    /// Mean.
+    /// Mean difference.
     pub mean: f32,
-    /// Peak signal-to-noise ratio, dB; `null` for equal images, whose ratio is infinite.
+    /// Peak signal-to-noise ratio, dB; `null` if the images are equal and the ratio is infinite.
     pub psnr: Option<f32>,
 }
 
-/// Lengths that are compared: the shortest that the decoder takes, a published image, and four of them side by side,
-/// far past the published window of 3.
+/// Lengths that are compared, in tokens: the shortest that the decoder supports, the length of a published image, and
+/// four times that length, far beyond the published window of 3.
 pub const LENGTHS: [usize; 3] = [2, 16, 64];
 
-/// Least likeness of images that pass, dB: above it two pictures look the same.
+/// Minimum PSNR of images that pass, dB. Above it, two images look the same.
 pub const LEAST_PSNR: f32 = 40.0;
 
 const SEED: u64 = 21;
 const CFG: f32 = 3.0;
-/// Enough for rounding to add up, few enough that Candle takes less than a second a token on the largest model.
+/// Maximum number of Euler steps per token: enough for rounding errors to accumulate, and few enough that Candle takes
+/// less than a second per token with the largest model.
 const MOST_STEPS: usize = 8;
 
-/// Compares a bundle on ONNX Runtime with `reference` in FP32, over guided rollouts from the same noise, and shows a
-/// line for every length (in tokens) to `progress`.
+/// Compares a bundle on ONNX Runtime with `reference` in FP32, over guided rollouts from the same noise. `lengths` are
+/// in tokens. `progress` receives a line of text for every length, and for FP16 one for the largest activation.
 ///
 /// # Errors
-/// [`eqim::Error::input`] for lengths below 2, or none; when an engine fails, or a token of the reference is not finite.
-/// Drift and overflow of the bundle are no errors but stand in the report.
+/// [`eqim::Error::input`] if a length is below 2 or there are no lengths. Other errors if an engine fails or a token of
+/// the reference is not finite. Drift and overflow of the bundle are not errors. They are recorded in the report.
 pub fn measure(
     bundle: &Bundle,
     reference: &CandleEngine,
@@ -131,8 +136,8 @@ pub fn measure(
     Ok(drift)
 }
 
-/// Tokens `[1, n, E]` of a guided rollout from `noise [1, N, E]`, up to the first that is not finite, which ends it:
-/// `generate` would fail and give none.
+/// Tokens `[1, n, E]` of a guided rollout from `noise [1, N, E]`. The rollout ends before the first token that is not
+/// finite; `generate` would fail there and return no tokens.
 fn finite_tokens(engine: &dyn Engine, noise: &Array3<f32>, tableau: &Tableau) -> Result<Array3<f32>> {
     let mut tokens = Array3::zeros(noise.dim());
     let (mut session, mut z) = engine.start(&[0, engine.config().generator.unconditional() as i64])?;
@@ -150,7 +155,8 @@ fn finite_tokens(engine: &dyn Engine, noise: &Array3<f32>, tableau: &Tableau) ->
     Ok(tokens)
 }
 
-/// The largest activation of a rollout in FP32: its tokens known, all of them pass every stage at once.
+/// Scope and value of the largest activation of a rollout in FP32. The tokens are known, so every stage runs on all of
+/// them at once.
 fn largest_activation(reference: &CandleEngine, rollout: &Generated, steps: usize) -> Result<Option<(String, f32)>> {
     let config = reference.config();
     let generator = &config.generator;
@@ -171,7 +177,7 @@ fn largest_activation(reference: &CandleEngine, rollout: &Generated, steps: usiz
     Ok(ranges.largest().map(|(scope, largest)| (scope.to_string(), largest)))
 }
 
-/// Compares the beginning of `found`, its finite tokens, with `expected [1, N, E]`.
+/// Compares `found`, the finite tokens of a rollout, with `expected [1, N, E]`, which can be shorter.
 fn compare(
     engine: &dyn Engine,
     reference: &dyn Engine,
@@ -197,7 +203,8 @@ fn compare(
     Ok(RolloutDrift { tokens, first_not_finite: None, largest: Some(largest), mean: Some(mean), image, passed })
 }
 
-/// Compares images `[1, 3, height, width]` as they would be written; `None` when a value of either is not finite.
+/// Compares images `[1, 3, height, width]` as they would be written to a file, in 8 bits; `None` if a value of either
+/// image is not finite.
 fn image_drift(found: &Array4<f32>, expected: &Array4<f32>) -> Option<ImageDrift> {
     if found.iter().chain(expected).any(|value| !value.is_finite()) {
         return None;
@@ -213,7 +220,7 @@ fn image_drift(found: &Array4<f32>, expected: &Array4<f32>) -> Option<ImageDrift
 }
 
 impl Drift {
-    /// Whether every length passed, and activations keep a distance from the end of the precision's range.
+    /// Whether every length passed, and the largest activation is well below the maximum of FP16.
     pub fn passed(&self) -> bool {
         self.rollouts.iter().all(|rollout| rollout.passed) && self.within_range()
     }
@@ -233,7 +240,7 @@ impl Drift {
 }
 
 impl RolloutDrift {
-    /// The line that says it, as optimum does.
+    /// The result as a line of text, in the format of optimum.
     fn line(&self, atol: f32) -> String {
         let mark = if self.passed { '✓' } else { 'x' };
         let what = format!("\t-[{mark}] rollout of {} tokens", self.tokens);

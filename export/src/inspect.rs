@@ -1,4 +1,4 @@
-//! What a bundle holds and what its stages cost.
+//! The contents of a bundle and the costs of its stages.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -13,46 +13,46 @@ use serde_json::Value;
 
 use crate::onnx;
 
-/// Everything that `eqim-export inspect` tells.
+/// The report of `eqim-export inspect`.
 #[derive(Debug, Serialize)]
 pub struct Inspection {
-    /// What `config.json` says.
+    /// Content of `config.json`.
     pub manifest: Manifest,
-    /// Length that decoder and encoder are counted for.
+    /// Number of tokens that the costs of the decoder and the encoder are for.
     pub tokens: usize,
-    /// Euler steps that the sampler is counted for.
+    /// Number of Euler steps that the costs of the sampler are for.
     pub steps: usize,
-    /// Graphs in the order of a run.
+    /// Graphs, in the order in which they run.
     pub stages: Vec<StageInspection>,
-    /// TensorRT engines, when there are any.
+    /// TensorRT engines, if there are any.
     pub engines: Option<EngineSet>,
-    /// What TensorRT's engine inspector tells of them, by stage; empty where no GPU can load them.
+    /// Output of TensorRT's engine inspector, by stage; empty if no GPU can load the engines.
     pub fused: BTreeMap<&'static str, Value>,
 }
 
-/// One graph.
+/// Report of one graph.
 #[derive(Debug, Serialize)]
 pub struct StageInspection {
-    /// Its name.
+    /// Name of the stage.
     pub name: &'static str,
-    /// Number of nodes of every operator, loop bodies included.
+    /// Number of nodes of every operator, including loop bodies.
     pub operators: BTreeMap<String, usize>,
-    /// Size of the `.onnx` file.
+    /// Size of the `.onnx` file in bytes.
     pub file_bytes: u64,
-    /// Cost of one run of one row.
+    /// Cost of one run with one row.
     pub cost: Row,
-    /// Bytes of the weights it uses.
+    /// Bytes of the weights that the graph uses.
     pub parameter_bytes: u64,
-    /// Bytes of weights read in one run, again for every turn of a loop.
+    /// Bytes of weights read in one run. Weights inside a loop count once per iteration.
     pub weight_bytes_read: u64,
-    /// Cost by top-level scope.
+    /// Cost by group of scopes ([`report_group`]).
     pub scopes: BTreeMap<String, Row>,
 }
 
-/// Reads a bundle, verifying every file, and counts its stages.
+/// Reads a bundle, verifies every file, and counts the costs of its stages.
 ///
 /// # Errors
-/// [`eqim::Error::input`] for a file that is not what was exported.
+/// [`eqim::Error::input`] if a file differs from the file that was exported.
 pub fn inspect(bundle: &Bundle, tokens: usize, steps: usize) -> Result<Inspection> {
     bundle.manifest.weights.verify(&bundle.folder)?;
     let stages = Stage::ALL.iter().map(|&stage| report(bundle, stage, tokens, steps)).collect::<Result<_>>()?;
@@ -104,13 +104,14 @@ fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<
     })
 }
 
-/// Name and length of a weight in the bundle's file of weights.
+/// Name of a weight, and its size in bytes in the bundle's weights file.
 fn stored_bytes(tensor: &onnx::TensorProto) -> Option<(&str, u64)> {
     let length = tensor.external_data.iter().find(|entry| entry.key.as_deref() == Some("length"))?;
     Some((tensor.name.as_deref()?, length.value.as_ref()?.parse().ok()?))
 }
 
-/// Bytes of the weights that a graph's nodes use, once each, and again for each of the `turns` of a loop inside.
+/// Bytes of the weights that a graph's nodes read: every weight once, and every weight of a loop body once for each of
+/// the `turns` iterations.
 fn bytes_read(graph: &onnx::GraphProto, sizes: &HashMap<&str, u64>, turns: u64) -> u64 {
     let used: HashSet<&str> = graph.node.iter().flat_map(|node| &node.input).map(String::as_str).collect();
     let own: u64 = used.iter().filter_map(|name| sizes.get(name)).sum();
@@ -118,7 +119,7 @@ fn bytes_read(graph: &onnx::GraphProto, sizes: &HashMap<&str, u64>, turns: u64) 
     own + bodies.map(|body| turns * bytes_read(body, sizes, turns)).sum::<u64>()
 }
 
-/// Counts nodes by operator, those of loop bodies included.
+/// Counts nodes by operator, including the nodes of loop bodies.
 pub(crate) fn count_operators(graph: &onnx::GraphProto, operators: &mut BTreeMap<String, usize>) {
     for node in &graph.node {
         *operators.entry(node.op_type.clone().unwrap_or_default()).or_default() += 1;

@@ -1,4 +1,4 @@
-//! From checkpoints to bundles: lowering to ONNX, and checking what was written.
+//! Exports checkpoints to bundles: lowers the model to ONNX and validates the result.
 //!
 //! ```
 //! use eqim::bundle::Precision;
@@ -10,7 +10,7 @@
 //! # let folder = tempfile::tempdir().expect("a folder");
 //! # let output = folder.path().join("bundle");
 //! let options = Options { precision: Precision::Fp16, opset: NEWEST_OPSET, policy: None };
-//! // Nothing is at `output` until the draft is published: it can be validated before that.
+//! // Nothing is written to `output` until the draft is published. The draft can be validated before that.
 //! let draft = draft(&output, &config, &weights, options, |file| println!("writing {file}"))?;
 //! let bundle = draft.publish()?;
 //! assert_eq!(bundle.manifest.graphs.len(), 5);

@@ -1,8 +1,8 @@
-//! The interpreter that writes the model as ONNX nodes, under the names of its scopes.
+//! The interpreter that writes the model as ONNX nodes. The names of the nodes begin with the model's scopes.
 //!
-//! In FP16 and BF16 it casts as PyTorch's autocast does: matrix products and convolutions run in the precision of the bundle,
-//! norms and softmax in FP32, and where two precisions meet the result is FP32, so that the transformer's residual
-//! stream and the ODE's state never lose bits. A policy puts products into INT8: see `int8.rs`.
+//! In FP16 and BF16 it casts like PyTorch's autocast: matrix products and convolutions run in the precision of the
+//! bundle, norms and softmax in FP32. An operation on inputs of two precisions gives FP32, so that the transformer's
+//! residual stream and the ODE's state stay in FP32. A policy selects the products that run in INT8: see `int8.rs`.
 
 use std::collections::HashMap;
 
@@ -19,11 +19,11 @@ use crate::onnx::{
     self, AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, tensor_shape_proto,
 };
 
-/// Oldest operator set that the lowering can use: it has `LayerNormalization`.
+/// Oldest operator set that the lowering supports: the first with `LayerNormalization`.
 pub const OLDEST_OPSET: i64 = 17;
-/// Newest operator set that it writes; the default.
+/// Newest operator set of FP32 and FP16 graphs, and the default.
 pub const NEWEST_OPSET: i64 = 20;
-/// The operator set of BF16 graphs: the first in which ONNX defines a convolution of that type.
+/// The operator set of BF16 graphs: the first in which ONNX defines `Conv` for BF16.
 pub const BF16_OPSET: i64 = 22;
 
 /// A value of the graph.
@@ -33,7 +33,7 @@ pub struct Value {
     data_type: DataType,
 }
 
-/// Where a weight stands in the file of weights.
+/// Shape, type and position of a weight in the weights file.
 #[derive(Clone, Debug)]
 pub struct Place {
     shape: Vec<usize>,
@@ -41,13 +41,13 @@ pub struct Place {
     bytes: (u64, u64),
 }
 
-/// Places of weights by their names.
+/// Places of weights, by name.
 pub type Places = HashMap<String, Place>;
 
-/// Places of all weights of a `.safetensors`.
+/// Places of all weights of a `.safetensors` file.
 ///
 /// # Errors
-/// [`Error::input`] for a tensor of a type that graphs have no use for.
+/// [`Error::input`] if a tensor has a type that graphs do not use.
 pub fn places(file: &TensorFile) -> Result<Places> {
     let place = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
         let data_type = match info.dtype {
@@ -66,27 +66,27 @@ pub fn places(file: &TensorFile) -> Result<Places> {
     file.tensors().into_iter().map(place).collect()
 }
 
-/// Writes primitives as nodes.
+/// Writes primitives as ONNX nodes.
 pub struct Lower<'a> {
     weights: &'a Places,
     opset: i64,
     compute: DataType,
     scope: Vec<String>,
-    /// The graph, and inside it the loop bodies that are open.
+    /// The graph, followed by the open loop bodies, the innermost last.
     graphs: Vec<GraphProto>,
-    /// How often a name was wanted, to keep names unique.
+    /// How often each name was requested, to keep names unique.
     wanted: HashMap<String, usize>,
-    /// Initializers that exist: weights by name, constants by type, shape and bytes.
+    /// Existing initializers: weights by name, constants by type, shape and bytes.
     parameters: HashMap<String, Value>,
     constants: HashMap<(DataType, Vec<usize>, Vec<u8>), Value>,
-    /// Sizes of axes already computed, innermost graph last.
+    /// Sizes of axes that are already computed, by graph, the innermost last.
     sizes: Vec<HashMap<(String, Option<usize>), Value>>,
 }
 
-/// Lowers one stage to a model whose weights are in the bundle's file of weights.
+/// Lowers one stage to an ONNX model whose weights are in the bundle's weights file.
 ///
 /// # Errors
-/// When a weight is missing.
+/// If a weight is missing.
 pub fn lower(config: &Config, stage: Stage, weights: &Places, options: Options) -> Result<ModelProto> {
     let mut lower = Lower::new(weights, options.precision, options.opset);
     let inputs: Vec<Value> = stage.inputs(config).iter().map(|port| lower.input(port)).collect();
@@ -104,19 +104,19 @@ pub fn lower(config: &Config, stage: Stage, weights: &Places, options: Options) 
     Ok(lower.finish(stage.name(), &outputs, &stage.outputs(config)))
 }
 
-/// How graphs are written.
+/// Settings of the lowering.
 #[derive(Clone, Copy, Debug)]
 pub struct Options<'a> {
     /// Precision of weights and matrix products.
     pub precision: Precision,
     /// ONNX operator set.
     pub opset: i64,
-    /// What runs in INT8.
+    /// Policy that selects the products to run in INT8; `None` for no INT8.
     pub policy: Option<&'a Policy>,
 }
 
 impl<'a> Lower<'a> {
-    /// An empty graph.
+    /// Begins an empty graph.
     pub fn new(weights: &'a Places, precision: Precision, opset: i64) -> Self {
         let compute = match precision {
             Precision::Fp32 => DataType::Float,
@@ -144,7 +144,7 @@ impl<'a> Lower<'a> {
         }
     }
 
-    /// Declares an input.
+    /// Declares an input of the graph.
     pub fn input(&mut self, port: &ValueInfo) -> Value {
         let value = Value { name: port.name.clone(), data_type: self.data_type(port.kind) };
         self.wanted.insert(port.name.clone(), 1);
@@ -152,7 +152,7 @@ impl<'a> Lower<'a> {
         value
     }
 
-    /// Closes the graph, whose `outputs` get the names and types of `ports`.
+    /// Completes the graph. The `outputs` get the names and types of `ports`.
     pub fn finish(mut self, name: &str, outputs: &[Value], ports: &[ValueInfo]) -> ModelProto {
         let mut renamed = HashMap::new();
         for (output, port) in outputs.iter().zip(ports) {
@@ -192,13 +192,13 @@ impl<'a> Lower<'a> {
         if *count == 1 { name } else { format!("{name}_{}", *count - 1) }
     }
 
-    /// Appends a node of one output to the innermost graph.
+    /// Appends a node with one output to the innermost graph.
     fn node(&mut self, op: &str, inputs: &[&Value], attributes: Vec<AttributeProto>, data_type: DataType) -> Value {
         let [value] = self.node_of(op, inputs, attributes, [("output", data_type)]);
         value
     }
 
-    /// Appends a node of some outputs.
+    /// Appends a node with `N` outputs to the innermost graph.
     fn node_of<const N: usize>(
         &mut self,
         op: &str,
@@ -238,7 +238,7 @@ impl<'a> Lower<'a> {
         self.initializer(DataType::Float, shape, values.iter().flat_map(|value| value.to_le_bytes()).collect())
     }
 
-    /// A tensor of the file of weights.
+    /// A tensor of the weights file, as an initializer.
     fn stored(&mut self, name: &str) -> Result<Value> {
         if let Some(value) = self.parameters.get(name) {
             return Ok(value.clone());
@@ -259,7 +259,7 @@ impl<'a> Lower<'a> {
         self.node("Cast", &[x], vec![AttributeProto::int("to", data_type as i64)], data_type)
     }
 
-    /// Casts for a matrix product or convolution.
+    /// Appends a matrix product or convolution. Casts the inputs to the precision of the bundle.
     fn computed(&mut self, op: &str, inputs: &[&Value], attributes: Vec<AttributeProto>) -> Value {
         let compute = self.compute;
         let inputs: Vec<Value> = inputs.iter().map(|input| self.cast(input, compute)).collect();
@@ -271,13 +271,13 @@ impl<'a> Lower<'a> {
         self.computed("Gemm", &[x, weight, bias], vec![AttributeProto::int("transB", 1)])
     }
 
-    /// Casts for a norm or softmax.
+    /// Appends a norm, a softmax or another node that runs in FP32. Casts the inputs to FP32.
     fn precise(&mut self, op: &str, inputs: &[&Value], attributes: Vec<AttributeProto>) -> Value {
         let inputs: Vec<Value> = inputs.iter().map(|input| self.cast(input, DataType::Float)).collect();
         self.node(op, &inputs.iter().collect::<Vec<_>>(), attributes, DataType::Float)
     }
 
-    /// Size of an axis, `[1]`, or the whole shape.
+    /// Size of an axis, as a tensor `[1]`; the whole shape if `axis` is `None`.
     fn size(&mut self, x: &Value, axis: Option<usize>) -> Value {
         let key = (x.name.clone(), axis);
         if let Some(value) = self.sizes.iter().find_map(|sizes| sizes.get(&key)) {
@@ -293,12 +293,12 @@ impl<'a> Lower<'a> {
         value
     }
 
-    /// A shape, for `Reshape` of `x` or for `Expand` (`None`).
+    /// A shape as a tensor: for `Reshape` of `x`, or for `Expand` if `x` is `None`.
     fn shape(&mut self, x: Option<&Value>, shape: &[Dim<Value>]) -> Value {
         let fixed = |(position, dim): (usize, &Dim<Value>)| match dim {
             Dim::Is(size) => Some(*size as i64),
             Dim::Rest => Some(-1),
-            // Reshape reads 0 as the size of the same axis of its input.
+            // In `Reshape`, 0 means the size of the same axis of the input.
             Dim::Of(other, axis) => (x == Some(*other) && *axis == position).then_some(0),
         };
         let sizes: Vec<Option<i64>> = shape.iter().enumerate().map(fixed).collect();
@@ -317,7 +317,7 @@ impl<'a> Lower<'a> {
     }
 }
 
-/// A loop whose body is written once, as a graph of its own.
+/// A loop. Its body is written once, as a separate graph.
 pub struct Written {
     sequences: Option<Vec<Value>>,
     steps: Value,
@@ -336,7 +336,7 @@ fn dimensions(port: &ValueInfo) -> Vec<tensor_shape_proto::Dimension> {
     port.shape.iter().map(dimension).collect()
 }
 
-/// Renames values, also where loop bodies use them.
+/// Renames values, including their uses in loop bodies.
 fn rename(graph: &mut GraphProto, names: &HashMap<String, String>) {
     for node in &mut graph.node {
         for name in node.input.iter_mut().chain(&mut node.output) {
@@ -395,7 +395,7 @@ impl Ops for Lower<'_> {
 
     fn concat(&mut self, xs: &[&Value], axis: usize) -> Result<Value> {
         let same = xs.iter().all(|x| x.data_type == xs[0].data_type);
-        // Only caches meet values of another precision here, and they are kept in the bundle's.
+        // The precisions differ only if one of the values is a cache. Caches are in the precision of the bundle.
         let data_type = if same { xs[0].data_type } else { self.compute };
         let xs: Vec<Value> = xs.iter().map(|x| self.cast(x, data_type)).collect();
         let axis = vec![AttributeProto::int("axis", axis as i64)];
@@ -414,7 +414,7 @@ impl Ops for Lower<'_> {
                 let gate = self.node("Sigmoid", &[x], vec![], x.data_type);
                 self.node("Mul", &[x, &gate], vec![], x.data_type)
             }
-            // ONNX defines no Gelu of BF16.
+            // ONNX does not define `Gelu` for BF16.
             Unary::Gelu if self.opset >= 20 && x.data_type == DataType::Bfloat16 => self.precise("Gelu", &[x], vec![]),
             Unary::Gelu if self.opset >= 20 => self.node("Gelu", &[x], vec![], x.data_type),
             Unary::Gelu => {
@@ -486,7 +486,7 @@ impl Ops for Lower<'_> {
         Ok(self.precise("LayerNormalization", &[x, weight, bias], attributes))
     }
 
-    // GroupNormalization with a scale for each channel exists from opset 21 on only.
+    // `GroupNormalization` has one scale per channel only since opset 21.
     fn group_normalization(
         &mut self,
         x: &Value,

@@ -1,17 +1,17 @@
-//! The messages of ONNX that a lowered model needs (`onnx.proto`, IR version 9), with prost's encoding.
+//! The ONNX messages that a lowered model uses (`onnx.proto`, IR version 9), encoded with prost.
 
 use prost::Message;
 
 /// `ModelProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct ModelProto {
-    /// Version of the format.
+    /// Version of the ONNX IR.
     #[prost(int64, optional, tag = "1")]
     pub ir_version: Option<i64>,
     /// Program that wrote the model.
     #[prost(string, optional, tag = "2")]
     pub producer_name: Option<String>,
-    /// Its version.
+    /// Version of this program.
     #[prost(string, optional, tag = "3")]
     pub producer_version: Option<String>,
     /// The graph.
@@ -25,10 +25,10 @@ pub struct ModelProto {
 /// `OperatorSetIdProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct OperatorSetIdProto {
-    /// Empty for the standard operators.
+    /// Domain of the operators. Empty for the standard operators.
     #[prost(string, optional, tag = "1")]
     pub domain: Option<String>,
-    /// Version.
+    /// Version of the operator set.
     #[prost(int64, optional, tag = "2")]
     pub version: Option<i64>,
 }
@@ -36,19 +36,19 @@ pub struct OperatorSetIdProto {
 /// `GraphProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct GraphProto {
-    /// Nodes in an order in which they can run.
+    /// Nodes in topological order.
     #[prost(message, repeated, tag = "1")]
     pub node: Vec<NodeProto>,
-    /// Name.
+    /// Name of the graph.
     #[prost(string, optional, tag = "2")]
     pub name: Option<String>,
     /// Weights and constants.
     #[prost(message, repeated, tag = "5")]
     pub initializer: Vec<TensorProto>,
-    /// Inputs.
+    /// Inputs of the graph.
     #[prost(message, repeated, tag = "11")]
     pub input: Vec<ValueInfoProto>,
-    /// Outputs.
+    /// Outputs of the graph.
     #[prost(message, repeated, tag = "12")]
     pub output: Vec<ValueInfoProto>,
 }
@@ -56,19 +56,19 @@ pub struct GraphProto {
 /// `NodeProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct NodeProto {
-    /// Names of inputs.
+    /// Names of the input values.
     #[prost(string, repeated, tag = "1")]
     pub input: Vec<String>,
-    /// Names of outputs.
+    /// Names of the output values.
     #[prost(string, repeated, tag = "2")]
     pub output: Vec<String>,
-    /// Name.
+    /// Name of the node.
     #[prost(string, optional, tag = "3")]
     pub name: Option<String>,
-    /// Operator.
+    /// Type of the operator.
     #[prost(string, optional, tag = "4")]
     pub op_type: Option<String>,
-    /// Attributes.
+    /// Attributes of the operator.
     #[prost(message, repeated, tag = "5")]
     pub attribute: Vec<AttributeProto>,
 }
@@ -76,25 +76,25 @@ pub struct NodeProto {
 /// `AttributeProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct AttributeProto {
-    /// Name.
+    /// Name of the attribute.
     #[prost(string, optional, tag = "1")]
     pub name: Option<String>,
-    /// A number.
+    /// Value of a floating-point attribute.
     #[prost(float, optional, tag = "2")]
     pub f: Option<f32>,
-    /// An integer.
+    /// Value of an integer attribute.
     #[prost(int64, optional, tag = "3")]
     pub i: Option<i64>,
-    /// Text.
+    /// Value of a text attribute.
     #[prost(bytes = "vec", optional, tag = "4")]
     pub s: Option<Vec<u8>>,
-    /// A graph.
+    /// Value of a graph attribute.
     #[prost(message, optional, tag = "6")]
     pub g: Option<GraphProto>,
-    /// Integers.
+    /// Values of an attribute that is a list of integers.
     #[prost(int64, repeated, packed = "false", tag = "8")]
     pub ints: Vec<i64>,
-    /// Which of the fields it is: `AttributeType`.
+    /// Type of the attribute (`AttributeType`), which selects the field that holds the value.
     #[prost(int32, optional, tag = "20")]
     pub kind: Option<i32>,
 }
@@ -102,22 +102,22 @@ pub struct AttributeProto {
 /// `TensorProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct TensorProto {
-    /// Shape.
+    /// Shape of the tensor.
     #[prost(int64, repeated, packed = "false", tag = "1")]
     pub dims: Vec<i64>,
     /// Element type: [`DataType`].
     #[prost(int32, optional, tag = "2")]
     pub data_type: Option<i32>,
-    /// Name.
+    /// Name of the tensor.
     #[prost(string, optional, tag = "8")]
     pub name: Option<String>,
-    /// Little-endian values, when they stand in this file.
+    /// Values in little-endian order, if they are in this file.
     #[prost(bytes = "vec", optional, tag = "9")]
     pub raw_data: Option<Vec<u8>>,
-    /// Where values are, when in another file.
+    /// Location of the values, if they are in another file.
     #[prost(message, repeated, tag = "13")]
     pub external_data: Vec<StringStringEntryProto>,
-    /// 1 when values are in another file.
+    /// 1 if the values are in another file.
     #[prost(int32, optional, tag = "14")]
     pub data_location: Option<i32>,
 }
@@ -125,10 +125,10 @@ pub struct TensorProto {
 /// `StringStringEntryProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct StringStringEntryProto {
-    /// Key.
+    /// Key of the entry.
     #[prost(string, optional, tag = "1")]
     pub key: Option<String>,
-    /// Value.
+    /// Value of the entry.
     #[prost(string, optional, tag = "2")]
     pub value: Option<String>,
 }
@@ -136,23 +136,23 @@ pub struct StringStringEntryProto {
 /// `ValueInfoProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct ValueInfoProto {
-    /// Name.
+    /// Name of the value.
     #[prost(string, optional, tag = "1")]
     pub name: Option<String>,
-    /// Type.
+    /// Type of the value.
     #[prost(message, optional, tag = "2")]
     pub kind: Option<TypeProto>,
 }
 
-/// `TypeProto`, of a tensor.
+/// `TypeProto` of a tensor.
 #[derive(Clone, PartialEq, Message)]
 pub struct TypeProto {
-    /// The tensor's type.
+    /// Type of the tensor.
     #[prost(message, optional, tag = "1")]
     pub tensor_type: Option<type_proto::Tensor>,
 }
 
-/// Messages inside of [`TypeProto`].
+/// Messages inside [`TypeProto`].
 pub mod type_proto {
     use prost::Message;
 
@@ -164,7 +164,7 @@ pub mod type_proto {
         /// Element type: [`DataType`].
         #[prost(int32, optional, tag = "1")]
         pub elem_type: Option<i32>,
-        /// Shape, if it is declared.
+        /// Shape of the tensor, if it is declared.
         #[prost(message, optional, tag = "2")]
         pub shape: Option<TensorShapeProto>,
     }
@@ -173,16 +173,16 @@ pub mod type_proto {
 /// `TensorShapeProto`.
 #[derive(Clone, PartialEq, Message)]
 pub struct TensorShapeProto {
-    /// Axes.
+    /// Sizes of the axes.
     #[prost(message, repeated, tag = "1")]
     pub dim: Vec<tensor_shape_proto::Dimension>,
 }
 
-/// Messages inside of [`TensorShapeProto`].
+/// Messages inside [`TensorShapeProto`].
 pub mod tensor_shape_proto {
     use prost::Message;
 
-    /// `TensorShapeProto.Dimension`: one of the two.
+    /// `TensorShapeProto.Dimension`. One of the two fields is set.
     #[derive(Clone, PartialEq, Message)]
     pub struct Dimension {
         /// A fixed size.
@@ -194,7 +194,7 @@ pub mod tensor_shape_proto {
     }
 }
 
-/// Element types that occur (`TensorProto.DataType`).
+/// Element types that lowered models use (`TensorProto.DataType`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(i32)]
 pub enum DataType {
@@ -208,7 +208,7 @@ pub enum DataType {
     Int32 = 6,
     /// 64-bit integer.
     Int64 = 7,
-    /// Truth value.
+    /// Boolean.
     Bool = 9,
     /// 16-bit floating point.
     Float16 = 10,
@@ -216,7 +216,7 @@ pub enum DataType {
     Bfloat16 = 16,
 }
 
-/// A tensor of known values, to stand in the file.
+/// A tensor whose values are in the model file.
 pub fn constant(name: &str, data_type: DataType, dims: &[usize], raw_data: Vec<u8>) -> TensorProto {
     TensorProto {
         dims: dims.iter().map(|&size| size as i64).collect(),
@@ -227,7 +227,7 @@ pub fn constant(name: &str, data_type: DataType, dims: &[usize], raw_data: Vec<u
     }
 }
 
-/// A tensor whose values are `length` bytes of the file `location`, from `offset` on.
+/// A tensor whose values are the `length` bytes at `offset` in the file `location`.
 pub fn external(
     name: &str,
     data_type: DataType,
@@ -250,7 +250,7 @@ pub fn external(
     }
 }
 
-/// The declaration of an input or output; without dimensions its shape is left to inference.
+/// The declaration of an input or output. Without `dims`, the shape is left to shape inference.
 pub fn value_info(name: &str, data_type: DataType, dims: Option<Vec<tensor_shape_proto::Dimension>>) -> ValueInfoProto {
     let tensor_type =
         type_proto::Tensor { elem_type: Some(data_type as i32), shape: dims.map(|dim| TensorShapeProto { dim }) };
@@ -258,27 +258,27 @@ pub fn value_info(name: &str, data_type: DataType, dims: Option<Vec<tensor_shape
 }
 
 impl AttributeProto {
-    /// An attribute holding a number.
+    /// A floating-point attribute.
     pub fn float(name: &str, value: f32) -> Self {
         Self { name: Some(name.into()), f: Some(value), kind: Some(1), ..Self::default() }
     }
 
-    /// An attribute holding an integer.
+    /// An integer attribute.
     pub fn int(name: &str, value: i64) -> Self {
         Self { name: Some(name.into()), i: Some(value), kind: Some(2), ..Self::default() }
     }
 
-    /// An attribute holding text.
+    /// A text attribute.
     pub fn text(name: &str, value: &str) -> Self {
         Self { name: Some(name.into()), s: Some(value.into()), kind: Some(3), ..Self::default() }
     }
 
-    /// An attribute holding a graph.
+    /// A graph attribute.
     pub fn graph(name: &str, value: GraphProto) -> Self {
         Self { name: Some(name.into()), g: Some(value), kind: Some(5), ..Self::default() }
     }
 
-    /// An attribute holding integers.
+    /// An attribute that is a list of integers.
     pub fn ints(name: &str, values: impl IntoIterator<Item = i64>) -> Self {
         Self { name: Some(name.into()), ints: values.into_iter().collect(), kind: Some(7), ..Self::default() }
     }

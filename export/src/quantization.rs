@@ -1,4 +1,4 @@
-//! What INT8 does to a model: quality and speed beside each other, against FP32 from the same noise.
+//! Measures the quality and speed of a model in INT8 against FP32, from the same noise.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -17,143 +17,146 @@ use eqim_engines::onnxruntime::OrtEngine;
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
-/// Images that the floor is asked of, each of its own class and seed, and their length: a published image.
+/// Number of images that must reach the minimum PSNR, each with its own class and seed, and their length in tokens (the
+/// length of a published image).
 const IMAGES: usize = 4;
 const TOKENS: usize = 16;
-/// Lengths that drift is measured over.
+/// Lengths that drift is measured over, in tokens.
 const LENGTHS: [usize; 3] = [16, 64, LONGEST];
 const LONGEST: usize = 256;
-/// Guidance: of the images at the last token, of the long rollout at every token, so that a shorter one is its beginning.
+/// Classifier-free guidance: at the last token of the images, and at every token of the long rollout, so that a shorter
+/// rollout is the beginning of a longer one.
 const CFG: f32 = 3.0;
-/// Not among the seeds that calibration begins with.
+/// Seed of the first image. Calibration does not use it by default.
 const SEED: u64 = 1_000_003;
 
 /// Quality and speed of a bundle in INT8.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QuantizationReport {
-    /// Whether quality is above the floor, and nothing in INT8 is slower.
+    /// Whether the images reach the minimum PSNR, a stage is in INT8, and nothing in INT8 is slower than in FP32.
     pub passed: bool,
-    /// What is said first.
+    /// The result as a sentence, which begins the text of the report.
     pub verdict: String,
-    /// What the graphs are for.
+    /// Target of the graphs.
     #[serde(alias = "flavour")]
     pub target: Int8Target,
-    /// Precision of what is not in INT8.
+    /// Precision of everything that is not in INT8.
     pub precision: Precision,
-    /// Least PSNR of an image of 16 tokens that passes, dB.
+    /// Minimum PSNR of an image of 16 tokens that passes, dB.
     pub min_psnr: f32,
-    /// Guidance of the rollouts.
+    /// Classifier-free guidance of the rollouts.
     pub cfg: f32,
-    /// Euler steps a token.
+    /// Euler steps per token.
     pub steps: usize,
-    /// Images of 16 tokens.
+    /// Quality of the images of 16 tokens.
     pub images: Vec<ImageQuality>,
-    /// The beginnings of one long rollout.
+    /// Quality of one long rollout, over its beginnings of several lengths.
     pub rollouts: Vec<RolloutQuality>,
-    /// Its tokens, by position.
+    /// Quality of the tokens of the long rollout, by position.
     pub positions: Vec<TokenQuality>,
-    /// Stages, in the order of a run.
+    /// Quality and speed of the stages, in the order in which they run.
     pub stages: Vec<StageQuality>,
-    /// A guided image of 16 tokens, from labels to pixels; where times are of the hardware that the target is for.
+    /// Median time of a guided image of 16 tokens, from labels to pixels; only if the target is a CPU, on which the
+    /// times are measured.
     pub end_to_end: Option<SpeedPair>,
-    /// Bytes of graphs and weights.
+    /// Size of the graphs and weights.
     pub bytes: Sizes,
 }
 
-/// One image of 16 tokens.
+/// Quality of one image of 16 tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ImageQuality {
-    /// Its class.
+    /// Class of the image.
     pub class: usize,
-    /// Seed of its noise.
+    /// Seed of the noise.
     pub seed: u64,
-    /// Relative error of its tokens.
+    /// Relative error of the tokens.
     pub relative_error: f32,
-    /// PSNR, dB; `null` for an equal image.
-    pub psnr: Option<f32>,
-    /// Structural similarity.
-    pub ssim: f32,
-}
-
-/// The beginning of the long rollout.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RolloutQuality {
-    /// Its length.
-    pub tokens: usize,
-    /// Relative error of all its tokens.
-    pub relative_error: f32,
-    /// Largest absolute difference of a token's value, and the largest value there is.
-    pub largest_drift: f32,
-    /// Largest absolute value of a token.
-    pub largest_value: f32,
-    /// PSNR of the image, dB; `null` for an equal image.
+    /// PSNR of the image, dB; `null` if the images are equal.
     pub psnr: Option<f32>,
     /// Structural similarity of the image.
     pub ssim: f32,
 }
 
-/// One token.
+/// Quality of the beginning of the long rollout.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RolloutQuality {
+    /// Length of the beginning in tokens.
+    pub tokens: usize,
+    /// Relative error of the tokens.
+    pub relative_error: f32,
+    /// Largest absolute difference of a token's value.
+    pub largest_drift: f32,
+    /// Largest absolute value of the tokens in FP32.
+    pub largest_value: f32,
+    /// PSNR of the image, dB; `null` if the images are equal.
+    pub psnr: Option<f32>,
+    /// Structural similarity of the image.
+    pub ssim: f32,
+}
+
+/// Quality of one token.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TokenQuality {
-    /// Its position.
+    /// Position of the token.
     pub token: usize,
-    /// Cosine to FP32's.
+    /// Cosine similarity to the token in FP32.
     pub cosine: f32,
     /// `‖int8 - fp32‖ / ‖fp32‖`.
     pub relative_error: f32,
 }
 
-/// One stage.
+/// Quality and speed of one stage.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StageQuality {
-    /// Its name.
+    /// Name of the stage.
     pub stage: String,
-    /// Whether anything of it is in INT8.
+    /// Whether any part of the stage is in INT8.
     pub int8: bool,
-    /// Relative error of its outputs on the inputs that FP32 has in an image of 16 tokens.
+    /// Relative error of the outputs, on the inputs that the stage has in FP32 in an image of 16 tokens.
     pub relative_error: f32,
-    /// Median time of one run for a guided image, where it was measured.
+    /// Median time of one run for a guided image, if it was measured.
     pub times: Option<SpeedPair>,
-    /// Why it stayed as it was although INT8 was asked for: the times it was tried with.
+    /// Times of the trial in INT8, if INT8 was requested but the speedup was below [`LEAST_SPEEDUP`].
     pub gained_nothing: Option<SpeedPair>,
 }
 
-/// Seconds of the same work.
+/// Times of the same work, in seconds.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SpeedPair {
-    /// In FP32.
+    /// Time in FP32.
     pub fp32: f64,
-    /// In INT8.
+    /// Time in INT8.
     pub int8: f64,
 }
 
 impl SpeedPair {
-    /// How many times as fast INT8 is.
+    /// Speedup of INT8 over FP32.
     pub fn speedup(self) -> f64 {
         self.fp32 / self.int8
     }
 }
 
-/// Bytes of two bundles.
+/// Sizes of two bundles, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Sizes {
-    /// In FP32.
+    /// Size in FP32.
     pub fp32: u64,
-    /// In INT8.
+    /// Size in INT8.
     pub int8: u64,
 }
 
-/// A stage in INT8 has to be this many times as fast: less is noise.
+/// Minimum speedup of a stage in INT8. A smaller speedup is measurement noise.
 pub const LEAST_SPEEDUP: f64 = 1.05;
 
-/// A bundle in FP32 and one of the same model in INT8, on ONNX Runtime.
+/// A bundle in FP32 and a bundle of the same model in INT8, on ONNX Runtime.
 pub struct Pair {
     fp32: OrtEngine,
     int8: OrtEngine,
@@ -161,10 +164,10 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Loads both.
+    /// Loads both bundles.
     ///
     /// # Errors
-    /// [`Error::run`] when ONNX Runtime refuses one.
+    /// [`Error::run`] if ONNX Runtime cannot load a bundle.
     pub fn load(fp32: &Bundle, int8: &Bundle, library: &Path) -> Result<Self> {
         Ok(Self {
             fp32: OrtEngine::new(fp32, library, None)?,
@@ -178,24 +181,24 @@ impl Pair {
         &self.bundles[1]
     }
 
-    /// Whether any of a stage is in INT8.
+    /// Whether any part of a stage is in INT8.
     fn is_int8(&self, stage: Stage) -> bool {
         let quantization = &self.bundle().manifest.quantization;
         quantization.as_ref().is_some_and(|found| found.stages.iter().any(|name| name == stage.name()))
     }
 
-    /// SpeedPair every stage that is in INT8, alternately.
+    /// Measures the time of every stage that is in INT8. Runs in FP32 and in INT8 alternate.
     ///
     /// # Errors
-    /// When an engine fails.
+    /// If an engine fails.
     pub fn stage_times(&self) -> Result<Vec<(Stage, SpeedPair)>> {
         let stages = Stage::ALL.into_iter().filter(|&stage| self.is_int8(stage));
         stages.map(|stage| Ok((stage, self.times(|engine| work(engine, stage))?))).collect()
     }
 
-    /// Median times of some work, alternately.
+    /// Median times of `work`. Runs in FP32 and in INT8 alternate.
     fn times(&self, work: impl Fn(&OrtEngine) -> Result<Duration>) -> Result<SpeedPair> {
-        // The first runs allocate.
+        // The first runs allocate memory and are not timed.
         work(&self.fp32)?;
         work(&self.int8)?;
         let (mut fp32, mut int8) = (vec![], vec![]);
@@ -212,7 +215,7 @@ const LEAST_RUNS: usize = 3;
 const MOST_RUNS: usize = 200;
 const TIMED: Duration = Duration::from_secs(4);
 
-/// SpeedPair one run of a stage as one guided image needs it.
+/// Measures the time of one run of a stage, with the inputs of one guided image.
 fn work(engine: &OrtEngine, stage: Stage) -> Result<Duration> {
     let config = engine.config();
     let g = &config.generator;
@@ -255,19 +258,19 @@ fn decode(engine: &dyn Engine, tokens: ArrayView3<f32>) -> Result<Array4<f32>> {
     engine.decode_tokens(tokens)
 }
 
-/// How a report is made.
+/// Settings of a report.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Least PSNR of an image of 16 tokens that passes, dB.
+    /// Minimum PSNR of an image of 16 tokens that passes, dB.
     pub min_psnr: f32,
-    /// Stages that were tried in INT8 and left as they were, with the times of the trial.
+    /// Stages that were tried in INT8 and had a speedup below [`LEAST_SPEEDUP`], with the times of the trial.
     pub gained_nothing: Vec<(Stage, SpeedPair)>,
 }
 
-/// Measures what INT8 does, and shows what is being done to `progress`.
+/// Measures the quality and speed of INT8. `progress` receives the name of every measurement before it begins.
 ///
 /// # Errors
-/// When an engine fails, or a token is not finite.
+/// If an engine fails or a token is not finite.
 pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str)) -> Result<QuantizationReport> {
     let manifest = &pair.bundle().manifest;
     let quantization = manifest.quantization.as_ref();
@@ -279,7 +282,7 @@ pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str))
     progress(&format!("a rollout of {LONGEST} tokens"));
     let (rollouts, positions) = long_rollout(pair)?;
 
-    // SpeedPair of graphs that a GPU will run say nothing here.
+    // The times on this CPU say nothing about graphs that a GPU will run.
     let is_timed = quantization.target == Int8Target::Cpu;
     if is_timed {
         progress("times");
@@ -326,7 +329,7 @@ pub fn measure(pair: &Pair, settings: &Settings, mut progress: impl FnMut(&str))
     Ok(report)
 }
 
-/// What both engines' stages make of the inputs that they have in FP32: relative errors, in the order of a run.
+/// Relative error of every stage, on the inputs that it has in FP32, in the order in which the stages run.
 fn stage_errors(pair: &Pair, steps: usize) -> Result<Vec<(Stage, f32)>> {
     let config = pair.fp32.config();
     let labels = [0, config.generator.unconditional() as i64];
@@ -404,13 +407,13 @@ fn bytes(bundle: &Bundle) -> u64 {
     graphs.sum::<u64>() + bundle.manifest.weights.bytes
 }
 
-/// A PSNR as text; images that are equal have none.
+/// A PSNR as text. `None` means that the images are equal.
 pub fn decibels(psnr: Option<f32>) -> String {
     psnr.map_or("equal".into(), |psnr| format!("{psnr:.1} dB"))
 }
 
 impl QuantizationReport {
-    /// The least likeness of the images of 16 tokens; `None` when all are equal.
+    /// Lowest PSNR of the images of 16 tokens; `None` if all images are equal.
     pub fn worst_psnr(&self) -> Option<f32> {
         self.images.iter().filter_map(|image| image.psnr).min_by(f32::total_cmp)
     }

@@ -1,5 +1,5 @@
-//! Proof that a bundle computes what the model does: ONNX Runtime against Candle in FP32, each graph alone and whole
-//! rollouts.
+//! Validates that a bundle computes the same as the model: compares ONNX Runtime with Candle in FP32, for each graph
+//! alone and for whole rollouts.
 
 use std::path::Path;
 
@@ -21,7 +21,7 @@ use half::f16;
 use ndarray::{Array2, Array3, ArrayD, Axis as ArrayAxis, IxDyn, s};
 use serde::Serialize;
 
-/// How far values may lie apart by default.
+/// Default tolerance of the differences between values.
 pub fn default_tolerance(precision: Precision) -> f32 {
     match precision {
         Precision::Fp32 => Tolerance::FP32.limit,
@@ -29,39 +29,40 @@ pub fn default_tolerance(precision: Precision) -> f32 {
     }
 }
 
-/// How far graphs in INT8 may lie from their preview, in parts of how far the preview lies from FP32.
+/// Tolerance of graphs in INT8 against their preview, as a multiple of the error of the preview against FP32.
 ///
-/// Two sums that differ in the last place can round to neighbouring levels, and what differs by a level makes the next
-/// product's inputs differ: along some ten products in a row the two lie as far apart as two independent roundings do,
-/// which is √2 times INT8's own error. Tests compare product by product, where that cannot happen.
+/// Two sums that differ in the last place can round to neighbouring levels. A difference of one level changes the
+/// inputs of the next product. After about ten products in sequence, the two results are as far apart as two
+/// independent roundings, which is √2 times the error of INT8 itself. Tests compare every product by itself, where
+/// differences cannot accumulate.
 const PREVIEW_TOLERANCE: f32 = 2.0;
 
-/// One comparison.
+/// Result of one comparison.
 #[derive(Clone, Debug, Serialize)]
 pub struct Check {
-    /// What was compared, as a sentence's subject.
+    /// Name of the compared value, as the subject of a sentence.
     pub what: String,
-    /// Largest difference, `|found - expected| / max(1, |expected|)`; infinite where a value is not finite.
+    /// Largest difference, `|found - expected| / max(1, |expected|)`; infinite if a value is not finite.
     pub largest: f32,
-    /// The first token from which on values lie apart, in rollouts that fail.
+    /// The first token whose difference exceeds the tolerance, for rollouts that fail.
     pub first_token: Option<usize>,
     /// Whether the difference is within the tolerance.
     pub passed: bool,
 }
 
-/// A report of all comparisons of a bundle.
+/// Results of all comparisons of a bundle.
 #[derive(Clone, Debug, Serialize)]
 pub struct ValidationReport {
-    /// The tolerance.
+    /// Tolerance of the comparisons.
     pub atol: f32,
     /// Comparisons in the order in which they were made.
     pub checks: Vec<Check>,
-    /// The scope of the largest activation, and that, where the precision limits it.
+    /// Scope and value of the largest activation in FP32; only for FP16 graphs.
     pub largest_activation: Option<(String, f32)>,
 }
 
 impl ValidationReport {
-    /// Whether every comparison passed, and activations keep a distance from the end of the precision's range.
+    /// Whether every comparison passed, and the largest activation is well below the maximum of FP16.
     pub fn passed(&self) -> bool {
         self.checks.iter().all(|check| check.passed) && self.within_range()
     }
@@ -78,7 +79,7 @@ impl ValidationReport {
 }
 
 impl Check {
-    /// The line that says it, as optimum does.
+    /// The result as a line of text, in the format of optimum.
     pub fn line(&self, atol: f32) -> String {
         if self.passed {
             return format!(
@@ -94,20 +95,20 @@ impl Check {
     }
 }
 
-// Enough rows for two streams and tokens for every code path, little enough for the largest model.
+// Enough rows and tokens to run every code path, and small enough for the largest model.
 const ROWS: usize = 2;
 const IMAGE_TOKENS: usize = 3;
 const MOST_STEPS: usize = 8;
 const SEED: u64 = 20;
 
-/// Largest activation that FP16 graphs may meet on random inputs: a quarter of the type's range, since a checkpoint's
-/// own inputs can be wider.
+/// Largest activation that FP16 graphs may have on random inputs: a quarter of the FP16 range, because the inputs of a
+/// real run can be larger.
 pub(crate) const MOST_FP16: f32 = 16384.0;
 
-/// Compares a bundle on ONNX Runtime with `reference`, and shows every line to `progress` as it is known.
+/// Compares a bundle on ONNX Runtime with `reference`. `progress` receives a line of text after every comparison.
 ///
 /// # Errors
-/// When an engine fails; a difference is no error but stands in the report.
+/// If an engine fails. Differences are not errors. They are recorded in the report.
 pub fn validate(
     bundle: &Bundle,
     reference: &CandleEngine,
@@ -156,7 +157,7 @@ fn check_rollout(what: String, found: &Array3<f32>, expected: &Array3<f32>, atol
     Check { what, largest, first_token, passed: first_token.is_none() }
 }
 
-/// Random values for a info of a stage.
+/// Random values for an input of a stage.
 fn random_input(config: &Config, stage: Stage, info: &ValueInfo, random: &mut TorchRng) -> Result<Tensor> {
     let (width, _) = config.image_size(IMAGE_TOKENS);
     let sizes = Sizes { batch: ROWS, rows: 2 * ROWS, evaluations: MOST_STEPS, tokens: IMAGE_TOKENS, width };
@@ -164,10 +165,10 @@ fn random_input(config: &Config, stage: Stage, info: &ValueInfo, random: &mut To
     let count = shape.iter().product();
     let window = config.generator.window as i64;
     Ok(match (stage, info.name.as_str()) {
-        // One row before its window is full and one after; a class and none.
+        // One row's window is not full yet, the other row's is. One row has a class, the other has none.
         (Stage::Step, "position") => Tensor::new(&[1, window + 2], &Device::Cpu)?,
         (Stage::Prefill, _) => Tensor::new(&[0, config.generator.unconditional() as i64], &Device::Cpu)?,
-        // A solver that reads all that an update can.
+        // The updates of this solver use `x`, `p` and `v`.
         (_, "times") => tableau_tensors(&Tableau::new(Solver::Ab2, MOST_STEPS))?[0].clone(),
         (_, "updates") => tableau_tensors(&Tableau::new(Solver::Ab2, MOST_STEPS))?[1].clone(),
         _ => Tensor::from_vec(random.randn(count), shape, &Device::Cpu)?,
@@ -205,7 +206,7 @@ fn graph_alone(
     Ok(checks)
 }
 
-/// Runs a stage's graph on Candle's tensors.
+/// Runs a stage's graph on ONNX Runtime. The inputs are Candle tensors.
 fn on_runtime(bundle: &Bundle, runtime: Runtime, stage: Stage, inputs: &[Tensor]) -> Result<Vec<DynValue>> {
     let graph = runtime.graph(&bundle.graph_path(stage)?, None, false)?;
     let values = stage
@@ -224,16 +225,16 @@ fn on_runtime(bundle: &Bundle, runtime: Runtime, stage: Stage, inputs: &[Tensor]
     graph.run(&values)
 }
 
-/// How far a graph in INT8 lies from its preview.
+/// Comparison of a graph in INT8 with its preview.
 #[derive(Clone, Copy, Debug)]
 pub struct PreviewCheck {
-    /// The graph's stage.
+    /// Stage of the graph.
     pub stage: Stage,
-    /// Relative error of the graph's outputs against the preview's.
+    /// Relative error of the graph's outputs against the preview's outputs.
     pub error: f32,
-    /// Relative error of FP32's outputs against the preview's: what INT8 does.
+    /// Relative error of the FP32 outputs against the preview's outputs: the error of INT8 itself.
     pub own: f32,
-    /// Whether the graph computes what the preview does.
+    /// Whether the graph's outputs are within the tolerance of the preview's outputs.
     pub passed: bool,
 }
 
@@ -244,10 +245,11 @@ impl PreviewCheck {
     }
 }
 
-/// Compares every graph of a bundle in INT8 with the preview, on the same inputs, and shows every line to `progress`.
+/// Compares every graph of a bundle in INT8 with the preview, on the same inputs. `progress` receives a line of text
+/// after every comparison.
 ///
 /// # Errors
-/// When an engine fails; a difference is no error but stands in the checks.
+/// If an engine fails. Differences are not errors. They are recorded in the checks.
 pub fn validate_preview(
     bundle: &Bundle,
     preview: &StageEngine<Preview>,
@@ -277,7 +279,7 @@ pub fn validate_preview(
     Ok(checks)
 }
 
-/// The worst relative error of a stage's outputs; infinite where one is not finite.
+/// Largest relative error of a stage's outputs; infinite if a value is not finite.
 fn worst(found: &[ArrayD<f32>], expected: &[ArrayD<f32>]) -> f32 {
     let error = |(found, expected): (&ArrayD<f32>, &ArrayD<f32>)| {
         if found.shape() == expected.shape() { relative_error(found, expected) } else { f32::INFINITY }
@@ -285,7 +287,8 @@ fn worst(found: &[ArrayD<f32>], expected: &[ArrayD<f32>]) -> f32 {
     largest(&found.iter().zip(expected).map(error).collect::<Vec<_>>())
 }
 
-/// A rollout of a guided batch, past the first wrap of the cache's window, on both engines from one seed.
+/// Compares a rollout of a guided batch on both engines, from the same seed. It is longer than the window, so that
+/// tokens leave the cache.
 fn guided_rollout(engine: &dyn Engine, reference: &CandleEngine, atol: f32) -> Result<(Check, Array3<f32>)> {
     let generator = &reference.config().generator;
     let request = Request {
@@ -300,7 +303,7 @@ fn guided_rollout(engine: &dyn Engine, reference: &CandleEngine, atol: f32) -> R
     Ok((check_rollout(what, &found, &expected, atol), expected))
 }
 
-/// The cached steps of the bundle against the whole sequence at once on Candle.
+/// Compares the bundle's steps, which use the cache, with Candle on the whole sequence at once, without a cache.
 fn cache_is_no_cache(engine: &dyn Engine, reference: &CandleEngine, tokens: &Array3<f32>, atol: f32) -> Result<Check> {
     let generator = &reference.config().generator;
     let (rows, n, embed) = tokens.dim();

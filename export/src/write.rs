@@ -1,4 +1,4 @@
-//! Writing a bundle, beside its destination until it is complete.
+//! Writes a bundle: first to a temporary folder next to its destination, then to the destination when it is complete.
 
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
@@ -25,26 +25,26 @@ use crate::lower::{self, Places};
 mod convert;
 mod quantized;
 
-/// Name of the report of what INT8 does to a model.
+/// Name of the quantization report in a bundle, as JSON.
 pub const REPORT_FILE: &str = "quantization.json";
-/// Name of the same report as text.
+/// Name of the quantization report in a bundle, as text.
 pub const REPORT_TEXT_FILE: &str = "quantization.txt";
 
 pub(crate) const PRODUCER: &str = "eqim";
 
-/// A bundle that is complete but does not stand at its destination yet. Dropped, it vanishes.
+/// A complete bundle in a temporary folder, not yet at its destination. The folder is deleted if the draft is dropped.
 #[derive(Debug)]
 pub struct Draft {
     folder: TempDir,
     destination: PathBuf,
-    /// The bundle where it stands now.
+    /// The bundle in the temporary folder.
     pub bundle: Bundle,
 }
 
-/// Checks, before any work, that a bundle can be put at `destination`.
+/// Checks that a bundle can be written to `destination`, before any other work.
 ///
 /// # Errors
-/// [`Error::input`] when something that is no bundle stands there, or its folder does not exist.
+/// [`Error::input`] if there is something other than a bundle at `destination`, or its parent folder does not exist.
 pub fn check_destination(destination: &Path) -> Result<()> {
     let bad = |problem: String| Err(Error::input(destination.display(), problem));
     if destination.file_name().is_none() || !folder(destination).is_dir() {
@@ -64,7 +64,8 @@ pub fn check_destination(destination: &Path) -> Result<()> {
     }
 }
 
-/// Whether eqim wrote a file of a folder, in whatever version: other models' folders have a `config.json` too.
+/// Whether any version of eqim wrote the file `name` of a folder. The content of `config.json` is checked because
+/// folders of other models also have a file of this name.
 fn is_ours(folder: &Path, name: &str) -> bool {
     if name == trt::FOLDER {
         return folder.join(name).join(trt::SIDECAR_FILE).is_file();
@@ -78,10 +79,11 @@ fn is_ours(folder: &Path, name: &str) -> bool {
     manifest["producer"].as_str().is_some_and(|producer| producer.starts_with(PRODUCER))
 }
 
-/// Writes all of a bundle beside `destination`. `progress` is told the name of each file before it is written.
+/// Writes a complete bundle to a temporary folder next to `destination`. `progress` receives the name of the weights
+/// file and of each graph file before it is written.
 ///
 /// # Errors
-/// [`Error::input`] for weights beyond the precision's range; [`Error::run`] when a file cannot be written.
+/// [`Error::input`] if a weight is beyond the range of the precision; [`Error::run`] if a file cannot be written.
 pub fn draft(
     destination: &Path,
     config: &Config,
@@ -129,11 +131,12 @@ pub fn draft(
 }
 
 impl Draft {
-    /// Puts the bundle at its destination, in place of an older one.
+    /// Moves the bundle to its destination and replaces an older bundle there.
     ///
     /// # Errors
-    /// [`Error::input`] when something else stands there by now; [`Error::run`] when it cannot be moved there. The older
-    /// bundle is then still there, or where the error says.
+    /// [`Error::input`] if there is now something other than a bundle at the destination; [`Error::run`] if the bundle
+    /// cannot be moved. The older bundle is then still at the destination, or in the folder that the error message
+    /// names.
     pub fn publish(self) -> Result<Bundle> {
         check_destination(&self.destination)?;
         replace(self.folder, &self.destination)?;
@@ -141,10 +144,11 @@ impl Draft {
     }
 }
 
-/// Puts a folder at its destination, in place of an older one.
+/// Moves a folder to its destination and replaces an older folder there.
 ///
 /// # Errors
-/// [`Error::run`] when it cannot be moved there. The older folder is then still there, or where the error says.
+/// [`Error::run`] if the folder cannot be moved. The older folder is then still at the destination, or in the folder
+/// that the error message names.
 pub fn replace(new: TempDir, destination: &Path) -> Result<()> {
     let failed = |error: std::io::Error| Error::run(destination.display(), "cannot be written").because(error);
     let older = files::temporary(0o777).tempdir_in(folder(destination)).map_err(failed)?;

@@ -1,5 +1,5 @@
-//! Whole bundles of both fixture models: the onnx package's checker accepts them, and names and weights are the
-//! checkpoint's.
+//! Checks whole bundles of both fixture models: the checker of the onnx package accepts them, and names and weights are
+//! equal to the checkpoint's.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,5 @@
-//! Every primitive by itself: its graph on ONNX Runtime against Candle, in every precision and operator set.
+//! Compares the graph of every single primitive on ONNX Runtime with Candle, in FP32 and FP16 and in several operator
+//! sets.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
@@ -24,22 +25,24 @@ use half::f16;
 use ndarray::{ArrayD, IxDyn};
 use prost::Message;
 
-/// Nothing is computed: every bit stays, in FP16 too.
+/// Tolerance of primitives that only move values: every bit is kept, also in FP16.
 const MOVED: f32 = 0.0;
-/// One function of each element: both sides round a few times at 6e-8.
+/// Tolerance of element-wise functions: both sides round a few times, by 6e-8 each.
 const ELEMENTWISE: f32 = 1e-6;
-/// Sums of tens of elements, in another order on each side.
+/// Tolerance of sums of tens of elements, which the two sides add in different orders.
 const SUMS: f32 = 1e-5;
-/// In FP16 inputs and weights are exact, and results are rounded at 5e-4 of their size up to four times.
+/// Tolerance in FP16: inputs and weights are exact, and results are rounded up to four times, by 5e-4 of their size
+/// each.
 const HALF: f32 = 2e-3;
 
-/// Sizes of the symbolic axes, which one graph has to serve in turn.
+/// Sizes of the symbolic axes. The same graph runs with both.
 const SIZES: [Sizes; 2] = [
     Sizes { batch: 1, rows: 1, evaluations: 1, tokens: 2, width: 1 },
     Sizes { batch: 3, rows: 1, evaluations: 4, tokens: 5, width: 1 },
 ];
 
-/// Kinds of the inputs, in turn. In FP16 caches are of half precision and floats are not: each alone, and where they meet.
+/// Kinds of the inputs, which alternate. In FP16, caches are in half precision and floats are in FP32. The cases are
+/// each kind alone, and both kinds together.
 const KINDS: [[ValueKind; 2]; 4] = [
     [ValueKind::Float; 2],
     [ValueKind::Cache; 2],
@@ -53,16 +56,17 @@ type Parameters = Vec<(String, Vec<usize>)>;
 const INDICES: i64 = 4;
 const SEED: u64 = 20;
 
-/// One primitive, for any interpreter.
+/// A test case of one primitive, for any interpreter.
 trait Case {
-    /// Axes of the inputs: numbers, or names of [`SIZES`]; `int` in front makes them integers below [`INDICES`].
+    /// Axes of the inputs: numbers, or names of the sizes in [`SIZES`]. The prefix `int` makes the values integers
+    /// below [`INDICES`].
     const INPUTS: &[&str];
     const TOLERANCE: f32;
 
     fn run<O: Ops>(o: &mut O, inputs: &[O::Tensor]) -> Result<O::Tensor>;
 }
 
-/// Makes every function a [`Case`] and the test that it conforms.
+/// Turns every function into a [`Case`] and a test of it.
 macro_rules! cases {
     ($(fn $name:ident($o:ident, $($x:ident: $axes:literal),+) within $tolerance:ident $body:block)+) => {
         $(
@@ -259,7 +263,7 @@ cases! {
         o.layer_norm("norm", x, 8, 1e-5)
     }
 
-    // Of nearly equal elements, so that epsilon counts.
+    // The elements are nearly equal, so that epsilon affects the result.
     fn layer_norm_of_little_variance(o, x: "batch tokens 8") within SUMS {
         let x = o.scale(x, 1e-3)?;
         o.layer_normalization(&x, None, 8, 1e-5)
@@ -319,7 +323,7 @@ cases! {
         })
     }
 
-    // The body is the first to use weights, and takes a constant and values of the outer graph.
+    // The loop body is the first to use the weights. It also uses a constant and values of the outer graph.
     fn fold_over_captures(o, x: "evaluations", bias: "batch 4") within SUMS {
         let state = o.scale(bias, 0.1)?;
         o.fold(&[x], &state, |o, now, state| {
@@ -330,7 +334,7 @@ cases! {
         })
     }
 
-    // A size that a body has computed is no value of the outer graph, nor of the next body.
+    // A size that a loop body computes is not a value of the outer graph or of the next body.
     fn fold_with_shapes_of_its_own(o, x: "evaluations tokens", y: "batch tokens") within SUMS {
         let body = |o: &mut O, now: &[O::Tensor], state: &O::Tensor| {
             let h = o.expand(&now[0], &[Dim::Of(y, 0), Dim::Of(&now[0], 0)])?;
@@ -351,7 +355,7 @@ cases! {
         })
     }
 
-    // A body finds what it captures under the name of the output.
+    // The loop body captures a value that is renamed to the name of the output.
     fn fold_that_captures_the_output(o, x: "evaluations", y: "batch 3") within ELEMENTWISE {
         let output = o.scale(y, 2.0)?;
         o.fold(&[x], y, |o, _, state| o.add(state, &output))?;
@@ -385,7 +389,7 @@ fn infos<C: Case>(kinds: [ValueKind; 2]) -> Vec<ValueInfo> {
     C::INPUTS.iter().enumerate().map(info).collect()
 }
 
-/// The output of a case, and the names and shapes of its weights, from counting it at both sizes.
+/// The output of a case, and the names and shapes of its weights. [`Cost`] runs the case at both sizes to find them.
 fn count<C: Case>(kinds: [ValueKind; 2]) -> Result<(ValueInfo, Parameters)> {
     let count = |sizes: &Sizes| -> Result<_> {
         let mut cost = Cost::default();
@@ -395,7 +399,7 @@ fn count<C: Case>(kinds: [ValueKind; 2]) -> Result<(ValueInfo, Parameters)> {
     let ((small, parameters), (large, _)) = (count(&SIZES[0])?, count(&SIZES[1])?);
     let axis = |(i, (&small, &large)): (usize, (&usize, &usize))| {
         let is = |symbol: &Symbol| SIZES.map(|sizes| sizes.get(*symbol)) == [small, large];
-        // An axis of another size than those of the inputs: no input has these two symbols.
+        // The size is not the size of a symbol. No input uses these two symbols.
         let other = || if i.is_multiple_of(2) { Symbol::Rows } else { Symbol::Width };
         let symbol = Symbol::ALL.into_iter().find(is).unwrap_or_else(other);
         if small == large { Dimension::Fixed(small) } else { Dimension::Symbolic(symbol) }
@@ -404,7 +408,7 @@ fn count<C: Case>(kinds: [ValueKind; 2]) -> Result<(ValueInfo, Parameters)> {
     Ok((ValueInfo { name: "output".into(), kind: kinds[0], shape }, parameters))
 }
 
-/// Random values that the precision holds exactly.
+/// Random values that the precision represents exactly.
 fn randn(random: &mut TorchRng, shape: &[usize], precision: Precision) -> Result<Tensor> {
     let values = Tensor::from_vec(random.randn(shape.iter().product()), shape, &Device::Cpu)?;
     Ok(match precision {
@@ -414,7 +418,7 @@ fn randn(random: &mut TorchRng, shape: &[usize], precision: Precision) -> Result
     })
 }
 
-/// The graph of a case and its weights, which are written to `folder` for it.
+/// The graph of a case and its weights. The weights are also written to `folder`, for the graph.
 fn lower<C: Case>(
     folder: &Path,
     precision: Precision,
@@ -442,7 +446,7 @@ fn lower<C: Case>(
     Ok((lower.finish("case", &[result], &[output]), weights))
 }
 
-/// Runs `Found` on ONNX Runtime and `Expected` on Candle, at both sizes; an error says where they differ.
+/// Runs `Found` on ONNX Runtime and `Expected` on Candle, at both sizes. An error names the first difference.
 fn compare<Found: Case, Expected: Case>(precision: Precision, opset: i64, kinds: [ValueKind; 2]) -> Result<()> {
     let runtime = Runtime::load(&find_onnxruntime().unwrap_or_else(|problem| panic!("{problem}")))?;
     let folder = tempfile::tempdir().unwrap();
@@ -478,7 +482,7 @@ fn compare<Found: Case, Expected: Case>(precision: Precision, opset: i64, kinds:
     Ok(())
 }
 
-/// Fails where values lie farther apart than `tolerance · max(1, |expected|)`.
+/// Fails if two values differ by more than `tolerance · max(1, |expected|)`.
 fn close(found: &ArrayD<f32>, expected: &ArrayD<f32>, tolerance: f32) -> Result<()> {
     if found.shape() != expected.shape() {
         return Err(Error::run("shape", format!("{:?}, expected {:?}", found.shape(), expected.shape())));
@@ -530,7 +534,7 @@ fn operators(graph: &GraphProto, all: &mut BTreeSet<String>) {
     }
 }
 
-/// Operators that TensorRT accepts, of those that a lowering may want; neither `If` nor `Scan`.
+/// Operators that the lowering may use and that TensorRT accepts; without `If` and `Scan`.
 const TENSORRT: &str = "Add Cast Clip Concat Conv Cos DepthToSpace Erf Expand Gather Gelu Gemm Identity InstanceNormalization \
                         LayerNormalization Loop MatMul Mul Pad ReduceMean Reshape Shape Sigmoid Sin Slice Softmax \
                         Squeeze Sub Transpose";

@@ -1,4 +1,4 @@
-//! How far FP16 lies from FP32 along rollouts, and that graphs that overflow are reported.
+//! Drift of FP16 from FP32 over rollouts, and reports of graphs that overflow.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use eqim_export::lower::NEWEST_OPSET;
 use eqim_export::validate::default_tolerance;
 use eqim_export::write::{Options, draft};
 
-/// Both sets of golden fixtures, and their attention heads.
+/// Folders of both sets of golden fixtures, and their numbers of attention heads.
 const FIXTURES: [(&str, usize); 2] = [("", 2), ("other", 4)];
 
 fn fixture((folder, heads): (&str, usize)) -> (Config, Weights) {
@@ -23,7 +23,7 @@ fn fixture((folder, heads): (&str, usize)) -> (Config, Weights) {
     checkpoint::load(&generator, &tokenizer, WeightSet::Ema, &hints).unwrap()
 }
 
-/// The weights with those whose names end in `suffix` multiplied by `factor`.
+/// A copy of the weights in which every tensor whose name ends in `suffix` is multiplied by `factor`.
 fn scaled(weights: &Weights, suffix: &str, factor: f64) -> Weights {
     let mut scaled = Weights::default();
     let mut found = false;
@@ -37,7 +37,7 @@ fn scaled(weights: &Weights, suffix: &str, factor: f64) -> Weights {
     scaled
 }
 
-/// Drift of graphs with `weights` in a precision from FP32 with `reference`; its lines are checked and shown.
+/// Drift of graphs with `weights` in a precision from `reference` in FP32. Checks and prints the lines of the report.
 fn drift(
     config: &Config,
     (weights, reference): (&Weights, &Weights),
@@ -67,7 +67,7 @@ fn fp32_does_not_drift() {
         let drift = drift(&config, (&weights, &weights), Precision::Fp32, &LENGTHS).unwrap();
         assert!(drift.passed() && drift.largest_activation.is_none());
         for rollout in &drift.rollouts {
-            // Measured: 2.6e-6, and one level at a few rounding boundaries.
+            // Measured: 2.6e-6 for tokens, and one level for a few pixels at a rounding boundary.
             assert!(rollout.largest.unwrap() < 1e-5, "{rollout:?}");
             let image = rollout.image.as_ref().unwrap();
             assert!(image.largest <= 1 && image.mean < 1e-3, "{rollout:?}");
@@ -82,7 +82,7 @@ fn fp16_drifts_a_little() {
         assert!(drift.passed(), "{drift:?}");
         assert!(drift.largest_activation.is_some());
         for rollout in &drift.rollouts {
-            // Measured: 2.5e-4 to 3.6e-3, and 61.7 dB. Less than 1e-5 would be FP32.
+            // Measured: 2.5e-4 to 3.6e-3, and 61.7 dB. A drift below 1e-5 would mean that the graphs are in FP32.
             let (largest, mean) = (rollout.largest.unwrap(), rollout.mean.unwrap());
             assert!((1e-5..8e-3).contains(&largest) && mean < 1e-3 && mean < largest, "{rollout:?}");
             let image = rollout.image.as_ref().unwrap();
@@ -91,7 +91,8 @@ fn fp16_drifts_a_little() {
     }
 }
 
-/// Keys and values are stored in FP16, so ONNX Runtime overflows there; those before token 16 are the first beyond its range.
+/// Keys and values are stored in FP16, so ONNX Runtime overflows there. The keys and values just before token 16 are
+/// the first beyond the FP16 range.
 #[test]
 fn an_overflow_of_the_cache_is_found_where_it_happens() {
     let (config, weights) = fixture(FIXTURES[0]);
@@ -106,7 +107,7 @@ fn an_overflow_of_the_cache_is_found_where_it_happens() {
     }
 }
 
-/// ONNX Runtime computes this in FP32: the tokens pass, and only the range tells.
+/// ONNX Runtime computes the block in FP32, so the tokens pass. Only the largest activation shows the overflow.
 #[test]
 fn an_overflow_inside_a_block_is_found() {
     let (config, weights) = fixture(FIXTURES[0]);

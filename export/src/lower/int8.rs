@@ -1,4 +1,4 @@
-//! Products with weights in INT8, as nodes.
+//! Products with weights in INT8, as ONNX nodes.
 
 use eqim::Result;
 use eqim::ops::{Conv, Ops, scoped};
@@ -7,12 +7,12 @@ use eqim_calibration::int8::{Affine, Int8};
 use super::{Lower, Value};
 use crate::onnx::{AttributeProto, DataType};
 
-/// Name of a weight's levels in the file of weights.
+/// Name of a weight's levels in the weights file.
 pub fn weight_name(weight: &str) -> String {
     format!("{weight}.int8")
 }
 
-/// Name of a weight's scales, one an output channel.
+/// Name of a weight's scales, one per output channel.
 pub fn scale_name(weight: &str) -> String {
     format!("{weight}.scale")
 }
@@ -47,7 +47,7 @@ impl Int8 for Lower<'_> {
     fn quantize_dequantize(&mut self, x: &Value, scale: f32) -> Result<Value> {
         let compute = self.compute;
         let x = self.cast(x, compute);
-        // Scales are numbers of FP16: nothing is lost.
+        // Scales are FP16 numbers, so the conversion to FP16 is exact.
         let scale = match compute {
             DataType::Float16 => self.initializer(compute, &[], half::f16::from_f32(scale).to_le_bytes().to_vec()),
             DataType::Bfloat16 => self.initializer(compute, &[], half::bf16::from_f32(scale).to_le_bytes().to_vec()),

@@ -1,4 +1,4 @@
-//! This program was built without TensorRT.
+//! Replacements of the builder's functions for a program that was built without TensorRT.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -16,49 +16,49 @@ fn missing<T>() -> Result<T> {
     ))
 }
 
-/// Never a plan.
+/// A serialized engine, which this build never creates.
 pub struct SerializedEngine;
 
 impl SerializedEngine {
-    /// No bytes.
+    /// Always empty.
     pub fn bytes(&self) -> &[u8] {
         &[]
     }
 
-    /// No layers.
+    /// Always empty.
     pub fn layers(&self) -> &[Layers] {
         &[]
     }
 }
 
-/// Always an error.
+/// Always fails.
 ///
 /// # Errors
-/// Always.
+/// [`Error::run`], always.
 pub fn version() -> Result<String> {
     missing()
 }
 
-/// Always an error.
+/// Always fails.
 ///
 /// # Errors
-/// Always.
+/// [`Error::run`], always.
 pub fn check_targets(_targets: &[Target]) -> Result<()> {
     missing()
 }
 
-/// Always an error.
+/// Always fails.
 ///
 /// # Errors
-/// Always.
+/// [`Error::run`], always.
 pub fn unsupported(_model: &Path) -> Result<Vec<Unsupported>> {
     missing()
 }
 
-/// Always an error.
+/// Always fails.
 ///
 /// # Errors
-/// Always.
+/// [`Error::run`], always.
 pub fn compile(
     _model: &Path,
     _profiles: &BTreeMap<String, Profile>,

@@ -1,4 +1,4 @@
-//! TensorRT's parser and builder, by the crate trtx.
+//! TensorRT's parser and builder, through the crate trtx.
 
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -17,41 +17,41 @@ mod parser;
 
 pub use parser::unsupported;
 
-/// A built engine, serialized.
+/// A serialized engine.
 pub struct SerializedEngine {
     memory: HostMemory<'static>,
     layers: Vec<Layers>,
 }
 
 impl SerializedEngine {
-    /// The engine as it stands in a file.
+    /// The engine, as it is written to a file.
     pub fn bytes(&self) -> &[u8] {
         &self.memory
     }
 
-    /// Layers as parsed.
+    /// Layers of the parsed network.
     pub fn layers(&self) -> &[Layers] {
         &self.layers
     }
 }
 
-/// The library that builds, as sidecars name it.
+/// Name and version of the TensorRT library, as written in sidecars.
 ///
 /// # Errors
-/// [`Error::run`] when it is not found or cannot be used.
+/// [`Error::run`] if the library is not found or cannot be used.
 pub fn version() -> Result<String> {
     Library::load().map(|library| library.version().to_string())
 }
 
-/// Checks that the library builds for targets.
+/// Checks that the library can build for all targets.
 ///
 /// # Errors
-/// [`Error::input`] with the reason.
+/// [`Error::input`] with the reason if it cannot.
 pub fn check_targets(targets: &[Target]) -> Result<()> {
     edition::check_targets(targets)
 }
 
-/// What TensorRT said, or else the binding's own words.
+/// An error with TensorRT's messages, or with the message of the binding if there are none.
 fn failed(subject: &Path, error: impl std::fmt::Display) -> Error {
     let said = library::take_errors();
     let problem = if said.is_empty() { error.to_string() } else { said.join("; ") };
@@ -59,10 +59,11 @@ fn failed(subject: &Path, error: impl std::fmt::Display) -> Error {
     Error::run(name.display(), format!("TensorRT: {problem}"))
 }
 
-/// Parses a graph, and builds it for all of `targets`. `watch` is told the phase that the builder is in.
+/// Parses a graph and builds one engine for all of `targets`. `watch` receives the name of every phase that the builder
+/// begins.
 ///
 /// # Errors
-/// [`Error::run`] with TensorRT's words, which name our nodes.
+/// [`Error::run`] with TensorRT's message, which names the nodes of the graph.
 pub fn compile(
     model: &Path,
     profiles: &BTreeMap<String, Profile>,
@@ -97,7 +98,7 @@ pub fn compile(
     config.add_optimization_profile(&mut profile).map_err(failed)?;
 
     let layers = layers(network);
-    // Asking for layers without outputs is logged as an error.
+    // Reading the output of a layer without outputs logs an error, which is discarded here.
     library::take_errors();
     let memory = builder.build_serialized_network(network, &mut config).map_err(failed)?;
     Ok(SerializedEngine { memory, layers })

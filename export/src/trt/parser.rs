@@ -1,4 +1,5 @@
-//! TensorRT's ONNX parser, asked about every node: what trtx wraps stops at the first that fails.
+//! Checks every node of a graph with TensorRT's ONNX parser. The interface that trtx wraps stops at the first node that
+//! is not supported.
 
 use std::collections::BTreeSet;
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -18,10 +19,10 @@ use trtx::trtx_sys::{self, RustLoggerBridge};
 use crate::onnx;
 use crate::trt::support::Unsupported;
 
-/// The nodes of a graph that the parser does not take, under our names, each with TensorRT's reason.
+/// The nodes of a graph that the parser does not support, with their names in the graph and TensorRT's reasons.
 ///
 /// # Errors
-/// [`Error::run`] when the library cannot be used, [`Error::input`] when the graph cannot be read.
+/// [`Error::run`] if the library cannot be used; [`Error::input`] if the graph cannot be read.
 pub fn unsupported(model: &Path) -> Result<Vec<Unsupported>> {
     let failed = |problem: String| Error::run(model.display(), format!("TensorRT's parser: {problem}"));
     let bytes = files::read(model)?;
@@ -44,7 +45,7 @@ pub fn unsupported(model: &Path) -> Result<Vec<Unsupported>> {
     Ok(indices.iter().enumerate().map(node).collect())
 }
 
-/// A parser with an empty network. Fields are destroyed in this order: each uses those after it.
+/// A parser with an empty network. The fields are dropped in this order, because each field uses the fields after it.
 struct Parser {
     parser: UniquePtr<IParser>,
     _network: UniquePtr<INetworkDefinition>,
@@ -55,8 +56,9 @@ struct Parser {
 impl Parser {
     fn new(library: &Library) -> Result<Self, String> {
         let logger = Logger::new()?;
-        // SAFETY: the factories of NvInfer.h and NvOnnxParser.h, with the versions of those headers; what they give is
-        // new, ours, and destroyed before what it was made from.
+        // SAFETY: the functions are the factories of NvInfer.h and NvOnnxParser.h, called with the versions of these
+        // headers. Every returned object is new, has no other owner, and is destroyed before the object it was created
+        // from.
         unsafe {
             let builder: *mut c_void = {
                 let opened = library::open(&library.tensorrt()).map_err(|error| error.to_string())?;
@@ -77,11 +79,11 @@ impl Parser {
         }
     }
 
-    /// Indices of the first `count` nodes that are in no subgraph that TensorRT takes.
+    /// Indices of those among the first `count` nodes that are not in a subgraph that TensorRT supports.
     fn unsupported(&mut self, model: &[u8], path: &CStr, count: usize) -> Vec<usize> {
         let mut taken = BTreeSet::new();
-        // SAFETY: model and path live through the call. Subgraphs are asked for after `supportsModelV2`, as the header
-        // demands, and their nodes are copied while the parser owns them.
+        // SAFETY: `model` and `path` are valid during the call. The subgraphs are read after `supportsModelV2`, as the
+        // header requires, and their nodes are copied while the parser owns them.
         unsafe {
             if self.parser.pin_mut().supportsModelV2(model.as_ptr().cast(), model.len(), path.as_ptr()) {
                 return vec![];
@@ -98,11 +100,11 @@ impl Parser {
         (0..count).filter(|index| !taken.contains(index)).collect()
     }
 
-    /// What the parser said.
+    /// Error messages of the parser.
     fn errors(&self) -> Vec<String> {
         let parser: *mut c_void = self.parser.as_mut_ptr().cast();
         let mut errors = vec![];
-        // SAFETY: the bridge of trtx-sys reads errors that the parser owns; descriptions are copied.
+        // SAFETY: the functions of trtx-sys read errors that the parser owns, and the descriptions are copied.
         unsafe {
             for index in 0..trtx_sys::parser_get_nb_errors(parser) {
                 let error = trtx_sys::parser_get_error(parser, index);
@@ -116,19 +118,19 @@ impl Parser {
     }
 }
 
-/// Takes what a factory made.
+/// Takes ownership of an object that a factory created.
 ///
 /// # Safety
-/// The pointer is null, or nobody else destroys it.
+/// The pointer must be null, or the object must have no other owner.
 unsafe fn owned<T: UniquePtrTarget>(pointer: *mut T, what: &str) -> Result<UniquePtr<T>, String> {
     if pointer.is_null() {
         return Err(format!("no {what} could be made: {}", library::take_errors().join("; ")));
     }
-    // SAFETY: as this function demands.
+    // SAFETY: the caller guarantees that the object has no other owner.
     Ok(unsafe { UniquePtr::from_raw(pointer) })
 }
 
-/// The C++ logger that factories want; it says nothing, since the parser keeps its errors.
+/// The C++ logger that the factories require. It discards all messages, because the parser stores its errors.
 struct Logger(*mut RustLoggerBridge);
 
 impl Logger {
@@ -140,14 +142,14 @@ impl Logger {
     }
 
     fn interface(&self) -> *mut c_void {
-        // SAFETY: the bridge lives as long as this.
+        // SAFETY: the bridge is valid as long as `self`.
         unsafe { trtx_sys::get_logger_interface(self.0) }
     }
 }
 
 impl Drop for Logger {
     fn drop(&mut self) {
-        // SAFETY: made by `create_rust_logger_bridge`; all that log through it are gone.
+        // SAFETY: `create_rust_logger_bridge` created the bridge, and all objects that use it are already destroyed.
         unsafe { trtx_sys::destroy_rust_logger_bridge(self.0) }
     }
 }

@@ -1,4 +1,4 @@
-//! From a bundle to the engines beside its graphs.
+//! Builds the TensorRT engines of a bundle.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,13 +19,13 @@ use crate::drift::Drift;
 use crate::lower::BF16_OPSET;
 use crate::write::{self, Draft, Options, PRODUCER};
 
-/// Name of the file, beside the engines, that tells how far their graphs lie from FP32.
+/// Name of the drift report, in the folder of the engines.
 const DRIFT_FILE: &str = "drift.json";
 
-/// Checks that a bundle's weights can become those of engines in a precision.
+/// Checks that engines in a precision can be built from a bundle's weights.
 ///
 /// # Errors
-/// [`Error::input`] when they are rounded already.
+/// [`Error::input`] if the weights are already rounded to another precision.
 pub fn check_weights(bundle: &Bundle, precision: Precision) -> Result<()> {
     let manifest = &bundle.manifest;
     let held = match (&manifest.quantization, manifest.precision) {
@@ -37,30 +37,31 @@ pub fn check_weights(bundle: &Bundle, precision: Precision) -> Result<()> {
     Err(Error::input(bundle.folder.display(), problem).with_field("dtype"))
 }
 
-/// Lowers a bundle's graphs in another precision, or partly in INT8, strongly typed, as a draft that is never published.
+/// Lowers a bundle's graphs in another precision, or partly in INT8, strongly typed. The result is a draft that is
+/// never published.
 ///
 /// # Errors
-/// [`Error::input`] when weights are beyond the precision's range.
+/// [`Error::input`] if a weight is beyond the range of the precision.
 pub fn lowered(bundle: &Bundle, weights: &Weights, precision: Precision, policy: Option<&Policy>) -> Result<Draft> {
     let manifest = &bundle.manifest;
     let opset = if precision == Precision::Bf16 { BF16_OPSET } else { manifest.opset };
     write::draft(&bundle.folder, &manifest.model, weights, Options { precision, opset, policy }, |_| {})
 }
 
-/// Engines that stand beside a bundle, not in it yet. Dropped, they vanish.
+/// Engines in a temporary folder next to the bundle, not yet in it. The folder is deleted if this is dropped.
 #[derive(Debug)]
 pub struct Built {
     folder: TempDir,
-    /// What their sidecar says.
+    /// Content of the engines' sidecar.
     pub set: EngineSet,
 }
 
-/// Builds the engine of every stage from `lowered`, a draft of the bundle's graphs, for all of `targets`.
+/// Builds one engine per stage from `lowered`, a draft of the bundle's graphs. Every engine is for all of `targets`.
 ///
-/// `progress` is told the stage and the phase the builder is in; `done` what was built.
+/// `progress` receives the stage and the phase of the builder. `done` receives the stage and the record of its engine.
 ///
 /// # Errors
-/// [`Error::run`] with TensorRT's words when a graph cannot be built, or a file not written.
+/// [`Error::run`] with TensorRT's message if a graph cannot be built, or if a file cannot be written.
 pub fn build(
     bundle: &Bundle,
     lowered: &Bundle,
@@ -112,16 +113,17 @@ pub fn build(
 }
 
 impl Built {
-    /// The folder that the engines are in until they are published: reports can be added to it.
+    /// The folder of the engines until they are published. Reports can be added to it.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 }
 
-/// Puts engines in their bundle, in place of older ones, with the report of their graphs' drift, where there is one.
+/// Moves engines into their bundle and replaces older engines there. Adds the drift report of their graphs, if there is
+/// one.
 ///
 /// # Errors
-/// [`Error::run`] when they cannot be moved there; [`Error::input`] when the bundle was replaced meanwhile.
+/// [`Error::run`] if the engines cannot be moved; [`Error::input`] if the bundle was replaced in the meantime.
 pub fn publish(built: Built, bundle: &Bundle, drift: Option<&Drift>) -> Result<()> {
     if let Some(drift) = drift {
         files::write_json(&built.folder.path().join(DRIFT_FILE), drift)?;

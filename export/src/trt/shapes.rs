@@ -1,4 +1,4 @@
-//! Optimization profiles: between which shapes an engine runs.
+//! Optimization profiles: the ranges of the input shapes that an engine supports.
 
 use std::collections::BTreeMap;
 
@@ -6,22 +6,22 @@ use eqim::model::{Dimension, Stage, Symbol, ValueInfo};
 use eqim::{Config, Error, Result};
 use eqim_engines::trt::Profile;
 
-/// How large a batch and an image the engines take, and shapes that the user gave by input.
+/// Maximum batch size and image length of the engines, and input shapes that the user gave.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    /// Images of a batch; a guided batch has twice as many rows.
+    /// Maximum number of images per batch. A guided batch has twice as many rows.
     pub max_batch: usize,
-    /// Tokens of an image.
+    /// Maximum number of tokens per image.
     pub max_tokens: usize,
-    /// Smallest shapes, in place of the derived ones.
+    /// Minimum shapes, which replace the derived ones.
     pub min: Shapes,
-    /// Shapes that kernels are chosen for.
+    /// Optimum shapes, for which TensorRT chooses the kernels.
     pub opt: Shapes,
-    /// Largest shapes.
+    /// Maximum shapes.
     pub max: Shapes,
 }
 
-/// Shapes by input, as trtexec writes them: `tokens:1x16x16,z:2x1024`.
+/// Shapes by input, in the format of trtexec: `tokens:1x16x16,z:2x1024`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shapes(BTreeMap<String, Vec<i64>>);
 
@@ -42,14 +42,14 @@ impl std::str::FromStr for Shapes {
     }
 }
 
-/// Images have at least two tokens.
+/// Minimum number of tokens per image.
 const LEAST: usize = 2;
 
 impl Limits {
-    /// Checks the limits, and that every shape given belongs to an input.
+    /// Checks the limits, and that every given shape belongs to an input with dynamic axes and fits it.
     ///
     /// # Errors
-    /// [`Error::input`] naming the setting.
+    /// [`Error::input`] with the name of the setting that is wrong.
     pub fn check(&self, config: &Config) -> Result<()> {
         if self.max_batch == 0 {
             return Err(Error::setting("max_batch", "is 0, expected at least 1"));
@@ -72,10 +72,10 @@ impl Limits {
         Stage::ALL.iter().try_for_each(|stage| self.profiles(*stage, config).map(|_| ()))
     }
 
-    /// Profiles of a stage's inputs of unknown shape.
+    /// Profiles of a stage's inputs with dynamic axes.
     ///
     /// # Errors
-    /// [`Error::input`] naming the setting whose shape does not fit.
+    /// [`Error::input`] with the name of the setting whose shape does not fit.
     pub fn profiles(&self, stage: Stage, config: &Config) -> Result<BTreeMap<String, Profile>> {
         let inputs = stage.inputs(config).into_iter().filter(is_dynamic);
         inputs.map(|info| Ok((info.name.clone(), self.profile(stage, config, &info)?))).collect()
@@ -107,7 +107,7 @@ impl Limits {
         Ok(Profile { min, opt, max })
     }
 
-    /// Smallest, expected and largest size of an axis.
+    /// Minimum, optimum and maximum size of a dynamic axis.
     fn range(&self, stage: Stage, config: &Config, symbol: Symbol) -> [usize; 3] {
         let (batch, tokens) = (self.max_batch, self.max_tokens);
         let length = [LEAST, 16.min(tokens), tokens];

@@ -1,4 +1,4 @@
-//! What TensorRT takes of a graph, before anything is built.
+//! Reports which nodes of a graph TensorRT supports, before engines are built.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -16,43 +16,45 @@ use crate::onnx;
 /// The support report of one graph.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Support {
-    /// The stage.
+    /// Name of the stage.
     pub stage: String,
-    /// Nodes of the graph, those of loop bodies left out.
+    /// Number of nodes of the graph, without the nodes of loop bodies.
     pub nodes: usize,
-    /// Products of weights and activations in INT8 (W8A8).
+    /// Number of products with weights and activations in INT8 (W8A8).
     pub w8a8: usize,
-    /// Products of weights in INT8 and other activations.
+    /// Number of products with weights in INT8 and activations in another precision.
     pub weight_only: usize,
-    /// Targets that the graph was compiled for without being written.
+    /// Targets that the graph was compiled for. The engines were not written.
     pub targets: Vec<Target>,
-    /// What is not taken.
+    /// Nodes that are not supported.
     pub unsupported: Vec<Unsupported>,
 }
 
-/// A node that is not taken.
+/// A node that is not supported.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Unsupported {
-    /// Its name in our graph, which begins with the scope of its weights; empty when TensorRT named none.
+    /// Name of the node in the graph, which begins with the scope of its weights; empty if TensorRT names no node.
     pub node: String,
-    /// Its operator.
+    /// Operator of the node.
     pub operator: String,
-    /// The GPU that cannot run it; `None` when no GPU can.
+    /// The GPU that does not support the node; `None` if no GPU supports it.
     pub target: Option<Target>,
-    /// TensorRT's words.
+    /// TensorRT's message.
     pub reason: String,
 }
 
-/// Asks the parser about every node of `model`, and the builder about every one of `targets`.
+/// Checks every node of `model` with the parser. If all are supported, compiles the graph for each of `targets` with
+/// the builder.
 ///
 /// # Errors
-/// Those of loading the library and the graph; what is not supported stands in the report.
+/// If the library or the graph cannot be loaded. Nodes that are not supported are not errors. They are recorded in the
+/// report.
 pub fn check(stage: &str, model: &Path, profiles: &BTreeMap<String, Profile>, targets: &[Target]) -> Result<Support> {
     let bytes = files::read(model)?;
     let graph = onnx::ModelProto::decode(&bytes[..]).or_input(model.display())?;
     let graph = graph.graph.unwrap_or_default();
     let mut unsupported = builder::unsupported(model)?;
-    // The builder takes a graph only once the parser has taken all of it.
+    // The builder can compile a graph only if the parser supports all of it.
     let targets = if unsupported.is_empty() { targets } else { &[] };
     for &target in targets {
         if let Err(error) = builder::compile(model, profiles, &[target], |_| {}) {
@@ -69,14 +71,14 @@ pub fn check(stage: &str, model: &Path, profiles: &BTreeMap<String, Profile>, ta
         stage: stage.to_string(),
         nodes: graph.node.len(),
         w8a8: quantized,
-        // W8A8 dequantizes a weight and what it quantized.
+        // A W8A8 product dequantizes the weight and the quantized activations.
         weight_only: dequantized - 2 * quantized,
         targets: targets.to_vec(),
         unsupported,
     })
 }
 
-/// Finds the node that the builder's words name.
+/// Finds the node that the builder's message names.
 fn refused(graph: &onnx::GraphProto, target: Target, reason: String) -> Unsupported {
     let bodies = graph.node.iter().flat_map(|node| node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()));
     let nodes = bodies.flat_map(|body| &body.node).chain(&graph.node);
@@ -91,12 +93,12 @@ fn refused(graph: &onnx::GraphProto, target: Target, reason: String) -> Unsuppor
 }
 
 impl Support {
-    /// Whether everything is taken.
+    /// Whether all nodes are supported.
     pub fn passed(&self) -> bool {
         self.unsupported.is_empty()
     }
 
-    /// The report for people.
+    /// The report as text.
     pub fn text(&self) -> String {
         let targets: Vec<String> = self.targets.iter().map(Target::to_string).collect();
         let built = if targets.is_empty() { String::new() } else { format!(", compiles for {}", targets.join(", ")) };
@@ -123,7 +125,7 @@ impl Support {
 }
 
 impl Unsupported {
-    /// What to do about it.
+    /// Advice on how to avoid the problem.
     pub fn advice(&self) -> &'static str {
         match self.target {
             Some(_) if ["FP32", "datatypes: b16"].iter().any(|words| self.reason.contains(words)) => {

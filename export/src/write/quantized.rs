@@ -17,13 +17,13 @@ use safetensors::Dtype;
 use super::convert::convert;
 use crate::lower::int8::{bias_name, scale_name, weight_name};
 
-/// Scopes in INT8 with their schemes. One that several stages use has the same weights in all of them.
+/// Scopes in INT8 with their schemes. A scope that several stages use has the same weights in all of them.
 fn schemes(plans: &BTreeMap<Stage, QuantizationPlan>) -> BTreeMap<&str, Scheme> {
     let all = plans.values().flat_map(|plan| &plan.schemes);
     all.filter(|(_, scheme)| **scheme != Scheme::Float).map(|(scope, scheme)| (scope.as_str(), *scheme)).collect()
 }
 
-/// What the manifest says of a policy.
+/// The manifest's description of a policy.
 pub fn describe(policy: &Policy, plans: &BTreeMap<Stage, QuantizationPlan>, calibration: FileRecord) -> Quantization {
     let quantized = |plan: &QuantizationPlan| plan.schemes.values().any(|scheme| *scheme != Scheme::Float);
     let stages = plans.iter().filter(|(_, plan)| quantized(plan)).map(|(stage, _)| stage.name().to_string());
@@ -31,10 +31,12 @@ pub fn describe(policy: &Policy, plans: &BTreeMap<Stage, QuantizationPlan>, cali
     Quantization { target: policy.target, stages: stages.collect(), scopes, calibration }
 }
 
-/// Writes the weights that some plans need: as they are, in `precision`, or as integers with their scales.
+/// Writes the weights that the plans require: floating-point weights in `precision`, and quantized weights as integers
+/// with their scales.
 ///
 /// # Errors
-/// [`eqim::Error::input`] for weights beyond the precision's range; [`eqim::Error::Run`] when the file cannot be written.
+/// [`eqim::Error::input`] if a weight is beyond the range of the precision; [`eqim::Error::run`] if the file cannot be
+/// written.
 pub fn write_weights(
     path: &Path,
     config: &Config,
@@ -68,7 +70,8 @@ pub fn write_weights(
     checkpoint::write_values(path, &config, &stored)
 }
 
-/// A weight's levels as its operator reads them: `MatMulInteger` a matrix `[in, out]`, others as the checkpoint has it.
+/// Levels of a weight in the layout that its operator requires: `[in, out]` for `MatMulInteger`, and the layout of the
+/// checkpoint for all others.
 fn integers(rounded: Rounded, shape: &[usize], scheme: Scheme) -> Values {
     let (shape, levels) = match (scheme, shape) {
         (Scheme::Dynamic, &[outputs, inputs]) => {

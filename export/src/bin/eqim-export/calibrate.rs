@@ -1,4 +1,4 @@
-//! `eqim-export calibrate`: ranges of activations, from pictures and rollouts.
+//! `eqim-export calibrate`: measures the ranges of activations on pictures and rollouts.
 
 use std::path::{Path, PathBuf};
 
@@ -16,56 +16,56 @@ use eqim_cli::flags::tolerance;
 use eqim_cli::{say, table};
 use eqim_export::quantization::decibels;
 
-/// Watch a model work on pictures and rollouts, and write the ranges of its activations: what INT8 is scaled by.
+/// Calibrate INT8: measure the ranges of a model's activations on pictures and rollouts, and write them to a table.
 ///
-/// Every picture passes the tokenizer, there and back. Every rollout generates an image with guidance, caches and all ODE
-/// steps, from a class and a seed of its own. What has been seen is kept beside the table until that is complete: a
-/// calibration that was stopped goes on where it was.
+/// Every picture is encoded and decoded by the tokenizer. Every rollout generates an image with guidance, caches and
+/// all ODE steps, with its own class and seed. The state is saved next to the table until the table is complete. A
+/// calibration that was stopped resumes from this state.
 #[derive(Args)]
 #[command(
     after_help = "Example:\n  eqim-export calibrate --engine bundle --images photos -o calibration.json --sensitivity --min-psnr 35"
 )]
 pub struct Calibrate {
-    /// The bundle, in FP32: a folder that eqim-export onnx wrote
+    /// FP32 bundle to calibrate: a folder written by eqim-export onnx
     #[arg(long, value_name = "BUNDLE")]
     engine: PathBuf,
-    /// Folder of PNG and JPEG pictures as the model will meet, searched with its subfolders
+    /// Folder of PNG and JPEG pictures that are typical inputs of the model; subfolders are included
     #[arg(long, value_name = "DIR")]
     images: PathBuf,
-    /// The table to write
+    /// Calibration table to write
     #[arg(short, long, value_name = "TABLE.json")]
     output: PathBuf,
-    /// How ranges are chosen: max, percentile[:P], entropy or mse
+    /// Method that chooses the ranges: max, percentile[:P], entropy or mse
     #[arg(long, default_value_t = Estimator::Mse)]
     estimator: Estimator,
-    /// Scale pictures of other heights than the model's
+    /// Resize pictures whose height is not the model's
     #[arg(long)]
     resize: bool,
-    /// Rollouts, each of the next class and seed
+    /// Number of rollouts, each with the next class and seed
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     rollouts: u32,
-    /// Tokens of a rollout, and at most of a picture
+    /// Tokens per rollout, and maximum tokens per picture
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(2..=4096))]
     tokens: u32,
-    /// Euler steps a token [default: the model's]
+    /// Euler steps per token [default: the model's]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     steps: Option<u32>,
-    /// Guidance at a rollout's last token
+    /// Classifier-free guidance at the last token of a rollout
     #[arg(long, default_value_t = 3.0, value_parser = tolerance)]
     cfg: f32,
     /// Seed of the first rollout
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Rank scopes by what quantizing each alone does, and leave the worst out of INT8
+    /// Rank the scopes by the damage of quantizing each alone, and exclude the worst from INT8
     #[arg(long)]
     sensitivity: bool,
-    /// Least PSNR of the image against FP32, dB: as few scopes stay out as it needs
+    /// Minimum PSNR of the images against FP32, dB; as few scopes as possible are excluded to reach it
     #[arg(long, value_name = "DB", default_value_t = 30.0, requires = "sensitivity", value_parser = tolerance)]
     min_psnr: f32,
-    /// What the scopes are quantized for
+    /// Target that the scopes are quantized for
     #[arg(long, alias = "for", value_enum, default_value_t = Int8Target::TensorRt, requires = "sensitivity")]
     int8_target: Int8Target,
-    /// Stages that are quantized
+    /// Stages to quantize [default: step,flow,decoder]
     #[arg(long = "int8", value_name = "STAGES", value_delimiter = ',', requires = "sensitivity")]
     stages: Vec<Stage>,
 }
@@ -73,7 +73,7 @@ pub struct Calibrate {
 /// Calibrates a bundle's model.
 ///
 /// # Errors
-/// [`Error::input`] for pictures or a bundle that do not fit; [`Error::run`] for values that are not finite.
+/// [`Error::input`] if the pictures or the bundle do not fit; [`Error::run`] if an activation is not finite.
 pub fn run(arguments: &Calibrate) -> Result<()> {
     check_output(&arguments.output)?;
     let bundle = Bundle::open(&arguments.engine)?;
@@ -97,7 +97,7 @@ pub fn run(arguments: &Calibrate) -> Result<()> {
         table.sensitivity = Some(rank(arguments, &config, &weights, &table, (&mut collection, &state))?);
     }
     table.write(&arguments.output)?;
-    // The table is complete without it.
+    // The table is complete, so the state is no longer needed.
     let _ = std::fs::remove_file(&state);
     eqim_cli::print(format_args!(
         "The ranges of {} scopes were saved at: {}",
@@ -113,7 +113,7 @@ fn check_output(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Only weights as they were trained can be calibrated: rounded ones are another model's.
+/// Checks that the bundle's weights are not rounded. Rounded weights are a different model.
 fn check_bundle(bundle: &Bundle) -> Result<()> {
     let manifest = &bundle.manifest;
     if manifest.is_fp32() {
@@ -124,14 +124,14 @@ fn check_bundle(bundle: &Bundle) -> Result<()> {
     Err(Error::input(bundle.folder.display(), problem))
 }
 
-/// Where a calibration that is not complete stands.
+/// Path of the state file of an incomplete calibration.
 fn state_path(table: &Path) -> PathBuf {
     let mut name = table.file_name().unwrap_or_default().to_os_string();
     name.push(".partial");
     table.with_file_name(name)
 }
 
-/// Shows the model what is still to be seen.
+/// Runs the model on the remaining samples.
 fn collect(
     collection: &mut Collection,
     state: &Path,
@@ -151,7 +151,7 @@ fn collect(
     Ok(())
 }
 
-/// Ranks the scopes, and shows the ranking.
+/// Ranks the scopes and prints the ranking.
 fn rank(
     arguments: &Calibrate,
     config: &Config,

@@ -1,4 +1,4 @@
-//! `eqim-export inspect`: what a bundle holds, as text or JSON.
+//! `eqim-export inspect`: prints the contents of a bundle, as text or JSON.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,26 +12,26 @@ use eqim_engines::trt::{EngineRecord, EngineSet, Target};
 use eqim_export::inspect::{Inspection, StageInspection, inspect};
 use serde_json::Value;
 
-/// Show a bundle's graphs, parameters and costs; verifies every file.
+/// Show the graphs, parameters and costs of a bundle, and verify every file.
 #[derive(Args)]
 pub struct Inspect {
-    /// A folder that eqim-export onnx wrote
+    /// Bundle to show: a folder written by eqim-export onnx
     bundle: PathBuf,
-    /// Tokens that decoder and encoder are counted for
+    /// Number of tokens for the costs of the decoder and encoder
     #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(2..=1_000_000))]
     tokens: u32,
-    /// Euler steps that the sampler is counted for [default: the model's]
+    /// Number of Euler steps for the costs of the sampler [default: the model's]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     steps: Option<u32>,
-    /// Report as JSON
+    /// Print the report as JSON
     #[arg(long)]
     json: bool,
 }
 
-/// Shows a bundle.
+/// Prints the report of a bundle.
 ///
 /// # Errors
-/// [`eqim::Error::input`] for a file that is not what was exported.
+/// [`eqim::Error::input`] if a file differs from the file that was exported.
 pub fn run(arguments: &Inspect) -> Result<()> {
     let bundle = Bundle::open(&arguments.bundle)?;
     let steps = arguments.steps.map_or(bundle.manifest.model.generator.steps, |steps| steps as usize);
@@ -133,7 +133,7 @@ fn show_engine(stage: Stage, engine: &EngineRecord, config: &Config, fused: &BTr
         format!("profile:   {group}: {min} … {opt} … {max}")
     });
     for profile in profiles {
-        // Caches of all blocks have one shape.
+        // The caches of all blocks have the same shape.
         if !lines.contains(&profile) {
             lines.push(profile);
         }
@@ -169,7 +169,7 @@ fn values(infos: &[ValueInfo]) -> String {
     shown.join(", ")
 }
 
-/// A number with a unit prefix: 1.23 G.
+/// A number with an SI prefix: 1.23 G.
 fn short(value: u64) -> String {
     let (scale, unit) = match value {
         0..1_000 => return value.to_string(),

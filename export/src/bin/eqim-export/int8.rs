@@ -1,4 +1,5 @@
-//! `eqim-export onnx --int8`: a bundle in INT8, and what that does to the model.
+//! The INT8 flags of `eqim-export onnx` and `eqim-export trt`: writes graphs in INT8 and measures their quality and
+//! speed.
 
 use std::path::{Path, PathBuf};
 
@@ -18,38 +19,38 @@ use eqim_export::write::{self, Draft, Options};
 
 use super::report;
 
-/// The first operator set in which `QuantizeLinear` and `DequantizeLinear` have scales of FP16.
+/// The first operator set in which `QuantizeLinear` and `DequantizeLinear` support scales in FP16.
 const FP16_SCALES_OPSET: i64 = 19;
 
-/// What is in INT8.
+/// INT8 settings.
 #[derive(Args)]
 pub struct Int8 {
-    /// Put products in INT8, of these stages: prefill, step, flow, decoder, encoder [default: step,flow,decoder]; the rest of
-    /// an engine is in FP16, of a bundle in --dtype
+    /// Quantize products of these stages to INT8: prefill, step, flow, decoder, encoder [default: step,flow,decoder];
+    /// everything else is in FP16 in an engine, and in --dtype in a bundle
     #[arg(long, value_name = "STAGES", num_args = 0..=1, value_delimiter = ',', requires = "calibration", group = "precision")]
     pub int8: Option<Vec<Stage>>,
-    /// The table that eqim-export calibrate wrote for this model
+    /// Calibration table of this model, written by eqim-export calibrate
     #[arg(long, value_name = "TABLE.json", requires = "int8")]
     pub calibration: Option<PathBuf>,
-    /// Scopes to leave out of INT8, as a regular expression; may be given again
+    /// Regular expression of scopes to exclude from INT8; can be given several times
     #[arg(long, alias = "keep", value_name = "REGEX", requires = "int8")]
     exclude: Vec<String>,
-    /// Matrices to run W8A8 instead of weight-only, as a regular expression, for TensorRT; may be given again
+    /// Regular expression of matrices to run in W8A8 instead of weight-only, for TensorRT; can be given several times
     #[arg(long, value_name = "REGEX", requires = "int8")]
     w8a8: Vec<String>,
-    /// Least PSNR of an image of 16 tokens against FP32, dB
+    /// Minimum PSNR of an image of 16 tokens against FP32, dB
     #[arg(long, value_name = "DB", default_value_t = 30.0, requires = "int8", value_parser = tolerance)]
     min_psnr: f32,
-    /// Write the INT8 even if it is slower than FP32, or below --min-psnr
+    /// Write the INT8 result even if it is slower than FP32 or below --min-psnr
     #[arg(long, requires = "int8")]
     force: bool,
 }
 
 impl Int8 {
-    /// The policy that the flags describe, where they ask for INT8.
+    /// The policy that the flags specify; `None` without `--int8`.
     ///
     /// # Errors
-    /// [`Error::input`] for a table or pattern that does not fit the model.
+    /// [`Error::input`] if the table or a pattern does not fit the model.
     pub fn policy(&self, config: &Config, weights: &Weights, target: Int8Target) -> Result<Option<Policy>> {
         let (Some(stages), Some(path)) = (&self.int8, &self.calibration) else { return Ok(None) };
         let table = Table::read(path)?;
@@ -65,15 +66,15 @@ impl Int8 {
         Ok(Some(policy))
     }
 
-    /// What the report asks.
+    /// Settings of the report.
     pub fn settings(&self) -> Settings {
         Settings { min_psnr: self.min_psnr, gained_nothing: vec![] }
     }
 
-    /// Makes and shows a report.
+    /// Makes and prints a report.
     ///
     /// # Errors
-    /// [`Error::run`] when it does not pass, unless it is forced.
+    /// [`Error::run`] if the report does not pass and `--force` is not given.
     pub fn judged(&self, pair: &Pair, settings: &Settings) -> Result<QuantizationReport> {
         let report = quantization::measure(pair, settings, |what| say(format_args!("measuring {what}")))?;
         say(report::text(&report));
@@ -88,10 +89,10 @@ impl Int8 {
         Err(Error::run("INT8", problem))
     }
 
-    /// A bundle in INT8 with its report, not yet at its destination.
+    /// A draft of a bundle in INT8. If `library` is given, it is validated and contains its report.
     ///
     /// # Errors
-    /// [`Error::run`] when it does not compute what the preview does, or does not pay.
+    /// [`Error::run`] if the bundle does not compute the same as the preview, or its report does not pass.
     pub fn draft(
         &self,
         output: &Path,
@@ -144,10 +145,10 @@ impl Int8 {
     }
 }
 
-/// Checks that graphs in INT8 compute what the policy's preview does.
+/// Checks that graphs in INT8 compute the same as the preview of the policy.
 ///
 /// # Errors
-/// [`Error::run`] when they do not.
+/// [`Error::run`] if they do not.
 pub fn check_preview(draft: &Draft, config: &Config, weights: &Weights, policy: &Policy, library: &Path) -> Result<()> {
     say("Validating on ONNX Runtime against the preview of INT8 on Candle (same inputs):");
     let preview = Preview::engine(config, weights, policy)?;

@@ -1,4 +1,4 @@
-//! `eqim-export`: from checkpoints to bundles of ONNX graphs and TensorRT engines, and what is in them.
+//! `eqim-export`: exports checkpoints to bundles of ONNX graphs and TensorRT engines, and inspects bundles.
 
 mod calibrate;
 mod inspect;
@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Export Equivariant Image Modeling checkpoints, and inspect what was exported.
+/// Export Equivariant Image Modeling checkpoints to ONNX and TensorRT, and inspect exported bundles.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {

@@ -1,4 +1,4 @@
-//! `eqim-export onnx`: from checkpoints to a bundle.
+//! `eqim-export onnx`: exports checkpoints to a bundle.
 
 use std::path::{Path, PathBuf};
 
@@ -18,7 +18,7 @@ use eqim_export::write::{self, Draft, Options};
 
 use super::int8::Int8;
 
-/// Write a bundle: five ONNX graphs around one file of weights, validated against Candle.
+/// Export checkpoints to a bundle: five ONNX graphs that share one weights file, validated against Candle.
 #[derive(Args)]
 #[command(
     after_help = "Example:\n  eqim-export onnx --generator places_large.ckpt --tokenizer tokenizer.ckpt \\\n    --preset places-large -o bundle"
@@ -28,68 +28,68 @@ pub struct Onnx {
     source: Source,
     #[command(flatten)]
     hints: HintArguments,
-    /// Text file of the classes' names, one a line in their order, for command lines that name classes [default: those of the
-    /// checkpoint, where eqim-train wrote it]
+    /// Text file with the class names in order, one per line, so that commands accept names [default: the names in the
+    /// checkpoint, if eqim-train wrote it]
     #[arg(long, value_name = "FILE")]
     class_names: Option<PathBuf>,
-    /// Which weights of the checkpoints to take
+    /// Weights of the checkpoints to export
     #[arg(long, value_enum, default_value_t = WeightsArgument::Ema)]
     weights: WeightsArgument,
-    /// Folder to write; an older bundle there is replaced
+    /// Folder to write the bundle to; an older bundle there is replaced
     #[arg(short, long, value_name = "BUNDLE")]
     output: PathBuf,
-    /// ONNX operator set
+    /// ONNX opset version to export with
     #[arg(long, default_value_t = NEWEST_OPSET, value_parser = clap::value_parser!(i64).range(OLDEST_OPSET..=NEWEST_OPSET))]
     opset: i64,
-    /// Precision of weights and matrix products
+    /// Floating-point precision of the weights and matrix products
     #[arg(long, value_enum, default_value_t = DtypeArgument::Fp32)]
     dtype: DtypeArgument,
-    /// Largest difference from Candle that validation accepts, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 2e-2 for fp16]
+    /// Tolerance of the validation against Candle, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 2e-2 for fp16]
     #[arg(long, value_parser = tolerance, conflicts_with = "no_validate")]
     atol: Option<f32>,
-    /// Write the bundle without running it
+    /// Write the bundle without validating it on ONNX Runtime
     #[arg(long)]
     no_validate: bool,
     #[command(flatten)]
     int8: Int8,
-    /// What INT8 is for: explicit Q/DQ that TensorRT takes, or integer operators that are fast on a CPU
+    /// Target of the INT8 graphs: explicit Q/DQ for TensorRT, or integer operators that are fast on a CPU
     #[arg(long, alias = "for", value_enum, default_value_t = Int8Target::TensorRt, requires = "int8")]
     int8_target: Int8Target,
 }
 
-/// Where weights come from.
+/// Source of the weights.
 #[derive(Args)]
 struct Source {
-    /// The generator's checkpoint: .pth of the reference, or .safetensors of eqim
+    /// Generator checkpoint: .pth of the reference implementation, or .safetensors of eqim
     #[arg(long, value_name = "FILE", required_unless_present = "random", requires = "tokenizer")]
     generator: Option<PathBuf>,
-    /// The tokenizer's checkpoint: .ckpt of the reference, or .safetensors of eqim
+    /// Tokenizer checkpoint: .ckpt of the reference implementation, or .safetensors of eqim
     #[arg(long, value_name = "FILE", required_unless_present = "random", requires = "generator")]
     tokenizer: Option<PathBuf>,
-    /// Random weights of a published size instead, for benchmarks without a download
+    /// Use random weights of a published model size instead of checkpoints, for benchmarks without a download
     #[arg(long, value_enum, value_name = "PRESET", conflicts_with_all = ["generator", "tokenizer", "preset"])]
     random: Option<PresetArgument>,
-    /// Seed of --random
+    /// Seed of the random weights
     #[arg(long, default_value_t = 0, conflicts_with_all = ["generator", "tokenizer"])]
     seed: u32,
 }
 
-/// What a checkpoint may not say.
+/// Settings that a checkpoint may not contain.
 #[derive(Args)]
 struct HintArguments {
-    /// Published size that the generator's checkpoint has
+    /// Published model size of the generator checkpoint
     #[arg(long, value_enum)]
     preset: Option<PresetArgument>,
-    /// Attention heads
+    /// Number of attention heads
     #[arg(long)]
     heads: Option<usize>,
-    /// Earlier tokens that self-attention sees (cond_length)
+    /// Number of earlier tokens that self-attention attends to (cond_length)
     #[arg(long)]
     window: Option<usize>,
-    /// Scale of latents
+    /// Scale factor from latents to tokens
     #[arg(long)]
     vae_norm: Option<f64>,
-    /// Euler steps of a run by default
+    /// Default number of Euler steps per token
     #[arg(long)]
     steps: Option<usize>,
 }
@@ -127,7 +127,7 @@ impl From<PresetArgument> for Preset {
     }
 }
 
-/// Loads or draws the weights.
+/// Loads the weights, or generates random weights.
 fn load(arguments: &Onnx) -> Result<(Config, Weights)> {
     let HintArguments { preset, heads, window, vae_norm, steps } = arguments.hints;
     if let Some(preset) = arguments.source.random {
@@ -152,10 +152,10 @@ fn load(arguments: &Onnx) -> Result<(Config, Weights)> {
     checkpoint::load(generator, tokenizer, set, &hints)
 }
 
-/// Writes the bundle that the flags describe.
+/// Writes the bundle that the flags specify.
 ///
 /// # Errors
-/// [`Error::input`] for files and flags that do not fit; [`Error::run`] when the graphs do not pass.
+/// [`Error::input`] if files or flags do not fit; [`Error::run`] if the graphs do not pass the validation.
 pub fn run(arguments: &Onnx) -> Result<()> {
     write::check_destination(&arguments.output)?;
     let library =
@@ -181,7 +181,7 @@ pub fn run(arguments: &Onnx) -> Result<()> {
     eqim_cli::print(format_args!("The ONNX export succeeded and the bundle was saved at: {}", bundle.folder.display()))
 }
 
-/// A bundle without INT8, validated where there is a library to run it.
+/// Writes a bundle without INT8, and validates it if `library` is given.
 fn float(
     arguments: &Onnx,
     config: Config,
@@ -200,7 +200,7 @@ fn without_validation(problem: Error) -> Error {
     problem.advise(", or use --no-validate to write the bundle without validation")
 }
 
-/// Passes a draft on if it computes what the model does.
+/// Returns a draft if it computes the same as the model.
 fn validated(draft: Draft, reference: &CandleEngine, library: &Path, atol: f32) -> Result<Draft> {
     say("Validating on ONNX Runtime against Candle in FP32 (same inputs, same noise):");
     let report = validate(&draft.bundle, reference, library, atol, |line| say(line))?;

@@ -1,4 +1,4 @@
-//! The report on INT8, as text.
+//! The quantization report as text.
 
 use std::path::Path;
 
@@ -17,10 +17,10 @@ pub fn text(report: &QuantizationReport) -> String {
     format!("{}\n\n{title}\n\n{}\n", report.verdict, tables.join("\n\n"))
 }
 
-/// Writes the report in `folder`, as JSON and as text.
+/// Writes the report to `folder`, as JSON and as text.
 ///
 /// # Errors
-/// [`eqim::Error::run`] when it cannot be written.
+/// [`eqim::Error::run`] if a file cannot be written.
 pub fn write(report: &QuantizationReport, folder: &Path) -> Result<()> {
     files::write_json(&folder.join(REPORT_FILE), report)?;
     files::write(&folder.join(REPORT_TEXT_FILE), text(report).as_bytes())
@@ -46,7 +46,7 @@ fn stages(report: &QuantizationReport) -> String {
     table::text(&["stage", "", "error", "FP32 ms", "INT8 ms", "speed", ""], rows)
 }
 
-/// Milliseconds of both, and how many times as fast INT8 is.
+/// Times in FP32 and INT8 in milliseconds, and the speedup of INT8.
 fn times(pair: Option<SpeedPair>) -> [String; 3] {
     let milliseconds = |seconds: f64| format!("{:.2}", 1e3 * seconds);
     pair.map_or_else(Default::default, |pair| {
@@ -71,7 +71,7 @@ fn rollouts(report: &QuantizationReport) -> String {
     table::text(&["rollout", "token error", "PSNR", "SSIM", "largest drift"], rows)
 }
 
-/// Tokens 0, 1, 3, 7, 15 and so on.
+/// A table of the tokens 0, 1, 3, 7, 15 and so on.
 fn tokens(report: &QuantizationReport) -> String {
     let shown = report.positions.iter().filter(|position| (position.token + 1).is_power_of_two());
     let rows = shown.map(|position| {

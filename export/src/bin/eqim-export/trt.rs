@@ -1,4 +1,4 @@
-//! `eqim-export trt`: TensorRT engines of a bundle.
+//! `eqim-export trt`: builds TensorRT engines from a bundle.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,17 +21,18 @@ use eqim_export::validate::default_tolerance;
 use super::int8::{self, Int8};
 use super::report;
 
-/// Build TensorRT engines of a bundle, for GPUs that need not be here.
+/// Build TensorRT engines from a bundle ahead of time, for GPUs that need not be in this machine.
 ///
-/// The bundle's graphs are lowered in the precision asked for, shown to TensorRT's parser, compared with Candle in FP32
-/// on ONNX Runtime over whole rollouts, built, and put in the bundle's folder `trt` with a description of what they are.
+/// The graphs are lowered in the selected precision and checked with TensorRT's parser. Whole rollouts on ONNX Runtime
+/// are compared with Candle in FP32. Then the engines are built, and written to the folder `trt` of the bundle with a
+/// file that describes them.
 #[derive(Args)]
 #[command(
     group = ArgGroup::new("precision").required(true),
     after_help = "Example:\n  eqim-export trt --engine bundle --fp16 --target ampere,ada --max-batch 4 --max-tokens 256"
 )]
 pub struct Trt {
-    /// The bundle: a folder that eqim-export onnx wrote
+    /// Bundle to build from: a folder written by eqim-export onnx
     #[arg(long, value_name = "BUNDLE")]
     engine: PathBuf,
     /// Weights, caches and matrix products in FP32
@@ -40,36 +41,36 @@ pub struct Trt {
     /// Weights, caches and matrix products in FP16; norms, softmax, the ODE's state and guidance in FP32
     #[arg(long, group = "precision")]
     fp16: bool,
-    /// As --fp16, in BF16: a wider range, fewer digits
+    /// Like --fp16, but in BF16, which has a wider range and fewer digits
     #[arg(long, group = "precision")]
     bf16: bool,
     #[command(flatten)]
     int8: Int8,
-    /// GPUs: turing, ampere, ada, blackwell, or compute capabilities as sm86
+    /// Target GPUs: turing, ampere, ada, blackwell, or compute capabilities such as sm86
     #[arg(long, value_name = "GPU", value_delimiter = ',', value_parser = Target::named, default_value = "ampere,ada,blackwell")]
     target: Vec<Vec<Target>>,
-    /// Most images of a batch; guidance doubles the rows by itself
+    /// Maximum number of images per batch; guidance doubles the rows automatically
     #[arg(long, value_name = "N", default_value_t = 8)]
     max_batch: usize,
-    /// Most tokens that decoder and encoder take
+    /// Maximum number of tokens per image in the decoder and encoder
     #[arg(long, value_name = "N", default_value_t = 64)]
     max_tokens: usize,
-    /// Smallest shapes of inputs, as trtexec takes them: NAME:1x16,…
+    /// Minimum input shapes, in the format of trtexec: NAME:1x16,…
     #[arg(long = "minShapes", value_name = "SHAPES", default_value = "", hide_default_value = true, value_parser = shapes)]
     min: Shapes,
-    /// Shapes of inputs that kernels are chosen for
+    /// Optimum input shapes, for which TensorRT chooses the kernels
     #[arg(long = "optShapes", value_name = "SHAPES", default_value = "", hide_default_value = true, value_parser = shapes)]
     opt: Shapes,
-    /// Largest shapes of inputs
+    /// Maximum input shapes
     #[arg(long = "maxShapes", value_name = "SHAPES", default_value = "", hide_default_value = true, value_parser = shapes)]
     max: Shapes,
-    /// Report what TensorRT supports of every graph, on every target, and write nothing
+    /// Only check whether TensorRT supports every graph on every target; write nothing
     #[arg(long)]
     check_only: bool,
-    /// Largest drift of tokens from Candle in FP32, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 2e-2 for fp16]
+    /// Tolerance of the tokens against Candle in FP32, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 2e-2 for fp16]
     #[arg(long, value_parser = tolerance, conflicts_with_all = ["no_validate", "check_only"])]
     atol: Option<f32>,
-    /// Build without running the graphs
+    /// Build the engines without validating the graphs on ONNX Runtime
     #[arg(long)]
     no_validate: bool,
 }
@@ -79,7 +80,7 @@ fn shapes(text: &str) -> Result<Shapes> {
 }
 
 impl Trt {
-    /// Precision of weights, caches and products, of those that are not in INT8 too.
+    /// Precision of caches, and of the weights and products that are not in INT8.
     fn precision(&self) -> Precision {
         match (self.fp32, self.bf16) {
             (true, _) => Precision::Fp32,
@@ -105,7 +106,7 @@ impl Trt {
         targets
     }
 
-    /// ONNX Runtime's library, where the lowered graphs will be run on it.
+    /// Path of the ONNX Runtime library; `None` if the lowered graphs are not validated.
     fn validator(&self, precision: Precision) -> Result<Option<PathBuf>> {
         if self.check_only || self.no_validate {
             return Ok(None);
@@ -119,10 +120,11 @@ impl Trt {
     }
 }
 
-/// Builds the engines that the flags describe.
+/// Builds the engines that the flags specify.
 ///
 /// # Errors
-/// [`Error::input`] for a bundle, targets or shapes that do not fit; [`Error::run`] when TensorRT does not take the graphs.
+/// [`Error::input`] if the bundle, targets or shapes do not fit; [`Error::run`] if TensorRT does not support the
+/// graphs.
 pub fn run(arguments: &Trt) -> Result<()> {
     let precision = arguments.precision();
     let targets = arguments.targets();
@@ -154,7 +156,7 @@ pub fn run(arguments: &Trt) -> Result<()> {
             (None, Some(arguments.int8.judged(&pair, &arguments.int8.settings())?))
         }
         (None, _) => {
-            // Building needs the memory.
+            // Frees the memory for the build.
             drop::<(eqim::Config, Weights)>((config, weights));
             (None, None)
         }
@@ -178,7 +180,7 @@ pub fn run(arguments: &Trt) -> Result<()> {
     eqim_cli::print(format_args!("The engines were saved at: {}", bundle.folder.join(FOLDER).display()))
 }
 
-/// Shows the support report; fails when anything is not supported.
+/// Prints the support report. Fails if a node is not supported.
 fn supported(lowered: &Bundle, limits: &Limits, targets: &[Target]) -> Result<()> {
     say("Support by TensorRT:");
     let config = &lowered.manifest.model;
@@ -195,7 +197,7 @@ fn supported(lowered: &Bundle, limits: &Limits, targets: &[Target]) -> Result<()
     Err(Error::run("support", "TensorRT does not support the graphs marked -[x]; nothing was written"))
 }
 
-/// Measures how far the lowered graphs drift from FP32; fails beyond the tolerance.
+/// Measures how far the lowered graphs drift from FP32. Fails if the drift exceeds the tolerance.
 fn drifts(arguments: &Trt, lowered: &Bundle, reference: CandleEngine, library: &Path) -> Result<Drift> {
     let atol = arguments.atol.unwrap_or(default_tolerance(lowered.manifest.precision));
     say("Rollouts of the lowered graphs on ONNX Runtime against Candle in FP32:");
@@ -217,7 +219,7 @@ fn megabytes(bytes: u64) -> f64 {
     bytes as f64 / 1e6
 }
 
-/// One row for each engine.
+/// A table with one row per engine.
 fn engines(set: &EngineSet) -> String {
     let row = |stage: Stage| {
         let engine = set.engines.get(stage.name())?;
