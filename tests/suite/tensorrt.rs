@@ -133,6 +133,7 @@ fn engines_in_int8_with_the_scales_of_a_table() {
     let onnx = "eqim-export onnx --generator generator.pth --tokenizer tokenizer.ckpt --heads 2";
     place.run(&format!("{onnx} --int8 --calibration table.json --no-validate -o quantized")).succeeded();
     place.refused("eqim-export trt --engine quantized --fp16 --target sm86");
+    insta::assert_snapshot!(place.messages());
 }
 
 #[test]
@@ -205,6 +206,7 @@ fn lines_that_cannot_be_done_are_refused() {
     let set: EngineSet = serde_json::from_slice(&place.read("half/trt/engines.json")).unwrap();
     // At the precision of the bundle, the engines are built from the exported graphs without changes.
     assert!(set.engines.values().all(|engine| engine.graph == engine.lowered));
+    insta::assert_snapshot!(place.messages());
 }
 
 #[test]
