@@ -30,7 +30,7 @@ pub struct Collection {
     model: String,
     samples: Samples,
     done: usize,
-    scopes: BTreeMap<String, Watched>,
+    scopes: BTreeMap<String, ScopeHistograms>,
     /// Damage that the sensitivity search has measured, by the settings of the search and by scope.
     #[serde(default)]
     pub(crate) damages: BTreeMap<String, BTreeMap<String, Damage>>,
@@ -39,7 +39,7 @@ pub struct Collection {
 /// Histograms of one scope.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Watched {
+struct ScopeHistograms {
     input: Histogram,
     output: Histogram,
 }
@@ -76,12 +76,12 @@ pub fn read_picture(path: &Path, config: &Config, tokens: usize, resize: bool) -
 }
 
 /// Runs the model on Candle and adds its activations to histograms.
-struct Watching<'a> {
+struct CalibrationRunner<'a> {
     weights: &'a Weights,
-    scopes: &'a RefCell<BTreeMap<String, Watched>>,
+    scopes: &'a RefCell<BTreeMap<String, ScopeHistograms>>,
 }
 
-impl Runner for Watching<'_> {
+impl Runner for CalibrationRunner<'_> {
     fn name(&self) -> &str {
         "Candle"
     }
@@ -89,10 +89,10 @@ impl Runner for Watching<'_> {
     fn run(&self, config: &Config, stage: Stage, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
         let probe = |scope: &str, seen: Seen, value: &Tensor| {
             let mut scopes = self.scopes.borrow_mut();
-            let watched = scopes.entry(scope.to_string());
+            let entry = scopes.entry(scope.to_string());
             let histogram = match seen {
-                Seen::Input => &mut watched.or_default().input,
-                Seen::Output => &mut watched.or_default().output,
+                Seen::Input => &mut entry.or_default().input,
+                Seen::Output => &mut entry.or_default().output,
                 Seen::Other => return Ok(()),
             };
             let added = histogram.add(&value.flatten_all()?.to_vec1::<f32>()?);
@@ -158,25 +158,27 @@ impl Collection {
     /// every call.
     ///
     /// # Errors
-    /// [`Error::input`] if a picture does not fit the model; [`Error::run`] if an activation is not finite.
+    /// [`Error::input`] if a picture does not fit the model; [`Error::run`] if an activation is not finite. The histograms
+    /// then contain a part of the sample: open the saved state again.
     pub fn next(&mut self, config: &Config, weights: &Weights, pictures: &[PathBuf]) -> Result<()> {
         let scopes = RefCell::new(std::mem::take(&mut self.scopes));
-        let engine = StageEngine::new(config.clone(), Watching { weights, scopes: &scopes });
-        let seen = match pictures.get(self.done) {
-            Some(path) => self.see_picture(&engine, path),
-            None => self.see_rollout(&engine),
+        let engine = StageEngine::new(config.clone(), CalibrationRunner { weights, scopes: &scopes });
+        let ran = match pictures.get(self.done) {
+            Some(path) => self.run_picture(&engine, path),
+            None => self.run_rollout(&engine),
         };
         self.scopes = scopes.into_inner();
+        ran?;
         self.done += 1;
-        seen
+        Ok(())
     }
 
-    fn see_picture(&self, engine: &dyn Engine, path: &Path) -> Result<()> {
+    fn run_picture(&self, engine: &dyn Engine, path: &Path) -> Result<()> {
         let pixels = read_picture(path, engine.config(), self.samples.tokens, self.samples.resized)?;
         engine.decode(engine.encode(pixels.view())?.view()).map(drop)
     }
 
-    fn see_rollout(&self, engine: &dyn Engine) -> Result<()> {
+    fn run_rollout(&self, engine: &dyn Engine) -> Result<()> {
         let request = request(engine.config(), &self.samples, self.done - self.samples.images.len());
         let generated = generate(engine, &request, |_| {})?;
         engine.decode_tokens(generated.tokens.view()).map(drop)
@@ -187,10 +189,11 @@ impl Collection {
     /// # Errors
     /// [`Error::run`] if FP16 cannot represent the scale of a scope.
     pub fn table(&self, estimator: Estimator) -> Result<Table> {
-        let entry = |(scope, watched): (&String, &Watched)| {
-            let [input, output] = [&watched.input, &watched.output].map(|histogram| Range::of(histogram, estimator));
+        let entry = |(scope, histograms): (&String, &ScopeHistograms)| {
+            let [input, output] =
+                [&histograms.input, &histograms.output].map(|histogram| Range::of(histogram, estimator));
             let scale = input.scale().or_run(scope)?;
-            Ok((scope.clone(), Entry { scale, input, output, samples: watched.input.samples() }))
+            Ok((scope.clone(), Entry { scale, input, output, samples: histograms.input.samples() }))
         };
         Ok(Table {
             format: FORMAT,

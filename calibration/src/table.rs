@@ -164,7 +164,7 @@ pub fn fingerprint(config: &Config, weights: &Weights) -> Result<String> {
     fingerprint_with_labels(&config.without_labels(), weights)
 }
 
-/// The fingerprint of versions before 0.2, which included the class names.
+/// The fingerprint of older tables, which included the class names.
 fn fingerprint_with_labels(config: &Config, weights: &Weights) -> Result<String> {
     let mut config = config.clone();
     config.generator.steps = 0;

@@ -83,10 +83,10 @@ impl Mock {
         piece[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
-    fn tensor(&self, port: &ValueInfo, binding: &Binding) -> Result<Tensor> {
+    fn tensor(&self, info: &ValueInfo, binding: &Binding) -> Result<Tensor> {
         let shape: Vec<usize> = binding.shape.as_ref().expect("an input's shape").iter().map(|&n| n as usize).collect();
         let count: usize = shape.iter().product();
-        if port.kind == ValueKind::Integer {
+        if info.kind == ValueKind::Integer {
             let bytes = self.read(binding.address, 8 * count);
             let values: Vec<i64> = bytes.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect();
             return Ok(Tensor::from_vec(values, shape, &CandleDevice::Cpu)?);
@@ -145,9 +145,9 @@ impl Device for Mock {
             "{stage:?} is not aligned"
         );
         let (inputs, outputs) = (stage.inputs(&self.config), stage.outputs(&self.config));
-        let names: Vec<&String> = inputs.iter().chain(&outputs).map(|port| &port.name).collect();
+        let names: Vec<&String> = inputs.iter().chain(&outputs).map(|info| &info.name).collect();
         assert_eq!(bindings.iter().map(|binding| &binding.name).collect::<Vec<_>>(), names, "{stage:?}");
-        let tensors = inputs.iter().zip(bindings).map(|(port, binding)| self.tensor(port, binding));
+        let tensors = inputs.iter().zip(bindings).map(|(info, binding)| self.tensor(info, binding));
         let tensors = tensors.collect::<Result<Vec<_>>>()?;
         let found = stage.run(&mut Eager::new(&self.weights), &self.config, &tensors)?;
         for (binding, found) in bindings[inputs.len()..].iter().zip(found) {
@@ -322,11 +322,11 @@ fn rows_begin_and_end_at_any_time() -> Result<()> {
     let Both { mock, candle, .. } = both()?;
     let requests = [(Some(0), 9), (Some(1), 3), (None, 5), (Some(1), 7)]
         .map(|(label, tokens)| Request { noise: Noise::Seed(tokens as u64), ..request(&[label], tokens, 3.0) });
-    let rollouts = requests.each_ref().map(|request| PreparedRequest::new(candle.config(), request));
-    let rollouts = rollouts.into_iter().collect::<Result<Vec<_>>>()?;
+    let prepared = requests.each_ref().map(|request| PreparedRequest::new(candle.config(), request));
+    let prepared = prepared.into_iter().collect::<Result<Vec<_>>>()?;
     let mut finished = 0;
-    let images = rollouts.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
-    generate_all(&mock, rollouts[0].sampling.clone(), images, 2, |(number, tokens)| {
+    let images = prepared.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
+    generate_all(&mock, prepared[0].sampling.clone(), images, 2, |(number, tokens)| {
         let expected = generate(&candle, &requests[number], |_| {})?.tokens;
         assert_close(&tokens?.insert_axis(Axis(0)), &expected);
         finished += 1;

@@ -89,7 +89,7 @@ pub struct Lower<'a> {
 /// If a weight is missing.
 pub fn lower(config: &Config, stage: Stage, weights: &Places, options: Options) -> Result<ModelProto> {
     let mut lower = Lower::new(weights, options.precision, options.opset);
-    let inputs: Vec<Value> = stage.inputs(config).iter().map(|port| lower.input(port)).collect();
+    let inputs: Vec<Value> = stage.inputs(config).iter().map(|info| lower.input(info)).collect();
     let (lower, outputs) = match options.policy {
         None => {
             let outputs = stage.run(&mut lower, config, &inputs)?;
@@ -145,25 +145,25 @@ impl<'a> Lower<'a> {
     }
 
     /// Declares an input of the graph.
-    pub fn input(&mut self, port: &ValueInfo) -> Value {
-        let value = Value { name: port.name.clone(), data_type: self.data_type(port.kind) };
-        self.wanted.insert(port.name.clone(), 1);
-        self.graphs[0].input.push(onnx::value_info(&value.name, value.data_type, Some(dimensions(port))));
+    pub fn input(&mut self, info: &ValueInfo) -> Value {
+        let value = Value { name: info.name.clone(), data_type: self.data_type(info.kind) };
+        self.wanted.insert(info.name.clone(), 1);
+        self.graphs[0].input.push(onnx::value_info(&value.name, value.data_type, Some(dimensions(info))));
         value
     }
 
-    /// Completes the graph. The `outputs` get the names and types of `ports`.
-    pub fn finish(mut self, name: &str, outputs: &[Value], ports: &[ValueInfo]) -> ModelProto {
+    /// Completes the graph. The `outputs` get the names and types of `infos`.
+    pub fn finish(mut self, name: &str, outputs: &[Value], infos: &[ValueInfo]) -> ModelProto {
         let mut renamed = HashMap::new();
-        for (output, port) in outputs.iter().zip(ports) {
-            let data_type = self.data_type(port.kind);
+        for (output, info) in outputs.iter().zip(infos) {
+            let data_type = self.data_type(info.kind);
             let mut value = self.cast(output, data_type);
             let is_input = self.graphs[0].input.iter().any(|input| input.name.as_deref() == Some(&value.name));
             if is_input || renamed.contains_key(&value.name) {
                 value = self.node("Identity", &[&value], vec![], data_type);
             }
-            renamed.insert(value.name, port.name.clone());
-            self.graphs[0].output.push(onnx::value_info(&port.name, data_type, Some(dimensions(port))));
+            renamed.insert(value.name, info.name.clone());
+            self.graphs[0].output.push(onnx::value_info(&info.name, data_type, Some(dimensions(info))));
         }
         let mut graph = self.graphs.remove(0);
         graph.name = Some(name.into());
@@ -326,14 +326,14 @@ pub struct Written {
     body: Option<GraphProto>,
 }
 
-fn dimensions(port: &ValueInfo) -> Vec<tensor_shape_proto::Dimension> {
+fn dimensions(info: &ValueInfo) -> Vec<tensor_shape_proto::Dimension> {
     let dimension = |axis: &Dimension| match axis {
         Dimension::Fixed(size) => tensor_shape_proto::Dimension { dim_value: Some(*size as i64), dim_param: None },
         Dimension::Symbolic(symbol) => {
             tensor_shape_proto::Dimension { dim_value: None, dim_param: Some(symbol.name().into()) }
         }
     };
-    port.shape.iter().map(dimension).collect()
+    info.shape.iter().map(dimension).collect()
 }
 
 /// Renames values, including their uses in loop bodies.

@@ -1,4 +1,4 @@
-//! The ONNX messages that a lowered model uses (`onnx.proto`, IR version 9), encoded with prost.
+//! The ONNX messages that a lowered model uses (`onnx.proto`, IR versions 8 to 10), encoded with prost.
 
 use prost::Message;
 

@@ -81,7 +81,7 @@ pub trait Engine {
     /// If the backend fails or a token is not finite.
     fn fused_rollout(
         &self,
-        _rollout: &PreparedRequest,
+        _prepared: &PreparedRequest,
         _progress: &mut dyn FnMut(usize),
     ) -> Result<Option<(Array3<f32>, StageTimes)>> {
         Ok(None)

@@ -30,17 +30,17 @@ pub struct Sequence {
 
 impl Sequence {
     /// The images of a prepared request.
-    pub fn of_batch(rollout: &PreparedRequest) -> Vec<Self> {
+    pub fn of_batch(prepared: &PreparedRequest) -> Vec<Self> {
         let image = |row: usize| Self {
-            label: rollout.classes[row].clone(),
+            label: prepared.classes[row].clone(),
             begin: 0,
-            prefix: rollout.prefix.index_axis(Axis(0), row).to_owned(),
+            prefix: prepared.prefix.index_axis(Axis(0), row).to_owned(),
             noise: NoiseSource::Given(
-                rollout.noise.index_axis(Axis(0), row).rows().into_iter().map(|row| row.to_owned()).collect(),
+                prepared.noise.index_axis(Axis(0), row).rows().into_iter().map(|row| row.to_owned()).collect(),
             ),
-            guidance: rollout.guidance.clone(),
+            guidance: prepared.guidance.clone(),
         };
-        (0..rollout.batch()).map(image).collect()
+        (0..prepared.batch()).map(image).collect()
     }
 
     /// Image `row` of a [checked](Request::check) request. The noise of a seed is drawn when it is needed.

@@ -17,12 +17,12 @@ use batch::{Batch, Sequence};
 /// # Errors
 /// [`Error::input`](crate::Error::input) for a request that does not fit the model; errors of the engine.
 pub fn generate(engine: &dyn Engine, request: &Request, mut progress: impl FnMut(usize)) -> Result<Generated> {
-    let rollout = PreparedRequest::new(engine.config(), request)?;
-    let (tokens, times) = match engine.fused_rollout(&rollout, &mut progress)? {
+    let prepared = PreparedRequest::new(engine.config(), request)?;
+    let (tokens, times) = match engine.fused_rollout(&prepared, &mut progress)? {
         Some(generated) => generated,
-        None => token_by_token(engine, &rollout, &mut progress)?,
+        None => token_by_token(engine, &prepared, &mut progress)?,
     };
-    Ok(Generated { tokens, noise: rollout.noise, times })
+    Ok(Generated { tokens, noise: prepared.noise, times })
 }
 
 /// Generates the tokens of a prepared request with a [`Batch`] on the engine.
@@ -31,17 +31,17 @@ pub fn generate(engine: &dyn Engine, request: &Request, mut progress: impl FnMut
 /// Errors of the engine; [`Error::run`](crate::Error::run) for a token that is not finite.
 pub fn token_by_token<E: Engine + ?Sized>(
     engine: &E,
-    rollout: &PreparedRequest,
+    prepared: &PreparedRequest,
     progress: &mut dyn FnMut(usize),
 ) -> Result<(Array3<f32>, StageTimes)> {
-    let mut batch = Batch::new(engine, rollout.sampling.clone())?;
-    batch.admit(Sequence::of_batch(rollout).into_iter().enumerate().collect())?;
-    let mut tokens = Array3::zeros((rollout.batch(), rollout.tokens, engine.config().generator.embed));
-    for known in 1..=rollout.tokens {
+    let mut batch = Batch::new(engine, prepared.sampling.clone())?;
+    batch.admit(Sequence::of_batch(prepared).into_iter().enumerate().collect())?;
+    let mut tokens = Array3::zeros((prepared.batch(), prepared.tokens, engine.config().generator.embed));
+    for known in 1..=prepared.tokens {
         for (row, token) in batch.advance()? {
             tokens.slice_mut(s![row, known - 1, ..]).assign(&token?);
         }
-        if known > rollout.given() {
+        if known > prepared.given() {
             progress(known);
         }
     }

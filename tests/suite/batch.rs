@@ -46,12 +46,12 @@ fn check(engine: &dyn Engine) {
             .iter()
             .map(|request| generate(engine, request, |_| {}).unwrap().tokens.index_axis_move(Axis(0), 0))
             .collect();
-        let rollouts: Vec<PreparedRequest> =
+        let prepared: Vec<PreparedRequest> =
             requests.iter().map(|request| PreparedRequest::new(engine.config(), request).unwrap()).collect();
         for most in [1, 2, 3, 16] {
-            let images = rollouts.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
+            let images = prepared.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
             let mut order = vec![];
-            generate_all(engine, rollouts[0].sampling.clone(), images, most, |(number, tokens)| {
+            generate_all(engine, prepared[0].sampling.clone(), images, most, |(number, tokens)| {
                 let (found, expected) = (tokens?, &alone[number]);
                 assert_eq!(found.dim(), expected.dim());
                 // Products of a batch are summed in another order than products of one row.
@@ -89,11 +89,11 @@ fn an_image_that_fails_does_not_fail_the_others() {
     // Finite noise whose token is not finite.
     let shape = (1, requests[1].tokens, engine.config().generator.embed);
     requests[1].noise = Noise::Given(Array3::from_elem(shape, f32::MAX));
-    let rollouts: Vec<PreparedRequest> =
+    let prepared: Vec<PreparedRequest> =
         requests.iter().map(|request| PreparedRequest::new(engine.config(), request).unwrap()).collect();
     let mut failed = vec![];
-    let images = rollouts.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
-    generate_all(&engine, rollouts[0].sampling.clone(), images, 4, |(number, tokens)| {
+    let images = prepared.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
+    generate_all(&engine, prepared[0].sampling.clone(), images, 4, |(number, tokens)| {
         match tokens {
             Ok(tokens) => assert!(tokens.iter().all(|value| value.is_finite()), "image {number}"),
             Err(error) => failed.push((number, error.to_string())),

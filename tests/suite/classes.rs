@@ -120,11 +120,11 @@ fn labels() -> Vec<ClassSchedule> {
 fn images_of_a_batch_change_by_themselves() {
     let engine = candle();
     let requests: Vec<Request> = labels().into_iter().map(|label| request(engine.config(), label, 3.0)).collect();
-    let rollouts: Vec<PreparedRequest> =
+    let prepared: Vec<PreparedRequest> =
         requests.iter().map(|it| PreparedRequest::new(engine.config(), it).unwrap()).collect();
-    let images = rollouts.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
+    let images = prepared.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
     let mut done = 0;
-    generate_all(&engine, rollouts[0].sampling.clone(), images, 3, |(number, found)| {
+    generate_all(&engine, prepared[0].sampling.clone(), images, 3, |(number, found)| {
         let alone = tokens(&engine, requests[number].classes[0].clone(), 3.0);
         assert_close(format_args!("image {number}"), &found?, &alone, Tolerance::ACTIVATION);
         done += 1;

@@ -419,6 +419,21 @@ fn calibration_refuses_what_does_not_fit() {
     insta::assert_snapshot!(place.messages());
 }
 
+/// Class names are labels: a model with other names is the same model.
+#[test]
+fn a_table_fits_the_model_with_other_class_names() {
+    let fixture = Fixture::open(fixtures());
+    let place = place(&fixture);
+    place.write("names.txt", "field\nforest\nsea\nwater\nsky\n");
+    let line = format!("{} --class-names names.txt --no-validate", export_line(&fixture));
+    place.run(&format!("{line} --int8 --calibration table.json -o int8")).succeeded();
+    place.run(&format!("{line} -o bundle")).succeeded();
+    place.run(&format!("{CALIBRATE} -o named.json")).succeeded();
+    let [unnamed, named]: [Value; 2] =
+        ["table.json", "named.json"].map(|table| serde_json::from_slice(&place.read(table)).unwrap());
+    assert_eq!(unnamed["model"], named["model"]);
+}
+
 #[test]
 fn tables_that_do_not_fit_are_refused() {
     let [first, second] = all();

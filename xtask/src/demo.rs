@@ -38,7 +38,7 @@ pub fn demo(root: &Path) -> Result<()> {
     run_built("eqim-export", EXPORT, root)?;
 
     for (what, file, how) in PICTURES {
-        println!("drawing {what}");
+        println!("generating {what}");
         run_built("eqim-run", &format!("--engine demo/bundle {how} -o demo/{file}"), root)?;
     }
     for (what, file, _) in PICTURES {

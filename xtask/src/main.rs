@@ -15,15 +15,15 @@ use clap::{Parser, Subcommand};
 #[command(bin_name = "cargo xtask")]
 struct Cli {
     #[command(subcommand)]
-    chore: Chore,
+    task: Task,
 }
 
 /// The development tasks.
 #[derive(Subcommand)]
-enum Chore {
+enum Task {
     /// Install ONNX Runtime, the Python package onnx and, on Linux x86_64, TensorRT for RTX and libclang in .native/.
     Setup,
-    /// Export the demo model assets/demo/model.safetensors to demo/bundle and draw four pictures with it in demo/.
+    /// Export the demo model assets/demo/model.safetensors to demo/bundle and generate four images with it in demo/.
     Demo,
     /// Run the tests of the whole workspace.
     Test {
@@ -34,7 +34,7 @@ enum Chore {
 }
 
 fn main() -> ExitCode {
-    let Err(error) = perform(Cli::parse().chore) else {
+    let Err(error) = perform(Cli::parse().task) else {
         return ExitCode::SUCCESS;
     };
     eprintln!("error: {error}");
@@ -45,16 +45,16 @@ fn main() -> ExitCode {
 }
 
 /// Performs one task. Every task first installs the native libraries that are missing.
-fn perform(chore: Chore) -> Result<()> {
+fn perform(task: Task) -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .context("xtask has no parent folder: expected it inside the workspace")?;
 
     setup::setup(root)?;
-    match chore {
-        Chore::Setup => Ok(()),
-        Chore::Demo => demo::demo(root),
-        Chore::Test { args } => test(root, &args),
+    match task {
+        Task::Setup => Ok(()),
+        Task::Demo => demo::demo(root),
+        Task::Test { args } => test(root, &args),
     }
 }
 

@@ -41,7 +41,7 @@ pub fn setup(root: &Path) -> Result<()> {
     install("onnx", ONNX, &native.join("python"), |partial| pip_install(&format!("onnx=={ONNX}"), partial, &[]))
         .context("the Python package onnx, needed by the tests only, is not installed")?;
     if !has_tensorrt() {
-        println!("TensorRT is left out: NVIDIA's libraries are for linux on x86_64, this is {OS} on {ARCH}");
+        println!("TensorRT is not installed: NVIDIA's libraries are for linux on x86_64, this is {OS} on {ARCH}");
         return Ok(());
     }
     install("tensorrt-rtx", TENSORRT, &native.join("tensorrt"), unpack_tensorrt)?;
@@ -86,7 +86,8 @@ fn install(package: &str, version: &str, folder: &Path, fill: impl FnOnce(&Path)
     remove(&partial)?;
     fs::create_dir(&partial).with_context(|| format!("{} could not be created", partial.display()))?;
     fill(&partial)?;
-    fs::write(partial.join(STAMP), version).with_context(|| format!("{} could not be stamped", partial.display()))?;
+    fs::write(partial.join(STAMP), version)
+        .with_context(|| format!("{} could not be marked with its version", partial.display()))?;
     remove(folder)?;
     rename(&partial, folder)
 }
@@ -176,7 +177,7 @@ fn require_pip() -> Result<()> {
 
 /// Moves a file or folder within `.native/`.
 fn rename(from: &Path, to: &Path) -> Result<()> {
-    fs::rename(from, to).with_context(|| format!("{} could not become {}", from.display(), to.display()))
+    fs::rename(from, to).with_context(|| format!("{} could not be renamed to {}", from.display(), to.display()))
 }
 
 /// Removes a folder that may be absent.

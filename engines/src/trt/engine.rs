@@ -487,28 +487,28 @@ impl<D: Device> Engine for TrtEngine<D> {
     /// host mixes the classes.
     fn fused_rollout(
         &self,
-        rollout: &PreparedRequest,
+        prepared: &PreparedRequest,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Option<(Array3<f32>, StageTimes)>> {
-        if rollout.classes.iter().any(|label| matches!(label, ClassSchedule::Spans(_))) {
+        if prepared.classes.iter().any(|label| matches!(label, ClassSchedule::Spans(_))) {
             return Ok(None);
         }
         self.forget();
-        let conditions = rollout.conditions(&self.config, 0);
+        let conditions = prepared.conditions(&self.config, 0);
         let labels: Vec<i64> = conditions.iter().map(|condition| condition.label).collect();
-        let (rows, batch, evaluations) = (labels.len(), rollout.batch(), rollout.sampling.tableau.evaluations());
+        let (rows, batch, evaluations) = (labels.len(), prepared.batch(), prepared.sampling.tableau.evaluations());
         self.check_rollout(rows, batch, evaluations)?;
-        let placed = Placed::new(rollout, &labels);
+        let placed = Placed::new(prepared, &labels);
         let inputs = self.uploaded(&placed.arena.0)?;
         let at = |place: u64| inputs.address + place;
         let bytes = 4 * batch * self.config.generator.embed;
         let slot = aligned(bytes);
-        let tokens = self.allocate(rollout.tokens * slot)?;
+        let tokens = self.allocate(prepared.tokens * slot)?;
         let sizes = flow_sizes(rows, batch, evaluations);
 
         let mut caches = Caches::new(self, at(placed.labels), rows)?;
         let mut before = vec![];
-        for index in 0..rollout.tokens {
+        for index in 0..prepared.tokens {
             let here = tokens.address + (index * slot) as u64;
             if index > 0 {
                 for stream in 0..rows / batch {
@@ -517,13 +517,13 @@ impl<D: Device> Engine for TrtEngine<D> {
                 self.device.copy(at(placed.positions[index - 1]), caches.position.address, 8 * rows)?;
                 caches.step()?;
             }
-            if index < rollout.given() {
+            if index < prepared.given() {
                 self.device.copy(at(placed.prefix[index]), here, bytes)?;
                 continue;
             }
             let inputs = [
                 caches.z.address,
-                at(placed.noise[index - rollout.given()]),
+                at(placed.noise[index - prepared.given()]),
                 at(placed.guidance[index]),
                 at(placed.times),
                 at(placed.updates),
@@ -536,18 +536,18 @@ impl<D: Device> Engine for TrtEngine<D> {
             before = take(&mut *self.spans.borrow_mut());
         }
         self.settle(before)?;
-        progress(rollout.tokens);
+        progress(prepared.tokens);
         let values = self.downloaded(&tokens)?;
         let times = self.taken()?;
-        Ok(Some((self.gathered(rollout, &values, slot / 4)?, times)))
+        Ok(Some((self.gathered(prepared, &values, slot / 4)?, times)))
     }
 }
 
 impl<D: Device> TrtEngine<D> {
     /// Collects tokens `[B, N, E]` from slots of `slot` values, each with one token per image, `[B, E]`.
-    fn gathered(&self, rollout: &PreparedRequest, values: &[f32], slot: usize) -> Result<Array3<f32>> {
-        let (batch, embed) = (rollout.batch(), self.config.generator.embed);
-        let mut tokens = Array3::zeros((batch, rollout.tokens, embed));
+    fn gathered(&self, prepared: &PreparedRequest, values: &[f32], slot: usize) -> Result<Array3<f32>> {
+        let (batch, embed) = (prepared.batch(), self.config.generator.embed);
+        let mut tokens = Array3::zeros((batch, prepared.tokens, embed));
         for (index, slot) in values.chunks_exact(slot).enumerate() {
             let token = ArrayView2::from_shape((batch, embed), &slot[..batch * embed]);
             let token = token.or_run("token")?;
@@ -571,18 +571,19 @@ struct Placed {
 }
 
 impl Placed {
-    fn new(rollout: &PreparedRequest, labels: &[i64]) -> Self {
-        let (rows, batch) = (labels.len(), rollout.batch());
+    fn new(prepared: &PreparedRequest, labels: &[i64]) -> Self {
+        let (rows, batch) = (labels.len(), prepared.batch());
         let mut arena = Arena::default();
         let labels = arena.push(integer_bytes(labels));
-        let times = arena.push(float_bytes(&rollout.sampling.tableau.times));
-        let updates = arena.push(float_bytes(&rollout.sampling.tableau.updates));
-        let positions = (0..rollout.tokens).map(|index| arena.push(integer_bytes(&vec![index as i64; rows]))).collect();
-        let guidance = rollout.guidance.iter().map(|&value| arena.push(float_bytes(&vec![value; batch]))).collect();
+        let times = arena.push(float_bytes(&prepared.sampling.tableau.times));
+        let updates = arena.push(float_bytes(&prepared.sampling.tableau.updates));
+        let positions =
+            (0..prepared.tokens).map(|index| arena.push(integer_bytes(&vec![index as i64; rows]))).collect();
+        let guidance = prepared.guidance.iter().map(|&value| arena.push(float_bytes(&vec![value; batch]))).collect();
         let mut slices = |array: &Array3<f32>| -> Vec<u64> {
             (0..array.dim().1).map(|index| arena.push(float_bytes(array.slice(s![.., index, ..])))).collect()
         };
-        let (noise, prefix) = (slices(&rollout.noise), slices(&rollout.prefix));
+        let (noise, prefix) = (slices(&prepared.noise), slices(&prepared.prefix));
         Self { arena, labels, times, updates, positions, guidance, noise, prefix }
     }
 }

@@ -65,18 +65,18 @@ impl Engine for Reference {
 
     fn fused_rollout(
         &self,
-        rollout: &PreparedRequest,
+        prepared: &PreparedRequest,
         progress: &mut dyn FnMut(usize),
     ) -> Result<Option<(Array3<f32>, StageTimes)>> {
         let g = &self.config().generator;
-        let (n, batch) = (rollout.tokens, rollout.batch());
-        let labels: Vec<i64> = rollout.conditions(self.config(), 0).iter().map(|condition| condition.label).collect();
+        let (n, batch) = (prepared.tokens, prepared.batch());
+        let labels: Vec<i64> = prepared.conditions(self.config(), 0).iter().map(|condition| condition.label).collect();
         let streams = labels.len() / batch;
         let labels = Tensor::from_slice(&labels, labels.len(), &Device::Cpu)?;
         let mut tokens = Array3::zeros((batch, n, g.embed));
-        tokens.slice_mut(s![.., ..rollout.given(), ..]).assign(&rollout.prefix);
+        tokens.slice_mut(s![.., ..prepared.given(), ..]).assign(&prepared.prefix);
         let mut times = StageTimes::default();
-        for index in rollout.given()..n {
+        for index in prepared.given()..n {
             let z = times.step.time(|| -> Result<Array3<f32>> {
                 let streams = vec![tokens.view(); streams];
                 let rows = to_tensor(concatenate(Axis(0), &streams).map_err(shape)?.view())?;
@@ -84,9 +84,10 @@ impl Engine for Reference {
                 let z = transformer::teacher_forced(&mut Eager::new(self.0.weights()), g, &labels, &rows, n, 0)?;
                 to_array::<Ix3>(&z.reshape(((), n, g.dim))?)
             })?;
-            let (z, noise) = (z.index_axis(Axis(1), index), rollout.noise.index_axis(Axis(1), index - rollout.given()));
-            let guidance = vec![rollout.guidance[index]; batch];
-            let token = times.flow.time(|| self.sample(z, noise, &guidance, &rollout.sampling.tableau))?;
+            let (z, noise) =
+                (z.index_axis(Axis(1), index), prepared.noise.index_axis(Axis(1), index - prepared.given()));
+            let guidance = vec![prepared.guidance[index]; batch];
+            let token = times.flow.time(|| self.sample(z, noise, &guidance, &prepared.sampling.tableau))?;
             check_finite(self.name(), index, token.view())?;
             tokens.index_axis_mut(Axis(1), index).assign(&token);
             progress(index + 1);

@@ -5,9 +5,9 @@ use std::time::Duration;
 use eqim::request::timing::{self, percentile};
 use serde::Serialize;
 
-/// Limit of the modified z-score (Iglewicz and Hoaglin, 1993) above which a time is an outlier: 10 times 1.4826. The
+/// Limit of the modified z-score (Iglewicz and Hoaglin, 1993) above which a time is an outlier, in standard deviations. The
 /// limit is high, because it is meant to detect background work, not the ordinary spread.
-const OUTLIER: f64 = 14.826;
+const OUTLIER: f64 = 10.0;
 
 /// Statistics of times in seconds.
 #[derive(Clone, Debug, PartialEq, Serialize)]

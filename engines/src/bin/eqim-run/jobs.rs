@@ -258,8 +258,8 @@ impl Job {
         if let Some(prefix) = self.prefix {
             self.request.prefix = Some(prefix.encode(engine, 1)?);
         }
-        let rollout = PreparedRequest::new(engine.config(), &self.request)?;
-        Sequence::of_batch(&rollout).pop().ok_or_else(|| Error::run(self.id, "has no image"))
+        let prepared = PreparedRequest::new(engine.config(), &self.request)?;
+        Sequence::of_batch(&prepared).pop().ok_or_else(|| Error::run(self.id, "has no image"))
     }
 }
 

@@ -45,7 +45,7 @@ pub struct Onnx {
     #[arg(long, value_enum, default_value_t = DtypeArgument::Fp32)]
     dtype: DtypeArgument,
     /// Tolerance of the validation against Candle, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 2e-2 for fp16]
-    #[arg(long, value_parser = tolerance, conflicts_with = "no_validate")]
+    #[arg(long, value_parser = tolerance, conflicts_with_all = ["no_validate", "int8"])]
     atol: Option<f32>,
     /// Write the bundle without validating it on ONNX Runtime
     #[arg(long)]

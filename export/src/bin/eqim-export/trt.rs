@@ -68,7 +68,7 @@ pub struct Trt {
     #[arg(long)]
     check_only: bool,
     /// Tolerance of the tokens against Candle in FP32, |a-b| / max(1, |b|) [default: 1e-4 for fp32, 2e-2 for fp16]
-    #[arg(long, value_parser = tolerance, conflicts_with_all = ["no_validate", "check_only"])]
+    #[arg(long, value_parser = tolerance, conflicts_with_all = ["no_validate", "check_only", "bf16", "int8"])]
     atol: Option<f32>,
     /// Build the engines without validating the graphs on ONNX Runtime
     #[arg(long)]
