@@ -160,12 +160,15 @@ mod tests {
         assert!(problem(spans(&[(0, 1, None)])).contains("tokens 0 to 0 without"));
         assert!(problem(spans(&[(0, 0, Some(3)), (1, 5, None)])).contains("tokens 3 to 4 without"));
         assert!(problem(spans(&[(0, 0, Some(9))])).contains("tokens 9 to 9 without"));
-        assert!(problem(spans(&[(0, 0, Some(10)), (1, 10, None)])).contains("names tokens 10-, and the image has 10"));
-        assert!(problem(spans(&[(0, 0, Some(11))])).contains("names tokens 0-11, and"));
-        assert!(problem(spans(&[(0, 0, Some(8)), (1, 2, Some(5)), (2, 5, None)])).contains("order them"));
-        assert!(problem(spans(&[(0, 0, None), (1, 5, None)])).contains("order them"));
+        assert!(
+            problem(spans(&[(0, 0, Some(10)), (1, 10, None)]))
+                .contains("names tokens 10-, but the image has 10 tokens")
+        );
+        assert!(problem(spans(&[(0, 0, Some(11))])).contains("names tokens 0-11, but"));
+        assert!(problem(spans(&[(0, 0, Some(8)), (1, 2, Some(5)), (2, 5, None)])).contains("sort the classes"));
+        assert!(problem(spans(&[(0, 0, None), (1, 5, None)])).contains("sort the classes"));
         assert!(problem(spans(&[(0, 0, Some(5)), (1, 2, Some(8)), (2, 4, None)])).contains("three classes"));
-        assert!(problem(spans(&[(0, 0, Some(5)), (1, 0, None)])).contains("order them"));
+        assert!(problem(spans(&[(0, 0, Some(5)), (1, 0, None)])).contains("sort the classes"));
         assert!(problem(ClassSchedule::Spans(vec![])).contains("tokens 0 to 9 without"));
     }
 

@@ -508,7 +508,11 @@ mod tests {
                 r#"{"width": 100}"#,
                 "width is 100, expected a multiple of 16, the width of a token: the nearest are 96 and 112",
             ),
-            (r#"{"width": 16}"#, "width is 16, expected a multiple of 16, the width of a token: the least is 32"),
+            (r#"{"width": 16}"#, "width is 16, expected a multiple of 16, the width of a token: the smallest is 32"),
+            (
+                r#"{"width": 18446744073709551615}"#,
+                "width is 18446744073709551615, expected a multiple of 16, the width of a token: the largest is 16000000",
+            ),
             (r#"{"cfg": -1}"#, "cfg is -1, expected a number of at least 0"),
             (r#"{"steps": 0}"#, "steps is 0, expected 1 to 100000"),
         ] {
