@@ -142,7 +142,7 @@ fn what_a_target_does_not_support_is_named() {
     let place = Workplace::with_bundle(&first());
     let before = place.listing();
     let line = "eqim-export trt --engine bundle --check-only --target turing,sm86";
-    let found = place.run(&format!("{line} --fp32")).failed(1, &["TensorRT does not take"]).stdout;
+    let found = place.run(&format!("{line} --fp32")).failed(1, &["TensorRT does not support"]).stdout;
     for words in ["-[x] decoder.onnx", "(Gemm) on sm75", "FP32 GEMM is not supported", "build in FP16"] {
         assert!(found.contains(words), "no {words:?} in {found}");
     }

@@ -194,7 +194,7 @@ mod tests {
         };
         refused("nothing:1x2", "names nothing");
         refused("tokens:1x2", "batchxtokensx");
-        refused("times:5000", "do not grow");
+        refused("times:5000", "have to grow");
         for text in ["tokens", "tokens:", "tokens:0", "tokens:ax2", ":1x2", "tokens:1x2,,"] {
             assert!(text.parse::<Shapes>().is_err(), "{text}");
         }
