@@ -39,7 +39,7 @@ impl TensorFile {
         file.read_exact(&mut header).map_err(|error| not_one().because(error))?;
         let header_length = u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| header[i]));
         if header_length > LARGEST_HEADER.min(length - 8) {
-            return Err(bad(format!("a header of {header_length} bytes does not fit its {length}")));
+            return Err(bad(format!("a header of {header_length} bytes does not fit in its {length} bytes")));
         }
         header.resize(8 + header_length as usize, 0);
         file.read_exact(&mut header[8..]).map_err(|error| not_one().because(error))?;
@@ -47,7 +47,10 @@ impl TensorFile {
         let data_start = header.len() as u64;
         let end = metadata.tensors().values().map(|info| info.data_offsets.1).max().unwrap_or(0) as u64;
         if data_start.checked_add(end) != Some(length) {
-            return Err(bad(format!("its tensors end at byte {end} of {}: truncated?", length - data_start)));
+            return Err(bad(format!(
+                "its tensors end at byte {end}, but the file has {} bytes: truncated?",
+                length - data_start
+            )));
         }
         Ok(Self { path: path.to_path_buf(), file, metadata, data_start })
     }

@@ -92,9 +92,7 @@ impl Photos {
         }
         if photos.photos.is_empty() {
             let reason = match photos.skipped.first() {
-                Some((path, reason)) => {
-                    format!("; {} were skipped, for example {}: {reason}", photos.skipped.len(), path.display())
-                }
+                Some((_, reason)) => format!("; {} were skipped, for example {reason}", photos.skipped.len()),
                 None => String::new(),
             };
             return Err(Error::input(folder.display(), format!("has no PNG or JPEG to train on{reason}")));
