@@ -48,7 +48,7 @@ impl TensorFile {
         let end = metadata.tensors().values().map(|info| info.data_offsets.1).max().unwrap_or(0) as u64;
         if data_start.checked_add(end) != Some(length) {
             return Err(bad(format!(
-                "its tensors end at byte {end}, but the file has {} bytes: truncated?",
+                "its tensors take {end} bytes, but the file has {} bytes of them: truncated?",
                 length - data_start
             )));
         }
