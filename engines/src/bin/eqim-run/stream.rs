@@ -244,7 +244,7 @@ fn partial(path: &Path) -> PathBuf {
 
 fn record(context: &Context, request: &Request, row: usize) -> Record {
     let mut hash = Hash::default();
-    let mut add = |values: ArrayView3<f32>| hash.add_values(&values);
+    let mut add = |values: ArrayView3<f32>| hash.add_values(values);
     if let Some(prefix) = &request.prefix {
         add(prefix.slice(s![row..=row, .., ..]));
     }
