@@ -161,7 +161,7 @@ pub mod type_proto {
     /// `TypeProto.Tensor`.
     #[derive(Clone, PartialEq, Message)]
     pub struct Tensor {
-        /// Element type: [`DataType`].
+        /// Element type: [`super::DataType`].
         #[prost(int32, optional, tag = "1")]
         pub elem_type: Option<i32>,
         /// Shape of the tensor, if it is declared.

@@ -70,7 +70,7 @@ impl Equivariance {
     /// Draws the results of the tokenizer and of the generator to a PNG.
     ///
     /// # Errors
-    /// [`Error::run`] if the file cannot be written.
+    /// [`eqim::Error::run`] if the file cannot be written.
     pub fn draw(&self, path: &Path, title: &str) -> Result<()> {
         let shifted = |name, value: &dyn Fn(&Shift) -> Option<f64>| {
             let points = self.shifts.iter().filter_map(|shift| Some((shift.tokens, value(shift)?))).collect();
