@@ -27,9 +27,10 @@ const PICTURES: [(&str, &str, &str); 4] = [
 
 /// Builds the programs, exports the demo model and draws pictures with it.
 pub fn demo(root: &Path) -> Result<()> {
-    println!("building eqim-export and eqim-run");
+    println!("building the programs and the examples");
+    // The tests build them in the same way: Cargo compiles no dependency twice.
     run(Command::new("cargo")
-        .args("build --release -p eqim-export -p eqim-engines --bins".split_whitespace())
+        .args("build --release --workspace --bins --examples".split_whitespace())
         .args(setup::features())
         .current_dir(root))?;
 

@@ -26,16 +26,11 @@ fn build() -> BTreeMap<String, PathBuf> {
     cargo.current_dir(env!("CARGO_MANIFEST_DIR"));
     cargo.args([
         "build",
+        // The whole workspace, with targets that need development dependencies: Cargo unifies features as for the tests, and
+        // compiles no dependency twice.
+        "--workspace",
         "--bins",
         "--examples",
-        "-p",
-        "eqim",
-        "-p",
-        "eqim-export",
-        "-p",
-        "eqim-engines",
-        "-p",
-        "eqim-training",
         "--message-format=json-render-diagnostics",
     ]);
     if !cfg!(debug_assertions) {
