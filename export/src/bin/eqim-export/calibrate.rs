@@ -35,7 +35,7 @@ pub struct Calibrate {
     /// Calibration table to write
     #[arg(short, long, value_name = "TABLE.json")]
     output: PathBuf,
-    /// Method that chooses the ranges: max, percentile[:P], entropy or mse
+    /// Method that chooses the ranges: max, percentile, percentile:P, entropy or mse
     #[arg(long, default_value_t = Estimator::Mse)]
     estimator: Estimator,
     /// Resize pictures whose height is not the model's
