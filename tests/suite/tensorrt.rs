@@ -317,7 +317,10 @@ fn engines_that_are_stale_or_foreign_are_refused() {
     edit(&place, |sidecar| sidecar["weights"] = "0".repeat(64).into());
     let auto = place.run("eqim-run --engine bundle --tokens 3 -o out.png").succeeded();
     assert!(auto.stderr.contains("engines are not used") && auto.stderr.contains("is stale"), "{}", auto.stderr);
-    insta::assert_snapshot!(place.messages());
+    // TensorRT does not build the same bytes twice.
+    insta::with_settings!({filters => [("[0-9a-f]{12}…", "[hash]…"), (r"\b\d{6,}\b", "[size]")]}, {
+        insta::assert_snapshot!(place.messages());
+    });
 }
 
 #[test]
