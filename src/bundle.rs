@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::Inferred;
 use crate::checkpoint::tensors::TensorFile;
 use crate::digest::{sha256_of, short};
 use crate::model::{Stage, ValueInfo};
-use crate::{Config, Error, Result, ResultExt, checkpoint, files};
+use crate::{Config, Error, Result, ResultExt, checkpoint, files, kind};
 
 /// Name of the file that describes a bundle.
 pub const CONFIG_FILE: &str = "config.json";
@@ -42,6 +43,10 @@ pub struct Manifest {
     /// The INT8 parts of the bundle, if there are any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantization: Option<Quantization>,
+    /// Where the values of the configuration come from. Empty if the bundle has random weights or an older version wrote
+    /// it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub inferred: Vec<Inferred>,
 }
 
 impl Manifest {
@@ -178,6 +183,7 @@ impl FileRecord {
     pub fn verify(&self, folder: &Path) -> Result<()> {
         let found = Self::of(folder, &self.file)?;
         if &found != self {
+            self.refuse_pointer(folder)?;
             return Err(Error::input(
                 folder.join(&self.file).display(),
                 format!(
@@ -191,6 +197,15 @@ impl FileRecord {
             ));
         }
         Ok(())
+    }
+
+    /// An error if the file has not been fetched: a clone without Git LFS has small text files in the place of files.
+    fn refuse_pointer(&self, folder: &Path) -> Result<()> {
+        let path = folder.join(&self.file);
+        match kind::of(&path).filter(|kind| kind.is_pointer()) {
+            Some(kind) => Err(Error::input(path.display(), format!("is {kind}"))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -260,6 +275,7 @@ impl Bundle {
         let found = files::open(&path)?.metadata().or_input(path.display())?.len();
         let expected = self.manifest.weights.bytes;
         if found != expected {
+            self.manifest.weights.refuse_pointer(&self.folder)?;
             return bad(format!("has {found} bytes, {CONFIG_FILE} says {expected}: truncated?"));
         }
         let file = TensorFile::open(&path)?;

@@ -1,5 +1,7 @@
 //! Configuration of a model: all sizes and settings that the code needs in addition to the weights.
 
+use std::collections::HashSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -145,8 +147,9 @@ impl GeneratorConfig {
         if let Some(name) = names.iter().find(|name| !is_class_name(name)) {
             return bad(format!("has {name:?}, expected names without ',' and ':' other than numbers and none"));
         }
-        match names.iter().enumerate().find(|(index, name)| names[..*index].contains(name)) {
-            Some((_, name)) => bad(format!("has {name:?} twice")),
+        let mut seen = HashSet::new();
+        match names.iter().find(|name| !seen.insert(name.as_str())) {
+            Some(name) => bad(format!("has {name:?} twice")),
             None => Ok(()),
         }
     }
@@ -226,6 +229,17 @@ impl TokenizerConfig {
         let bad = |problem: String| Err(Error::input("tokenizer configuration", problem));
         if self.groups == 0 {
             return bad("groups is 0, expected at least 1".into());
+        }
+        // A downsampling has to divide the channels of its level by its factor; an upsampling multiplies them.
+        let sampled = self.encoder.levels.len().saturating_sub(1);
+        for (index, level) in self.encoder.levels.iter().take(sampled).enumerate() {
+            let (height, width) = self.downsampling(index);
+            if !level.channels.is_multiple_of(height * width) {
+                let (channels, factor) = (level.channels, height * width);
+                return bad(format!(
+                    "level {index} of the encoder has {channels} channels, which its downsampling cannot divide by {factor}"
+                ));
+            }
         }
         for (name, tower) in [("encoder", &self.encoder), ("decoder", &self.decoder)] {
             if tower.levels.is_empty() || tower.levels.len() > 16 {
@@ -318,6 +332,8 @@ impl Config {
 /// with random weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Preset {
+    /// 21 M parameters; not published, but the reference's script has it.
+    Tiny,
     /// 127 M parameters.
     Small,
     /// 296 M parameters.
@@ -334,6 +350,7 @@ impl Preset {
     /// Number of attention heads.
     pub fn heads(self) -> usize {
         match self {
+            Self::Tiny => 4,
             Self::Small => 8,
             Self::Base => 12,
             Self::Large | Self::Huge | Self::PlacesLarge => 16,
@@ -343,6 +360,7 @@ impl Preset {
     /// The preset for a `--model` name of the reference.
     pub fn from_reference_name(name: &str) -> Option<Self> {
         match name {
+            "tiny_model" => Some(Self::Tiny),
             "small_model" => Some(Self::Small),
             "base_model" => Some(Self::Base),
             "large_model" => Some(Self::Large),
@@ -354,6 +372,8 @@ impl Preset {
     /// The published configuration of this size (README of the reference, `configs/second_stage`).
     pub fn config(self) -> Config {
         let (dim, depth, flow_dim) = match self {
+            // The width of the flow head is the default of the reference's script.
+            Self::Tiny => (256, 8, 1536),
             Self::Small => (512, 16, 960),
             Self::Base => (768, 24, 1024),
             Self::Large | Self::PlacesLarge => (1024, 32, 1280),
@@ -401,5 +421,36 @@ impl Preset {
             encoder: Tower { z_channels: 256, conv_in: 128, res_blocks: 2, levels: levels.clone() },
             decoder: Tower { z_channels: 256, conv_in: 512, res_blocks: 3, levels },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_million_class_names_are_compared_in_linear_time() {
+        let mut config = Preset::Small.config();
+        config.generator.class_num = 1 << 20;
+        config.generator.class_names = (0..1 << 20).map(|class| format!("class {class}")).collect();
+        config.check().unwrap();
+        config.generator.class_names[7] = "class 1048575".into();
+        let twice = config.check().unwrap_err().to_string();
+        assert_eq!(twice, "class_names: has \"class 1048575\" twice");
+    }
+
+    #[test]
+    fn a_downsampling_has_to_divide_the_channels_of_its_level() {
+        let mut config = Preset::Small.config();
+        config.tokenizer.groups = 1;
+        config.tokenizer.encoder.levels[1].channels = 126;
+        let odd = config.check().unwrap_err().to_string();
+        let expected = "tokenizer configuration: level 1 of the encoder has 126 channels, which its downsampling cannot divide by 4";
+        assert_eq!(odd, expected);
+        // The last level is not sampled down.
+        let mut config = Preset::Small.config();
+        config.tokenizer.groups = 1;
+        config.tokenizer.encoder.levels[4].channels = 126;
+        config.check().unwrap();
     }
 }

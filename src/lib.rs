@@ -33,6 +33,7 @@ pub mod engine;
 mod error;
 pub mod files;
 pub mod generate;
+pub mod kind;
 pub mod model;
 pub mod ops;
 pub mod picture;

@@ -9,11 +9,11 @@ use eqim::bundle::{
     Bundle, CALIBRATION_FILE, CONFIG_FILE, FORMAT, FileRecord, GraphRecord, Manifest, Precision, WEIGHTS_FILE,
 };
 use eqim::checkpoint::tensors::TensorFile;
-use eqim::checkpoint::{self, StoredConfig};
+use eqim::checkpoint::{self, Inferred, StoredConfig};
 use eqim::files::{self, folder};
 use eqim::model::Stage;
 use eqim::weights::Weights;
-use eqim::{Config, Error, Result, ResultExt};
+use eqim::{Config, Error, Result};
 use eqim_calibration::plan;
 use eqim_engines::trt;
 use prost::Message;
@@ -123,14 +123,23 @@ pub fn draft(
         weights: FileRecord::of(draft.path(), WEIGHTS_FILE)?,
         graphs,
         quantization,
+        inferred: vec![],
     };
-    let text = serde_json::to_vec_pretty(&manifest).or_run(CONFIG_FILE)?;
-    files::write(&draft.path().join(CONFIG_FILE), &text)?;
+    files::write_json(&draft.path().join(CONFIG_FILE), &manifest)?;
     let bundle = Bundle::open(draft.path())?;
     Ok(Draft { folder: draft, destination: destination.to_path_buf(), bundle })
 }
 
 impl Draft {
+    /// Records in `config.json` where the values of the configuration come from.
+    ///
+    /// # Errors
+    /// [`Error::run`] if the file cannot be written.
+    pub fn record(&mut self, inferred: Vec<Inferred>) -> Result<()> {
+        self.bundle.manifest.inferred = inferred;
+        files::write_json(&self.folder.path().join(CONFIG_FILE), &self.bundle.manifest)
+    }
+
     /// Moves the bundle to its destination and replaces an older bundle there.
     ///
     /// # Errors

@@ -1,6 +1,9 @@
 //! Infers a model's configuration from the names and shapes of its tensors.
 
 use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
 
 use crate::config::{GROUPS, GeneratorConfig, Level, Preset, TokenizerConfig, Tower};
 use crate::{Error, Result};
@@ -21,6 +24,53 @@ pub struct Hints {
     pub steps: Option<usize>,
 }
 
+/// Where a value of a configuration comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Origin {
+    /// The names and shapes of the tensors.
+    Shapes,
+    /// The arguments of the training, which the checkpoint contains.
+    Args,
+    /// A published size.
+    Preset,
+    /// The user.
+    Flag,
+    /// The configuration in a file of eqim.
+    Metadata,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Shapes => "shapes",
+            Self::Args => "args",
+            Self::Preset => "preset",
+            Self::Flag => "flag",
+            Self::Metadata => "metadata",
+        })
+    }
+}
+
+/// A value of a configuration that was inferred, and where it comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Inferred {
+    /// Name of the value.
+    pub name: String,
+    /// The value as text.
+    pub value: String,
+    /// Where the value comes from.
+    pub origin: Origin,
+}
+
+impl Inferred {
+    /// A value with its name.
+    pub fn new(name: &str, value: impl fmt::Display, origin: Origin) -> Self {
+        Self { name: name.into(), value: value.to_string(), origin }
+    }
+}
+
 /// Shapes of tensors by name.
 pub type Shapes = BTreeMap<String, Vec<usize>>;
 
@@ -38,62 +88,124 @@ fn count(shapes: &Shapes, name: impl Fn(usize) -> String) -> usize {
     (0..).take_while(|&i| shapes.contains_key(&name(i))).count()
 }
 
-/// Infers the generator's configuration. `hints` come from the user, `stored` from the checkpoint.
-///
-/// # Errors
-/// [`Error::input`] naming the tensor that is missing or has the wrong shape; [`Error::setting`] naming the setting
-/// that is unknown or does not fit the tensors.
-pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<GeneratorConfig> {
-    let preset = hints.preset.or(stored.preset);
-    let unknown = |field: &'static str, what: &str| {
+/// The first of a flag's, the checkpoint's and a preset's value, and which it is.
+fn choose<T>(
+    field: &'static str,
+    what: &str,
+    flag: Option<T>,
+    args: Option<T>,
+    preset: Option<T>,
+) -> Result<(T, Origin)> {
+    let unknown = || {
         let problem = format!(
             "is unknown: neither the tensors nor `args` contain {what}; set it, or choose the preset of a published size"
         );
         Error::setting(field, problem)
     };
-    let heads = hints.heads.or(preset.map(Preset::heads));
-    let window = hints.window.or(stored.window).or(preset.map(|_| Preset::WINDOW));
-    let vae_norm = hints.vae_norm.or(stored.vae_norm).or(preset.map(|_| Preset::VAE_NORM));
-    let steps = hints.steps.or(stored.steps).or(preset.map(|_| Preset::STEPS));
-    let config = GeneratorConfig {
+    let found = [(flag, Origin::Flag), (args, Origin::Args), (preset, Origin::Preset)];
+    found.into_iter().find_map(|(value, origin)| Some((value?, origin))).ok_or_else(unknown)
+}
+
+/// Infers the generator's configuration, and tells where its values come from. `hints` come from the user, `stored` from
+/// the checkpoint.
+///
+/// # Errors
+/// [`Error::input`] naming the tensor that is missing or has the wrong shape; [`Error::setting`] naming the setting
+/// that is unknown or does not fit the tensors.
+pub fn generator(shapes: &Shapes, hints: &Hints, stored: &Hints) -> Result<(GeneratorConfig, Vec<Inferred>)> {
+    // A file that is not a generator's lacks tensors. This is said before a setting is asked for.
+    let sizes = GeneratorConfig {
         class_num: size(shapes, "class_emb.weight", 2, 0)?,
         class_names: vec![],
         buffer: size(shapes, "encoder_pos_embed_learned", 3, 1)?,
         embed: size(shapes, "z_proj.weight", 2, 1)?,
         dim: size(shapes, "z_proj.weight", 2, 0)?,
         depth: count(shapes, |i| format!("encoder_blocks.{i}.attn.qkv.weight")),
-        heads: heads.ok_or_else(|| unknown("heads", "how many attention heads it has"))?,
+        heads: 0,
         mlp_dim: size(shapes, "encoder_blocks.0.mlp.fc1.weight", 2, 0)?,
-        window: window.ok_or_else(|| unknown("window", "the window of self-attention"))?,
+        window: 0,
         flow_dim: size(shapes, "diffloss.net.input_proj.weight", 2, 0)?,
         flow_depth: count(shapes, |j| format!("diffloss.net.res_blocks.{j}.in_ln.weight")),
         time_dim: size(shapes, "diffloss.net.time_embed.mlp.0.weight", 2, 1)?,
-        vae_norm: vae_norm.ok_or_else(|| unknown("vae_norm", "the scale of its latents"))?,
-        steps: steps.ok_or_else(|| unknown("steps", "the number of sampling steps"))?,
+        vae_norm: 0.0,
+        steps: 0,
     };
-    preset.map_or(Ok(()), |preset| fits(&config, preset))?;
-    Ok(config)
+    let preset = hints.preset.or(stored.preset);
+    let heads_of = |hints: &Hints| hints.heads.or(hints.preset.map(Preset::heads));
+    // An explicit preset has priority over the checkpoint's.
+    let (heads, heads_from) = match (hints.heads, hints.preset) {
+        (None, Some(preset)) => (preset.heads(), Origin::Preset),
+        _ => choose("heads", "how many attention heads it has", hints.heads, heads_of(stored), None)?,
+    };
+    let (window, window_from) =
+        choose("window", "the window of self-attention", hints.window, stored.window, preset.map(|_| Preset::WINDOW))?;
+    let (vae_norm, vae_norm_from) = choose(
+        "vae_norm",
+        "the scale of its latents",
+        hints.vae_norm,
+        stored.vae_norm,
+        preset.map(|_| Preset::VAE_NORM),
+    )?;
+    let (steps, steps_from) =
+        choose("steps", "the number of sampling steps", hints.steps, stored.steps, preset.map(|_| Preset::STEPS))?;
+    let config = GeneratorConfig { heads, window, vae_norm, steps, ..sizes };
+    if hints.heads.is_none() || hints.preset.is_some() {
+        preset.map_or(Ok(()), |preset| fits(&config, preset))?;
+    }
+    let origins = origins(&config, [heads_from, window_from, vae_norm_from, steps_from], Origin::Shapes);
+    Ok((config, origins))
 }
 
-/// Checks that the tensors have the sizes of the preset. With the wrong preset, the model would give wrong results
-/// without an error.
+/// All values of a generator's configuration: the settings heads, window, `vae_norm` and steps, then its sizes.
+pub(super) fn origins(
+    config: &GeneratorConfig,
+    [heads, window, vae_norm, steps]: [Origin; 4],
+    sizes: Origin,
+) -> Vec<Inferred> {
+    let shapes = |name, value: usize| Inferred::new(name, value, sizes);
+    vec![
+        Inferred::new("heads", config.heads, heads),
+        Inferred::new("window", config.window, window),
+        Inferred::new("vae_norm", config.vae_norm, vae_norm),
+        Inferred::new("steps", config.steps, steps),
+        shapes("classes", config.class_num),
+        shapes("condition tokens", config.buffer),
+        shapes("values of a token", config.embed),
+        shapes("width", config.dim),
+        shapes("blocks", config.depth),
+        shapes("MLP width", config.mlp_dim),
+        shapes("flow head's width", config.flow_dim),
+        shapes("flow head's blocks", config.flow_depth),
+        shapes("time embedding", config.time_dim),
+    ]
+}
+
+/// Checks that the tensors have the width and depth of the preset. With the wrong preset, the number of heads would be
+/// wrong, and the model would give wrong results without an error. The flow head may have any width.
 pub(super) fn fits(config: &GeneratorConfig, preset: Preset) -> Result<()> {
     let published = preset.config().generator;
-    let sizes = [
-        ("width", config.dim, published.dim),
-        ("number of blocks", config.depth, published.depth),
-        ("flow head's width", config.flow_dim, published.flow_dim),
-    ];
+    let sizes = [("width", config.dim, published.dim), ("number of blocks", config.depth, published.depth)];
     match sizes.iter().find(|(_, found, expected)| found != expected) {
         Some((what, found, expected)) => {
             let problem = format!(
                 "is {preset:?}, which has a {what} of {expected}, and the tensors have {found}: give the preset that the \
-                 checkpoint has, or none and its attention heads"
+                 checkpoint has, or its attention heads"
             );
             Err(Error::setting("preset", problem))
         }
         None => Ok(()),
     }
+}
+
+/// Values of a tokenizer's configuration, for the report. The number of groups is that of all published tokenizers.
+pub(super) fn tokenizer_origins(config: &TokenizerConfig) -> Vec<Inferred> {
+    let channels: Vec<usize> = config.decoder.levels.iter().map(|level| level.channels).collect();
+    vec![
+        Inferred::new("image height", config.image_height(), Origin::Shapes),
+        Inferred::new("token width", config.token_width(), Origin::Shapes),
+        Inferred::new("tokenizer's channels", format!("{channels:?}"), Origin::Shapes),
+        Inferred::new("normalization groups", config.groups, Origin::Preset),
+    ]
 }
 
 /// Infers the tokenizer's configuration.

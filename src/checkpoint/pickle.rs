@@ -18,9 +18,9 @@ pub type Id = usize;
 pub enum Value {
     /// `None`.
     None,
-    /// A Boolean, whose value is not stored.
-    Bool,
-    /// An integer.
+    /// A Boolean.
+    Bool(bool),
+    /// An integer of up to 64 bits.
     Int(i64),
     /// A floating-point number.
     Float(f64),
@@ -43,7 +43,13 @@ pub enum Value {
     },
     /// A reference to data outside of the pickle. In PyTorch's files, this is the storage of a tensor.
     Persistent(Id),
+    /// A value that is not stored, such as an integer of more than 64 bits or text with lone surrogates.
+    Opaque(&'static str),
 }
+
+/// Most instructions of a pickle. Every value takes at least one, so this limits the memory of a hostile pickle. The
+/// largest published checkpoint has a quarter of a million, with its optimizer.
+const MOST_INSTRUCTIONS: usize = 4_000_000;
 
 /// All values of a pickle.
 #[derive(Debug, Default)]
@@ -55,6 +61,11 @@ impl Pickle {
     /// The value at `id`.
     pub fn get(&self, id: Id) -> &Value {
         &self.values[id]
+    }
+
+    /// All values.
+    pub fn values(&self) -> impl Iterator<Item = &Value> {
+        self.values.iter()
     }
 
     /// The text at `id`.
@@ -78,7 +89,70 @@ impl Pickle {
         match self.get(id) {
             Value::Int(value) => Some(*value as f64),
             Value::Float(value) => Some(*value),
-            Value::Text(text) => text.parse().ok(),
+            Value::Text(text) => text.trim().parse().ok(),
+            _ => None,
+        }
+    }
+
+    /// The global name at `id`.
+    pub fn global(&self, id: Id) -> Option<&str> {
+        match self.get(id) {
+            Value::Global(name) => Some(name),
+            _ => None,
+        }
+    }
+
+    /// Bytes at `id`: stored as such, or as text that Python encodes as Latin-1 (protocol 2 has no bytes).
+    pub fn bytes(&self, id: Id) -> Option<Vec<u8>> {
+        let text = match self.call(id) {
+            Some(("_codecs.encode", arguments)) => *self.sequence(arguments)?.first()?,
+            Some(_) => return None,
+            None => id,
+        };
+        self.text(text)?.chars().map(|char| u8::try_from(u32::from(char)).ok()).collect()
+    }
+
+    /// What the value at `id` is, for messages.
+    pub fn describe(&self, id: Id) -> String {
+        match self.get(id) {
+            Value::None => "None".into(),
+            Value::Bool(value) => if *value { "True" } else { "False" }.into(),
+            Value::Int(value) => value.to_string(),
+            Value::Float(value) => value.to_string(),
+            Value::Text(text) => format!("{:?}", text.chars().take(40).collect::<String>()),
+            Value::Sequence(items) => format!("a list of {} values", items.len()),
+            Value::Dict(entries) => format!("a dictionary of {} entries", entries.len()),
+            Value::Global(name) => name.clone(),
+            Value::Object { class, .. } => match self.get(*class) {
+                Value::Global(name) => format!("an object of {name}"),
+                _ => "an object".into(),
+            },
+            Value::Persistent(_) => "a storage".into(),
+            Value::Opaque(what) => (*what).into(),
+        }
+    }
+
+    /// The Boolean at `id`.
+    pub fn boolean(&self, id: Id) -> Option<bool> {
+        match self.get(id) {
+            Value::Bool(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// The tuple of sizes at `id`. A `torch.Size` is pickled as a call with a tuple.
+    pub fn sizes(&self, id: Id) -> Option<Vec<usize>> {
+        let items = match self.call(id) {
+            Some(("torch.Size", arguments)) => *self.sequence(arguments)?.first()?,
+            _ => id,
+        };
+        self.sequence(items)?.iter().map(|&id| usize::try_from(self.int(id)?).ok()).collect()
+    }
+
+    /// The argument of `__setstate__` of the object at `id`.
+    pub fn state(&self, id: Id) -> Option<Id> {
+        match self.get(id) {
+            Value::Object { state, .. } => *state,
             _ => None,
         }
     }
@@ -111,30 +185,28 @@ impl Pickle {
     /// The name of the global whose call gives the object at `id`, and the arguments of the call.
     pub fn call(&self, id: Id) -> Option<(&str, Id)> {
         match self.get(id) {
-            Value::Object { class, arguments, .. } => match self.get(*class) {
-                Value::Global(name) => Some((name, *arguments)),
-                _ => None,
-            },
+            Value::Object { class, arguments, .. } => Some((self.global(*class)?, *arguments)),
             _ => None,
         }
     }
 }
 
-/// Reads a pickle. Returns its values and the index of the root.
+/// Reads the pickle at the start of `bytes`. Returns its values, the index of the root, and the length of the pickle.
 ///
 /// # Errors
 /// [`Error::input`] naming the position of the instruction that cannot be read.
-pub fn read(bytes: &[u8]) -> Result<(Pickle, Id)> {
+pub fn read(bytes: &[u8]) -> Result<(Pickle, Id, usize)> {
     let mut machine =
         Machine { bytes, at: 0, pickle: Pickle::default(), stack: vec![], marks: vec![], memo: HashMap::new() };
-    loop {
+    for _ in 0..MOST_INSTRUCTIONS {
         let at = machine.at;
         match machine.instruction() {
             Ok(None) => {}
-            Ok(Some(root)) => return Ok((machine.pickle, root)),
+            Ok(Some(root)) => return Ok((machine.pickle, root, machine.at)),
             Err(problem) => return Err(Error::input(format!("pickle, byte {at}"), problem)),
         }
     }
+    Err(Error::input("pickle", format!("has more than {MOST_INSTRUCTIONS} instructions")))
 }
 
 /// The virtual machine of the pickle format. Python's `pickletools.py` documents its instructions.
@@ -163,14 +235,20 @@ impl Machine<'_> {
 
     /// A two's complement integer of up to 8 bytes.
     fn signed(&mut self, length: usize) -> Step<i64> {
-        if length == 0 {
-            return Ok(0);
-        }
-        if length > 8 {
-            return Err(format!("an integer of {length} bytes, at most 8 are read"));
-        }
         let unused = 64 - 8 * length as u32;
-        Ok((self.unsigned(length)? << unused) as i64 >> unused)
+        Ok(if length == 0 { 0 } else { (self.unsigned(length)? << unused) as i64 >> unused })
+    }
+
+    /// A two's complement integer of any length. Random states hold integers of 128 bits and more; none is needed.
+    fn long(&mut self, length: u64) -> Step<()> {
+        match length {
+            0..=8 => self.integer(|machine| machine.signed(length as usize)),
+            _ => {
+                self.take(length as usize)?;
+                self.push(Value::Opaque("an integer of more than 64 bits"));
+                Ok(())
+            }
+        }
     }
 
     fn line(&mut self) -> Step<String> {
@@ -181,9 +259,9 @@ impl Machine<'_> {
     }
 
     fn text(&mut self, length: u64) -> Step<()> {
-        let text = self.take(length as usize)?;
-        let text = std::str::from_utf8(text).map_err(|error| error.to_string())?.to_string();
-        self.push(Value::Text(text));
+        // Python writes lone surrogates as they are, which is not UTF-8.
+        let text = std::str::from_utf8(self.take(length as usize)?).map(str::to_string);
+        self.push(text.map_or(Value::Opaque("text that is not Unicode"), Value::Text));
         Ok(())
     }
 
@@ -225,8 +303,8 @@ impl Machine<'_> {
         let list = self.top()?;
         match &mut self.pickle.values[list] {
             Value::Sequence(list) => list.extend(items),
-            // A subclass of list. Its elements are not needed.
-            Value::Object { .. } => {}
+            // A subclass of list.
+            object @ Value::Object { .. } => *object = Value::Sequence(items),
             _ => return Err("elements for something that is not a list".into()),
         }
         Ok(())
@@ -235,10 +313,11 @@ impl Machine<'_> {
     fn set_items(&mut self, items: &[Id]) -> Step<()> {
         let dict = self.top()?;
         let (pairs, []) = items.as_chunks::<2>() else { return Err("a key without value".into()) };
+        let pairs = pairs.iter().map(|[key, value]| (*key, *value));
         match &mut self.pickle.values[dict] {
-            Value::Dict(entries) => entries.extend(pairs.iter().map(|[key, value]| (*key, *value))),
-            // A subclass of dict. Its entries are not needed.
-            Value::Object { .. } => {}
+            Value::Dict(entries) => entries.extend(pairs),
+            // A subclass of dict.
+            object @ Value::Object { .. } => *object = Value::Dict(pairs.collect()),
             _ => return Err("entries for something that is not a dictionary".into()),
         }
         Ok(())
@@ -247,7 +326,7 @@ impl Machine<'_> {
     fn call(&mut self) -> Step<()> {
         let arguments = self.pop()?;
         let class = self.pop()?;
-        let dict = matches!(self.pickle.get(class), Value::Global(name) if name == "collections.OrderedDict");
+        let dict = self.pickle.global(class) == Some("collections.OrderedDict");
         self.push(if dict { Value::Dict(vec![]) } else { Value::Object { class, arguments, state: None } });
         Ok(())
     }
@@ -287,12 +366,13 @@ impl Machine<'_> {
             b'1' => drop(self.pop_to_mark()?),                                  // POP_MARK
             b'2' => self.stack.push(self.top()?),                               // DUP
             b'N' => self.push(Value::None),                                     // NONE
-            0x88 => self.push(Value::Bool),                                     // NEWTRUE
-            0x89 => self.push(Value::Bool),                                     // NEWFALSE
+            0x88 => self.push(Value::Bool(true)),                               // NEWTRUE
+            0x89 => self.push(Value::Bool(false)),                              // NEWFALSE
             b'K' => self.integer(|m| m.unsigned(1).map(|value| value as i64))?, // BININT1
             b'M' => self.integer(|m| m.unsigned(2).map(|value| value as i64))?, // BININT2
             b'J' => self.integer(|m| m.signed(4))?,                             // BININT
-            0x8a => self.integer(|m| m.unsigned(1).and_then(|length| m.signed(length as usize)))?, // LONG1
+            0x8a => self.unsigned(1).and_then(|length| self.long(length))?,     // LONG1
+            0x8b => self.unsigned(4).and_then(|length| self.long(length))?,     // LONG4
             b'G' => {
                 let value = f64::from_bits(self.unsigned(8)?.swap_bytes());
                 self.push(Value::Float(value)); // BINFLOAT
@@ -302,6 +382,7 @@ impl Machine<'_> {
             0x8d => self.unsigned(8).and_then(|length| self.text(length))?, // BINUNICODE8
             b'U' | b'C' => self.unsigned(1).and_then(|length| self.latin1(length))?, // SHORT_BINSTRING, SHORT_BINBYTES
             b'T' | b'B' => self.unsigned(4).and_then(|length| self.latin1(length))?, // BINSTRING, BINBYTES
+            0x8e | 0x96 => self.unsigned(8).and_then(|length| self.latin1(length))?, // BINBYTES8, BYTEARRAY8
             b'c' => {
                 let (module, name) = (self.line()?, self.line()?);
                 self.global(&module, &name); // GLOBAL
@@ -335,6 +416,7 @@ impl Machine<'_> {
             }
             b'u' => self.pop_to_mark().and_then(|items| self.set_items(&items))?, // SETITEMS
             b'R' | 0x81 => self.call()?,                                          // REDUCE, NEWOBJ
+            0x92 => self.pop().and_then(|_keywords| self.call())?,                // NEWOBJ_EX
             b'b' => self.build()?,                                                // BUILD
             b'Q' => {
                 let id = self.pop()?;

@@ -9,9 +9,10 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo, View};
 
-use crate::{Error, Result, ResultExt, files};
+use crate::{Error, Result, ResultExt, files, kind};
 
-const LARGEST_HEADER: u64 = 100_000_000;
+/// Largest header that is read. The header of the largest published model has 0.1 MB.
+const LARGEST_HEADER: u64 = 16 << 20;
 
 /// An open `.safetensors` file whose header has been checked against its length.
 #[derive(Debug)]
@@ -28,27 +29,38 @@ impl TensorFile {
     /// # Errors
     /// [`Error::input`] if the file is truncated or not in the format.
     pub fn open(path: &Path) -> Result<Self> {
-        let bad = |problem: String| Error::input(path.display(), format!("is not a safetensors file: {problem}"));
-        let not_one = || Error::input(path.display(), "is not a safetensors file");
+        let bad = |problem: &str| match kind::of(path) {
+            Some(kind) => Error::input(path.display(), format!("is {kind}")),
+            None => Error::input(path.display(), format!("is not a safetensors file{problem}")),
+        };
         let mut file = files::open(path)?;
-        let length = file.metadata().map_err(|error| not_one().because(error))?.len();
+        let length = file.metadata().map_err(|error| bad("").because(error))?.len();
         if length < 8 {
-            return Err(bad(format!("it has {length} bytes, too few for a header")));
+            return Err(bad(&format!(": it has {length} bytes, too few for a header")));
         }
         let mut header = vec![0; 8];
-        file.read_exact(&mut header).map_err(|error| not_one().because(error))?;
+        file.read_exact(&mut header).map_err(|error| bad("").because(error))?;
         let header_length = u64::from_le_bytes([0, 1, 2, 3, 4, 5, 6, 7].map(|i| header[i]));
-        if header_length > LARGEST_HEADER.min(length - 8) {
-            return Err(bad(format!("a header of {header_length} bytes does not fit in its {length} bytes")));
+        if header_length > LARGEST_HEADER && header_length <= length - 8 {
+            return Err(bad(&format!(": its header has {header_length} bytes, at most {LARGEST_HEADER} are read")));
+        }
+        // The first bytes of other files give any number.
+        if header_length > LARGEST_HEADER {
+            return Err(bad(""));
+        }
+        if header_length > length - 8 {
+            let problem =
+                format!(": its header of {header_length} bytes does not fit in its {length} bytes: truncated?");
+            return Err(bad(&problem));
         }
         header.resize(8 + header_length as usize, 0);
-        file.read_exact(&mut header[8..]).map_err(|error| not_one().because(error))?;
-        let metadata: Metadata = serde_json::from_slice(&header[8..]).map_err(|error| not_one().because(error))?;
+        file.read_exact(&mut header[8..]).map_err(|error| bad("").because(error))?;
+        let metadata: Metadata = serde_json::from_slice(&header[8..]).map_err(|error| bad("").because(error))?;
         let data_start = header.len() as u64;
         let end = metadata.tensors().values().map(|info| info.data_offsets.1).max().unwrap_or(0) as u64;
         if data_start.checked_add(end) != Some(length) {
-            return Err(bad(format!(
-                "its tensors take {end} bytes, but the file has {} bytes of them: truncated?",
+            return Err(bad(&format!(
+                ": its tensors take {end} bytes, but the file has {} bytes of them: truncated?",
                 length - data_start
             )));
         }
@@ -63,6 +75,11 @@ impl TensorFile {
     /// Names, types, shapes and offsets of all tensors.
     pub fn tensors(&self) -> HashMap<String, &TensorInfo> {
         self.metadata.tensors()
+    }
+
+    /// Type, shape and offsets of a tensor.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        self.metadata.info(name)
     }
 
     /// The text stored under `key` in the file's metadata.

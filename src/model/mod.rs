@@ -7,5 +7,7 @@ mod stage;
 pub mod tokenizer;
 pub mod transformer;
 
-pub use parameters::{FULL_PRECISION_MODULES, keeps_full_precision, parameters, parameters_of, report_group};
+pub use parameters::{
+    FULL_PRECISION_MODULES, check_finite, keeps_full_precision, parameters, parameters_of, report_group,
+};
 pub use stage::{Dimension, Sizes, Stage, Symbol, ValueInfo, ValueKind};

@@ -1,7 +1,5 @@
 //! Lists the weights of the model, checks loaded weights, and computes the cost of a stage.
 
-use std::collections::BTreeSet;
-
 use candle_core::{Device, Tensor};
 use rand_mt::Mt;
 
@@ -51,45 +49,20 @@ impl Stage {
     }
 }
 
+/// Checks that all values of the tensor `name` are finite.
+///
+/// # Errors
+/// [`Error::input`] naming the tensor.
+pub fn check_finite(name: &str, tensor: &Tensor) -> Result<()> {
+    let largest = tensor.abs()?.max_all()?.to_scalar::<f32>()?;
+    // A maximum can miss a NaN; a sum cannot.
+    if !largest.is_finite() || tensor.sum_all()?.to_scalar::<f32>()?.is_nan() {
+        return Err(Error::input(format!("tensor {name}"), "has a value that is not finite"));
+    }
+    Ok(())
+}
+
 impl Weights {
-    /// Checks that these are exactly the weights of `config`, and that they are finite. `source` names the files that
-    /// the weights come from.
-    ///
-    /// # Errors
-    /// [`Error::input`] naming the tensor that is missing, unexpected, of the wrong shape or not finite.
-    pub fn check(&self, config: &Config, source: &str) -> Result<()> {
-        self.check_stages(config, &Stage::ALL, source)
-    }
-
-    /// Checks, like [`Weights::check`], that these are exactly the weights of some stages.
-    ///
-    /// # Errors
-    /// [`Error::input`] naming the tensor that is missing, unexpected, of the wrong shape or not finite.
-    pub fn check_stages(&self, config: &Config, stages: &[Stage], source: &str) -> Result<()> {
-        let mut extra: BTreeSet<&str> = self.iter().map(|(name, _)| name).collect();
-        for (name, shape) in parameters_of(config, stages)? {
-            let Ok(tensor) = self.find(&name) else {
-                return Err(Error::input(source, format!("tensor {name} {shape:?} is missing")));
-            };
-            if tensor.dims() != shape {
-                return Err(misshapen(source, &name, &shape, tensor.dims()));
-            }
-            let largest = tensor.abs()?.max_all()?.to_scalar::<f32>()?;
-            // A maximum can miss a NaN; a sum cannot.
-            if !largest.is_finite() || tensor.sum_all()?.to_scalar::<f32>()?.is_nan() {
-                return Err(Error::input(source, format!("tensor {name} has a value that is not finite")));
-            }
-            extra.remove(name.as_str());
-        }
-        match extra.first() {
-            Some(name) => Err(Error::input(
-                source,
-                format!("tensor {name} is not part of this model ({} such tensors)", extra.len()),
-            )),
-            None => Ok(()),
-        }
-    }
-
     /// Random weights from `seed`, for benchmarks without a download. They are scaled so that activations stay near 1.
     ///
     /// # Errors
@@ -112,10 +85,6 @@ impl Weights {
         }
         Ok(weights)
     }
-}
-
-fn misshapen(source: &str, name: &str, expected: &[usize], found: &[usize]) -> Error {
-    Error::input(source, format!("tensor {name} has shape {found:?}, expected {expected:?}"))
 }
 
 /// Names of modules whose products stay in full precision when a model is quantized. A module is in this list for one
@@ -154,6 +123,8 @@ pub fn report_group(scope: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::config::Preset;
 

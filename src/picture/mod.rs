@@ -14,7 +14,7 @@ use image::{ExtendedColorType, ImageDecoder, ImageError, ImageFormat, ImageReade
 use ndarray::{Array3, ArrayView3};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, ResultExt, files};
+use crate::{Error, Result, ResultExt, files, kind};
 
 /// Largest width of a picture that is read, in pixels after scaling. Without this limit, a very flat picture would be
 /// scaled to gigabytes.
@@ -84,6 +84,11 @@ pub fn load(path: &Path) -> Result<RgbImage> {
     let bad = |problem: String| Error::input(path.display(), problem);
     let unreadable = |error: ImageError| bad("is not a PNG or JPEG that can be read".into()).because(error);
     let reader = open(path)?;
+    if !matches!(reader.format(), Some(ImageFormat::Png | ImageFormat::Jpeg))
+        && let Some(kind) = kind::of(path)
+    {
+        return Err(bad(format!("is {kind}")));
+    }
     if reader.format() == Some(ImageFormat::Jpeg) && !is_whole_jpeg(path)? {
         return Err(bad("is a truncated JPEG: its end is missing".into()));
     }

@@ -2,16 +2,15 @@
 //! no file.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::{Cursor, Write};
+use std::io::Cursor;
 
 use candle_core::{DType, Device, Tensor};
 use eqim::checkpoint::CONFIG_KEY;
 use eqim::checkpoint::tensors::{self, TensorFile};
 use serde_json::{Value, json};
-use zip::ZipWriter;
-use zip::write::SimpleFileOptions;
 
 use crate::common::bins::Workplace;
+use crate::common::torch::{call, dict, global, integer, text, tuple, zip_file};
 use crate::common::{Fixture, all, fixtures};
 
 fn first() -> Fixture {
@@ -49,8 +48,24 @@ fn files_that_are_no_checkpoints() {
     image::RgbImage::new(64, 64).save(place.path("picture.png")).unwrap();
     place.write("empty.zip", zip_file(&[]));
     place.write("other.zip", zip_file(&[("readme.txt", b"hello")]));
+    place.write("pointer.pth", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2576\n");
+    place.write("page.pth", "<!DOCTYPE html><html><head><title>Sign in</title></head></html>");
+    place.write("error.pth", r#"{"error": "Repository not found"}"#);
+    place.write("weights.tar", [&[b'a'; 257][..], b"ustar", &[0; 1000]].concat());
+    place.write("weights.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x00");
+    place.write("utf16.json", b"\xff\xfe{\0\"\0a\0\"\0");
+    place.write("inner.zip", zip_file(&[("weights/generator.pth", b"hello")]));
+    place.write("script.pt", zip_file(&[("a/data.pkl", b"N."), ("a/constants.pkl", b"N."), ("a/code/b.py", b"")]));
     std::fs::create_dir(place.path("folder")).unwrap();
     let files = [
+        "pointer.pth",
+        "page.pth",
+        "error.pth",
+        "weights.tar",
+        "weights.gz",
+        "utf16.json",
+        "inner.zip",
+        "script.pt",
         "noise.bin",
         "zip.bin",
         "old.bin",
@@ -104,7 +119,8 @@ fn export_flags() {
         "--heads 2 --atol nan",
         "--heads 2 --atol=-1",
         "--heads 2 --dtype int8",
-        "--heads 2 --weights best",
+        "--heads 2 --generator-weights best",
+        "--heads 2 --tokenizer-weights best",
         "--preset gigantic",
         "--preset huge",
         "--heads 2 --no-validate --atol 1",
@@ -129,40 +145,6 @@ fn export_flags() {
 }
 
 // Pickles.
-
-fn zip_file(files: &[(&str, &[u8])]) -> Vec<u8> {
-    let mut zip = ZipWriter::new(Cursor::new(vec![]));
-    for (name, contents) in files {
-        zip.start_file(*name, SimpleFileOptions::default()).unwrap();
-        zip.write_all(contents).unwrap();
-    }
-    zip.finish().unwrap().into_inner()
-}
-
-fn global(module: &str, name: &str) -> Vec<u8> {
-    format!("c{module}\n{name}\n").into_bytes()
-}
-
-fn text(text: &str) -> Vec<u8> {
-    [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat()
-}
-
-fn integer(value: i64) -> Vec<u8> {
-    [&[0x8a, 8][..], &value.to_le_bytes()].concat()
-}
-
-fn tuple(items: &[Vec<u8>]) -> Vec<u8> {
-    [b"(".to_vec(), items.concat(), b"t".to_vec()].concat()
-}
-
-fn call(function: Vec<u8>, arguments: &[Vec<u8>]) -> Vec<u8> {
-    [function, tuple(arguments), b"R".to_vec()].concat()
-}
-
-fn dict(entries: &[(&str, Vec<u8>)]) -> Vec<u8> {
-    let entries = entries.iter().flat_map(|(key, value)| [text(key), value.clone()]).collect::<Vec<_>>().concat();
-    [b"}(".to_vec(), entries, b"u".to_vec()].concat()
-}
 
 /// A tensor as `torch.save` writes it.
 struct Saved<'a> {
@@ -338,6 +320,8 @@ fn pickles_that_are_not_of_torch_save() {
         ("text that is too short", b"X\xff\xff\xff\xffabc.".into()),
         ("text of all memory", b"\x8d\xff\xff\xff\xff\xff\xff\xff\xffabc.".into()),
         ("text that is no text", b"X\x02\x00\x00\x00\xff\xfe.".into()),
+        ("values without end", b"N".repeat(5_000_000)),
+        ("entries without end", [&b"N"[..], &b"\x94".repeat(5_000_000)].concat()),
         ("a long integer", [&[0x8a, 255][..], &[1; 255], b"."].concat()),
         ("an integer without bytes", b"\x8a\x00.".into()),
         ("a frame of nothing", b"\x95\x01.".into()),
@@ -385,6 +369,7 @@ fn safetensors_that_lie() {
         ("header-beyond-the-end", with_length(whole.len() as u64)),
         ("header-of-all-memory", with_length(u64::MAX)),
         ("header-of-gigabytes", with_length(99_999_999)),
+        ("a-large-header", safetensors(&" ".repeat(20_000_000), &[])),
         ("no-json", safetensors("certainly", &[])),
         ("deep-json", safetensors(&"[".repeat(1_000_000), &[])),
         ("a-list", safetensors("[]", &[])),

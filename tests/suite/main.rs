@@ -4,6 +4,7 @@ mod common;
 
 mod batch;
 mod bench;
+mod checkpoints;
 mod classes;
 mod demo;
 mod end_to_end;

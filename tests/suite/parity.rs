@@ -252,7 +252,7 @@ fn published_checkpoints_give_the_published_configurations() {
     for (key, preset) in presets {
         let shapes = shapes(key);
         let hints = Hints { preset: Some(preset), ..Hints::default() };
-        let generator = checkpoint::infer_generator(&shapes, &hints, &Hints::default()).unwrap();
+        let (generator, _) = checkpoint::infer_generator(&shapes, &hints, &Hints::default()).unwrap();
         let config = eqim::Config { generator, tokenizer: tokenizer.clone() };
         assert_eq!(config, preset.config(), "{key}");
         config.check().unwrap();

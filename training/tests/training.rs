@@ -160,7 +160,9 @@ fn both_halves_learn() {
     }
     let model = place.path("g/generator.safetensors");
     let tokenizer = place.path("t/tokenizer.safetensors");
-    let (config, _) = eqim::checkpoint::load(&model, &tokenizer, Default::default(), &Default::default()).unwrap();
+    let (config, _) =
+        eqim::checkpoint::load(&model, &tokenizer, eqim::checkpoint::WeightSets::default(), &Default::default())
+            .unwrap();
     assert_eq!((config.generator.class_num, config.generator.embed), (2, 16));
     assert_eq!(config.generator.class_names, ["dusk", "noon"]);
 }

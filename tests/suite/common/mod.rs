@@ -1,6 +1,7 @@
 //! The golden fixtures, and comparisons with them.
 
 pub mod bins;
+pub mod torch;
 
 use std::collections::BTreeMap;
 use std::fmt::Display;

@@ -8,6 +8,7 @@ use eqim::engine::Engine;
 use eqim::engine::candle;
 use eqim::generate::memory::check_memory;
 use eqim::generate::tiles::Tiling;
+use eqim::kind;
 use eqim::picture::{self, Side};
 use eqim::request::settings::{Settings, TileSize};
 use eqim::request::{Noise, Request};
@@ -114,7 +115,10 @@ impl Prefix {
         let prefix = if picture::is_picture(path).map_err(about(field))? {
             Self::read_picture(path, config, side)?
         } else {
-            let neither = |error| about(field)(error).advise("; it is not a PNG or JPEG either");
+            let neither = |error| match kind::of(path) {
+                Some(_) => about(field)(error),
+                None => about(field)(error).advise("; it is not a PNG or JPEG either"),
+            };
             let file = TensorFile::open(path).map_err(neither)?;
             Self::Tokens(read_tokens(field, file, "tokens", &[1, rows], config)?)
         };

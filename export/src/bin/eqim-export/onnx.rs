@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use eqim::bundle::{Int8Target, Precision};
-use eqim::checkpoint::{self, Hints, WeightSet};
+use eqim::checkpoint::{self, Hints, Inferred, Loaded, WeightSet, WeightSets};
 use eqim::config::Preset;
 use eqim::engine::candle::CandleEngine;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, ResultExt};
 use eqim_cli::flags::tolerance;
-use eqim_cli::say;
+use eqim_cli::{note, say, table};
 use eqim_engines::native;
 use eqim_export::lower::{NEWEST_OPSET, OLDEST_OPSET};
 use eqim_export::validate::{default_tolerance, validate};
@@ -32,9 +32,8 @@ pub struct Onnx {
     /// checkpoint, if eqim-train wrote it]
     #[arg(long, value_name = "FILE")]
     class_names: Option<PathBuf>,
-    /// Weights of the checkpoints to export
-    #[arg(long, value_enum, default_value_t = WeightsArgument::Ema)]
-    weights: WeightsArgument,
+    #[command(flatten)]
+    sets: SetArguments,
     /// Folder to write the bundle to; an older bundle there is replaced
     #[arg(short, long, value_name = "BUNDLE")]
     output: PathBuf,
@@ -60,10 +59,10 @@ pub struct Onnx {
 /// Source of the weights.
 #[derive(Args)]
 struct Source {
-    /// Generator checkpoint: .pth of the reference implementation, or .safetensors of eqim
+    /// Generator checkpoint: .pth of the reference implementation, .safetensors, or the index of several .safetensors
     #[arg(long, value_name = "FILE", required_unless_present = "random", requires = "tokenizer")]
     generator: Option<PathBuf>,
-    /// Tokenizer checkpoint: .ckpt of the reference implementation, or .safetensors of eqim
+    /// Tokenizer checkpoint: .ckpt of the reference implementation, .safetensors, or the index of several .safetensors
     #[arg(long, value_name = "FILE", required_unless_present = "random", requires = "generator")]
     tokenizer: Option<PathBuf>,
     /// Use random weights of a published model size instead of checkpoints, for benchmarks without a download
@@ -74,10 +73,36 @@ struct Source {
     seed: u32,
 }
 
+/// The weights to take of a checkpoint that has both averages and trained weights.
+#[derive(Args)]
+struct SetArguments {
+    /// Weights of the generator [default: the moving average, or the trained weights if there is none]
+    #[arg(long, value_enum)]
+    generator_weights: Option<WeightsArgument>,
+    /// Weights of the tokenizer [default: the moving average of every tensor that has one]
+    #[arg(long, value_enum)]
+    tokenizer_weights: Option<WeightsArgument>,
+    /// Both of them, as in older versions
+    #[arg(long, value_enum, hide = true)]
+    weights: Option<WeightsArgument>,
+}
+
+impl SetArguments {
+    fn sets(&self) -> WeightSets {
+        let set = |half: Option<WeightsArgument>| {
+            half.or(self.weights).map(|set| match set {
+                WeightsArgument::Ema => WeightSet::Ema,
+                WeightsArgument::Raw => WeightSet::Raw,
+            })
+        };
+        WeightSets { generator: set(self.generator_weights), tokenizer: set(self.tokenizer_weights) }
+    }
+}
+
 /// Settings that a checkpoint may not contain.
 #[derive(Args)]
 struct HintArguments {
-    /// Published model size of the generator checkpoint
+    /// Model size of the generator checkpoint, for what it does not contain
     #[arg(long, value_enum)]
     preset: Option<PresetArgument>,
     /// Number of attention heads
@@ -96,6 +121,7 @@ struct HintArguments {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum PresetArgument {
+    Tiny,
     Small,
     Base,
     Large,
@@ -118,6 +144,7 @@ enum DtypeArgument {
 impl From<PresetArgument> for Preset {
     fn from(preset: PresetArgument) -> Self {
         match preset {
+            PresetArgument::Tiny => Self::Tiny,
             PresetArgument::Small => Self::Small,
             PresetArgument::Base => Self::Base,
             PresetArgument::Large => Self::Large,
@@ -127,8 +154,9 @@ impl From<PresetArgument> for Preset {
     }
 }
 
-/// Loads the weights, or generates random weights.
-fn load(arguments: &Onnx) -> Result<(Config, Weights)> {
+/// Loads the weights and says what was decided, or generates random weights. Returns where the values of the
+/// configuration come from.
+fn load(arguments: &Onnx) -> Result<(Config, Weights, Vec<Inferred>)> {
     let HintArguments { preset, heads, window, vae_norm, steps } = arguments.hints;
     if let Some(preset) = arguments.source.random {
         let mut config = Preset::from(preset).config();
@@ -139,17 +167,28 @@ fn load(arguments: &Onnx) -> Result<(Config, Weights)> {
         generator.steps = steps.unwrap_or(generator.steps);
         config.check()?;
         let weights = Weights::random(&config, arguments.source.seed)?;
-        return Ok((config, weights));
+        return Ok((config, weights, vec![]));
     }
     let (Some(generator), Some(tokenizer)) = (&arguments.source.generator, &arguments.source.tokenizer) else {
         return Err(Error::input("--generator and --tokenizer", "are both required without --random"));
     };
     let hints = Hints { preset: preset.map(Preset::from), heads, window, vae_norm, steps };
-    let set = match arguments.weights {
-        WeightsArgument::Ema => WeightSet::Ema,
-        WeightsArgument::Raw => WeightSet::Raw,
-    };
-    checkpoint::load(generator, tokenizer, set, &hints)
+    let loaded = checkpoint::load_described(generator, tokenizer, arguments.sets.sets(), &hints)?;
+    describe(&loaded);
+    Ok((loaded.config, loaded.weights, loaded.inferred))
+}
+
+/// Prints which weights were taken, where the values of the configuration come from, and what was passed over.
+fn describe(loaded: &Loaded) {
+    let row = |value: &Inferred| vec![value.name.clone(), value.value.clone(), value.origin.to_string()];
+    say(format_args!("weights: {}\n", loaded.taken));
+    say(format_args!("{}\n", table::text(&["model", "value", "from"], loaded.inferred.iter().map(row))));
+    if !loaded.passed_over.is_empty() {
+        let names = loaded.passed_over.join(", ");
+        note(format_args!(
+            "note: passed over, as the reference does, since the tokenizer has no such tensors: {names}"
+        ));
+    }
 }
 
 /// Writes the bundle that the flags specify.
@@ -164,19 +203,20 @@ pub fn run(arguments: &Onnx) -> Result<()> {
         DtypeArgument::Fp32 => Precision::Fp32,
         DtypeArgument::Fp16 => Precision::Fp16,
     };
-    let (mut config, weights) = load(arguments)?;
+    let (mut config, weights, inferred) = load(arguments)?;
     if let Some(file) = &arguments.class_names {
         let text = std::fs::read_to_string(file).or_input(file.display())?;
         config.generator.class_names = text.lines().map(|line| line.trim().to_string()).collect();
         config.check().map_err(|error| error.about(format!("--class-names {}", file.display())))?;
     }
     let options = Options { precision, opset: arguments.opset, policy: None };
-    let draft = match arguments.int8.policy(&config, &weights, arguments.int8_target)? {
+    let mut draft = match arguments.int8.policy(&config, &weights, arguments.int8_target)? {
         Some(policy) => {
             arguments.int8.draft(&arguments.output, &config, &weights, options, policy, library.as_deref())?
         }
         None => float(arguments, config, weights, options, library)?,
     };
+    draft.record(inferred)?;
     let bundle = draft.publish()?;
     eqim_cli::print(format_args!("The ONNX export succeeded and the bundle was saved at: {}", bundle.folder.display()))
 }

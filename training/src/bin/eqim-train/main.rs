@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use eqim::bundle::FileRecord;
-use eqim::checkpoint::{self, WeightSet};
+use eqim::checkpoint;
 use eqim::{Error, Result, ResultExt, files};
 use eqim_training::data::Photos;
 use eqim_training::dino::Dino;
@@ -187,7 +187,7 @@ fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>, dino: O
             "requires a GPU, since Candle has no such convolutions on a CPU: set --device",
         ));
     }
-    let initial = from.map(|path| checkpoint::load_tokenizer_alone(path, WeightSet::Ema)).transpose()?;
+    let initial = from.map(|path| checkpoint::load_tokenizer_alone(path, None)).transpose()?;
     if let Some((model, _)) = &initial {
         recipe.model = model.clone();
     }
@@ -208,7 +208,7 @@ fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>, dino: O
 fn generator(shared: &Shared, tokenizer: &Path) -> Result<()> {
     let recipe = shared.recipe()?;
     let device = shared.device()?;
-    let (config, weights) = checkpoint::load_tokenizer_alone(tokenizer, WeightSet::Ema)?;
+    let (config, weights) = checkpoint::load_tokenizer_alone(tokenizer, None)?;
     let name = tokenizer.file_name().unwrap_or_default().to_string_lossy();
     let hash = FileRecord::of(files::folder(tokenizer), &name)?.sha256;
     let photos = shared.photos(&recipe.generator.plan, config.image_height(), config.token_width())?;
