@@ -1,8 +1,9 @@
 //! Calibration: runs the model on pictures and rollouts, and collects the ranges of its activations.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+use std::path::Path;
 
 use candle_core::Tensor;
 use eqim::digest::sha256;
@@ -11,11 +12,12 @@ use eqim::engine::candle::{Runner, StageEngine};
 use eqim::generate::generate;
 use eqim::model::Stage;
 use eqim::ops::eager::Eager;
+use eqim::picture::folder::Folder;
 use eqim::picture::{self, Side};
 use eqim::request::{Noise, Request};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, ResultExt, files};
-use ndarray::{Array4, Axis, s};
+use ndarray::{Axis, s};
 use serde::{Deserialize, Serialize};
 
 use crate::estimate::Estimator;
@@ -29,10 +31,12 @@ use crate::table::{Damage, Entry, FORMAT, Range, Samples, Table};
 pub struct Collection {
     model: String,
     samples: Samples,
-    done: usize,
+    /// Names of the pictures that the model has run on.
+    pictures: BTreeSet<String>,
+    /// Number of rollouts that the model has run.
+    rollouts: usize,
     scopes: BTreeMap<String, ScopeHistograms>,
     /// Damage that the sensitivity search has measured, by the settings of the search and by scope.
-    #[serde(default)]
     pub(crate) damages: BTreeMap<String, BTreeMap<String, Damage>>,
 }
 
@@ -44,35 +48,33 @@ struct ScopeHistograms {
     output: Histogram,
 }
 
-/// SHA-256 of every picture file, by its path relative to `folder`.
+/// Looks at all pictures below `folder`. Returns the SHA-256 of every picture that fits the model, by its path relative
+/// to `folder`, and why each of the others is skipped. With `resize`, pictures of any height fit.
 ///
 /// # Errors
-/// [`Error::input`] if a file cannot be read.
-pub fn hashes(folder: &Path, pictures: &[PathBuf]) -> Result<BTreeMap<String, String>> {
-    let hash = |path: &PathBuf| {
-        let name = path.strip_prefix(folder).unwrap_or(path).to_string_lossy().into_owned();
-        Ok((name, sha256(files::read(path)?)))
+/// Those of [`Folder::open`].
+pub fn survey(folder: &Path, config: &Config, resize: bool) -> Result<(BTreeMap<String, String>, Vec<String>)> {
+    let look = |path: &Path, bytes: &[u8]| {
+        check_size(path, picture::decode(path, bytes)?.dimensions(), config, resize)?;
+        let name = path.strip_prefix(folder).unwrap_or(path).to_str();
+        let name = name.ok_or_else(|| Error::input(path.display(), "has a name that is not Unicode: rename it"))?;
+        Ok((name.to_string(), sha256(bytes)))
     };
-    pictures.iter().map(hash).collect()
+    let Folder { pictures, skipped, .. } = Folder::open(folder, look)?;
+    Ok((pictures.into_iter().map(|picture| picture.content).collect(), skipped))
 }
 
-/// Reads a picture as an input of the tokenizer, `[1, 3, height, width]`: at the model's height, and cropped to at most
-/// `tokens` tokens.
-///
-/// # Errors
-/// [`Error::input`] if the file is not a picture, or has another height and `resize` is false.
-pub fn read_picture(path: &Path, config: &Config, tokens: usize, resize: bool) -> Result<Array4<f32>> {
+/// Checks that a picture of this width and height is an input of the tokenizer.
+fn check_size(path: &Path, size: (u32, u32), config: &Config, resize: bool) -> Result<()> {
     let (height, token) = (config.tokenizer.image_height(), config.tokenizer.token_width());
-    let picture = picture::read(path, height, token, Side::Right)?;
-    if picture.original.1 as usize != height && !resize {
+    if size.1 as usize != height && !resize {
         let problem = format!(
             "is {} pixels high, expected {height}, the height of the model's images: scale it, or allow resizing",
-            picture.original.1
+            size.1
         );
         return Err(Error::input(path.display(), problem).with_field("resize"));
     }
-    let width = picture.pixels.dim().2.min(tokens * token);
-    Ok(picture.pixels.slice(s![.., .., ..width]).to_owned().insert_axis(Axis(0)))
+    picture::scaled_width(path, size, height, token).map(drop)
 }
 
 /// Runs the model on Candle and adds its activations to histograms.
@@ -112,27 +114,83 @@ fn request(config: &Config, samples: &Samples, index: usize) -> Request {
     }
 }
 
+/// Settings of a calibration by the names of their flags.
+fn settings(samples: &Samples) -> [(&'static str, String); 6] {
+    let Samples { images: _, resized, rollouts, tokens, steps, cfg, seed } = samples;
+    [
+        ("resize", resized.to_string()),
+        ("rollouts", rollouts.to_string()),
+        ("tokens", tokens.to_string()),
+        ("steps", steps.to_string()),
+        ("cfg", cfg.to_string()),
+        ("seed", seed.to_string()),
+    ]
+}
+
 impl Collection {
-    /// Resumes the calibration whose state is in the file `path`, or begins a new one if the file does not exist.
+    /// Resumes the calibration whose state is in the file `path`, or begins a new one if the file does not exist. There
+    /// may be more pictures than when the state was written, since the order of the samples does not matter.
     ///
     /// # Errors
-    /// [`Error::input`] if the file is not the state of a calibration, or the model, images or settings differ.
+    /// [`Error::input`] if the file is not the state of a calibration, if the model or a setting differs, or if a picture
+    /// that the model has run on is another one now.
     pub fn open(path: &Path, model: &str, samples: &Samples) -> Result<Self> {
         if !path.exists() {
             let (model, samples) = (model.to_string(), samples.clone());
-            return Ok(Self { model, samples, done: 0, scopes: BTreeMap::new(), damages: BTreeMap::new() });
+            let (pictures, scopes, damages) = Default::default();
+            return Ok(Self { model, samples, pictures, rollouts: 0, scopes, damages });
         }
-        let bad = |problem: String| Error::input(path.display(), problem);
-        let state: Self = serde_json::from_slice(&files::read(path)?)
-            .map_err(|error| bad(format!("is not the state of a calibration: {error}; remove it to start again")))?;
-        if state.model != model || state.samples != *samples {
-            return Err(bad(
-                "is the state of a calibration of another model, or with other images or settings: give the same ones \
-                 to go on, or remove it to begin anew"
-                    .into(),
-            ));
+        let state = Self::read(path)?;
+        state.check(model, samples).map_err(|problem| {
+            let advice = "to go on, give the same ones; to begin anew, remove the file";
+            Error::input(path.display(), format!("{problem}: {advice}"))
+        })?;
+        Ok(Self { samples: samples.clone(), ..state })
+    }
+
+    /// Reads a state: a line with the SHA-256 of the next line, which is the state as JSON.
+    fn read(path: &Path) -> Result<Self> {
+        let bad = |problem: &dyn Display| {
+            Error::input(
+                path.display(),
+                format!("is not the state of a calibration: {problem}; remove it to start again"),
+            )
+        };
+        let bytes = files::read(path)?;
+        let text = std::str::from_utf8(&bytes).map_err(|error| bad(&error))?;
+        let (hash, state) = text.split_once('\n').ok_or_else(|| bad(&"it has no hash"))?;
+        if sha256(state) != hash {
+            return Err(bad(&"its contents do not have its hash"));
         }
-        Ok(state)
+        let state: Self = serde_json::from_str(state).map_err(|error| bad(&error))?;
+        let Self { pictures, rollouts, samples, damages, .. } = &state;
+        let is_known = pictures.iter().all(|name| samples.images.contains_key(name)) && *rollouts <= samples.rollouts;
+        let is_finite = |damage: &Damage| damage.token_error.is_finite() && damage.psnr.is_none_or(f32::is_finite);
+        match is_known && damages.values().flat_map(BTreeMap::values).all(is_finite) {
+            true => Ok(state),
+            false => Err(bad(&"it has more samples than its calibration, or a damage that is not finite")),
+        }
+    }
+
+    /// Says what prevents a calibration of `model` on `samples` from going on from this state.
+    fn check(&self, model: &str, samples: &Samples) -> Result<(), String> {
+        if self.model != model {
+            return Err("is the state of a calibration of another model".into());
+        }
+        let pairs = settings(&self.samples).into_iter().zip(settings(samples));
+        if let Some(((name, was), (_, is))) = pairs.into_iter().find(|(was, is)| was != is) {
+            return Err(format!("is the state of a calibration with other settings: {name} was {was} and is {is}"));
+        }
+        for name in &self.pictures {
+            match samples.images.get(name) {
+                None => return Err(format!("is the state of a calibration with the picture {name}, which is missing")),
+                Some(hash) if self.samples.images.get(name) != Some(hash) => {
+                    return Err(format!("is the state of a calibration with the picture {name}, which was changed"));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Writes the state to a file.
@@ -140,13 +198,13 @@ impl Collection {
     /// # Errors
     /// [`Error::run`] if the file cannot be written.
     pub fn save(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_vec(self).or_run(path.display())?;
-        files::write(path, &text)
+        let text = serde_json::to_string(self).or_run(path.display())?;
+        files::write(path, format!("{}\n{text}", sha256(&text)).as_bytes())
     }
 
     /// Number of samples that the model has run on: pictures first, then rollouts.
     pub fn done(&self) -> usize {
-        self.done
+        self.pictures.len() + self.rollouts
     }
 
     /// Total number of samples.
@@ -154,32 +212,46 @@ impl Collection {
         self.samples.images.len() + self.samples.rollouts
     }
 
-    /// Runs the model on the next sample. `pictures` are the picture files of the calibration, in the same order at
-    /// every call.
+    /// Runs the model on the next sample. `folder` is the folder of the pictures.
     ///
     /// # Errors
-    /// [`Error::input`] if a picture does not fit the model; [`Error::run`] if an activation is not finite. The histograms
-    /// then contain a part of the sample: open the saved state again.
-    pub fn next(&mut self, config: &Config, weights: &Weights, pictures: &[PathBuf]) -> Result<()> {
+    /// [`Error::input`] if a picture has changed; [`Error::run`] if an activation is not finite. The histograms then
+    /// contain a part of the sample: open the saved state again.
+    pub fn next(&mut self, config: &Config, weights: &Weights, folder: &Path) -> Result<()> {
+        // They belong to a table without this sample.
+        self.damages.clear();
         let scopes = RefCell::new(std::mem::take(&mut self.scopes));
         let engine = StageEngine::new(config.clone(), CalibrationRunner { weights, scopes: &scopes });
-        let ran = match pictures.get(self.done) {
-            Some(path) => self.run_picture(&engine, path),
+        let picture = self.samples.images.keys().find(|name| !self.pictures.contains(*name)).cloned();
+        let ran = match &picture {
+            Some(name) => self.run_picture(&engine, name, &folder.join(name)),
             None => self.run_rollout(&engine),
         };
         self.scopes = scopes.into_inner();
         ran?;
-        self.done += 1;
+        match picture {
+            Some(name) => drop(self.pictures.insert(name)),
+            None => self.rollouts += 1,
+        }
         Ok(())
     }
 
-    fn run_picture(&self, engine: &dyn Engine, path: &Path) -> Result<()> {
-        let pixels = read_picture(path, engine.config(), self.samples.tokens, self.samples.resized)?;
-        engine.decode(engine.encode(pixels.view())?.view()).map(drop)
+    /// Encodes and decodes a picture: at the model's height, and cropped to at most the tokens of a rollout.
+    fn run_picture(&self, engine: &dyn Engine, name: &str, path: &Path) -> Result<()> {
+        let (config, bytes) = (engine.config(), picture::contents(path)?);
+        if self.samples.images.get(name) != Some(&sha256(&bytes)) {
+            return Err(Error::input(path.display(), "was changed while the calibration ran"));
+        }
+        let image = picture::decode(path, &bytes)?;
+        let (height, token) = (config.tokenizer.image_height(), config.tokenizer.token_width());
+        let pixels = picture::scale(path, image, height, token, Side::Right)?.pixels;
+        let width = pixels.dim().2.min(self.samples.tokens * token);
+        let pixels = pixels.slice(s![.., .., ..width]).insert_axis(Axis(0));
+        engine.decode(engine.encode(pixels)?.view()).map(drop)
     }
 
     fn run_rollout(&self, engine: &dyn Engine) -> Result<()> {
-        let request = request(engine.config(), &self.samples, self.done - self.samples.images.len());
+        let request = request(engine.config(), &self.samples, self.rollouts);
         let generated = generate(engine, &request, |_| {})?;
         engine.decode_tokens(generated.tokens.view()).map(drop)
     }

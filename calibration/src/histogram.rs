@@ -13,13 +13,49 @@ pub const BINS: usize = 2048;
 /// Because the range is a power of two, a larger value merges whole bins. The counts therefore do not depend on the
 /// order of the values.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(try_from = "Stored")]
 pub struct Histogram {
     low: f32,
     high: f32,
     /// Upper end of the last bin; 0 until a value other than zero is added.
     end: f32,
     counts: Vec<u64>,
+}
+
+/// A histogram in a file, which has not been checked.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Stored {
+    low: f32,
+    high: f32,
+    end: f32,
+    counts: Vec<u64>,
+}
+
+/// Largest number of values of a histogram. It leaves room for those that are added later.
+const MOST_VALUES: u64 = 1 << 62;
+
+impl TryFrom<Stored> for Histogram {
+    type Error = String;
+
+    fn try_from(stored: Stored) -> Result<Self, String> {
+        let Stored { low, high, end, counts } = stored;
+        let histogram = Self { low, high, end, counts };
+        let largest = histogram.largest();
+        let is_power = end == f32::MAX || end.to_bits().trailing_zeros() >= f32::MANTISSA_DIGITS - 1;
+        let fits = if largest > 0.0 { end.is_finite() && end >= largest && is_power } else { end == 0.0 };
+        if !(low.is_finite() && high.is_finite() && low <= 0.0 && high >= 0.0 && fits) {
+            return Err(format!("a histogram of values from {low} to {high} has bins up to {end}"));
+        }
+        if ![0, BINS].contains(&histogram.counts.len()) {
+            return Err(format!("a histogram has {} bins, expected {BINS}", histogram.counts.len()));
+        }
+        let sum = histogram.counts.iter().try_fold(0u64, |sum, &count| sum.checked_add(count));
+        if sum.is_none_or(|sum| sum > MOST_VALUES || (sum == 0 && largest > 0.0)) {
+            return Err(format!("a histogram of values from {low} to {high} has counts that do not add up"));
+        }
+        Ok(histogram)
+    }
 }
 
 /// Minimum and maximum of the values and 0; NaN if a value is not finite.

@@ -34,7 +34,7 @@ mod ranges;
 mod sensitivity;
 mod table;
 
-pub use collect::{Collection, hashes, read_picture};
+pub use collect::{Collection, survey};
 pub use estimate::Estimator;
 pub use histogram::Histogram;
 pub use observe::{Observe, Seen};

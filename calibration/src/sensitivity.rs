@@ -50,7 +50,8 @@ impl<'a> Search<'a> {
         let tokens = generate(&engine, &request(self.config, &policy.table.samples), |_| {})?.tokens;
         let rows = tokens.outer_iter().zip(self.reference.tokens.outer_iter());
         let errors: Vec<f32> = rows.map(|(found, expected)| relative_error(found, expected)).collect();
-        let token_error = largest(&errors);
+        // Tokens that are not finite are the largest damage. JSON has no infinite number.
+        let token_error = largest(&errors).min(f32::MAX);
         Ok(Damage { token_error, psnr: self.worst_psnr(&decode(&engine, &tokens)?) })
     }
 

@@ -179,6 +179,34 @@ fn values_that_are_not_finite_are_refused_and_leave_the_rest() {
 }
 
 #[test]
+fn a_stored_histogram_is_checked() {
+    let whole = serde_json::to_value(histogram(&[0.5, -3.0, 2.0])).unwrap();
+    serde_json::from_value::<Histogram>(whole.clone()).unwrap();
+    let refused = |key: &str, value: serde_json::Value| {
+        let mut edited = whole.clone();
+        edited[key] = value;
+        assert!(serde_json::from_value::<Histogram>(edited.clone()).is_err(), "{key} is {}", edited[key]);
+    };
+    for end in [-4.0, 0.0, 2.0, 5.0, 1e300] {
+        refused("end", end.into());
+    }
+    for (key, value) in [("low", 1.0), ("low", -1e30), ("low", -1e300), ("high", -1.0), ("high", 1e30), ("high", 1e300)]
+    {
+        refused(key, value.into());
+    }
+    let counts = |edit: &dyn Fn(&mut Vec<u64>)| {
+        let mut counts = serde_json::from_value(whole["counts"].clone()).unwrap();
+        edit(&mut counts);
+        refused("counts", counts.into());
+    };
+    counts(&Vec::clear);
+    counts(&|counts| counts.truncate(2047));
+    counts(&|counts| counts.push(0));
+    counts(&|counts| counts.fill(0));
+    counts(&|counts| counts.fill(u64::MAX));
+}
+
+#[test]
 fn estimators_are_named() {
     for text in ["max", "entropy", "mse", "percentile:99.9"] {
         assert_eq!(text.parse::<Estimator>().unwrap().to_string(), text);

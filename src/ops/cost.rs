@@ -23,10 +23,11 @@ pub struct Row {
 
 impl std::ops::AddAssign for Row {
     fn add_assign(&mut self, other: Self) {
-        self.multiply_adds += other.multiply_adds;
-        self.parameters += other.parameters;
-        self.weights_read += other.weights_read;
-        self.activations += other.activations;
+        // Sizes of a configuration that no machine can run would overflow.
+        self.multiply_adds = self.multiply_adds.saturating_add(other.multiply_adds);
+        self.parameters = self.parameters.saturating_add(other.parameters);
+        self.weights_read = self.weights_read.saturating_add(other.weights_read);
+        self.activations = self.activations.saturating_add(other.activations);
     }
 }
 
@@ -69,13 +70,13 @@ impl Cost {
     }
 
     fn result(&mut self, shape: Shape) -> Result<Shape> {
-        let activations = elements(&shape) * self.repeat;
+        let activations = elements(&shape).saturating_mul(self.repeat);
         self.count(Row { activations, ..Row::default() });
         Ok(shape)
     }
 
     fn product(&mut self, shape: Shape, inner: usize) -> Result<Shape> {
-        let multiply_adds = elements(&shape) * inner as u64 * self.repeat;
+        let multiply_adds = elements(&shape).saturating_mul(inner as u64).saturating_mul(self.repeat);
         self.count(Row { multiply_adds, ..Row::default() });
         self.result(shape)
     }
@@ -90,7 +91,7 @@ pub struct Counted {
 }
 
 fn elements(shape: &[usize]) -> u64 {
-    shape.iter().map(|&size| size as u64).product()
+    shape.iter().fold(1, |product: u64, &size| product.saturating_mul(size as u64))
 }
 
 fn mismatch(op: &str, shapes: &[&Shape]) -> Error {
@@ -115,8 +116,8 @@ fn sizes(x: &Shape, shape: &[Dim<Shape>]) -> Result<Shape> {
         Dim::Of(other, axis) => Some(other[*axis]),
         Dim::Rest => None,
     };
-    let product: usize = shape.iter().filter_map(known).product();
-    let rest = elements(x) as usize / product.max(1);
+    let product = elements(&shape.iter().filter_map(known).collect::<Shape>());
+    let rest = (elements(x) / product.max(1)) as usize;
     let sizes: Shape = shape.iter().map(|dim| known(dim).unwrap_or(rest)).collect();
     if elements(&sizes) == elements(x) { Ok(sizes) } else { Err(mismatch("reshape", &[x, &sizes])) }
 }
@@ -136,7 +137,7 @@ impl Ops for Cost {
     fn param(&mut self, name: &str, shape: &[usize]) -> Result<Shape> {
         let name = scoped(&self.scope, name);
         let size = elements(shape);
-        let mut row = Row { weights_read: size * self.repeat, ..Row::default() };
+        let mut row = Row { weights_read: size.saturating_mul(self.repeat), ..Row::default() };
         if self.seen.insert(name.clone()) {
             self.parameters.push((name, shape.to_vec()));
             row.parameters = size;

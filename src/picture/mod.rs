@@ -3,14 +3,17 @@
 pub mod animation;
 pub mod canvas;
 pub mod folder;
+mod jpeg;
 pub mod quality;
 
+use std::borrow::Cow;
 use std::fs::File;
-use std::io::{BufReader, Cursor};
+use std::io::{BufReader, Cursor, Read};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use image::imageops::{self, FilterType};
-use image::{ExtendedColorType, ImageDecoder, ImageError, ImageFormat, ImageReader, RgbImage};
+use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
 use ndarray::{Array3, ArrayView3};
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +22,15 @@ use crate::{Error, Result, ResultExt, files, kind};
 /// Largest width of a picture that is read, in pixels after scaling. Without this limit, a very flat picture would be
 /// scaled to gigabytes.
 pub const WIDEST: usize = 1 << 16;
+
+/// Largest number of pixels of a picture that is read. A small file can hold a picture of any size.
+pub const MOST_PIXELS: u64 = 100_000_000;
+
+/// Largest file of a picture that is read, in bytes.
+const LARGEST_FILE: u64 = 256 << 20;
+
+/// Pictures with more pixels are decoded one at a time, so that a folder of them is read in bounded memory.
+const LARGE: u64 = 1 << 24;
 
 /// Converts a channel's value in -1..1 to a byte, rounded as in the reference (`engine_generator.py`).
 pub fn to_byte(value: f32) -> u8 {
@@ -76,47 +88,116 @@ pub struct Picture {
     pub scaled: usize,
 }
 
+/// Reads the file of a picture. The bytes beyond the largest length that [`decode`] accepts are left out.
+///
+/// # Errors
+/// [`Error::input`] if it cannot be opened; [`Error::run`] if it cannot be read.
+pub fn contents(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = vec![];
+    let read = files::open(path)?.take(LARGEST_FILE + 1).read_to_end(&mut bytes);
+    read.map_err(|error| Error::run(path.display(), "cannot be read").because(error))?;
+    Ok(bytes)
+}
+
 /// Reads a PNG or JPEG in its upright orientation.
 ///
 /// # Errors
-/// [`Error::input`] if the file is not a PNG or JPEG, or is truncated.
+/// Those of [`contents`] and [`decode`].
 pub fn load(path: &Path) -> Result<RgbImage> {
-    let bad = |problem: String| Error::input(path.display(), problem);
-    let unreadable = |error: ImageError| bad("is not a PNG or JPEG that can be read".into()).because(error);
-    let reader = open(path)?;
-    if !matches!(reader.format(), Some(ImageFormat::Png | ImageFormat::Jpeg))
-        && let Some(kind) = kind::of(path)
-    {
-        return Err(bad(format!("is {kind}")));
-    }
-    if reader.format() == Some(ImageFormat::Jpeg) && !is_whole_jpeg(path)? {
-        return Err(bad("is a truncated JPEG: its end is missing".into()));
-    }
-    let mut image = reader.decode().map_err(unreadable)?;
-    // Cameras store pictures in the orientation of the sensor, and separately the rotation that turns them upright.
-    let orientation = open(path)?.into_decoder().and_then(|mut decoder| decoder.orientation());
-    image.apply_orientation(orientation.map_err(unreadable)?);
-    Ok(image.to_rgb8())
+    decode(path, &contents(path)?)
 }
 
-/// Reads a PNG or JPEG and scales it to `height`, with its proportions kept. The width is then cropped to a multiple of
+/// Decodes the bytes of the PNG or JPEG at `path`, in its upright orientation.
+///
+/// # Errors
+/// [`Error::input`] if the file is not a PNG or JPEG, is truncated, or has more than [`MOST_PIXELS`] pixels.
+pub fn decode(path: &Path, bytes: &[u8]) -> Result<RgbImage> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let bad = |problem: String| Error::input(path.display(), problem);
+    let unreadable = |error: ImageError| bad("is not a PNG or JPEG that can be read".into()).because(error);
+    if bytes.len() as u64 > LARGEST_FILE {
+        return Err(bad(format!("has more than {} MB, the most that is read", LARGEST_FILE >> 20)));
+    }
+    let truncated = |name: &str| bad(format!("is a truncated {name}: it has no size"));
+    let (format, (width, height)) = match image::guess_format(bytes) {
+        Ok(format @ ImageFormat::Png) => (format, png_size(bytes).ok_or_else(|| truncated("PNG"))?),
+        Ok(format @ ImageFormat::Jpeg) => (format, jpeg::size(bytes).ok_or_else(|| truncated("JPEG"))?),
+        _ => {
+            let found = kind::recognise(bytes).map_or("is of an unknown format".into(), |kind| format!("is {kind}"));
+            return Err(bad(format!("{found}; expected a PNG or JPEG")));
+        }
+    };
+    let pixels = u64::from(width) * u64::from(height);
+    if pixels > MOST_PIXELS {
+        let most = MOST_PIXELS / 1_000_000;
+        return Err(bad(format!("is {width}×{height} pixels, expected at most {most} million pixels: scale it down")));
+    }
+    let _turn = (pixels > LARGE).then(|| ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner));
+    let bytes = match format {
+        ImageFormat::Jpeg => {
+            jpeg::completed(bytes).ok_or_else(|| bad("is a truncated JPEG: a part of its pixels is missing".into()))?
+        }
+        _ => Cow::Borrowed(bytes),
+    };
+    let failed = |error: ImageError| match error {
+        ImageError::Limits(_) => bad(format!("has more metadata than fits a picture of {width}×{height} pixels")),
+        error => unreadable(error),
+    };
+    let mut reader = ImageReader::with_format(Cursor::new(&bytes), format);
+    reader.limits(limits(pixels));
+    let mut decoder = reader.into_decoder().map_err(failed)?;
+    // Cameras store pictures in the orientation of the sensor, and separately the rotation that turns them upright.
+    let orientation = decoder.orientation().map_err(failed)?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(failed)?;
+    image.apply_orientation(orientation);
+    Ok(image.into_rgb8())
+}
+
+/// Width and height in the header of a PNG.
+fn png_size(bytes: &[u8]) -> Option<(u32, u32)> {
+    let number = |at: usize| Some(u32::from_be_bytes(*bytes.get(at..)?.first_chunk()?));
+    Some((number(16)?, number(20)?))
+}
+
+/// Limits of a decoder: four channels of 16 bits, and 64 MB for metadata.
+fn limits(pixels: u64) -> Limits {
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(8 * pixels + (64 << 20));
+    limits
+}
+
+/// Width of a picture of this size after scaling to `height`.
+///
+/// # Errors
+/// [`Error::input`] if the scaled picture is narrower than `2 · multiple` or wider than [`WIDEST`].
+pub fn scaled_width(path: &Path, (width, of): (u32, u32), height: usize, multiple: usize) -> Result<usize> {
+    let scaled = (f64::from(width) * height as f64 / f64::from(of)).round() as usize;
+    if scaled / multiple < 2 || scaled > WIDEST {
+        let least = 2 * multiple;
+        let problem =
+            format!("is {scaled} pixels wide at a height of {height}, expected {least} (two tokens) to {WIDEST}");
+        return Err(Error::input(path.display(), problem));
+    }
+    Ok(scaled)
+}
+
+/// Reads a PNG or JPEG and [scales](scale) it.
+///
+/// # Errors
+/// Those of [`load`] and [`scale`].
+pub fn read(path: &Path, height: usize, multiple: usize, kept: Side) -> Result<Picture> {
+    scale(path, load(path)?, height, multiple, kept)
+}
+
+/// Scales the picture at `path` to `height`, with its proportions kept. The width is then cropped to a multiple of
 /// `multiple`; the side `kept` stays.
 ///
 /// # Errors
-/// [`Error::input`] if the file is not a PNG or JPEG, or if the scaled picture is narrower than `2 · multiple` or wider
-/// than [`WIDEST`].
-pub fn read(path: &Path, height: usize, multiple: usize, kept: Side) -> Result<Picture> {
-    let bad = |problem: String| Error::input(path.display(), problem);
-    let image = load(path)?;
-    let original = (image.width(), image.height());
-    let scaled = (original.0 as f64 * height as f64 / original.1 as f64).round() as usize;
+/// Those of [`scaled_width`].
+pub fn scale(path: &Path, image: RgbImage, height: usize, multiple: usize, kept: Side) -> Result<Picture> {
+    let original = image.dimensions();
+    let scaled = scaled_width(path, original, height, multiple)?;
     let width = scaled / multiple * multiple;
-    if width < 2 * multiple || scaled > WIDEST {
-        return Err(bad(format!(
-            "is {scaled} pixels wide at a height of {height}, expected {} (two tokens) to {WIDEST}",
-            2 * multiple
-        )));
-    }
     let same = original.1 as usize == height;
     let resized = || imageops::resize(&image, scaled as u32, height as u32, FilterType::Lanczos3);
     let pixels = if same { image } else { resized() };
@@ -136,33 +217,48 @@ pub fn is_picture(path: &Path) -> Result<bool> {
     Ok(matches!(open(path)?.format(), Some(ImageFormat::Png | ImageFormat::Jpeg)))
 }
 
-/// Whether a JPEG has its end marker. The decoder replaces missing data without an error.
-fn is_whole_jpeg(path: &Path) -> Result<bool> {
-    let bytes = files::read(path)?;
-    let mut at = 2;
-    while let Some(&[0xff, marker, ..]) = bytes.get(at..) {
-        at += match marker {
-            0xd9 => return Ok(true),
-            // Fill bytes, and markers without a length.
-            0xff => 1,
-            0x01 | 0xd0..=0xd8 => 2,
-            _ => {
-                let Some(&[high, low, ..]) = bytes.get(at + 2..) else { return Ok(false) };
-                2 + usize::from(u16::from_be_bytes([high, low]))
-            }
-        };
-        if marker == 0xda {
-            // Compressed data, up to a marker that is neither a stuffed byte nor a restart.
-            let scan = bytes.get(at..).unwrap_or_default().windows(2);
-            let end = |pair: &[u8]| pair[0] == 0xff && !matches!(pair[1], 0 | 0xd0..=0xd7);
-            let Some(length) = scan.into_iter().position(end) else { return Ok(false) };
-            at += length;
-        }
-    }
-    Ok(false)
-}
-
 fn open(path: &Path) -> Result<ImageReader<BufReader<File>>> {
     let reader = ImageReader::new(BufReader::new(files::open(path)?));
     reader.with_guessed_format().or_input(path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(name: &str, bytes: &[u8]) -> String {
+        let error = decode(Path::new(name), bytes).unwrap_err();
+        assert!(error.is_input(), "{error}");
+        error.to_string()
+    }
+
+    fn png(width: u32, height: u32) -> Vec<u8> {
+        let mut bytes = Cursor::new(vec![]);
+        image::GrayImage::new(width, height).write_to(&mut bytes, ImageFormat::Png).unwrap();
+        bytes.into_inner()
+    }
+
+    #[test]
+    fn the_size_is_looked_at_before_the_pixels() {
+        let mut png = png(3, 2);
+        assert_eq!(decode(Path::new("a.png"), &png).unwrap().dimensions(), (3, 2));
+        png[16..24].copy_from_slice(&[22000u32.to_be_bytes(), 22000u32.to_be_bytes()].concat());
+        assert_eq!(
+            refused("a.png", &png),
+            "a.png: is 22000×22000 pixels, expected at most 100 million pixels: scale it down"
+        );
+        let mut jpeg = Cursor::new(vec![]);
+        RgbImage::new(16, 8).write_to(&mut jpeg, ImageFormat::Jpeg).unwrap();
+        let mut jpeg = jpeg.into_inner();
+        let frame = jpeg.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+        jpeg[frame + 5..frame + 9].copy_from_slice(&[13000u16.to_be_bytes(), 13000u16.to_be_bytes()].concat());
+        assert!(refused("a.jpg", &jpeg).contains("is 13000×13000 pixels"));
+    }
+
+    #[test]
+    fn other_formats_are_refused() {
+        for bytes in [&b"RIFF\x10\0\0\0WEBPVP8 "[..], b"GIF89a", b"text", b"", b"\x89PNG\r\n\x1a\n"] {
+            assert!(refused("a.png", bytes).starts_with("a.png: is "), "{bytes:?}");
+        }
+    }
 }

@@ -796,8 +796,15 @@ fn prefixes_that_are_pictures() {
     }
     // A JPEG with data after its end, such as a motion photo of a camera, is valid.
     place.write("moving.jpg", [&place.read("whole.jpg")[..], b"moov\xff\xda\x01"].concat());
-    place.run(&format!("{line} moving.jpg")).succeeded();
-    std::fs::remove_file(place.path("out.png")).unwrap();
+    // So is one with zeros, text or nothing in the place of its end.
+    let whole = place.read("whole.jpg");
+    for (name, end) in [("zeros.jpg", &[0; 512][..]), ("page.jpg", b"<html>"), ("open.jpg", b"")] {
+        place.write(name, [&whole[..whole.len() - 2], end].concat());
+    }
+    for file in ["moving.jpg", "zeros.jpg", "page.jpg", "open.jpg"] {
+        place.run(&format!("{line} {file}")).succeeded();
+        std::fs::remove_file(place.path("out.png")).unwrap();
+    }
     for file in ["whole.png", "whole.jpg"] {
         let whole = place.read(file);
         for length in [4, 20, 200, whole.len() - 14] {
@@ -805,6 +812,10 @@ fn prefixes_that_are_pictures() {
             place.write(&name, &whole[..length]);
             refused(&name);
         }
+        // A copy that was interrupted and filled up with zeros.
+        let name = format!("filled-{file}");
+        place.write(&name, [&whole[..whole.len() - 14], &[0; 512]].concat());
+        refused(&name);
         place.run(&format!("{line} {file}")).succeeded();
         std::fs::remove_file(place.path("out.png")).unwrap();
     }

@@ -1,18 +1,18 @@
 //! INT8: calibration, the calibration table, the preview compared with ONNX Runtime, and the commands.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use candle_core::{Device, Tensor};
 use eqim::bundle::Int8Target;
 use eqim::bundle::Precision;
 use eqim::checkpoint::WeightSet;
+use eqim::digest::sha256;
 use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
-use eqim::picture::folder::pictures;
 use eqim::weights::Weights;
 use eqim_calibration::{
-    Collection, Estimator, Policy, Preview, Samples, Scheme, Table, fingerprint, hashes, plan, quantized,
+    Collection, Estimator, Policy, Preview, Samples, Scheme, Table, fingerprint, plan, quantized, survey,
 };
 use eqim_engines::native::find_onnxruntime;
 use eqim_export::lower::NEWEST_OPSET;
@@ -35,23 +35,22 @@ fn picture(width: u32, height: u32, seed: u32) -> RgbImage {
 }
 
 /// Writes pictures with the image height of a model to a folder.
-fn write_pictures(folder: &Path, engine: &CandleEngine) -> Vec<PathBuf> {
+fn write_pictures(folder: &Path, engine: &CandleEngine) {
     let tokenizer = &engine_config(engine).tokenizer;
     let (height, token) = (tokenizer.image_height() as u32, tokenizer.token_width() as u32);
     std::fs::create_dir_all(folder.join("more")).unwrap();
     for (name, seed) in [("a.png", 1), ("more/b.PNG", 2)] {
         picture(5 * token + 1, height, seed).save(folder.join(name)).unwrap();
     }
-    pictures(folder).unwrap()
 }
 
 fn engine_config(engine: &CandleEngine) -> &eqim::Config {
     eqim::engine::Engine::config(engine)
 }
 
-fn samples(folder: &Path, pictures: &[PathBuf], engine: &CandleEngine) -> Samples {
+fn samples(folder: &Path, engine: &CandleEngine) -> Samples {
     Samples {
-        images: hashes(folder, pictures).unwrap(),
+        images: survey(folder, engine_config(engine), false).unwrap().0,
         resized: false,
         rollouts: 3,
         tokens: 6,
@@ -65,12 +64,12 @@ fn samples(folder: &Path, pictures: &[PathBuf], engine: &CandleEngine) -> Sample
 fn calibrated(fixture: &Fixture) -> (CandleEngine, Table) {
     let engine = fixture.engine(WeightSet::Ema);
     let folder = tempfile::tempdir().unwrap();
-    let pictures = write_pictures(folder.path(), &engine);
-    let samples = samples(folder.path(), &pictures, &engine);
+    write_pictures(folder.path(), &engine);
+    let samples = samples(folder.path(), &engine);
     let model = fingerprint(engine_config(&engine), engine.weights()).unwrap();
     let mut collection = Collection::open(&folder.path().join("state"), &model, &samples).unwrap();
     while collection.done() < collection.total() {
-        collection.next(engine_config(&engine), engine.weights(), &pictures).unwrap();
+        collection.next(engine_config(&engine), engine.weights(), folder.path()).unwrap();
     }
     let table = collection.table(Estimator::Mse).unwrap();
     (engine, table)
@@ -159,22 +158,65 @@ fn calibration_that_was_stopped_goes_on_to_the_same_table() {
     let (engine, expected) = calibrated(&Fixture::open(fixtures()));
     let (config, weights) = (engine_config(&engine), engine.weights());
     let folder = tempfile::tempdir().unwrap();
-    let pictures = write_pictures(folder.path(), &engine);
-    let samples = samples(folder.path(), &pictures, &engine);
+    write_pictures(folder.path(), &engine);
+    let samples = samples(folder.path(), &engine);
     let state = folder.path().join("state");
     for done in 0..5 {
         let mut collection = Collection::open(&state, &expected.model, &samples).unwrap();
         assert_eq!((collection.done(), collection.total()), (done, 5));
-        collection.next(config, weights, &pictures).unwrap();
+        collection.next(config, weights, folder.path()).unwrap();
         collection.save(&state).unwrap();
     }
     let collection = Collection::open(&state, &expected.model, &samples).unwrap();
     assert_eq!(collection.table(Estimator::Mse).unwrap(), expected);
-    for other in [Samples { seed: 6, ..samples.clone() }, Samples { rollouts: 4, ..samples.clone() }] {
-        let error = Collection::open(&state, &expected.model, &other).unwrap_err();
-        assert!(error.exit_code() == 2 && error.to_string().contains("other images or settings"), "{error}");
+    let refused = |model: &str, samples: &Samples, words: &str| {
+        let error = Collection::open(&state, model, samples).unwrap_err();
+        assert!(error.is_input() && error.to_string().contains(words), "{error}");
+    };
+    refused(&expected.model, &Samples { seed: 6, ..samples.clone() }, "seed was 5 and is 6");
+    refused(&expected.model, &Samples { rollouts: 4, ..samples.clone() }, "rollouts was 3 and is 4");
+    refused("another", &samples, "of another model");
+}
+
+#[test]
+fn a_calibration_goes_on_with_more_pictures() {
+    let (engine, expected) = calibrated(&Fixture::open(fixtures()));
+    let (config, weights) = (engine_config(&engine), engine.weights());
+    let folder = tempfile::tempdir().unwrap();
+    write_pictures(folder.path(), &engine);
+    let (state, second) = (folder.path().join("state"), folder.path().join("more/b.PNG"));
+    let open = || Collection::open(&state, &expected.model, &samples(folder.path(), &engine));
+    let contents = std::fs::read(&second).unwrap();
+    std::fs::remove_file(&second).unwrap();
+    let mut collection = open().unwrap();
+    // The picture, and one of the rollouts.
+    for _ in 0..2 {
+        collection.next(config, weights, folder.path()).unwrap();
+        collection.save(&state).unwrap();
     }
-    assert!(Collection::open(&state, "another", &samples).is_err());
+    std::fs::write(&second, &contents).unwrap();
+    let mut collection = open().unwrap();
+    assert_eq!((collection.done(), collection.total()), (2, 5));
+    while collection.done() < collection.total() {
+        collection.next(config, weights, folder.path()).unwrap();
+    }
+    assert_eq!(collection.table(Estimator::Mse).unwrap(), expected);
+    collection.save(&state).unwrap();
+
+    let refused = |words: &str| {
+        let error = open().unwrap_err();
+        assert!(error.is_input() && error.to_string().contains(words), "{error}");
+    };
+    std::fs::copy(folder.path().join("a.png"), &second).unwrap();
+    refused("with the picture more/b.PNG, which was changed");
+    std::fs::remove_file(&second).unwrap();
+    refused("with the picture more/b.PNG, which is missing");
+    // A picture that changes while the calibration runs.
+    std::fs::remove_file(&state).unwrap();
+    let mut collection = open().unwrap();
+    std::fs::write(folder.path().join("a.png"), &contents).unwrap();
+    let error = collection.next(config, weights, folder.path()).unwrap_err();
+    assert!(error.is_input() && error.to_string().contains("a.png: was changed"), "{error}");
 }
 
 #[test]
@@ -187,10 +229,10 @@ fn an_overflow_while_calibrating_names_the_scope() {
     let huge = (weights.find(name).unwrap() * 1e38).unwrap();
     weights.insert(name.into(), &huge).unwrap();
     let folder = tempfile::tempdir().unwrap();
-    let pictures = write_pictures(folder.path(), &engine);
-    let samples = samples(folder.path(), &pictures, &engine);
+    write_pictures(folder.path(), &engine);
+    let samples = samples(folder.path(), &engine);
     let mut collection = Collection::open(&folder.path().join("state"), "model", &samples).unwrap();
-    let error = collection.next(config, &weights, &pictures).unwrap_err();
+    let error = collection.next(config, &weights, folder.path()).unwrap_err();
     assert_eq!(error.exit_code(), 1);
     let text = error.to_string();
     assert!(text.contains("decoder.mid.block_1") && text.contains("not finite"), "{text}");
@@ -413,11 +455,54 @@ fn calibration_refuses_what_does_not_fit() {
     place.refused(&format!("{} --min-psnr 40", calibrate("photos")));
     place.write("table.json.partial", "{}");
     place.refused(&calibrate("photos"));
+    // A state whose numbers were changed, with and without its hash.
+    let state = calibration_state(&engine, &place.path("photos"));
+    let (hash, text) = state.split_once('\n').unwrap();
+    let edited = text.replacen(r#""end":"#, r#""end":-"#, 1);
+    for state in [format!("{hash}\n{edited}"), format!("{}\n{edited}", sha256(&edited)), format!("{hash}\n")] {
+        place.write("table.json.partial", state);
+        place.refused(&calibrate("photos"));
+    }
 
     let line = export_line(&fixture);
     place.run(&format!("{line} --dtype fp16 --no-validate -o half")).succeeded();
     place.refused(&calibrate("photos").replace("bundle", "half"));
     insta::assert_snapshot!(place.messages());
+}
+
+/// The state of a calibration after its first picture.
+fn calibration_state(engine: &CandleEngine, photos: &Path) -> String {
+    let (config, weights) = (engine_config(engine), engine.weights());
+    let state = tempfile::NamedTempFile::new().unwrap();
+    std::fs::remove_file(state.path()).unwrap();
+    let model = fingerprint(config, weights).unwrap();
+    let mut collection = Collection::open(state.path(), &model, &samples(photos, engine)).unwrap();
+    collection.next(config, weights, photos).unwrap();
+    collection.save(state.path()).unwrap();
+    std::fs::read_to_string(state.path()).unwrap()
+}
+
+/// A picture that cannot be used stops nothing, and neither does one that is removed while a calibration is unfinished.
+#[test]
+fn pictures_that_cannot_be_used_are_skipped() {
+    let fixture = Fixture::open(fixtures());
+    let place = Workplace::with_bundle(&fixture);
+    write_pictures(&place.path("photos"), &fixture.engine(WeightSet::Ema));
+    place.run(&format!("{CALIBRATE} -o whole.json")).succeeded();
+    place.write("photos/c.jpg", b"\xff\xd8\xff\xe0 no picture");
+    picture(200, 31, 1).save(place.path("photos/low.png")).unwrap();
+    place.write("photos/._a.png", "AppleDouble");
+    let said = place.run(&format!("{CALIBRATE} -o table.json")).succeeded().stderr;
+    assert!(said.contains("2 pictures (2 skipped)"), "{said}");
+    for name in ["skipped: photos/c.jpg: is a truncated JPEG", "skipped: photos/low.png: is 31 pixels high"] {
+        assert!(said.contains(name), "{said}");
+    }
+    assert_eq!(place.read("whole.json"), place.read("table.json"));
+    for line in ["--equivariance --positions 20", "--tiling --tokens 64"] {
+        let said = place.run(&format!("eqim-bench --engine bundle --images photos {line}")).succeeded().stderr;
+        // Other heights are scaled.
+        assert!(said.contains("3 pictures (1 skipped)") && said.contains("skipped: photos/c.jpg"), "{said}");
+    }
 }
 
 /// Class names are labels: a model with other names is the same model.

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::JoinHandle;
 
-use eqim::digest::Hash;
-use eqim::picture::folder::{Classes, classes};
+use eqim::digest::{Hash, sha256};
+use eqim::picture::folder::{Entry, Folder};
 use eqim::{Error, Result, ResultExt, picture};
 use image::RgbImage;
 use image::imageops::{self, FilterType};
@@ -15,7 +15,6 @@ use ndarray::{Array3, Array4, Axis};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use rayon::prelude::*;
 
 /// Purpose of random numbers. Each purpose has its own stream, so that its numbers do not depend on how many numbers
 /// are drawn for other purposes.
@@ -53,6 +52,8 @@ pub struct Photo {
     pub path: PathBuf,
     /// Index of the class in [`Photos::classes`].
     pub class: usize,
+    /// SHA-256 of the file.
+    pub hash: String,
 }
 
 /// The photographs of a folder.
@@ -62,42 +63,31 @@ pub struct Photos {
     pub classes: Vec<String>,
     /// The photographs, sorted by class and path.
     pub photos: Vec<Photo>,
-    /// Pictures that cannot be used, with the reason.
-    pub skipped: Vec<(PathBuf, String)>,
+    /// Why each of the pictures that cannot be used is skipped. The text begins with its path.
+    pub skipped: Vec<String>,
 }
 
 impl Photos {
-    /// Finds the PNGs and JPEGs in `folder`, whose subfolders are the classes. A picture has to be at least `height`
+    /// Decodes all PNGs and JPEGs in `folder`, whose subfolders are the classes. A picture has to be at least `height`
     /// pixels high and, after scaling to that height, at least `width` pixels wide. Other pictures are skipped with a
     /// reason. Hidden files and files of other types are ignored.
     ///
     /// # Errors
-    /// [`Error::input`] if the folder cannot be read or has no usable picture, or if a picture lies next to the
-    /// subfolders.
+    /// Those of [`Folder::open`]; [`Error::input`] if a picture lies next to the subfolders.
     pub fn open(folder: &Path, height: usize, width: usize) -> Result<Self> {
-        let Classes { names, pictures } = classes(folder)?;
-        let loose = pictures.iter().find(|(_, class)| class.is_none());
-        if let Some((file, _)) = loose.filter(|_| !names.is_empty()) {
+        let look = |path: &Path, bytes: &[u8]| {
+            check(path, picture::decode(path, bytes)?.dimensions(), (height, width))?;
+            Ok(sha256(bytes))
+        };
+        let Folder { classes, pictures, skipped } = Folder::open(folder, look)?;
+        let loose = pictures.iter().find(|picture| picture.class.is_none());
+        if let Some(Entry { path, .. }) = loose.filter(|_| !classes.is_empty()) {
             let problem = "lies next to the folders of classes: put it into one of them, or remove the folders";
-            return Err(Error::input(file.display(), problem));
+            return Err(Error::input(path.display(), problem));
         }
-        let classes = if names.is_empty() { vec![String::new()] } else { names };
-        let mut photos = Self { classes, photos: vec![], skipped: vec![] };
-        let check = |(path, class): (PathBuf, Option<usize>)| (check(&path, (height, width)), path, class.unwrap_or(0));
-        for (usable, path, class) in pictures.into_par_iter().map(check).collect::<Vec<_>>() {
-            match usable {
-                Ok(()) => photos.photos.push(Photo { path, class }),
-                Err(error) => photos.skipped.push((path, error.to_string())),
-            }
-        }
-        if photos.photos.is_empty() {
-            let reason = match photos.skipped.first() {
-                Some((_, reason)) => format!("; {} were skipped, for example {reason}", photos.skipped.len()),
-                None => String::new(),
-            };
-            return Err(Error::input(folder.display(), format!("has no PNG or JPEG to train on{reason}")));
-        }
-        Ok(photos)
+        let classes = if classes.is_empty() { vec![String::new()] } else { classes };
+        let photo = |Entry { path, class, content: hash }| Photo { path, class: class.unwrap_or(0), hash };
+        Ok(Self { classes, photos: pictures.into_iter().map(photo).collect(), skipped })
     }
 
     /// Holds out `count` photographs, chosen at random from `seed`. Returns the photographs to train on and the
@@ -121,20 +111,20 @@ impl Photos {
         Ok((with(part(false)), with(part(true))))
     }
 
-    /// Hash of the file names and classes of the photographs, in order.
+    /// Hash of the names, classes and contents of the photographs, in order.
     pub fn fingerprint(&self) -> String {
         let mut hash = Hash::default();
-        for Photo { path, class } in &self.photos {
+        for Photo { path, class, hash: contents } in &self.photos {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
-            hash.add(format!("{}/{name}\n", self.classes[*class]));
+            hash.add(format!("{}/{name} {contents}\n", self.classes[*class]));
         }
         hash.hex()
     }
 }
 
-/// Checks that a picture can be decoded and is large enough.
-fn check(path: &Path, (height, width): (usize, usize)) -> Result<()> {
-    let (found_width, found_height) = picture::load(path)?.dimensions();
+/// Checks that a picture of this width and height is large enough.
+fn check(path: &Path, size: (u32, u32), (height, width): (usize, usize)) -> Result<()> {
+    let (found_width, found_height) = size;
     let scaled = (f64::from(found_width) * height as f64 / f64::from(found_height)).round() as usize;
     if (found_height as usize) < height || scaled < width {
         let problem = format!(
@@ -269,10 +259,13 @@ impl Ahead {
     /// The batch of the next step.
     ///
     /// # Errors
-    /// [`Error::input`] if a photograph can no longer be read; [`Error::run`] if all steps are done.
+    /// [`Error::input`] or [`Error::run`] if a photograph can no longer be read; [`Error::run`] if all steps are done.
     pub fn next_batch(&mut self) -> Result<Batch> {
         let batch = self.batches.as_ref().and_then(|batches| batches.recv().ok());
-        batch.unwrap_or_else(|| Err(Error::run("decoding", "has no more batches")))
+        batch.unwrap_or_else(|| {
+            let has_panicked = self.thread.take().is_some_and(|thread| thread.join().is_err());
+            Err(Error::run("decoding", if has_panicked { "its thread has panicked" } else { "has no more batches" }))
+        })
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, StoredConfig};
-use eqim::config::{GeneratorConfig, is_class_name};
+use eqim::config::{GeneratorConfig, TokenizerConfig, is_class_name};
 use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
 use eqim::generate::generate;
@@ -13,7 +13,7 @@ use eqim::model::{Stage, flow, parameters_of, transformer};
 use eqim::ops::eager::{Dropout, Eager, Training};
 use eqim::request::{GuidanceSchedule, Noise, Request};
 use eqim::weights::Weights;
-use eqim::{Config, Result, ResultExt};
+use eqim::{Config, Error, Result, ResultExt};
 use ndarray::{Array3, Axis, concatenate};
 use rand::{Rng, RngCore};
 use rand_mt::Mt;
@@ -22,7 +22,7 @@ use crate::data::{Crops, Photos, Purpose, order, randomness};
 use crate::initial::{self, normal};
 use crate::latents::{Encoder, Latents};
 use crate::learner::{Learner, Losses, Measures, Update};
-use crate::recipe::{GeneratorRecipe, TrainingPlan};
+use crate::recipe::{self, GeneratorRecipe, TrainingPlan};
 use crate::run::Task;
 
 /// The generator being trained.
@@ -93,6 +93,23 @@ pub fn decays(name: &str, axes: usize) -> bool {
     axes > 1 && !name.starts_with("diffloss.")
 }
 
+/// Checks that a training with the tokenizer `encoder` fits in `most` bytes of memory.
+///
+/// # Errors
+/// Those of [`recipe::check_memory`].
+pub fn check_memory(recipe: &GeneratorRecipe, encoder: &TokenizerConfig, most: u64) -> Result<()> {
+    let GeneratorRecipe { model, plan, diffusion_batch_mul: copies, .. } = recipe;
+    let generator = GeneratorConfig { embed: encoder.embed, ..model.clone() };
+    let config = Config { generator, tokenizer: encoder.clone() };
+    config.check()?;
+    // Tokens and posteriors; the noise of every copy.
+    let row = [plan.tokens, encoder.embed, copies.saturating_add(2)];
+    recipe::check_memory("generator", plan, &parameters_of(&config, &STAGES)?, &row, most)
+}
+
+/// Stages whose weights are trained.
+const STAGES: [Stage; 3] = [Stage::Prefill, Stage::Step, Stage::Flow];
+
 impl GeneratorTask {
     /// A generator with random weights. The latents of the photographs are computed first and stored in `cache`.
     ///
@@ -123,11 +140,11 @@ impl GeneratorTask {
         let named = classes.iter().all(|name| is_class_name(name));
         recipe.model.class_names = if named { classes.clone() } else { vec![] };
         recipe.model.embed = encoder.config.embed;
-        recipe.model.vae_norm = 1.0 / training.deviation(posterior_std)?;
+        recipe.model.vae_norm = 1.0 / training.deviation(posterior_std);
 
         let config = Config { generator: recipe.model.clone(), tokenizer: encoder.config.clone() };
         config.check()?;
-        let parameters = parameters_of(&config, &[Stage::Prefill, Stage::Step, Stage::Flow])?;
+        let parameters = parameters_of(&config, &STAGES)?;
         let learner = Learner::new("generator", initial::generator_weights(&parameters, plan.seed)?, &device)?;
         Ok(Self { recipe, learner, encoder, posterior_std, device, classes, fingerprint, training, held_out })
     }
@@ -171,6 +188,18 @@ impl GeneratorTask {
             times: Tensor::from_vec(times, (copies, batch, n), device)?,
             training,
         })
+    }
+
+    /// The loss without gradients.
+    ///
+    /// # Errors
+    /// [`Error::run`] if it is not finite.
+    fn loss_of(&self, weights: &Weights, inputs: &StepInputs) -> Result<f64> {
+        let loss = loss(&self.recipe.model, weights, inputs)?.to_dtype(DType::F32)?.to_scalar::<f32>()?;
+        match loss.is_finite() {
+            true => Ok(loss.into()),
+            false => Err(Error::run("loss", format!("is {loss}, not finite: lower base_learning_rate, or set clip"))),
+        }
     }
 
     /// An engine with the averaged weights of the generator and with the tokenizer.
@@ -264,10 +293,19 @@ impl Task for GeneratorTask {
         let weights = self.learner.average()?;
         let mut sum = 0.0;
         for batch in 0..VALIDATION_BATCHES {
-            let inputs = self.draw(&self.held_out, batch, false)?;
-            sum += f64::from(loss(&self.recipe.model, &weights, &inputs)?.to_dtype(DType::F32)?.to_scalar::<f32>()?);
+            sum += self.loss_of(&weights, &self.draw(&self.held_out, batch, false)?)?;
         }
         Ok(Measures::from([("loss".into(), sum / VALIDATION_BATCHES as f64)]))
+    }
+
+    fn check(&self) -> Result<()> {
+        self.learner.check()?;
+        let latents = if self.held_out.is_empty() { &self.training } else { &self.held_out };
+        let inputs = self.draw(latents, 0, false)?;
+        for weights in [self.learner.weights()?, self.learner.average()?] {
+            self.loss_of(&weights, &inputs)?;
+        }
+        Ok(())
     }
 
     fn picture(&self) -> Result<Array3<f32>> {

@@ -184,6 +184,20 @@ impl Learner {
         Ok(norm)
     }
 
+    /// Checks that the parameters, moments and averages are finite. A step can overflow although its gradients are finite.
+    ///
+    /// # Errors
+    /// [`Error::run`] naming the tensor that is not finite.
+    pub fn check(&self) -> Result<()> {
+        for (name, tensor) in self.state() {
+            if !is_finite(&tensor)? {
+                let problem = "has a value that is not finite: lower base_learning_rate, or set clip";
+                return Err(Error::run(format!("tensor {name}"), problem));
+            }
+        }
+        Ok(())
+    }
+
     /// All tensors to save in a checkpoint. Their names start with the name of the learner.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let mut tensors = vec![];
@@ -195,7 +209,7 @@ impl Learner {
                 ("second_moment", second_moment),
                 ("average", average),
             ];
-            tensors.extend(kept.map(|(part, tensor)| (self.key(part, name), tensor.clone())));
+            tensors.extend(kept.map(|(part, tensor)| (key(self.name, part, name), tensor.clone())));
         }
         tensors
     }
@@ -203,33 +217,48 @@ impl Learner {
     /// Restores a [state](Learner::state) that was saved after `updates` updates.
     ///
     /// # Errors
-    /// [`Error::input`] naming the tensor that is missing or has a wrong shape.
+    /// [`Error::input`] naming the tensor that is missing, not finite or of a wrong type or shape.
     pub fn restore(&mut self, file: &mut TensorFile, updates: usize) -> Result<()> {
-        let keys: Vec<String> = self.parameters.keys().cloned().collect();
-        for name in keys {
-            let [value, first_moment, second_moment, average] =
-                ["value", "first_moment", "second_moment", "average"].map(|part| file.read(&self.key(part, &name)));
-            let (value, first_moment, second_moment, average) = (value?, first_moment?, second_moment?, average?);
-            let Some(parameter) = self.parameters.get_mut(&name) else { continue };
-            let expected = parameter.value.dims();
-            if let Some(other) = [&value, &first_moment, &second_moment, &average].iter().find(|x| x.dims() != expected)
-            {
-                let problem = format!("tensor {name} has shape {:?}, expected {expected:?}", other.dims());
-                return Err(Error::input(file.path().display(), problem));
-            }
-            let device = parameter.value.device().clone();
-            parameter.value.set(&value.to_device(&device)?)?;
-            parameter.first_moment = first_moment.to_device(&device)?;
-            parameter.second_moment = second_moment.to_device(&device)?;
-            parameter.average = average.to_device(&device)?;
+        let name = self.name;
+        for (parameter, kept) in &mut self.parameters {
+            let like = kept.value.as_tensor().clone();
+            let mut read = |part| stored(file, &key(name, part, parameter), &like);
+            kept.value.set(&read("value")?)?;
+            kept.first_moment = read("first_moment")?;
+            kept.second_moment = read("second_moment")?;
+            kept.average = read("average")?;
         }
         self.updates = updates;
         Ok(())
     }
+}
 
-    fn key(&self, part: &str, parameter: &str) -> String {
-        format!("{}.{part}.{parameter}", self.name)
+/// Name of a tensor of a saved state.
+fn key(learner: &str, part: &str, parameter: &str) -> String {
+    format!("{learner}.{part}.{parameter}")
+}
+
+/// Reads a tensor with the type, the shape and the device of `like`.
+fn stored(file: &mut TensorFile, name: &str, like: &Tensor) -> Result<Tensor> {
+    let tensor = file.read(name)?;
+    let bad = |problem: String| Error::input(file.path().display(), format!("tensor {name} {problem}"));
+    if tensor.dtype() != like.dtype() || tensor.dims() != like.dims() {
+        let (found, expected) = ((tensor.dtype(), tensor.dims()), (like.dtype(), like.dims()));
+        return Err(bad(format!("is {found:?}, expected {expected:?}")));
     }
+    if !is_finite(&tensor)? {
+        return Err(bad("has a value that is not finite".into()));
+    }
+    Ok(tensor.to_device(like.device())?)
+}
+
+/// Whether all values of a tensor of `f32` are finite.
+///
+/// # Errors
+/// If a Candle operation fails.
+pub fn is_finite(tensor: &Tensor) -> Result<bool> {
+    // Zero times an infinite number is not a number.
+    Ok((tensor * 0.0)?.sum_all()?.to_scalar::<f32>()? == 0.0)
 }
 
 /// Losses of one shard of a batch.

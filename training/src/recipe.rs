@@ -173,21 +173,18 @@ impl TrainingPlan {
 
     fn check(&self, part: &str) -> Result<()> {
         let bad = |name: &str, problem: String| Err(Error::input(format!("{part}.plan.{name}"), problem));
+        // Crops are mirrored at their edges, so they have at least two tokens.
         let counts = [
-            ("steps", self.steps),
-            ("batch_size", self.batch_size),
-            ("log_every", self.log_every),
-            ("checkpoint_every", self.checkpoint_every),
-            ("sample_every", self.sample_every),
+            ("steps", self.steps, 1, MOST_STEPS),
+            ("batch_size", self.batch_size, 1, MOST),
+            ("tokens", self.tokens, 2, MOST),
+            ("warmup_steps", self.warmup_steps, 0, MOST_STEPS),
+            ("log_every", self.log_every, 1, usize::MAX),
+            ("checkpoint_every", self.checkpoint_every, 1, usize::MAX),
+            ("sample_every", self.sample_every, 1, usize::MAX),
         ];
-        if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
-            return bad(name, "is 0, expected at least 1".into());
-        }
-        if self.tokens < 2 {
-            return bad(
-                "tokens",
-                format!("is {}, expected at least 2: crops are mirrored at their edges", self.tokens),
-            );
+        for (name, count, least, most) in counts {
+            in_range(&format!("{part}.plan.{name}"), count, least, most)?;
         }
         if !(1.0..=16.0).contains(&self.largest_scale) {
             return bad("largest_scale", format!("is {}, expected 1 to 16", self.largest_scale));
@@ -199,6 +196,56 @@ impl TrainingPlan {
         positive(&format!("{part}.plan.base_learning_rate"), self.base_learning_rate)?;
         not_negative(&format!("{part}.plan.clip"), self.clip)
     }
+}
+
+// Far larger than in any real training. These limits only bound the work that a recipe can request.
+const MOST: usize = 1 << 16;
+const MOST_STEPS: usize = i32::MAX as usize;
+
+fn in_range(name: &str, count: usize, least: usize, most: usize) -> Result<()> {
+    match (least..=most).contains(&count) {
+        true => Ok(()),
+        false if most == usize::MAX => Err(Error::input(name, format!("is {count}, expected at least {least}"))),
+        false => Err(Error::input(name, format!("is {count}, expected {least} to {most}"))),
+    }
+}
+
+/// Checks that a training fits in `most` bytes of memory: its parameters with their moments and averages, and
+/// `plan.batch_size` rows with as many numbers as the product of `row`. `part` is the table of the recipe.
+///
+/// # Errors
+/// [`Error::input`] naming the key that is too large.
+pub fn check_memory(
+    part: &str,
+    plan: &TrainingPlan,
+    parameters: &[(String, Vec<usize>)],
+    row: &[usize],
+    most: u64,
+) -> Result<()> {
+    /// Value, two moments, average.
+    const COPIES: u64 = 4;
+    let bytes = |shape: &[usize]| shape.iter().fold(4u64, |bytes, &size| bytes.saturating_mul(size as u64));
+    let expected = || format!("expected at most {}, the memory of this process", gigabytes(most));
+    let learned = parameters.iter().fold(0u64, |sum, (_, shape)| sum.saturating_add(bytes(shape)));
+    let learned = learned.saturating_mul(COPIES);
+    if let Some((name, shape)) = parameters.iter().max_by_key(|(_, shape)| bytes(shape)).filter(|_| learned > most) {
+        let problem = format!(
+            "its parameters with their moments and averages take {}, {}; the largest is {name} {shape:?}",
+            gigabytes(learned),
+            expected(),
+        );
+        return Err(Error::input(format!("{part}.model"), problem));
+    }
+    let batch = bytes(row).saturating_mul(plan.batch_size as u64);
+    if batch > most {
+        let problem = format!("is {}, a batch takes {}, {}", plan.batch_size, gigabytes(batch), expected());
+        return Err(Error::input(format!("{part}.plan.batch_size"), problem));
+    }
+    Ok(())
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / f64::from(1u32 << 30))
 }
 
 fn positive(name: &str, value: f64) -> Result<()> {
@@ -325,9 +372,10 @@ impl Recipe {
         probability("generator.label_drop_prob", g.label_drop_prob)?;
         probability("generator.attn_dropout", g.attn_dropout)?;
         probability("generator.proj_dropout", g.proj_dropout)?;
-        let counts = [("views", g.views), ("shift_num", g.shift_num), ("diffusion_batch_mul", g.diffusion_batch_mul)];
-        if let Some((name, _)) = counts.iter().find(|(_, count)| *count == 0) {
-            return Err(Error::input(format!("generator.{name}"), "is 0, expected at least 1"));
+        for (name, count) in
+            [("views", g.views), ("shift_num", g.shift_num), ("diffusion_batch_mul", g.diffusion_batch_mul)]
+        {
+            in_range(&format!("generator.{name}"), count, 1, MOST)?;
         }
         let generator = GeneratorConfig { embed: t.model.embed, ..g.model.clone() };
         Config { generator, tokenizer: t.model.clone() }.check()

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 use eqim::checkpoint::tensors::{self, TensorFile};
+use eqim::digest::Hash;
 use eqim::{Error, Result, ResultExt, picture};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use ndarray::Array3;
@@ -39,8 +40,15 @@ pub trait Task {
     /// Metrics of the averaged weights on the held-out photographs; empty if no photographs are held out.
     ///
     /// # Errors
-    /// If the model fails.
+    /// [`Error::run`] if the model fails, or if a metric is not a number.
     fn validate(&self) -> Result<Measures>;
+
+    /// Checks that the weights, moments and averages are finite, and what the model computes with them. Only then are
+    /// they saved over an earlier checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::run`] naming what is not finite.
+    fn check(&self) -> Result<()>;
 
     /// A sample picture from the averaged weights, `[3, height, width]` in -1..1.
     ///
@@ -54,7 +62,7 @@ pub trait Task {
     /// Restores a state that was saved after `steps` steps.
     ///
     /// # Errors
-    /// [`Error::input`] naming the tensor that is missing or has a wrong shape.
+    /// [`Error::input`] naming the tensor that is missing, not finite or of a wrong type or shape.
     fn restore(&mut self, file: &mut TensorFile, steps: usize) -> Result<()>;
 
     /// Writes the averaged weights as an eqim checkpoint.
@@ -74,6 +82,8 @@ struct Saved {
     kind: String,
     steps: usize,
     identity: String,
+    /// Hash of all tensors.
+    sha256: String,
 }
 
 /// Output folder of a training run.
@@ -129,20 +139,27 @@ impl Output {
         if saved.kind != task.kind() {
             return Err(bad(format!("is the training state of a {}, expected that of a {}", saved.kind, task.kind())));
         }
-        let identity = task.identity()?;
-        if let Some((was, is)) = saved.identity.lines().zip(identity.lines()).find(|(was, is)| was != is) {
+        if let Some((was, is)) = difference(&saved.identity, &task.identity()?) {
             return Err(bad(format!(
                 "is the state of another training: it was started with `{was}`, this one with `{is}`; resume with the same settings"
             )));
         }
-        task.restore(&mut file, saved.steps)?;
-        Ok(saved.steps)
+        let (steps, planned) = (saved.steps, task.plan().steps);
+        if steps > planned {
+            let problem = format!("is the state after step {steps}, but this training has {planned} steps");
+            return Err(bad(problem).with_field("steps"));
+        }
+        task.restore(&mut file, steps)?;
+        if hash(&task.state())? != saved.sha256 {
+            return Err(bad("its tensors do not have their hash: the file was changed".into()));
+        }
+        Ok(steps)
     }
 
     fn save(&self, task: &impl Task, steps: usize) -> Result<()> {
-        let saved = Saved { kind: task.kind().into(), steps, identity: task.identity()? };
-        let text = serde_json::to_string(&saved).or_run("training state")?;
         let state = task.state();
+        let saved = Saved { kind: task.kind().into(), steps, identity: task.identity()?, sha256: hash(&state)? };
+        let text = serde_json::to_string(&saved).or_run("training state")?;
         let state: Vec<(&str, Tensor)> = state.iter().map(|(name, tensor)| (name.as_str(), tensor.clone())).collect();
         task.write_model(&self.file(&format!("{}.safetensors", task.kind())))?;
         tensors::write(&self.state(), &state, HashMap::from([(STATE_KEY.into(), text)]))
@@ -153,6 +170,28 @@ impl Output {
         let title = format!("Training of the {}", task.kind());
         curve::draw(&self.file("loss.png"), &title, metrics.records(), &["loss", "validation_loss"])
     }
+}
+
+/// The first line in which two texts differ. A line that is missing is empty.
+fn difference<'a>(was: &'a str, is: &'a str) -> Option<(&'a str, &'a str)> {
+    let (mut was, mut is) = (was.lines(), is.lines());
+    loop {
+        match (was.next(), is.next()) {
+            (None, None) => return None,
+            (was, is) if was == is => {}
+            (was, is) => return Some((was.unwrap_or_default(), is.unwrap_or_default())),
+        }
+    }
+}
+
+/// Hash of the names and values of tensors.
+fn hash(tensors: &[(String, Tensor)]) -> Result<String> {
+    let mut hash = Hash::default();
+    for (name, tensor) in tensors {
+        hash.add(name);
+        hash.add_values(&tensor.flatten_all()?.to_vec1::<f32>()?);
+    }
+    Ok(hash.hex())
 }
 
 /// Takes all steps from `start` to the end of the plan.
@@ -167,13 +206,21 @@ pub fn run(task: &mut impl Task, output: &Output, start: usize) -> Result<()> {
     for step in start..plan.steps {
         let done = step + 1;
         let every = |interval: usize| done.is_multiple_of(interval) || done == plan.steps;
-        let measured = task.step(step).map_err(|error| stopped(error, step, kept, output))?;
-        pace.add(measured);
-        let look = every(plan.sample_every);
+        let stopped = |error| stopped(error, step, kept, output);
+        pace.add(task.step(step).map_err(stopped)?);
+        let (look, keep) = (every(plan.sample_every), every(plan.checkpoint_every));
+        if keep {
+            task.check().map_err(stopped)?;
+        }
         if every(plan.log_every) || look {
             let mut values = pace.line(step);
             if look {
-                values.extend(task.validate()?.into_iter().map(|(name, value)| (format!("validation_{name}"), value)));
+                values.extend(
+                    task.validate()
+                        .map_err(stopped)?
+                        .into_iter()
+                        .map(|(name, value)| (format!("validation_{name}"), value)),
+                );
             }
             pace.show(done, &values);
             let finite = |value: f64| value.is_finite().then_some(value);
@@ -183,7 +230,7 @@ pub fn run(task: &mut impl Task, output: &Output, start: usize) -> Result<()> {
         if look {
             output.draw(task, &metrics, done)?;
         }
-        if every(plan.checkpoint_every) {
+        if keep {
             output.save(task, done)?;
             kept = done;
         }

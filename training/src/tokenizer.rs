@@ -25,7 +25,7 @@ use crate::discriminator;
 use crate::initial;
 use crate::learner::{Learner, Losses, Measures, Update};
 use crate::perceptual::Lpips;
-use crate::recipe::{TokenizerRecipe, TrainingPlan};
+use crate::recipe::{self, TokenizerRecipe, TrainingPlan};
 use crate::run::Task;
 use crate::structure::structure;
 
@@ -74,6 +74,21 @@ fn semantic_parameters(model: &TokenizerConfig, width: usize) -> Result<Vec<(Str
     Ok(cost.into_parameters())
 }
 
+/// Checks that a training fits in `most` bytes of memory.
+///
+/// # Errors
+/// Those of [`recipe::check_memory`].
+pub fn check_memory(recipe: &TokenizerRecipe, most: u64) -> Result<()> {
+    /// Batches in memory: in the queue, being made and in use.
+    const BATCHES: usize = 4;
+    let TokenizerRecipe { model, plan, .. } = recipe;
+    let row = [BATCHES, model.image_channels, model.image_height(), model.token_width(), plan.tokens];
+    recipe::check_memory("tokenizer", plan, &parameters_of(&whole(model), &STAGES)?, &row, most)
+}
+
+/// Stages whose weights are trained.
+const STAGES: [Stage; 2] = [Stage::Encoder, Stage::Decoder];
+
 // Prefixes of the weights that are frozen if only the decoder is trained.
 const ENCODER: [&str; 2] = ["encoder.", "quant_layer."];
 
@@ -90,7 +105,7 @@ impl TokenizerTask {
         device: Device,
     ) -> Result<Self> {
         let (training, held_out) = photos.split(recipe.plan.validation, recipe.plan.seed)?;
-        let parameters = parameters_of(&whole(&recipe.model), &[Stage::Encoder, Stage::Decoder])?;
+        let parameters = parameters_of(&whole(&recipe.model), &STAGES)?;
         let mut values = match &initial {
             None if recipe.decoder_only => {
                 return Err(Error::input("decoder_only", "requires a tokenizer to start from: set --from"));
@@ -148,6 +163,22 @@ impl TokenizerTask {
         Ok(image.index_axis_move(Axis(0), 0))
     }
 
+    /// Like [`TokenizerTask::reconstruct`], for the photograph at `path`.
+    ///
+    /// # Errors
+    /// [`Error::run`] if a pixel is not finite.
+    fn finite_reconstruction(&self, weights: &Weights, path: &Path, picture: ArrayView3<f32>) -> Result<Array3<f32>> {
+        let reconstruction = self.reconstruct(weights, picture)?;
+        match reconstruction.iter().all(|value| value.is_finite()) {
+            true => Ok(reconstruction),
+            false => {
+                let problem =
+                    "its reconstruction has a pixel that is not finite: lower base_learning_rate, or set clip";
+                Err(Error::run(path.display(), problem))
+            }
+        }
+    }
+
     /// A whole photograph, scaled to the image height of the model, `[3, height, width]`.
     fn whole_picture(&self, path: &Path) -> Result<Array3<f32>> {
         let model = &self.recipe.model;
@@ -163,7 +194,8 @@ impl TokenizerTask {
         let weights = self.averaged()?;
         let of = |photo: &crate::data::Photo| {
             let picture = self.whole_picture(&photo.path)?;
-            let reconstruction = self.reconstruct(&weights, picture.view())?.mapv(|value| value.clamp(-1.0, 1.0));
+            let reconstruction = self.finite_reconstruction(&weights, &photo.path, picture.view())?;
+            let reconstruction = reconstruction.mapv(|value| value.clamp(-1.0, 1.0));
             Ok((photo.path.display().to_string(), psnr_of_values(reconstruction.view(), picture.view())))
         };
         photos.photos.iter().map(of).collect()
@@ -381,6 +413,18 @@ impl Task for TokenizerTask {
             return Ok(Measures::new());
         }
         Ok(Measures::from([("psnr".into(), mean(psnr.into_iter().map(|(_, psnr)| psnr)))]))
+    }
+
+    fn check(&self) -> Result<()> {
+        [Some(&self.learner), self.discriminator.as_ref()].into_iter().flatten().try_for_each(Learner::check)?;
+        let Some(photo) = self.held_out.photos.iter().chain(&self.training.photos).next() else { return Ok(()) };
+        let picture = self.whole_picture(&photo.path)?;
+        let mut trained = self.learner.weights()?;
+        add(&mut trained, &self.frozen)?;
+        for weights in [trained, self.averaged()?] {
+            self.finite_reconstruction(&weights, &photo.path, picture.view())?;
+        }
+        Ok(())
     }
 
     fn picture(&self) -> Result<Array3<f32>> {

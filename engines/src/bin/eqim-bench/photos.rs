@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use eqim::picture::folder::{Classes, classes, none_in};
+use eqim::picture::folder::{Entry, Folder};
 use eqim::picture::{self, Side};
 use eqim::{Config, Result};
 use ndarray::Array3;
@@ -17,29 +17,32 @@ pub struct Photo {
     pub class: Option<usize>,
 }
 
-/// Reads the pictures of a folder. The second result says how their classes were determined.
+/// Reads the pictures of a folder, and names those that are skipped. The second result says how their classes were
+/// determined.
 ///
 /// # Errors
-/// [`eqim::Error::input`] if the folder contains no pictures, or if a picture or the folder cannot be read.
+/// Those of [`Folder::open`].
 pub fn photos(folder: &Path, config: &Config) -> Result<(Vec<Photo>, &'static str)> {
-    let Classes { names, pictures } = classes(folder)?;
-    if pictures.is_empty() {
-        return Err(none_in(folder));
+    let (height, multiple) = (config.tokenizer.image_height(), config.tokenizer.token_width());
+    let look = |path: &Path, bytes: &[u8]| {
+        let image = picture::decode(path, bytes)?;
+        Ok(picture::scale(path, image, height, multiple, Side::Left)?.pixels)
+    };
+    let Folder { classes, pictures, skipped } = Folder::open(folder, look)?;
+    skipped.iter().for_each(|problem| eqim_cli::note(format_args!("skipped: {problem}")));
+    if !skipped.is_empty() {
+        eqim_cli::note(format_args!("{} pictures ({} skipped)", pictures.len(), skipped.len()));
     }
     let generator = &config.generator;
-    let named = !names.is_empty() && names.iter().all(|name| generator.class_names.contains(name));
+    let named = !classes.is_empty() && classes.iter().all(|name| generator.class_names.contains(name));
     let (known, how): (&[String], _) = if named {
         (&generator.class_names, "the names of their folders")
-    } else if names.len() == generator.class_num {
-        (&names, "the order of their folders")
+    } else if classes.len() == generator.class_num {
+        (&classes, "the order of their folders")
     } else {
         (&[], "nothing: the folders are not the model's classes")
     };
-    let class = |index: Option<usize>| index.and_then(|index| known.iter().position(|known| *known == names[index]));
-    let (height, multiple) = (config.tokenizer.image_height(), config.tokenizer.token_width());
-    let read = |(path, index): (PathBuf, Option<usize>)| {
-        let pixels = picture::read(&path, height, multiple, Side::Left)?.pixels;
-        Ok(Photo { class: class(index), pixels, path })
-    };
-    Ok((pictures.into_iter().map(read).collect::<Result<_>>()?, how))
+    let class = |index: usize| known.iter().position(|known| *known == classes[index]);
+    let photo = |Entry { path, class: index, content: pixels }| Photo { class: index.and_then(class), pixels, path };
+    Ok((pictures.into_iter().map(photo).collect(), how))
 }

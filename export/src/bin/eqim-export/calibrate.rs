@@ -1,16 +1,16 @@
 //! `eqim-export calibrate`: measures the ranges of activations on pictures and rollouts.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use eqim::bundle::{Bundle, Int8Target};
 use eqim::model::Stage;
-use eqim::picture::folder::pictures;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, checkpoint, files};
 use eqim_calibration::policy::STAGES;
 use eqim_calibration::{
-    Collection, Estimator, Policy, Ranked, Samples, Sensitivity, Table, fingerprint, hashes, quantized, search,
+    Collection, Estimator, Policy, Ranked, Samples, Sensitivity, Table, fingerprint, quantized, search, survey,
 };
 use eqim_cli::flags::tolerance;
 use eqim_cli::{say, table};
@@ -18,7 +18,7 @@ use eqim_export::quantization::decibels;
 
 /// Calibrate INT8: measure the ranges of a model's activations on pictures and rollouts, and write them to a table.
 ///
-/// Every picture is encoded and decoded by the tokenizer. Every rollout generates an image with guidance, caches and
+/// Every picture is encoded and decoded by the tokenizer; one that cannot be used is named and skipped. Every rollout generates an image with guidance, caches and
 /// all ODE steps, with its own class and seed. The state is saved next to the table until the table is complete. A
 /// calibration that was stopped resumes from this state.
 #[derive(Args)]
@@ -78,10 +78,10 @@ pub fn run(arguments: &Calibrate) -> Result<()> {
     check_output(&arguments.output)?;
     let bundle = Bundle::open(&arguments.engine)?;
     check_bundle(&bundle)?;
-    let pictures = pictures(&arguments.images)?;
+    let images = pictures(arguments, &bundle.manifest.model)?;
     let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;
     let samples = Samples {
-        images: hashes(&arguments.images, &pictures)?,
+        images,
         resized: arguments.resize,
         rollouts: arguments.rollouts as usize,
         tokens: arguments.tokens as usize,
@@ -91,7 +91,7 @@ pub fn run(arguments: &Calibrate) -> Result<()> {
     };
     let state = state_path(&arguments.output);
     let mut collection = Collection::open(&state, &fingerprint(&config, &weights)?, &samples)?;
-    collect(&mut collection, &state, &config, &weights, &pictures)?;
+    collect(&mut collection, &state, &config, &weights, &arguments.images)?;
     let mut table = collection.table(arguments.estimator)?;
     if arguments.sensitivity {
         table.sensitivity = Some(rank(arguments, &config, &weights, &table, (&mut collection, &state))?);
@@ -113,6 +113,14 @@ fn check_output(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Looks at all pictures before the work. Returns their hashes by name, and names those that are skipped.
+fn pictures(arguments: &Calibrate, config: &Config) -> Result<BTreeMap<String, String>> {
+    let (images, skipped) = survey(&arguments.images, config, arguments.resize)?;
+    skipped.iter().for_each(|problem| eqim_cli::note(format_args!("skipped: {problem}")));
+    eqim_cli::note(format_args!("{} pictures ({} skipped)", images.len(), skipped.len()));
+    Ok(images)
+}
+
 /// Checks that the bundle's weights are not rounded. Rounded weights are a different model.
 fn check_bundle(bundle: &Bundle) -> Result<()> {
     let manifest = &bundle.manifest;
@@ -132,19 +140,13 @@ fn state_path(table: &Path) -> PathBuf {
 }
 
 /// Runs the model on the remaining samples.
-fn collect(
-    collection: &mut Collection,
-    state: &Path,
-    config: &Config,
-    weights: &Weights,
-    pictures: &[PathBuf],
-) -> Result<()> {
+fn collect(collection: &mut Collection, state: &Path, config: &Config, weights: &Weights, images: &Path) -> Result<()> {
     if collection.done() > 0 {
         say(format_args!("resuming after {} of {} samples", collection.done(), collection.total()));
     }
     let mut progress = eqim_cli::Progress::new("calibrated", collection.total(), "pictures and rollouts");
     while collection.done() < collection.total() {
-        collection.next(config, weights, pictures)?;
+        collection.next(config, weights, images)?;
         collection.save(state)?;
         progress.at(collection.done());
     }

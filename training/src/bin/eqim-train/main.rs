@@ -8,14 +8,15 @@ use clap::{Args, Parser, Subcommand};
 use eqim::bundle::FileRecord;
 use eqim::checkpoint;
 use eqim::{Error, Result, ResultExt, files};
+use eqim_cli::memory;
 use eqim_training::data::Photos;
 use eqim_training::dino::Dino;
-use eqim_training::generator::GeneratorTask;
+use eqim_training::generator::{self, GeneratorTask};
 use eqim_training::latents::Encoder;
 use eqim_training::perceptual::Lpips;
 use eqim_training::recipe::{Base, Recipe, TrainingPlan};
 use eqim_training::run::{Output, Task, run as run_task};
-use eqim_training::tokenizer::{Teachers, TokenizerTask, mean};
+use eqim_training::tokenizer::{self, Teachers, TokenizerTask, mean};
 use mimalloc::MiMalloc;
 use serde::Serialize;
 
@@ -132,9 +133,7 @@ impl Shared {
 
     fn photos(&self, plan: &TrainingPlan, height: usize, token_width: usize) -> Result<Photos> {
         let photos = Photos::open(&self.images, height, plan.tokens * token_width)?;
-        for (_, problem) in &photos.skipped {
-            eqim_cli::note(format_args!("skipped: {problem}"));
-        }
+        photos.skipped.iter().for_each(|problem| eqim_cli::note(format_args!("skipped: {problem}")));
         let classes = photos.classes.join(", ");
         let (found, skipped) = (photos.photos.len(), photos.skipped.len());
         eqim_cli::note(format_args!("{found} photographs ({skipped} skipped), classes: {classes}"));
@@ -191,6 +190,7 @@ fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>, dino: O
     if let Some((model, _)) = &initial {
         recipe.model = model.clone();
     }
+    tokenizer::check_memory(&recipe, memory::limit())?;
     let photos = shared.photos(&recipe.plan, recipe.model.image_height(), recipe.model.token_width())?;
     let output = Output::open(&shared.output, shared.resume)?;
     let teachers = Teachers {
@@ -211,6 +211,7 @@ fn generator(shared: &Shared, tokenizer: &Path) -> Result<()> {
     let (config, weights) = checkpoint::load_tokenizer_alone(tokenizer, None)?;
     let name = tokenizer.file_name().unwrap_or_default().to_string_lossy();
     let hash = FileRecord::of(files::folder(tokenizer), &name)?.sha256;
+    generator::check_memory(&recipe.generator, &config, memory::limit())?;
     let photos = shared.photos(&recipe.generator.plan, config.image_height(), config.token_width())?;
     let output = Output::open(&shared.output, shared.resume)?;
     let encoder = Encoder { config, weights, hash };
