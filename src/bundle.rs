@@ -11,6 +11,7 @@ use crate::checkpoint::Inferred;
 use crate::checkpoint::tensors::TensorFile;
 use crate::digest::{sha256_of, short};
 use crate::model::{Stage, ValueInfo};
+use crate::weights::Weights;
 use crate::{Config, Error, Result, ResultExt, checkpoint, files, kind};
 
 /// Name of the file that describes a bundle.
@@ -182,21 +183,19 @@ impl FileRecord {
     /// [`Error::input`] naming the file, if it cannot be read or has changed.
     pub fn verify(&self, folder: &Path) -> Result<()> {
         let found = Self::of(folder, &self.file)?;
-        if &found != self {
-            self.refuse_pointer(folder)?;
-            return Err(Error::input(
-                folder.join(&self.file).display(),
-                format!(
-                    "is not the file that was exported ({} bytes, sha256 {}…; its description says {} bytes, {}…): \
-                     run eqim-export again",
-                    found.bytes,
-                    short(&found.sha256),
-                    self.bytes,
-                    short(&self.sha256),
-                ),
-            ));
+        if &found == self {
+            return Ok(());
         }
-        Ok(())
+        self.refuse_pointer(folder)?;
+        let problem = format!(
+            "is not the file that was exported ({} bytes, sha256 {}…; its description says {} bytes, {}…): run eqim-export \
+             again",
+            found.bytes,
+            short(&found.sha256),
+            self.bytes,
+            short(&self.sha256),
+        );
+        Err(Error::input(folder.join(&self.file).display(), problem))
     }
 
     /// An error if the file has not been fetched: a clone without Git LFS has small text files in the place of files.
@@ -211,7 +210,7 @@ impl FileRecord {
 
 impl Bundle {
     /// Opens a bundle and checks that it is complete. For the weights, only the length and the header are checked;
-    /// [`FileRecord::verify`] also checks their contents.
+    /// [`Bundle::load_weights`] and [`FileRecord::verify`] also check their contents.
     ///
     /// # Errors
     /// [`Error::input`] naming the file that is missing, belongs to another bundle or has changed.
@@ -291,6 +290,15 @@ impl Bundle {
             )),
             None => Ok(()),
         }
+    }
+
+    /// Loads the weights. Their contents are checked first: the file must be the one that was exported.
+    ///
+    /// # Errors
+    /// [`Error::input`] naming the file and the tensor, if the weights have changed or are not those of the model.
+    pub fn load_weights(&self) -> Result<(Config, Weights)> {
+        self.manifest.weights.verify(&self.folder)?;
+        checkpoint::load_safetensors(&self.weights_path())
     }
 
     /// Record of a stage's graph.

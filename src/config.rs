@@ -1,7 +1,5 @@
 //! Configuration of a model: all sizes and settings that the code needs in addition to the weights.
 
-use std::collections::HashSet;
-
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -126,8 +124,13 @@ impl GeneratorConfig {
         if text == "none" {
             return Ok(None);
         }
-        let named = || self.class_names.iter().position(|name| name == text);
-        let class = text.parse().ok().filter(|&class: &usize| class < self.class_num).or_else(named);
+        let mut named = self.class_names.iter().enumerate().filter(|(_, name)| *name == text).map(|(class, _)| class);
+        let number = text.parse().ok().filter(|&class: &usize| class < self.class_num);
+        let class = number.or_else(|| named.next());
+        if let (None, Some(first), Some(second)) = (number, class, named.next()) {
+            let problem = format!("is {text}, the name of both {first} and {second}: give the number");
+            return Err(Error::setting("class", problem));
+        }
         class.map(Some).ok_or_else(|| {
             let names = match &self.class_names[..] {
                 [] => String::new(),
@@ -138,20 +141,36 @@ impl GeneratorConfig {
         })
     }
 
+    /// Names the classes by the lines of a text. A byte order mark, the line ends of Windows and empty lines at the end are
+    /// ignored. Names can occur more than once: these classes have to be given by their numbers.
+    ///
+    /// # Errors
+    /// [`Error::input`] if there is not one usable name per class.
+    pub fn name_classes(&mut self, text: &str) -> Result<()> {
+        let text = text.trim_start_matches('\u{feff}').trim_end();
+        self.check_number_of_names(text.lines().count())?;
+        self.class_names = text.lines().map(|line| line.trim().to_string()).collect();
+        self.check_names()
+    }
+
+    fn check_number_of_names(&self, found: usize) -> Result<()> {
+        if found == self.class_num {
+            return Ok(());
+        }
+        let problem = format!("has {found} names, expected one for each of {} classes", self.class_num);
+        Err(Error::input("class_names", problem))
+    }
+
     /// Checks the class names.
     fn check_names(&self) -> Result<()> {
         let (names, bad) = (&self.class_names, |problem| Err(Error::input("class_names", problem)));
-        if !names.is_empty() && names.len() != self.class_num {
-            return bad(format!("has {} names, expected one for each of {} classes", names.len(), self.class_num));
+        if !names.is_empty() {
+            self.check_number_of_names(names.len())?;
         }
         if let Some(name) = names.iter().find(|name| !is_class_name(name)) {
             return bad(format!("has {name:?}, expected names without ',' and ':' other than numbers and none"));
         }
-        let mut seen = HashSet::new();
-        match names.iter().find(|name| !seen.insert(name.as_str())) {
-            Some(name) => bad(format!("has {name:?} twice")),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     fn check(&self) -> Result<()> {
@@ -429,14 +448,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_million_class_names_are_compared_in_linear_time() {
+    fn a_million_class_names_are_checked_in_linear_time() {
         let mut config = Preset::Small.config();
         config.generator.class_num = 1 << 20;
         config.generator.class_names = (0..1 << 20).map(|class| format!("class {class}")).collect();
         config.check().unwrap();
         config.generator.class_names[7] = "class 1048575".into();
-        let twice = config.check().unwrap_err().to_string();
-        assert_eq!(twice, "class_names: has \"class 1048575\" twice");
+        let doubled = config.generator.class("class 1048575").unwrap_err().to_string();
+        assert!(doubled.contains("the name of both 7 and 1048575: give the number"), "{doubled}");
     }
 
     #[test]

@@ -8,6 +8,7 @@
 
 pub mod chart;
 pub mod flags;
+mod interrupt;
 pub mod memory;
 pub mod table;
 
@@ -30,9 +31,11 @@ pub const LOG_VARIABLE: &str = "EQIM_LOG";
 const LOGGED: &str = "error,eqim=warn";
 
 /// Runs a program and converts its result to the exit code of the process: 0 on success, 2 for bad input, 1 for a
-/// failed run.
+/// failed run, 130 and 143 after the signals SIGINT and SIGTERM. Its temporary files are removed in all of these cases.
 pub fn main(run: impl FnOnce() -> Result<()>) -> ExitCode {
-    match start_logging().and_then(|()| run()) {
+    let result = start_logging().and_then(|()| interrupt::start()).and_then(|()| run());
+    interrupt::wait_if_interrupted();
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             note(format_args!("error: {}", with_flag(&error)));
@@ -55,7 +58,9 @@ fn with_flag(error: &Error) -> String {
 fn start_logging() -> Result<()> {
     let directives = std::env::var(LOG_VARIABLE).unwrap_or_else(|_| LOGGED.into());
     let filter = EnvFilter::try_new(directives).or_input(LOG_VARIABLE)?;
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).event_format(Plain);
+    // A log line that cannot be written would end the process.
+    let subscriber = tracing_subscriber::fmt().log_internal_errors(false);
+    let subscriber = subscriber.with_env_filter(filter).with_writer(io::stderr).event_format(Plain);
     subscriber.try_init().map_err(|error| Error::run("logging", error))
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 use clap::ValueEnum;
 use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
-use eqim::{Error, Result, checkpoint};
+use eqim::{Error, Result};
 
 use crate::native;
 use crate::onnxruntime::OrtEngine;
@@ -95,6 +95,6 @@ fn candle(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {
             "is in INT8, which Candle does not run: use ONNX Runtime, or the FP32 bundle that it was made from";
         return Err(Error::input(bundle.folder.display(), problem));
     }
-    let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;
+    let (config, weights) = bundle.load_weights()?;
     Ok(Box::new(CandleEngine::new(config, weights)))
 }

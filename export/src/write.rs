@@ -44,12 +44,10 @@ pub struct Draft {
 /// Checks that a bundle can be written to `destination`, before any other work.
 ///
 /// # Errors
-/// [`Error::input`] if there is something other than a bundle at `destination`, or its parent folder does not exist.
+/// [`Error::input`] if there is something other than a bundle at `destination`, or if its parent folder does not exist or
+/// cannot be written to.
 pub fn check_destination(destination: &Path) -> Result<()> {
-    let bad = |problem: String| Err(Error::input(destination.display(), problem));
-    if destination.file_name().is_none() || !folder(destination).is_dir() {
-        return bad("expected the name of a folder to write, inside a folder that exists".into());
-    }
+    files::check_output_folder(destination)?;
     let entries = match std::fs::read_dir(destination) {
         Ok(entries) => entries,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -58,7 +56,9 @@ pub fn check_destination(destination: &Path) -> Result<()> {
     let names: Vec<String> = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     match names.iter().find(|name| !is_ours(destination, name)) {
         Some(name) => {
-            bad(format!("contains {name}, which is not part of a bundle: choose another folder, or remove it"))
+            let problem =
+                format!("contains {name}, which is not part of a bundle: choose another folder, or remove it");
+            Err(Error::input(destination.display(), problem))
         }
         None => Ok(()),
     }
@@ -148,34 +148,9 @@ impl Draft {
     /// names.
     pub fn publish(self) -> Result<Bundle> {
         check_destination(&self.destination)?;
-        replace(self.folder, &self.destination)?;
+        files::publish_folder(self.folder, &self.destination)?;
         Bundle::open(&self.destination)
     }
-}
-
-/// Moves a folder to its destination and replaces an older folder there.
-///
-/// # Errors
-/// [`Error::run`] if the folder cannot be moved. The older folder is then still at the destination, or in the folder
-/// that the error message names.
-pub fn replace(new: TempDir, destination: &Path) -> Result<()> {
-    let failed = |error: std::io::Error| Error::run(destination.display(), "cannot be written").because(error);
-    let older = files::temporary(0o777).tempdir_in(folder(destination)).map_err(failed)?;
-    let set_aside = older.path().join("older");
-    let replaces = destination.exists();
-    if replaces {
-        std::fs::rename(destination, &set_aside).map_err(failed)?;
-    }
-    if let Err(error) = std::fs::rename(new.path(), destination) {
-        if replaces && std::fs::rename(&set_aside, destination).is_err() {
-            let kept = older.keep();
-            let problem = format!("cannot be written: {error}; the previous contents are in {}", kept.display());
-            return Err(Error::run(destination.display(), problem));
-        }
-        return Err(failed(error));
-    }
-    let _moved = new.keep();
-    Ok(())
 }
 
 fn graph_file(stage: Stage) -> String {

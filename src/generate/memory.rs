@@ -4,36 +4,71 @@ use super::tiles::Tiling;
 use crate::request::Request;
 use crate::{Config, Error, Result};
 
-/// Largest size in bytes of a single tensor of a run.
+/// Largest size in bytes of the tensors of one kind in a run.
 const MOST_BYTES: u64 = 16 << 30;
 
-/// Rejects a request whose tensors are too large, because allocation could fail after minutes of work. Two tensors are
-/// checked: the scores of the decoder's attention over a whole image or tile, and the flow head's modulations for all
-/// steps.
+/// Rejects a request whose tensors are too large, because allocation could fail after minutes of work. Three kinds are
+/// checked: those of [`check_sampling`], and the scores of the decoder's attention over a whole image or tile.
 ///
 /// # Errors
 /// [`Error::setting`] naming the setting that is too large.
 pub fn check_memory(request: &Request, config: &Config, tiling: Option<Tiling>) -> Result<()> {
-    let refuse = |field: &'static str, what: &str, bytes: u64| {
-        let (needed, most) = (bytes >> 30, MOST_BYTES >> 30);
-        Err(Error::setting(field, format!("is too large: {what} would take {needed} GB, expected at most {most} GB")))
-    };
+    check_sampling(request, config)?;
     let decoded = tiling.map_or(request.tokens, |tiling| tiling.tile.min(request.tokens));
-    let cells = config.tokenizer.attention_cells(decoded) as u64;
-    let scores = 4 * cells.saturating_mul(cells);
-    if scores > MOST_BYTES {
-        let (field, what) = match tiling {
-            None => ("tokens", "the decoder's attention over the whole image"),
-            Some(_) => ("tile", "the decoder's attention over a tile"),
+    let cells = config.tokenizer.attention_cells(decoded);
+    let (field, what) = match tiling {
+        None => ("tokens", "the decoder's attention over the whole image"),
+        Some(_) => ("tile", "the decoder's attention over a tile"),
+    };
+    check(field, what, &[cells, cells])
+}
+
+/// Rejects a request whose tokens take too much memory, whether they are decoded or not. Two kinds of tensors are checked: the tokens of all images with their noise and prefix, and the flow head's modulations for all
+/// steps.
+///
+/// # Errors
+/// [`Error::setting`] naming the setting that is too large.
+pub fn check_sampling(request: &Request, config: &Config) -> Result<()> {
+    const TENSORS: usize = 3;
+    let (g, images) = (&config.generator, request.classes.len());
+    check("tokens", "the tokens of this many images", &[TENSORS, images, request.tokens, g.embed])?;
+    let streams = if request.cfg == 1.0 { 1 } else { 2 };
+    let evaluations = request.solver.evaluations(request.steps);
+    let sizes = [evaluations, streams, images, 3 * g.flow_depth + 2, g.flow_dim];
+    check("steps", "the flow head's modulations for this many images", &sizes)
+}
+
+/// Checks the size of tensors of 32-bit numbers: the product of `sizes`.
+fn check(field: &'static str, what: &str, sizes: &[usize]) -> Result<()> {
+    let bytes = sizes.iter().fold(4, |bytes: u64, &size| bytes.saturating_mul(size as u64));
+    if bytes <= MOST_BYTES {
+        return Ok(());
+    }
+    let (needed, most) = (bytes >> 30, MOST_BYTES >> 30);
+    Err(Error::setting(field, format!("is too large: {what} would take {needed} GB, expected at most {most} GB")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Preset;
+
+    #[test]
+    fn sizes_are_multiplied_without_overflow() {
+        let config = Preset::Small.config();
+        let request = |images: usize, tokens| Request::new(&config, vec![Some(0); images], tokens);
+        let tiling = Some(Tiling { tile: 64, overlap: 8 });
+        let refused = |request: &Request, words: &str| {
+            for result in [check_sampling(request, &config), check_memory(request, &config, tiling)] {
+                let error = result.unwrap_err().to_string();
+                assert!(error.starts_with(words), "{error}");
+            }
         };
-        return refuse(field, what, scores);
+        refused(&request(4096, 1_000_000), "tokens is too large: the tokens of this many images");
+        refused(&request(1, usize::MAX), "tokens is too large");
+        refused(&Request { steps: usize::MAX, ..request(2, 16) }, "steps is too large");
+        check_sampling(&request(4, 1_000_000), &config).unwrap();
+        check_memory(&request(4, 1_000_000), &config, tiling).unwrap();
+        assert!(check_memory(&request(1, 1_000_000), &config, None).is_err());
     }
-    let g = &config.generator;
-    let streams = request.classes.len() * if request.cfg == 1.0 { 1 } else { 2 };
-    let modulations =
-        4 * (request.solver.evaluations(request.steps) * streams * (3 * g.flow_depth + 2) * g.flow_dim) as u64;
-    if modulations > MOST_BYTES {
-        return refuse("steps", "the flow head's modulations for this many images", modulations);
-    }
-    Ok(())
 }

@@ -138,6 +138,8 @@ fn lines_that_cannot_be_measured_are_refused() {
         "--engine bundle --tokens 1",
         "--engine bundle --batch 0",
         "--engine bundle --tokens 4 --tail 4",
+        "--engine bundle --tokens 1000000 --tail 1 --batch 4096",
+        "--engine bundle --tokens 1000000 --batch 4096",
         "--engine bundle --percentile 101",
         "--engine bundle --pytorch .",
         "--engine bundle --pytorch . --python python3",

@@ -159,11 +159,14 @@ fn classes_have_names_on_command_lines() {
         "field\nforest\na,b\nwater\nsky",
         "field\n1\nsky\nwater\nmoor",
         "field\nforest\nnone\nwater\nsky",
-        "sky\nforest\nsky\nwater\nfield",
+        "field\n\nforest\nwater\nsky",
     ] {
         place.write("names.txt", names);
         place.refused(&format!("{line} --class-names names.txt"));
     }
+    let utf16: Vec<u8> = "field\nforest".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    place.write("names.txt", [b"\xff\xfe", &utf16[..]].concat());
+    place.refused(&format!("{line} --class-names names.txt"));
     place.write("names.txt", "field\nforest\nopen_sea\nwater\nsky\n");
     place.run(&format!("{line} --class-names names.txt")).succeeded();
     let run = "eqim-run --engine bundle --seed 4 --tokens 9 --cfg 2";
@@ -178,6 +181,15 @@ fn classes_have_names_on_command_lines() {
     assert!(place.read("blend.png") != place.read("numbered.png"));
     place.refused(&format!("{run} --classes open_sea:0-6,1:7- -o a.png"));
     place.refused(&format!("{run} --classes open_sea:0-6,bog:6- -o a.png"));
+    // As Windows writes it, with a class of the same name as another.
+    place.write("names.txt", "\u{feff}field\r\nforest\r\nopen sea\r\ncrane\r\ncrane\r\n\r\n\r\n");
+    place.run(&format!("{} --class-names names.txt", line.replace("bundle", "doubled"))).succeeded();
+    let doubled = run.replace("bundle", "doubled");
+    place.refused(&format!("{doubled} --class crane -o a.png"));
+    place.run(&format!("{doubled} --class 4 -o crane.png")).succeeded();
+    place.run(&format!("{doubled} --class field -o field.png")).succeeded();
+    place.run(&format!("{run} --class 0 -o 0.png")).succeeded();
+    assert!(place.read("field.png") == place.read("0.png"));
     // The same from a file of jobs.
     let job = r#"{"id": "a", "classes": "open_sea:0-6,1:3-", "seed": 4, "tokens": 9, "cfg": 2}
 {"id": "b", "class": "open_sea", "seed": 4, "tokens": 9, "cfg": 2}

@@ -11,6 +11,7 @@ mod end_to_end;
 mod examples;
 mod hostile;
 mod int8;
+mod io;
 mod jobs;
 mod outpainting;
 mod parity;

@@ -191,6 +191,8 @@ fn lines_that_cannot_be_done_are_refused() {
         "--fp16 --max-batch 0",
         "--fp16 --max-tokens 1",
         "--fp16 --maxShapes tokens:1x2",
+        "--fp16 --maxShapes times:1000",
+        "--fp16 --minShapes tokens:1x1x8",
         "--fp16 --minShapes what:1",
         "--fp16 --fp32",
         "",

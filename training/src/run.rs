@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use candle_core::Tensor;
 use eqim::checkpoint::tensors::{self, TensorFile};
 use eqim::digest::Hash;
-use eqim::{Error, Result, ResultExt, picture};
+use eqim::{Error, Result, ResultExt, files, picture};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use ndarray::Array3;
 use serde::{Deserialize, Serialize};
@@ -96,8 +96,7 @@ impl Output {
     /// Opens the folder and creates it if it is missing. With `resume`, it may hold the state of an earlier run.
     ///
     /// # Errors
-    /// [`Error::input`] if the folder already holds a run and `resume` is false; [`Error::run`] if it cannot be
-    /// created.
+    /// [`Error::input`] if the folder already holds a run and `resume` is false, or if it cannot be created or written to.
     pub fn open(folder: &Path, resume: bool) -> Result<Self> {
         let output = Self { folder: folder.to_path_buf() };
         if !resume && (output.state().exists() || output.metrics().exists()) {
@@ -105,7 +104,8 @@ impl Output {
             return Err(Error::input(folder.display(), problem));
         }
         let samples = output.folder.join("samples");
-        std::fs::create_dir_all(&samples).or_run(samples.display())?;
+        std::fs::create_dir_all(&samples).or_input(samples.display())?;
+        files::check_output(&output.state())?;
         Ok(output)
     }
 

@@ -460,6 +460,8 @@ fn input_that_cannot_be_used_is_refused_before_anything_is_written() {
         "tokenizer --images photos --recipe tokens.toml -o x",
         "tokenizer --images photos --recipe micro.toml --steps 2147483648 -o x",
         "generator --images photos --tokenizer micro.toml --recipe micro.toml -o x",
+        "tokenizer --images photos --recipe micro.toml -o micro.toml/x",
+        "tokenizer --images photos --recipe micro.toml -o /proc/x",
     ];
     let mut messages = String::new();
     for line in cases {

@@ -4,12 +4,13 @@ use std::cell::OnceCell;
 use std::path::Path;
 
 use eqim::bundle::Bundle;
-use eqim::model::Stage;
+use eqim::model::{Sizes, Stage};
 use eqim::{Config, Error, Result};
 use ndarray::{Array, Dimension};
 use ort::session::SessionInputValue;
 use ort::value::DynValue;
 
+use super::ports;
 use super::runtime::{Graph, Runtime};
 use super::values::float_output;
 
@@ -25,7 +26,7 @@ impl Graphs {
     /// Loads the graphs of a bundle with the given library.
     ///
     /// # Errors
-    /// [`Error::run`] if the library or a graph cannot be loaded.
+    /// [`Error::run`] if the library or a graph cannot be loaded; [`Error::input`] if a graph is not the one of its stage.
     pub(super) fn new(bundle: &Bundle, library: &Path, threads: Option<usize>) -> Result<Self> {
         let runtime = Runtime::load(library)?;
         let graphs = Self { bundle: bundle.clone(), runtime, threads, graphs: Default::default() };
@@ -49,11 +50,17 @@ impl Graphs {
         let every_token = matches!(stage, Stage::Step | Stage::Flow);
         let packed = every_token || self.bundle.manifest.quantization.is_some();
         let graph = self.runtime.graph(&self.bundle.graph_path(stage)?, self.threads, packed)?;
+        graph.check(&stage.inputs(self.config()), &stage.outputs(self.config()), self.bundle.manifest.precision)?;
         Ok(cell.get_or_init(|| graph))
     }
 
-    pub(super) fn run(&self, stage: Stage, inputs: &[SessionInputValue<'_>]) -> Result<Vec<DynValue>> {
-        self.graph(stage)?.run(inputs)
+    /// Runs a stage. The outputs have the types and, for these sizes of the symbols, the shapes of the stage's outputs.
+    pub(super) fn run(&self, stage: Stage, inputs: &[SessionInputValue<'_>], sizes: &Sizes) -> Result<Vec<DynValue>> {
+        let graph = self.graph(stage)?;
+        let outputs = graph.run(inputs)?;
+        let expected = stage.outputs(self.config());
+        ports::check_given(graph.name(), &outputs, &expected, sizes, self.bundle.manifest.precision)?;
+        Ok(outputs)
     }
 
     /// Runs a stage that has one output.
@@ -61,8 +68,9 @@ impl Graphs {
         &self,
         stage: Stage,
         inputs: &[SessionInputValue<'_>],
+        sizes: &Sizes,
     ) -> Result<Array<f32, D>> {
-        let outputs = self.run(stage, inputs)?;
+        let outputs = self.run(stage, inputs, sizes)?;
         let output = outputs.first().ok_or_else(|| Error::run(stage.name(), "gave no output"))?;
         float_output(output)
     }

@@ -1,15 +1,17 @@
 //! The engine that runs the graphs of a bundle on the CPU execution provider of ONNX Runtime.
 
 mod graphs;
+mod ports;
 mod runtime;
 mod session;
 mod values;
+mod version;
 
 use std::path::Path;
 
 use eqim::bundle::{Bundle, Precision};
 use eqim::engine::{Engine, Session};
-use eqim::model::Stage;
+use eqim::model::{Sizes, Stage};
 use eqim::request::solver::Tableau;
 use eqim::{Config, Error, Result, ResultExt};
 use half::f16;
@@ -29,7 +31,7 @@ impl OrtEngine {
     /// Creates an engine for a bundle with the given library. The graph of the encoder is loaded when it is first used.
     ///
     /// # Errors
-    /// [`Error::run`] if the library or a graph cannot be loaded.
+    /// [`Error::run`] if the library or a graph cannot be loaded; [`Error::input`] if a graph is not the one of its stage.
     pub fn new(bundle: &Bundle, library: &Path, threads: Option<usize>) -> Result<Self> {
         Ok(Self { graphs: Graphs::new(bundle, library, threads)? })
     }
@@ -68,14 +70,20 @@ impl Engine for OrtEngine {
             float_input(ArrayView::from(&tableau.times))?.into(),
             float_input(updates)?.into(),
         ];
-        self.graphs.run_one(Stage::Flow, &inputs)
+        self.graphs.run_one(Stage::Flow, &inputs, &Sizes::of_batch(noise.nrows()))
     }
 
     fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>> {
-        self.graphs.run_one(Stage::Decoder, &[float_input(latents)?.into()])
+        let (batch, tokens, _) = latents.dim();
+        let (width, _) = self.config().image_size(tokens);
+        let sizes = Sizes { tokens, width, ..Sizes::of_batch(batch) };
+        self.graphs.run_one(Stage::Decoder, &[float_input(latents)?.into()], &sizes)
     }
 
     fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>> {
-        self.graphs.run_one(Stage::Encoder, &[float_input(images)?.into()])
+        let (batch, _, _, width) = images.dim();
+        let tokens = width / self.config().tokenizer.token_width();
+        let sizes = Sizes { tokens, width, ..Sizes::of_batch(batch) };
+        self.graphs.run_one(Stage::Encoder, &[float_input(images)?.into()], &sizes)
     }
 }

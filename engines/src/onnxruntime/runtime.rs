@@ -4,11 +4,15 @@ use std::cell::RefCell;
 use std::path::Path;
 use std::sync::OnceLock;
 
-use eqim::{Error, Result};
+use eqim::bundle::Precision;
+use eqim::model::ValueInfo;
+use eqim::{Error, Result, ResultExt};
 use ort::environment::{Environment, GlobalThreadPoolOptions};
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{IoBinding, SessionInputValue};
 use ort::value::DynValue;
+
+use super::{ports, version};
 
 /// The ONNX Runtime library. It is loaded once per process.
 #[derive(Clone, Copy)]
@@ -32,6 +36,11 @@ impl Runtime {
     /// [`Error::run`] if the file is not ONNX Runtime, or if its version is too old.
     pub fn load(library: &Path) -> Result<Self> {
         static ENVIRONMENT: OnceLock<Result<Environment, String>> = OnceLock::new();
+        // Without a slash, the name of a library would be searched in the folders of the system.
+        let library = &std::path::absolute(library).or_run(library.display())?;
+        if ENVIRONMENT.get().is_none() {
+            version::check(library)?;
+        }
         let environment = ENVIRONMENT.get_or_init(|| {
             let builder = ort::init_from(library).map_err(|error| error.to_string())?;
             // By default, all graphs share one thread pool. With a pool per graph, the threads of one graph would
@@ -72,6 +81,21 @@ impl Runtime {
 }
 
 impl Graph {
+    /// The file of the graph, for messages.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Checks that the graph declares these inputs and outputs, with caches in `precision`.
+    ///
+    /// # Errors
+    /// [`Error::input`] naming the graph and the first input or output that differs.
+    pub(super) fn check(&self, inputs: &[ValueInfo], outputs: &[ValueInfo], precision: Precision) -> Result<()> {
+        let session = self.session.borrow();
+        ports::check_declared(&self.name, "input", session.inputs(), inputs, precision)?;
+        ports::check_declared(&self.name, "output", session.outputs(), outputs, precision)
+    }
+
     /// Runs the graph. Inputs and outputs are in the order of the graph.
     ///
     /// # Errors

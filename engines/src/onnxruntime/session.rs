@@ -160,7 +160,8 @@ impl Class {
 
 impl Graphs {
     fn prefill(&self, labels: &[i64]) -> Result<Vec<Class>> {
-        let outputs = Rc::new(self.run(Stage::Prefill, &[integer_input(labels)?.into()])?);
+        let sizes = Sizes::of_batch(labels.len());
+        let outputs = Rc::new(self.run(Stage::Prefill, &[integer_input(labels)?.into()], &sizes)?);
         Ok((0..labels.len()).map(|row| Class { outputs: Rc::clone(&outputs), row }).collect())
     }
 }

@@ -128,6 +128,6 @@ pub fn publish(built: Built, bundle: &Bundle, drift: Option<&Drift>) -> Result<(
     if let Some(drift) = drift {
         files::write_json(&built.folder.path().join(DRIFT_FILE), drift)?;
     }
-    write::replace(built.folder, &bundle.folder.join(FOLDER))?;
+    files::publish_folder(built.folder, &bundle.folder.join(FOLDER))?;
     EngineSet::open(&Bundle::open(&bundle.folder)?).map(|_| ())
 }

@@ -75,10 +75,15 @@ impl Limits {
     /// Profiles of a stage's inputs with dynamic axes.
     ///
     /// # Errors
-    /// [`Error::input`] with the name of the setting whose shape does not fit.
+    /// [`Error::input`] with the name of the setting whose shape does not fit, or does not fit that of another input.
     pub fn profiles(&self, stage: Stage, config: &Config) -> Result<BTreeMap<String, Profile>> {
-        let inputs = stage.inputs(config).into_iter().filter(is_dynamic);
-        inputs.map(|info| Ok((info.name.clone(), self.profile(stage, config, &info)?))).collect()
+        let inputs: Vec<ValueInfo> = stage.inputs(config).into_iter().filter(is_dynamic).collect();
+        let profiles = inputs.iter().map(|info| Ok((info.name.clone(), self.profile(stage, config, info)?)));
+        let profiles: BTreeMap<String, Profile> = profiles.collect::<Result<_>>()?;
+        agree("minShapes", &inputs, |name| &profiles[name].min)?;
+        agree("optShapes", &inputs, |name| &profiles[name].opt)?;
+        agree("maxShapes", &inputs, |name| &profiles[name].max)?;
+        Ok(profiles)
     }
 
     fn profile(&self, stage: Stage, config: &Config, info: &ValueInfo) -> Result<Profile> {
@@ -123,12 +128,38 @@ impl Limits {
     }
 }
 
+/// Checks that axes with the same symbol have the same size in all inputs of a stage: otherwise, TensorRT would fail
+/// after minutes.
+fn agree<'a>(field: &'static str, inputs: &'a [ValueInfo], shape: impl Fn(&str) -> &'a [i64]) -> Result<()> {
+    let mut sizes = BTreeMap::new();
+    for info in inputs {
+        for (axis, &size) in info.shape.iter().zip(shape(&info.name)) {
+            let Dimension::Symbolic(symbol) = axis else { continue };
+            let &mut (other, expected) = sizes.entry(symbol.name()).or_insert((&info.name, size));
+            if size != expected {
+                let (symbol, name) = (symbol.name(), &info.name);
+                let problem = format!(
+                    "leaves {other} with a size of {expected} and {name} with one of {size}, but both are the number of \
+                     {symbol}: give both inputs the same size"
+                );
+                return Err(Error::setting(field, problem));
+            }
+        }
+    }
+    Ok(())
+}
+
 fn is_dynamic(info: &ValueInfo) -> bool {
     info.shape.iter().any(|axis| matches!(axis, Dimension::Symbolic(_)))
 }
 
-/// Checks that a shape has the input's fixed sizes.
+/// Checks that a shape has the input's fixed sizes, and enough tokens.
 fn fits(field: &'static str, info: &ValueInfo, shape: &[i64]) -> Result<()> {
+    let too_few =
+        |(axis, size): (&Dimension, &i64)| *axis == Dimension::Symbolic(Symbol::Tokens) && *size < LEAST as i64;
+    if info.shape.iter().zip(shape).any(too_few) {
+        return Err(Error::setting(field, format!("gives {} fewer than {LEAST} tokens", info.name)));
+    }
     let same = |(axis, size): (&Dimension, &i64)| match axis {
         Dimension::Fixed(fixed) => *fixed as i64 == *size,
         Dimension::Symbolic(_) => true,
@@ -195,6 +226,8 @@ mod tests {
         refused("nothing:1x2", "names nothing");
         refused("tokens:1x2", "batchxtokensx");
         refused("times:5000", "have to grow");
+        refused(&format!("tokens:1x1x{}", config.generator.embed), "gives tokens fewer than 2 tokens");
+        refused("times:7", "minShapes leaves times with a size of 7 and updates with one of 1");
         for text in ["tokens", "tokens:", "tokens:0", "tokens:ax2", ":1x2", "tokens:1x2,,"] {
             assert!(text.parse::<Shapes>().is_err(), "{text}");
         }

@@ -25,12 +25,12 @@ use eqim::request::Request;
 use eqim::request::random::TorchRng;
 use eqim::request::solver::Solver;
 use eqim::request::timing::CallTimes;
-use eqim::{Config, Error, Result, checkpoint, files};
+use eqim::{Config, Error, Result, files};
 use ndarray::Array3;
 
 use contest::Candidate;
 use eqim::bundle::Bundle;
-use eqim::generate::memory::check_memory;
+use eqim::generate::memory::{check_memory, check_sampling};
 use eqim_cli::Spinner;
 use eqim_cli::memory;
 use eqim_engines::onnxruntime::Runtime;
@@ -99,8 +99,16 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
 }
 
-/// Checks that all requested measurements are possible.
+/// Checks that all requested measurements are possible, and that their results can be written.
 fn check(arguments: &Arguments, bundles: &[Bundle]) -> Result<()> {
+    let outputs = [
+        ("--export-json", &arguments.export_json),
+        ("--export-markdown", &arguments.export_markdown),
+        ("--plot", &arguments.plot),
+    ];
+    for (flag, path) in outputs.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?))) {
+        files::check_output(path).map_err(|error| error.about(flag))?;
+    }
     let first = &bundles[0].manifest;
     for bundle in &bundles[1..] {
         if !bundle.manifest.model.is_same_model(&first.model) {
@@ -121,8 +129,9 @@ fn check(arguments: &Arguments, bundles: &[Bundle]) -> Result<()> {
         for &batch in &arguments.batch {
             let request = request(arguments, &first.model, batch, tokens);
             request.check(&first.model)?;
-            if arguments.tail.is_none() {
-                check_memory(&request, &first.model, None)?;
+            match arguments.tail {
+                Some(_) => check_sampling(&request, &first.model)?,
+                None => check_memory(&request, &first.model, None)?,
             }
         }
     }
@@ -145,7 +154,7 @@ fn candidates(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) ->
         )?));
     }
     if arguments.reference {
-        let (config, weights) = checkpoint::load_safetensors(&first.weights_path())?;
+        let (config, weights) = first.load_weights()?;
         all.push(Candidate::Reference(Box::new(Reference(CandleEngine::new(config, weights)))));
     }
     let threads: Vec<Option<usize>> = match arguments.threads.as_slice() {
@@ -174,17 +183,18 @@ fn machine() -> Result<Option<Machine>> {
     }
 }
 
-/// Request of a case: the classes in turn, noise from one seed, and random prefix tokens with `--tail`.
+/// Request of a case: the classes in turn, and noise from one seed.
 fn request(arguments: &Arguments, config: &Config, batch: usize, tokens: usize) -> Request {
-    let g = &config.generator;
-    let given = arguments.tail.map(|tail| tokens.saturating_sub(tail));
-    let prefix = given.map(|given| {
-        let values = TorchRng::new(!arguments.seed()).randn(batch * given * g.embed);
-        Array3::from_shape_fn((batch, given, g.embed), |(b, n, e)| values[(b * given + n) * g.embed + e])
-    });
-    let classes = (0..batch).map(|row| Some(row % g.class_num));
-    let request = Request { prefix, ..Request::new(config, classes, tokens) };
-    arguments.sampling.apply(request)
+    let classes = (0..batch).map(|row| Some(row % config.generator.class_num));
+    arguments.sampling.apply(Request::new(config, classes, tokens))
+}
+
+/// Gives all tokens of a request but the last `tail`, as noise.
+fn with_prefix(arguments: &Arguments, config: &Config, request: Request, tail: usize) -> Request {
+    let (batch, given, embed) = (request.classes.len(), request.tokens - tail, config.generator.embed);
+    let values = TorchRng::new(!arguments.seed()).randn(batch * given * embed);
+    let prefix = Array3::from_shape_fn((batch, given, embed), |(b, n, e)| values[(b * given + n) * embed + e]);
+    Request { prefix: Some(prefix), ..request }
 }
 
 /// Times of all batches of one candidate.
@@ -230,6 +240,10 @@ fn case(
     };
     let config = bundle.manifest.model.clone();
     let ours = request(arguments, &config, batch, tokens);
+    let ours = match arguments.tail {
+        Some(tail) => with_prefix(arguments, &config, ours, tail),
+        None => ours,
+    };
     let own_way = ours.solver == Solver::Euler;
     let theirs = Request {
         solver: Solver::Euler,

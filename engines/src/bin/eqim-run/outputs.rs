@@ -146,7 +146,7 @@ fn writable(flag: &str, path: &Path) -> Result<()> {
     if is_folder(Some(path)) {
         return new_folder(flag, path);
     }
-    if path.file_name().is_none() || path.exists() && !path.is_file() {
+    if path.file_name().is_none() || path.symlink_metadata().is_ok_and(|found| !found.is_file()) {
         return Err(bad("is not a file".into()));
     }
     can_be_written(flag, path)

@@ -7,7 +7,7 @@ use clap::Args;
 use eqim::bundle::{Bundle, Int8Target};
 use eqim::model::Stage;
 use eqim::weights::Weights;
-use eqim::{Config, Error, Result, checkpoint, files};
+use eqim::{Config, Error, Result, files};
 use eqim_calibration::policy::STAGES;
 use eqim_calibration::{
     Collection, Estimator, Policy, Ranked, Samples, Sensitivity, Table, fingerprint, quantized, search, survey,
@@ -18,9 +18,9 @@ use eqim_export::quantization::decibels;
 
 /// Calibrate INT8: measure the ranges of a model's activations on pictures and rollouts, and write them to a table.
 ///
-/// Every picture is encoded and decoded by the tokenizer; one that cannot be used is named and skipped. Every rollout generates an image with guidance, caches and
-/// all ODE steps, with its own class and seed. The state is saved next to the table until the table is complete. A
-/// calibration that was stopped resumes from this state.
+/// Every picture is encoded and decoded by the tokenizer; one that cannot be used is named and skipped. Every rollout
+/// generates an image with guidance, caches and all ODE steps, with its own class and seed. The state is saved next to
+/// the table until the table is complete. A calibration that was stopped resumes from this state.
 #[derive(Args)]
 #[command(
     after_help = "Example:\n  eqim-export calibrate --engine bundle --images photos -o calibration.json --sensitivity --min-psnr 35"
@@ -75,11 +75,11 @@ pub struct Calibrate {
 /// # Errors
 /// [`Error::input`] if the pictures or the bundle do not fit; [`Error::run`] if an activation is not finite.
 pub fn run(arguments: &Calibrate) -> Result<()> {
-    check_output(&arguments.output)?;
+    files::check_output(&arguments.output)?;
     let bundle = Bundle::open(&arguments.engine)?;
     check_bundle(&bundle)?;
     let images = pictures(arguments, &bundle.manifest.model)?;
-    let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;
+    let (config, weights) = bundle.load_weights()?;
     let samples = Samples {
         images,
         resized: arguments.resize,
@@ -104,13 +104,6 @@ pub fn run(arguments: &Calibrate) -> Result<()> {
         table.scopes.len(),
         arguments.output.display()
     ))
-}
-
-fn check_output(path: &Path) -> Result<()> {
-    if path.file_name().is_none() || path.is_dir() || !files::folder(path).is_dir() {
-        return Err(Error::input(path.display(), "expected the name of a file to write, inside a folder that exists"));
-    }
-    Ok(())
 }
 
 /// Looks at all pictures before the work. Returns their hashes by name, and names those that are skipped.

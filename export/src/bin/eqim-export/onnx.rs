@@ -8,7 +8,7 @@ use eqim::checkpoint::{self, Hints, Inferred, Loaded, WeightSet, WeightSets};
 use eqim::config::Preset;
 use eqim::engine::candle::CandleEngine;
 use eqim::weights::Weights;
-use eqim::{Config, Error, Result, ResultExt};
+use eqim::{Config, Error, Result, ResultExt, files};
 use eqim_cli::flags::tolerance;
 use eqim_cli::{note, say, table};
 use eqim_engines::native;
@@ -205,9 +205,9 @@ pub fn run(arguments: &Onnx) -> Result<()> {
     };
     let (mut config, weights, inferred) = load(arguments)?;
     if let Some(file) = &arguments.class_names {
-        let text = std::fs::read_to_string(file).or_input(file.display())?;
-        config.generator.class_names = text.lines().map(|line| line.trim().to_string()).collect();
-        config.check().map_err(|error| error.about(format!("--class-names {}", file.display())))?;
+        let about = |error: Error| error.about(format!("--class-names {}", file.display()));
+        let text = String::from_utf8(files::read(file)?).or_input("is not text in UTF-8").map_err(about)?;
+        config.generator.name_classes(&text).map_err(about)?;
     }
     let options = Options { precision, opset: arguments.opset, policy: None };
     let mut draft = match arguments.int8.policy(&config, &weights, arguments.int8_target)? {

@@ -8,7 +8,7 @@ use eqim::bundle::{Bundle, Int8Target, Precision};
 use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
 use eqim::weights::Weights;
-use eqim::{Error, Result, checkpoint};
+use eqim::{Error, Result, files};
 use eqim_cli::flags::tolerance;
 use eqim_cli::{say, table};
 use eqim_engines::native;
@@ -130,6 +130,9 @@ pub fn run(arguments: &Trt) -> Result<()> {
     let targets = arguments.targets();
     trt::check_targets(&targets)?;
     let bundle = Bundle::open(&arguments.engine)?;
+    if !arguments.check_only {
+        files::check_output_folder(&bundle.folder.join(FOLDER))?;
+    }
     let limits = arguments.limits();
     limits.check(&bundle.manifest.model)?;
     let version = trt::version()?;
@@ -139,7 +142,7 @@ pub fn run(arguments: &Trt) -> Result<()> {
     let int8 = if arguments.int8.int8.is_some() { "int8 and " } else { "" };
     say(format_args!("{version}, {int8}{precision}, for {}", names.join(", ")));
     trt::check_weights(&bundle, precision)?;
-    let (config, weights) = checkpoint::load_safetensors(&bundle.weights_path())?;
+    let (config, weights) = bundle.load_weights()?;
     let policy = arguments.int8.policy(&config, &weights, Int8Target::TensorRt)?;
     let draft = trt::lowered(&bundle, &weights, precision, policy.as_ref())?;
     supported(&draft.bundle, &limits, if arguments.check_only { &targets } else { &[] })?;
