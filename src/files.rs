@@ -1,5 +1,6 @@
 //! Reads and writes files. A failed write leaves no incomplete file, and neither does a process that is interrupted.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
 use std::path::{Path, PathBuf};
@@ -40,6 +41,18 @@ pub fn read(path: &Path) -> Result<Vec<u8>> {
         return Err(bad(format!("has more than {LARGEST_READ} bytes")));
     }
     Ok(bytes)
+}
+
+/// Opens a file of unfinished work for reading and writing, or creates it.
+///
+/// # Errors
+/// [`Error::input`] if a folder, a link or a device is in its place; [`Error::run`] if it cannot be opened.
+pub fn open_or_create(path: &Path) -> Result<File> {
+    if path.symlink_metadata().is_ok_and(|found| !found.is_file()) {
+        return Err(Error::input(path.display(), "is not a file: remove it"));
+    }
+    let opened = File::options().read(true).write(true).create(true).truncate(false).open(path);
+    opened.map_err(|error| Error::run(path.display(), "cannot be opened").because(error))
 }
 
 /// The folder that contains `path`.
@@ -276,6 +289,11 @@ fn remembered<T: AsRef<Path>>(create: impl FnOnce() -> io::Result<T>) -> io::Res
     list.retain(|path| path.symlink_metadata().is_ok());
     list.push(created.as_ref().to_path_buf());
     Ok(created)
+}
+
+/// Whether a name in a folder is that of a temporary file or folder, which a process that was killed left.
+pub fn is_temporary(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(TEMPORARY.as_bytes())
 }
 
 /// Removes the temporary files and folders of this process, then calls `end`, which ends the process. Threads that

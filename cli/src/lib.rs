@@ -9,6 +9,7 @@
 pub mod chart;
 pub mod flags;
 mod interrupt;
+pub mod lock;
 pub mod memory;
 pub mod table;
 

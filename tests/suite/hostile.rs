@@ -761,6 +761,23 @@ fn noise_that_does_not_fit() {
     insta::assert_snapshot!(place.messages());
 }
 
+#[test]
+fn tensors_of_sixty_four_gigabytes() {
+    let place = Workplace::with_bundle(&first());
+    for key in ["tokens", "noise"] {
+        let tokens = 1u64 << 31;
+        let header = json!({ key: { "dtype": "F32", "shape": [1, tokens, 8], "data_offsets": [0, 32 * tokens] } });
+        let file = format!("{key}.safetensors");
+        place.write(&file, safetensors(&header.to_string(), &[]));
+        let sparse = std::fs::File::options().write(true).open(place.path(&file)).unwrap();
+        sparse.set_len(sparse.metadata().unwrap().len() + 32 * tokens).unwrap();
+    }
+    let line = "eqim-run --engine bundle --backend candle -o out.png --tokens 5";
+    place.refused(&format!("{line} --prefix tokens.safetensors"));
+    place.refused(&format!("{line} --noise noise.safetensors"));
+    insta::assert_snapshot!(place.messages());
+}
+
 /// A PNG without pixels, whose header claims `width × height` pixels.
 fn promised_png(width: u32, height: u32) -> Vec<u8> {
     let chunk = |kind: &[u8], data: &[u8]| {

@@ -1,11 +1,12 @@
 //! Long images in tiles: as close to exact decoding as documented, without seams, and the same file after an
 //! interruption.
 
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use eqim::checkpoint;
 use eqim::close;
+use eqim::digest::sha256;
 use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
 use eqim::generate::generate;
@@ -112,31 +113,54 @@ fn a_decoder_that_begins_later_gives_the_same_strips() {
 
 const LINE: &str = "--engine bundle --class 1 --seed 3 --cfg 2 --tokens 60 --tile 8 --overlap 2 --steps 100 -o";
 
-#[test]
-fn an_interrupted_run_goes_on_to_the_same_file() {
-    let place = Workplace::with_bundle(&Fixture::open(fixtures()));
-    place.run(&format!("eqim-run {LINE} whole.png")).succeeded();
-    let folder = place.path("bundle");
+/// Starts `eqim-run` with the arguments of `line`, and waits until `tokens.f32` in `partial` has more than `bytes` bytes.
+fn start(place: &Workplace, line: &str, partial: &str, bytes: u64) -> Child {
     let mut child = Command::new(program("eqim-run"))
-        .args(LINE.split(' '))
-        .arg("killed.png")
-        .current_dir(folder.parent().unwrap())
+        .args(line.split(' '))
+        .current_dir(place.path(""))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    let tokens = place.path("killed.png.partial/tokens.f32");
+    let tokens = place.path(partial).join("tokens.f32");
     let start = Instant::now();
-    while !std::fs::metadata(&tokens).is_ok_and(|file| file.len() > 0) && child.try_wait().unwrap().is_none() {
+    while !std::fs::metadata(&tokens).is_ok_and(|file| file.len() > bytes) && child.try_wait().unwrap().is_none() {
         assert!(start.elapsed() < Duration::from_secs(60), "nothing was written");
         std::thread::sleep(Duration::from_millis(1));
     }
+    child
+}
+
+fn kill(mut child: Child) {
     child.kill().unwrap();
     child.wait().unwrap();
-    assert!(
-        place.path("killed.png.partial").is_dir() && !place.path("killed.png").exists(),
-        "it was not killed in time"
-    );
+}
+
+/// A workplace with a bundle, a finished image `whole.png`, and the folder `killed.png.partial` of the same image, whose
+/// run was killed after three tiles.
+fn interrupted() -> Workplace {
+    let place = Workplace::with_bundle(&Fixture::open(fixtures()));
+    place.run(&format!("eqim-run {LINE} whole.png")).succeeded();
+    kill(start(&place, &format!("{LINE} killed.png"), "killed.png.partial", THREE_TILES - 1));
+    let is_unfinished = place.path("killed.png.partial").is_dir() && !place.path("killed.png").exists();
+    assert!(is_unfinished, "it was not killed in time");
+    place
+}
+
+/// Length in bytes of the tokens of the first three tiles of [`LINE`]: 8 + 6 + 6 tokens of 8 values.
+const THREE_TILES: u64 = 20 * 8 * 4;
+
+/// Copies the files of a folder to a new folder.
+fn copy(place: &Workplace, from: &str, to: &str) {
+    std::fs::create_dir(place.path(to)).unwrap();
+    for name in place.listing_of(from) {
+        std::fs::copy(place.path(from).join(&name), place.path(to).join(&name)).unwrap();
+    }
+}
+
+#[test]
+fn an_interrupted_run_goes_on_to_the_same_file() {
+    let place = interrupted();
     let other = format!("eqim-run {} killed.png", LINE.replace("--seed 3", "--seed 4"));
     place.run(&other).failed(2, &["killed.png.partial", "unfinished image of another run"]);
     let finished = place.run(&format!("eqim-run {LINE} killed.png")).succeeded();
@@ -145,7 +169,162 @@ fn an_interrupted_run_goes_on_to_the_same_file() {
     assert!(!place.path("killed.png.partial").exists());
 }
 
-/// A limit of the shell on the size of files stops the run after some tiles of the folder.
+#[test]
+fn a_run_has_one_owner() {
+    let place = Workplace::with_bundle(&Fixture::open(fixtures()));
+    let line = LINE.replace("--tokens 60", "--tokens 600");
+    place.run(&format!("eqim-run {line} whole.png")).succeeded();
+    let child = start(&place, &format!("{line} two.png"), "two.png.partial", 0);
+    let owner = format!("two.png.partial: is in use by process {}: wait until it ends", child.id());
+    let other = line.replace("--seed 3", "--seed 4");
+    for line in [&line, &other] {
+        let second = place.run(&format!("eqim-run {line} two.png")).failed(1, &[&owner]);
+        assert!(!second.stderr.contains("resumes"), "{}", second.stderr);
+    }
+    assert!(!place.path("two.png").exists(), "the first run was too fast");
+    kill(child);
+    place.run(&format!("eqim-run {line} two.png")).succeeded();
+    assert!(place.read("whole.png") == place.read("two.png"), "the files differ");
+    assert!(!place.path("two.png.partial").exists());
+}
+
+/// A change of a file's bytes.
+type Change = fn(Vec<u8>) -> Vec<u8>;
+
+#[test]
+fn what_was_changed_is_done_again() {
+    let place = interrupted();
+    let zeroed: Change = |bytes| vec![0; bytes.len()];
+    let longer: Change = |bytes| [&bytes[..], &[7; 64]].concat();
+    let shorter: Change = |bytes| bytes[..bytes.len() - 40].into();
+    let flipped: Change = |mut bytes| {
+        bytes[THREE_TILES as usize / 2] ^= 1;
+        bytes
+    };
+    let empty: Change = |_| vec![];
+    let noise: Change = |_| vec![0xa5; 5000];
+    let changes = [
+        ("pixels.rgb", vec![zeroed, shorter, flipped, empty]),
+        ("tokens.f32", vec![zeroed, shorter, flipped, empty, longer]),
+        ("tiles.jsonl", vec![zeroed, shorter, flipped, empty, longer, noise]),
+    ];
+    for (file, changes) in changes {
+        for (number, change) in changes.into_iter().map(Some).chain([None]).enumerate() {
+            let name = format!("{file}-{number}.png");
+            copy(&place, "killed.png.partial", &format!("{name}.partial"));
+            let changed = format!("{name}.partial/{file}");
+            match change {
+                Some(change) => place.write(&changed, change(place.read(&changed))),
+                None => std::fs::remove_file(place.path(&changed)).unwrap(),
+            }
+            place.run(&format!("eqim-run {LINE} {name}")).succeeded();
+            assert!(place.read("whole.png") == place.read(&name), "{file}, change {number}: the images differ");
+            assert!(!place.path(&format!("{name}.partial")).exists());
+        }
+    }
+    // Tokens that are not finite, with the hash that they have.
+    let mut tokens = place.read("killed.png.partial/tokens.f32");
+    let whole = sha256(&tokens[..8 * 8 * 4]);
+    tokens[5 * 8 * 4..][..4].copy_from_slice(&f32::NAN.to_le_bytes());
+    let journal = String::from_utf8(place.read("killed.png.partial/tiles.jsonl")).unwrap();
+    place.write("killed.png.partial/tiles.jsonl", journal.replace(&whole, &sha256(&tokens[..8 * 8 * 4])));
+    place.write("killed.png.partial/tokens.f32", tokens);
+    let problem = "killed.png.partial/tokens.f32: token 5 is not finite: remove killed.png.partial to begin again";
+    place.run(&format!("eqim-run {LINE} killed.png")).failed(2, &[problem]);
+}
+
+#[test]
+fn a_run_that_was_killed_at_its_end_is_done() {
+    let place = interrupted();
+    let state = String::from_utf8(place.read("killed.png.partial/run.json")).unwrap();
+    let published = format!("{{ \"published\": \"{}\",", sha256(place.read("whole.png")));
+    let state = state.replacen('{', &published, 1);
+    let image = |name: &str| {
+        let name = format!("{name}.png");
+        copy(&place, "killed.png.partial", &format!("{name}.partial"));
+        place.write(&format!("{name}.partial/run.json"), &state);
+        place.write(&name, place.read("whole.png"));
+        name
+    };
+    let removed = |name: &str, files: &[&str]| {
+        for file in files {
+            std::fs::remove_file(place.path(&format!("{name}.partial/{file}"))).unwrap();
+        }
+    };
+    let ended = |name: &str| {
+        place.run(&format!("eqim-run {LINE} {name}")).succeeded();
+        assert!(place.read("whole.png") == place.read(name), "{name}: the images differ");
+        assert!(!place.path(&format!("{name}.partial")).exists(), "{name}: the folder is left");
+    };
+    // Killed while files were removed, in their order: the image is not written again.
+    let files = ["pixels.rgb", "tokens.f32", "tiles.jsonl", "lock"];
+    for count in 0..=files.len() {
+        let name = image(&format!("removing-{count}"));
+        removed(&name, &files[..count]);
+        let before = std::fs::metadata(place.path(&name)).unwrap().modified().unwrap();
+        ended(&name);
+        assert_eq!(std::fs::metadata(place.path(&name)).unwrap().modified().unwrap(), before, "{name}");
+    }
+    // Killed before the folder itself was removed, or just after it was made.
+    let name = image("folder");
+    removed(&name, &["pixels.rgb", "tokens.f32", "tiles.jsonl", "lock", "run.json"]);
+    ended(&name);
+    let name = image("new");
+    removed(&name, &["pixels.rgb", "tokens.f32", "tiles.jsonl", "run.json"]);
+    place.write(&format!("{name}.partial/.eqim-abc"), "{");
+    ended(&name);
+    // The image was changed since.
+    let name = image("changed");
+    place.write(&name, "");
+    ended(&name);
+}
+
+#[cfg(unix)]
+#[test]
+fn links_and_foreign_files_in_the_folder_are_refused() {
+    use std::os::unix::fs::symlink;
+    let place = interrupted();
+    for file in ["tokens.f32", "pixels.rgb", "tiles.jsonl", "lock"] {
+        let name = format!("{file}.png");
+        copy(&place, "killed.png.partial", &format!("{name}.partial"));
+        let link = place.path(&format!("{name}.partial/{file}"));
+        std::fs::remove_file(&link).unwrap();
+        symlink(place.path("outside"), &link).unwrap();
+        let problem = format!("{name}.partial/{file}: is not a file: remove it");
+        place.run(&format!("eqim-run {LINE} {name}")).failed(2, &[&problem]);
+        assert!(!place.path("outside").exists(), "{file} was written through a link");
+    }
+    place.write("file.png.partial", "");
+    std::fs::create_dir(place.path("folder.png.partial")).unwrap();
+    place.write("folder.png.partial/letter.txt", "");
+    symlink(place.path("folder.png.partial"), place.path("link.png.partial")).unwrap();
+    for name in ["file", "folder", "link"] {
+        place.refused(&format!("eqim-run --backend candle {LINE} {name}.png"));
+    }
+    insta::assert_snapshot!(place.messages());
+}
+
+/// Runs `eqim-run` with a limit of the shell on the size of files, in units of 1024 bytes. Returns what it says when it
+/// fails.
+#[cfg(unix)]
+fn limited(place: &Workplace, line: &str, limit: usize) -> String {
+    let line = format!("trap '' XFSZ; ulimit -f {limit}; exec {} {line}", program("eqim-run").display());
+    let output = Command::new("bash").args(["-c", &line]).current_dir(place.path("")).output().unwrap();
+    let problem = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{problem}");
+    problem
+}
+
+#[cfg(unix)]
+#[track_caller]
+fn same_folder(place: &Workplace, found: &str, expected: &str) {
+    assert_eq!(place.listing_of(found), place.listing_of(expected));
+    for name in place.listing_of(expected) {
+        assert!(place.read(&format!("{found}/{name}")) == place.read(&format!("{expected}/{name}")), "{name}");
+    }
+    assert!(!place.path(&format!("{found}.partial")).exists());
+}
+
 #[cfg(unix)]
 #[test]
 fn a_folder_of_tiles_goes_on() {
@@ -153,18 +332,68 @@ fn a_folder_of_tiles_goes_on() {
     // Long enough that the file of tokens reaches the limit before any tile does.
     let line = LINE.replace("--tokens 60", "--tokens 150");
     place.run(&format!("eqim-run {line} whole/")).succeeded();
-    let limited = format!("trap '' XFSZ; ulimit -f 4; exec {} {line} part/", program("eqim-run").display());
-    let output = Command::new("bash").args(["-c", &limited]).current_dir(place.path("")).output().unwrap();
-    let problem = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{problem}");
-    assert!(place.listing_of("part.partial").iter().any(|name| name.ends_with(".png")), "no tile was done");
+    let problem = limited(&place, &format!("{line} part/"), 4);
+    let tiles: Vec<String> = place.listing_of("part.partial");
+    let tiles: Vec<&String> = tiles.iter().filter(|name| name.ends_with(".png")).collect();
+    assert!(tiles.len() > 3, "no tile was done");
     assert!(problem.contains("the finished part is kept") && !place.path("part").exists(), "{problem}");
+
+    let third = tiles[2];
+    for name in ["missing", "cut", "changed", "stray", "moved"] {
+        copy(&place, "part.partial", &format!("{name}.partial"));
+        let tile = format!("{name}.partial/{third}");
+        let bytes = place.read(&tile);
+        match name {
+            "missing" => std::fs::remove_file(place.path(&tile)).unwrap(),
+            "cut" => place.write(&tile, &bytes[..bytes.len() / 2]),
+            "changed" => place.write(&tile, [&bytes[..bytes.len() - 20], &[7; 20]].concat()),
+            // A run that was killed leaves temporary files.
+            "stray" => place.write("stray.partial/.eqim-abc", &bytes[..9]),
+            // A run that was killed while it moved the tiles to the folder that it publishes.
+            _ => {
+                std::fs::create_dir(place.path("moved.partial/result")).unwrap();
+                std::fs::rename(place.path(&tile), place.path(&format!("moved.partial/result/{third}"))).unwrap();
+                place.write("moved.partial/result/index.json", "{}");
+            }
+        }
+        let finished = place.run(&format!("eqim-run {line} {name}/")).succeeded();
+        let is_redone = finished.stderr.contains("tile 2 is not what was written");
+        assert_eq!(is_redone, !["stray", "moved"].contains(&name), "{name}: {}", finished.stderr);
+        same_folder(&place, name, "whole");
+    }
+    copy(&place, "part.partial", "link.partial");
+    let tile = format!("link.partial/{third}");
+    std::fs::remove_file(place.path(&tile)).unwrap();
+    std::os::unix::fs::symlink(place.path(&format!("whole/{third}")), place.path(&tile)).unwrap();
+    place.run(&format!("eqim-run {line} link/")).failed(2, &[&format!("{tile}: is not a file: remove it")]);
     let finished = place.run(&format!("eqim-run {line} part/")).succeeded();
     assert!(finished.stderr.contains("resuming after"), "{}", finished.stderr);
-    assert_eq!(place.listing_of("part"), place.listing_of("whole"));
-    for name in place.listing_of("whole") {
-        assert!(place.read(&format!("part/{name}")) == place.read(&format!("whole/{name}")), "{name}");
-    }
+    same_folder(&place, "part", "whole");
+}
+
+/// The tokens cannot be saved after the folder is published.
+#[cfg(unix)]
+#[test]
+fn a_folder_that_is_published_is_not_done_again() {
+    let place = Workplace::with_bundle(&Fixture::open(fixtures()));
+    let line = LINE.replace("--tokens 60", "--tokens 150");
+    place.run(&format!("eqim-run --save-tokens whole.safetensors {line} whole/")).succeeded();
+    let resumed = format!("--save-tokens part.safetensors {line} part/");
+    let problem = limited(&place, &resumed, 8);
+    assert!(problem.contains("part.safetensors") && place.path("part/index.json").is_file(), "{problem}");
+    // Another image may not take its place.
+    let other = resumed.replace("--seed 3", "--seed 4");
+    place.run(&format!("eqim-run {other}")).failed(2, &["part.partial", "unfinished image of another run"]);
+    // A folder that was changed since is not the one that was published.
+    copy(&place, "part", "changed");
+    copy(&place, "part.partial", "changed.partial");
+    place.write("changed/0000000000.png", "");
+    place.run(&format!("eqim-run {line} changed/")).failed(2, &["--output changed/: exists: remove it first"]);
+    let before = std::fs::metadata(place.path("part/index.json")).unwrap().modified().unwrap();
+    place.run(&format!("eqim-run {resumed}")).succeeded();
+    assert_eq!(std::fs::metadata(place.path("part/index.json")).unwrap().modified().unwrap(), before);
+    assert!(place.read("part.safetensors") == place.read("whole.safetensors"), "the tokens differ");
+    same_folder(&place, "part", "whole");
 }
 
 /// A limit of the shell on the size of files imitates a full disk.
@@ -173,10 +402,7 @@ fn a_folder_of_tiles_goes_on() {
 fn a_disk_that_is_full_keeps_what_is_done() {
     let place = Workplace::with_bundle(&Fixture::open(fixtures()));
     place.run(&format!("eqim-run {LINE} whole.png")).succeeded();
-    let limited = format!("trap '' XFSZ; ulimit -f 1; exec {} {LINE} full.png", program("eqim-run").display());
-    let output = Command::new("bash").args(["-c", &limited]).current_dir(place.path("")).output().unwrap();
-    let problem = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{problem}");
+    let problem = limited(&place, &format!("{LINE} full.png"), 1);
     assert!(problem.contains("full.png.partial") && problem.contains("cannot be written"), "{problem}");
     assert!(problem.contains("the finished part is kept"), "{problem}");
     assert!(place.path("full.png.partial").is_dir() && !place.path("full.png").exists());

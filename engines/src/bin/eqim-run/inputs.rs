@@ -49,37 +49,57 @@ pub struct Inputs {
 /// # Errors
 /// [`Error::setting`] if a setting does not fit the model; [`Error::input`] if a file does not fit the model.
 pub fn read(settings: &Settings, noise: Option<&Path>, output: Option<&Path>, config: &Config) -> Result<Inputs> {
-    let mut request = settings.request(config)?;
-    let rows = request.classes.len();
-    let tiling = tiling(settings, output, request.tokens)?;
-    check_memory(&request, config, tiling)?;
-    let side = settings.direction.unwrap_or_default();
-    let prefix = match &settings.prefix {
-        Some(path) => Some(Prefix::read(path, rows, request.tokens, config, side)?),
-        None if side == Side::Left => {
-            return Err(Error::setting("direction", "is left, which requires a prefix to continue"));
-        }
-        None => None,
-    };
+    let (mut request, tiling) = check(settings, output, config)?;
+    let prefix = settings.prefix.as_ref();
+    let prefix = prefix.map(|path| Prefix::read(path, &request, settings.direction.unwrap_or_default(), config));
+    let prefix = prefix.transpose()?;
     let finish = finish(settings, prefix.as_ref(), config)?;
     if let Some(path) = noise {
-        let given = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
+        let expected = request.tokens - prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
+        let fits = |found: usize| {
+            let problem = "the length of the image without its prefix";
+            let problem = format!("has noise for {found} tokens, expected {expected}: {problem}");
+            (found == expected).then_some(()).ok_or_else(|| about("noise")(Error::input(path.display(), problem)))
+        };
         let file = TensorFile::open(path).map_err(about("noise"))?;
-        let noise = read_tokens("noise", file, "noise", &[rows], config)?;
-        let (found, expected) = (noise.dim().1, request.tokens - given);
-        if found != expected {
-            let problem = format!(
-                "has noise for {found} tokens, expected {expected}: the length of the image without its prefix"
-            );
-            return Err(about("noise")(Error::input(path.display(), problem)));
-        }
-        request.noise = Noise::Given(noise);
+        request.noise = Noise::Given(read_tokens("noise", file, "noise", &[request.classes.len()], config, fits)?);
     }
     Ok(Inputs { request, prefix, finish, tiling })
 }
 
+/// Checks the settings without reading a file. Returns the request, without prefix and noise that are read from files,
+/// and the tiling of the decoder.
+///
+/// # Errors
+/// [`Error::setting`] if a setting does not fit the model.
+pub fn check(settings: &Settings, output: Option<&Path>, config: &Config) -> Result<(Request, Option<Tiling>)> {
+    let request = settings.request(config)?;
+    let tiling = tiling(settings, output, request.tokens)?;
+    check_memory(&request, config, tiling)?;
+    if settings.prefix.is_none() && settings.direction == Some(Side::Left) {
+        return Err(Error::setting("direction", "is left, which requires a prefix to continue"));
+    }
+    Ok((request, tiling))
+}
+
+/// Checks that a prefix of `given` tokens, read from `path`, leaves a token of the image to generate.
+///
+/// # Errors
+/// [`Error::setting`] naming the prefix.
+pub fn check_length(path: &Path, given: usize, tokens: usize) -> Result<()> {
+    if given < tokens {
+        return Ok(());
+    }
+    let problem =
+        format!("has {given} tokens and the image {tokens}, so no token is left to generate: increase tokens");
+    Err(about("prefix")(Error::input(path.display(), problem)))
+}
+
 /// Postprocessing of the images.
-fn finish(settings: &Settings, prefix: Option<&Prefix>, config: &Config) -> Result<Finish> {
+///
+/// # Errors
+/// [`Error::setting`] if pixels are to be kept and the prefix has none.
+pub fn finish(settings: &Settings, prefix: Option<&Prefix>, config: &Config) -> Result<Finish> {
     let keeps = settings.keep_prefix_pixels.unwrap_or_default();
     let kept = match prefix {
         Some(Prefix::Picture(pixels)) if keeps => Some(pixels.clone()),
@@ -110,25 +130,24 @@ fn tiling(settings: &Settings, output: Option<&Path>, tokens: usize) -> Result<O
 }
 
 impl Prefix {
-    fn read(path: &Path, rows: usize, tokens: usize, config: &Config, side: Side) -> Result<Self> {
+    /// Reads the prefix of a request: a picture, or tokens for one row or for all rows of the request.
+    ///
+    /// # Errors
+    /// [`Error::setting`] naming the prefix if the file does not fit the model, or is as long as the images.
+    pub fn read(path: &Path, request: &Request, side: Side, config: &Config) -> Result<Self> {
         let field = "prefix";
-        let prefix = if picture::is_picture(path).map_err(about(field))? {
-            Self::read_picture(path, config, side)?
-        } else {
-            let neither = |error| match kind::of(path) {
-                Some(_) => about(field)(error),
-                None => about(field)(error).advise("; it is not a PNG or JPEG either"),
-            };
-            let file = TensorFile::open(path).map_err(neither)?;
-            Self::Tokens(read_tokens(field, file, "tokens", &[1, rows], config)?)
-        };
-        let given = prefix.tokens(config);
-        if given >= tokens {
-            let problem =
-                format!("has {given} tokens and the image {tokens}, so no token is left to generate: increase tokens");
-            return Err(about(field)(Error::input(path.display(), problem)));
+        let fits = |given| check_length(path, given, request.tokens);
+        if picture::is_picture(path).map_err(about(field))? {
+            let prefix = Self::read_picture(path, config, side)?;
+            fits(prefix.tokens(config))?;
+            return Ok(prefix);
         }
-        Ok(prefix)
+        let neither = |error| match kind::of(path) {
+            Some(_) => about(field)(error),
+            None => about(field)(error).advise("; it is not a PNG or JPEG either"),
+        };
+        let file = TensorFile::open(path).map_err(neither)?;
+        Ok(Self::Tokens(read_tokens(field, file, "tokens", &[1, request.classes.len()], config, fits)?))
     }
 
     fn read_picture(path: &Path, config: &Config, side: Side) -> Result<Self> {
@@ -163,11 +182,14 @@ impl Prefix {
     ///
     /// # Errors
     /// If the encoder fails.
-    pub fn encode(self, engine: &dyn Engine, rows: usize) -> Result<Array3<f32>> {
+    pub fn encode(&self, engine: &dyn Engine, rows: usize) -> Result<Array3<f32>> {
+        let encoded;
         let tokens = match self {
             Self::Tokens(tokens) => tokens,
             Self::Picture(pixels) => {
-                engine.encode(pixels.insert_axis(Axis(0)).view())? * engine.config().generator.vae_norm as f32
+                let pixels = pixels.view().insert_axis(Axis(0));
+                encoded = engine.encode(pixels)? * engine.config().generator.vae_norm as f32;
+                &encoded
             }
         };
         let (_, count, embed) = tokens.dim();
@@ -176,14 +198,15 @@ impl Prefix {
     }
 }
 
-/// Reads the tensor `key` of a `.safetensors`. It must have at least one token, a number of rows that `rows` contains,
-/// and finite floating-point values.
+/// Reads the tensor `key` of a `.safetensors`. It must have a number of rows that `rows` contains, at least one token,
+/// a number of tokens that `fits` accepts, and finite floating-point values. Only a tensor of the right shape is read.
 fn read_tokens(
     field: &'static str,
     mut file: TensorFile,
     key: &str,
     rows: &[usize],
     config: &Config,
+    fits: impl Fn(usize) -> Result<()>,
 ) -> Result<Array3<f32>> {
     let path = file.path().to_path_buf();
     let bad = |problem: String| about(field)(Error::input(path.display(), problem));
@@ -203,6 +226,7 @@ fn read_tokens(
     if !DType::try_from(dtype).is_ok_and(|dtype| float.contains(&dtype)) {
         return Err(bad(format!("`{key}` is of type {dtype}, expected F32, F16, BF16 or F64")));
     }
+    fits(shape[1])?;
     let array = candle::to_array::<Ix3>(&file.read(key).map_err(about(field))?.to_dtype(DType::F32)?)?;
     if array.iter().any(|value| !value.is_finite()) {
         return Err(bad(format!("`{key}` has a value that is not finite")));
@@ -211,7 +235,7 @@ fn read_tokens(
 }
 
 /// Adds the setting that names a file to an input error about the file.
-fn about(field: &'static str) -> impl Fn(Error) -> Error {
+pub fn about(field: &'static str) -> impl Fn(Error) -> Error {
     move |error| match error.is_input() {
         true => Error::setting(field, error),
         false => error,

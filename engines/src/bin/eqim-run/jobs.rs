@@ -2,61 +2,30 @@
 //! in the batch.
 
 use std::cell::RefCell;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use eqim::bundle::Int8Target;
+use eqim::bundle::{Bundle, Int8Target};
+use eqim::digest::sha256_of;
 use eqim::engine::Engine;
 use eqim::generate::batch::{Sequence, generate_all};
 use eqim::generate::memory::check_memory;
 use eqim::generate::tiles::Tiling;
+use eqim::picture::Side;
 use eqim::request::condition::ClassSchedule;
-use eqim::request::settings::{Settings, TileSize};
 use eqim::request::{PreparedRequest, Request, Sampling};
 use eqim::{Error, Result, ResultExt, files};
-use ndarray::Array2;
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use eqim_cli::Progress;
+use ndarray::{Array2, Array3};
+use serde_json::json;
 
 use super::arguments::Arguments;
 use super::decode::decode_to;
 use super::finish::Finish;
-use super::inputs::{self, Inputs, Prefix};
+use super::inputs::{self, Prefix};
+use super::job::{Job, Line, check_id, read_text};
 use super::outputs;
-use eqim::bundle::Bundle;
-use eqim_cli::Progress;
-
-/// Settings and weights of an image. The record is written next to the image, so that a resumed run knows which jobs
-/// are done.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Record {
-    #[serde(flatten)]
-    settings: Settings,
-    /// SHA-256 of the weights.
-    weights: String,
-}
-
-/// A valid job.
-struct Job {
-    id: String,
-    record: Record,
-    tiling: Option<Tiling>,
-    request: Request,
-    prefix: Option<Prefix>,
-    finish: Finish,
-}
-
-/// Output folder and progress of the jobs of a file.
-struct JobRunner<'a> {
-    /// The file of the jobs.
-    file: &'a Path,
-    /// The folder of the images.
-    folder: &'a Path,
-    progress: Progress,
-    done: usize,
-    failed: usize,
-}
 
 /// Runs the jobs of a file.
 ///
@@ -64,8 +33,8 @@ struct JobRunner<'a> {
 /// [`Error::input`] if a flag or a file cannot be used; [`Error::run`] if the engine fails, or at the end if jobs
 /// failed.
 pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
-    let subject = format!("--jobs {}", file.display());
-    let text = std::fs::read_to_string(file).or_input(&subject)?;
+    let text = read_text(file)?;
+    let lines = Line::all(file, &text)?;
     let missing = || Error::input("--output", "is missing: --jobs requires a folder for the images");
     let folder = arguments.output.as_deref().ok_or_else(missing)?;
     let bundle = Bundle::open(&arguments.engine)?;
@@ -75,122 +44,110 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
         let effect = "rows of a batch share the ranges of dynamic quantization, so images differ within INT8's error";
         tracing::warn!("{}: {effect} from those of --max-batch 1", bundle.folder.display());
     }
-    let lines: Vec<(usize, &str)> = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).collect();
     let shared = |index: usize| arguments.shard.is_none_or(|shard| shard.holds(index));
-    let mine = lines.into_iter().enumerate().filter(|(index, _)| shared(*index)).map(|(_, line)| line);
-    let mine: Vec<(usize, &str)> = mine.collect();
-    let mut runner =
-        JobRunner { file, folder, progress: Progress::new("finished", mine.len(), "jobs"), done: 0, failed: 0 };
-    let jobs = runner.jobs(arguments, &bundle, &mine)?;
+    let mine: Vec<Line> =
+        lines.into_iter().enumerate().filter(|(index, _)| shared(*index)).map(|(_, line)| line).collect();
+    let progress = Progress::new("finished", mine.len(), "jobs");
+    let mut runner = JobRunner { arguments, bundle: &bundle, file, folder, hashed: None, progress, done: 0, failed: 0 };
+    let groups = runner.left(&mine)?;
     let before = runner.done;
-    if !jobs.is_empty() {
+    if !groups.is_empty() {
         let engine = eqim_engines::open(&bundle, arguments.options()?)?;
-        let shared = RefCell::new(&mut runner);
-        for jobs in alike(jobs) {
-            batches(engine.as_ref(), jobs, arguments, &shared)?;
-        }
+        let mut batches =
+            Batches { engine: engine.as_ref(), runner: &mut runner, beginning: None, active: HashMap::new() };
+        groups.into_iter().try_for_each(|group| batches.run(group))?;
     }
     let JobRunner { done, failed, progress, .. } = runner;
     drop(progress);
     eqim_cli::note(format_args!("{} jobs done, {before} done before, {failed} failed", done - before));
     if failed > 0 {
         return Err(Error::run(
-            subject,
+            format!("--jobs {}", file.display()),
             format!("{failed} jobs failed, see the error in the output line of each; the others are done"),
         ));
     }
     Ok(())
 }
 
-/// Groups jobs that can share a batch.
-fn alike(jobs: Vec<Job>) -> Vec<Vec<Job>> {
-    let key = |job: &Job| (job.request.cfg != 1.0, job.request.solver, job.request.steps);
-    let mut groups: Vec<Vec<Job>> = vec![];
-    for job in jobs {
-        match groups.iter_mut().find(|group| key(&group[0]) == key(&job)) {
-            Some(group) => group.push(job),
-            None => groups.push(vec![job]),
-        }
+/// Jobs that can share a batch. Only their lines are kept, so that memory does not grow with what they ask for.
+struct Group<'a> {
+    /// Request of the first job.
+    request: Request,
+    /// Tiling of the first job.
+    tiling: Option<Tiling>,
+    lines: Vec<Line<'a>>,
+}
+
+impl Group<'_> {
+    /// Whether a request can be in a batch with those of the group.
+    fn fits(&self, request: &Request) -> bool {
+        let key = |request: &Request| (request.cfg != 1.0, request.solver, request.steps);
+        key(&self.request) == key(request)
     }
-    groups
 }
 
-/// Runs jobs that can share a batch.
-fn batches(engine: &dyn Engine, jobs: Vec<Job>, arguments: &Arguments, runner: &RefCell<&mut JobRunner>) -> Result<()> {
-    let (config, most) = (engine.config(), arguments.max_batch);
-    let mut together = jobs[0].request.clone();
-    together.classes = vec![ClassSchedule::Constant(None); most.min(jobs.len())];
-    check_memory(&together, config, jobs[0].tiling)
-        .map_err(|error| error.about("max_batch").with_field("max_batch"))?;
-    let sampling = Sampling::new(config, &jobs[0].request);
-    let named = |job: &Job| (job.id.clone(), job.record.clone(), job.tiling, job.finish.clone());
-    let names: Vec<(String, Record, Option<Tiling>, Finish)> = jobs.iter().map(named).collect();
-    let images = jobs.into_iter().enumerate().filter_map(|(number, job)| match job.image(engine) {
-        Ok(image) => Some(Ok((number, image))),
-        Err(error) => runner.borrow_mut().finish(&names[number].0, Err(error)).err().map(Err),
-    });
-    generate_all(engine, sampling, images, most, |(number, tokens)| {
-        let runner = &mut *runner.borrow_mut();
-        let (id, record, tiling, finish) = &names[number];
-        let written = tokens.and_then(|tokens| write(engine, (runner.folder, id), record, (*tiling, finish), tokens));
-        runner.finish(id, written)
-    })
-}
-
-/// Decodes the tokens `[N, E]` of a job, writes the image, and then writes the record.
-fn write(
-    engine: &dyn Engine,
-    (folder, id): (&Path, &str),
-    record: &Record,
-    (tiling, finish): (Option<Tiling>, &Finish),
-    tokens: Array2<f32>,
-) -> Result<PathBuf> {
-    let path = image_path(folder, id);
-    decode_to(engine, tokens.view(), tiling, finish, &path, &mut Duration::default())?;
-    files::write_json(&record_path(folder, id), record)?;
-    Ok(path)
-}
-
-fn image_path(folder: &Path, id: &str) -> PathBuf {
-    folder.join(format!("{id}.png"))
-}
-
-fn record_path(folder: &Path, id: &str) -> PathBuf {
-    folder.join(format!("{id}.json"))
+/// Inputs, output folder and progress of the jobs of a file.
+struct JobRunner<'a> {
+    arguments: &'a Arguments,
+    bundle: &'a Bundle,
+    /// The file of the jobs.
+    file: &'a Path,
+    /// The folder of the images.
+    folder: &'a Path,
+    /// The last prefix that was hashed, and its hash.
+    hashed: Option<(PathBuf, String)>,
+    progress: Progress,
+    done: usize,
+    failed: usize,
 }
 
 impl JobRunner<'_> {
-    /// Jobs of the given lines that are not done yet. Line numbers start at 0. Lines that are not valid jobs are
-    /// reported as failed.
-    fn jobs(&mut self, arguments: &Arguments, bundle: &Bundle, lines: &[(usize, &str)]) -> Result<Vec<Job>> {
-        let mut jobs = vec![];
+    /// Jobs that are not done yet. Lines that are not valid jobs are reported as failed.
+    fn left<'a>(&mut self, lines: &[Line<'a>]) -> Result<Vec<Group<'a>>> {
+        let mut groups: Vec<Group> = vec![];
         let mut ids = HashSet::new();
-        for &(number, text) in lines {
-            let line = format!("{} line {}", self.file.display(), number + 1);
-            let fallback = (number + 1).to_string();
-            let (id, job) = match read_line(text) {
+        for line in lines {
+            let (id, job) = match line.read() {
                 Ok((id, settings)) => {
-                    let id = id.unwrap_or(fallback);
                     let known = if ids.insert(id.clone()) {
                         check_id(&id)
                     } else {
                         Err(Error::input("id", "is the id of an earlier job"))
                     };
-                    let job = known.and_then(|()| Job::new(arguments, bundle, id.clone(), settings));
-                    (id, job.map_err(|error| error.about(&line)))
+                    (id.clone(), known.and_then(|()| Job::new(self.arguments, self.bundle, id, settings)))
                 }
-                Err(error) => (fallback, Err(error.about(&line))),
+                Err(error) => (line.number.to_string(), Err(error)),
             };
             match job {
-                Ok(job) if job.is_done(self.folder) => {
+                Ok(job) if job.is_done(self.folder, |path| self.hash(path)) => {
                     self.done += 1;
                     self.progress.at(self.done + self.failed);
                 }
-                Ok(job) => jobs.push(job),
-                Err(error) => self.finish(&id, Err(error))?,
+                Ok(Job { request, tiling, .. }) => match groups.iter_mut().find(|group| group.fits(&request)) {
+                    Some(group) => group.lines.push(*line),
+                    None => groups.push(Group { request, tiling, lines: vec![*line] }),
+                },
+                Err(error) => self.finish(&id, Err(self.about(line, error)))?,
             }
         }
-        Ok(jobs)
+        Ok(groups)
+    }
+
+    /// SHA-256 of the file of a prefix. A file that consecutive jobs share is read once.
+    fn hash(&mut self, path: &Path) -> Result<String> {
+        match &self.hashed {
+            Some((known, hash)) if known == path => Ok(hash.clone()),
+            _ => {
+                let hash = hash_of(path)?;
+                self.hashed = Some((path.into(), hash.clone()));
+                Ok(hash)
+            }
+        }
+    }
+
+    /// Adds the place of a line to its error.
+    fn about(&self, line: &Line, error: Error) -> Error {
+        error.about(format_args!("{} line {}", self.file.display(), line.number))
     }
 
     /// Reports the result of a job.
@@ -210,66 +167,111 @@ impl JobRunner<'_> {
     }
 }
 
-/// Checks that an id is a valid file name.
-fn check_id(id: &str) -> Result<()> {
-    let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-    if id.is_empty() || id.starts_with('.') || id.len() > 200 || !id.chars().all(fits) {
-        let problem = format!("is {id:?}, expected letters, digits, '.', '_' and '-': it names the image");
-        return Err(Error::input("id", problem));
+/// SHA-256 of a file.
+fn hash_of(path: &Path) -> Result<String> {
+    Ok(sha256_of(files::open(path)?).or_input(path.display())?.1)
+}
+
+/// A prefix, encoded. Consecutive jobs with the same prefix share it.
+struct Beginning {
+    path: PathBuf,
+    side: Side,
+    /// SHA-256 of the file.
+    sha256: String,
+    prefix: Prefix,
+    /// Its tokens, `[1, n, E]`.
+    tokens: Array3<f32>,
+}
+
+/// The batches of all jobs.
+struct Batches<'a, 'b> {
+    engine: &'a dyn Engine,
+    runner: &'a mut JobRunner<'b>,
+    /// Prefix of the last job that was admitted.
+    beginning: Option<Beginning>,
+    /// Jobs that are in the batch, by the numbers of their lines.
+    active: HashMap<usize, (Job, Finish)>,
+}
+
+impl Batches<'_, '_> {
+    /// Runs jobs that can share a batch.
+    fn run(&mut self, group: Group) -> Result<()> {
+        let (engine, most) = (self.engine, self.runner.arguments.max_batch);
+        let classes = vec![ClassSchedule::Constant(None); most.min(group.lines.len())];
+        check_memory(&Request { classes, ..group.request.clone() }, engine.config(), group.tiling)
+            .map_err(|error| error.about("max_batch").with_field("max_batch"))?;
+        let sampling = Sampling::new(engine.config(), &group.request);
+        let shared = RefCell::new(self);
+        let images = group.lines.iter().filter_map(|line| shared.borrow_mut().admit(line).transpose());
+        generate_all(engine, sampling, images, most, |(number, tokens)| shared.borrow_mut().finish(number, tokens))
     }
-    Ok(())
-}
 
-/// Parses the id and the settings of a line.
-fn read_line(text: &str) -> Result<(Option<String>, Settings)> {
-    let mut object: Map<String, Value> = serde_json::from_str(text).or_input("a job")?;
-    let id = match object.remove("id") {
-        None | Some(Value::Null) => None,
-        Some(Value::String(id)) => Some(id),
-        Some(other) => return Err(Error::input("id", format!("is {other}, expected a string"))),
-    };
-    Ok((id, Settings::from_json(object)?))
-}
-
-impl Job {
-    fn new(arguments: &Arguments, bundle: &Bundle, id: String, settings: Settings) -> Result<Self> {
-        let settings = settings.over(&arguments.settings);
-        // The folder of all images is not a folder of tiles, so it is not passed as the output.
-        let Inputs { request, prefix, finish, tiling } = inputs::read(&settings, None, None, &bundle.manifest.model)?;
-        if request.classes.len() > 1 {
-            return Err(Error::setting("class", format!("names {} classes, expected one", request.classes.len())));
+    /// Prepares the job of a line for the batch. A job that cannot be prepared is reported as failed; the result is
+    /// then `None`.
+    fn admit(&mut self, line: &Line) -> Result<Option<(usize, Sequence)>> {
+        let (id, settings) = line.read()?;
+        match self.prepare(&id, Job::new(self.runner.arguments, self.runner.bundle, id.clone(), settings)) {
+            Ok((job, finish, sequence)) => {
+                self.active.insert(line.number, (job, finish));
+                Ok(Some((line.number, sequence)))
+            }
+            Err(error) => {
+                let error = self.runner.about(line, error);
+                self.runner.finish(&id, Err(error)).map(|()| None)
+            }
         }
-        let tile = tiling.map_or(TileSize::Whole, |tiling| TileSize::Tokens(tiling.tile));
-        let overlap = tiling.map(|tiling| tiling.overlap);
-        let settings = Settings { tile: Some(tile), overlap, ..settings.resolved(&request, 0) };
-        let record = Record { settings, weights: bundle.manifest.weights.sha256.clone() };
-        Ok(Self { id, record, tiling, request, prefix, finish })
     }
 
-    /// Whether the image already exists with the same settings and weights.
-    fn is_done(&self, folder: &Path) -> bool {
-        let record = std::fs::read(record_path(folder, &self.id)).ok();
-        let record = record.and_then(|text| serde_json::from_slice::<Record>(&text).ok());
-        record.as_ref() == Some(&self.record) && image_path(folder, &self.id).is_file()
-    }
-
-    /// Encodes the prefix and returns the sequence to generate.
-    fn image(mut self, engine: &dyn Engine) -> Result<Sequence> {
-        if let Some(prefix) = self.prefix {
-            self.request.prefix = Some(prefix.encode(engine, 1)?);
+    /// Reads and encodes the prefix of a job, and draws its noise.
+    fn prepare(&mut self, id: &str, job: Result<Job>) -> Result<(Job, Finish, Sequence)> {
+        let (mut job, config) = (job?, self.engine.config());
+        let beginning = self.beginning(&job)?;
+        let finish = inputs::finish(&job.origin.settings, beginning.map(|known| &known.prefix), config)?;
+        if let Some(known) = beginning {
+            job.origin.prefix_sha256 = Some(known.sha256.clone());
+            job.request.prefix = Some(known.tokens.clone());
         }
-        let prepared = PreparedRequest::new(engine.config(), &self.request)?;
-        Sequence::of_batch(&prepared).pop().ok_or_else(|| Error::run(self.id, "has no image"))
+        let prepared = PreparedRequest::new(config, &job.request)?;
+        let sequence = Sequence::of_batch(&prepared).pop().ok_or_else(|| Error::run(id, "has no image"))?;
+        Ok((job, finish, sequence))
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+    /// The prefix of a job. It is read and encoded if it is not that of the last job.
+    fn beginning(&mut self, job: &Job) -> Result<Option<&Beginning>> {
+        let settings = &job.origin.settings;
+        let Some(path) = &settings.prefix else { return Ok(None) };
+        let (side, config) = (settings.direction.unwrap_or_default(), self.engine.config());
+        let is_known = self.beginning.as_ref().is_some_and(|known| known.path == *path && known.side == side);
+        if !is_known {
+            self.beginning = None;
+            let sha256 = hash_of(path)?;
+            let prefix = Prefix::read(path, &job.request, side, config)?;
+            if hash_of(path)? != sha256 {
+                let problem = "was changed while it was read";
+                return Err(inputs::about("prefix")(Error::input(path.display(), problem)));
+            }
+            let tokens = prefix.encode(self.engine, 1)?;
+            self.beginning = Some(Beginning { path: path.clone(), side, sha256, prefix, tokens });
+        }
+        let given = self.beginning.as_ref().map_or(0, |known| known.prefix.tokens(config));
+        inputs::check_length(path, given, job.request.tokens)?;
+        Ok(self.beginning.as_ref())
+    }
 
-    #[test]
-    fn ids_are_names_of_files() {
-        assert!(["a", "7", "x_1.b-2"].iter().all(|id| check_id(id).is_ok()));
-        assert!(["", ".", ".hidden", "../up", "a/b", "a b", "ä"].iter().all(|id| check_id(id).is_err()));
+    /// Writes and reports the image of a job that has left the batch.
+    fn finish(&mut self, number: usize, tokens: Result<Array2<f32>>) -> Result<()> {
+        let Some((job, finish)) = self.active.remove(&number) else { return Ok(()) };
+        let written = tokens.and_then(|tokens| self.write(&job, &finish, tokens));
+        self.runner.finish(&job.id, written)
+    }
+
+    /// Decodes the tokens `[N, E]` of a job, and writes the image and its record.
+    fn write(&self, job: &Job, finish: &Finish, tokens: Array2<f32>) -> Result<PathBuf> {
+        let folder = self.runner.folder;
+        let path = job.image_path(folder);
+        job.remove_record(folder)?;
+        decode_to(self.engine, tokens.view(), job.tiling, finish, &path, &mut Duration::default())?;
+        job.write_record(folder)?;
+        Ok(path)
     }
 }

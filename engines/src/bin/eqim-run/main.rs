@@ -4,12 +4,15 @@ mod arguments;
 mod decode;
 mod finish;
 mod inputs;
+mod job;
 mod jobs;
 mod outputs;
 mod report;
 mod single;
+mod sink;
 mod stream;
 mod trace;
+mod work;
 
 use std::process::ExitCode;
 

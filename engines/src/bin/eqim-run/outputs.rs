@@ -8,6 +8,16 @@ use eqim::{Error, Result};
 
 use super::arguments::Arguments;
 
+/// Name of the file that describes an unfinished image.
+pub const RUN_FILE: &str = "run.json";
+
+/// The folder of the unfinished image that is written to `path`.
+pub fn partial(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    path.with_file_name(name)
+}
+
 /// Files that a run writes.
 #[derive(Debug)]
 pub struct Outputs {
@@ -144,7 +154,9 @@ fn not_png(path: &Path) -> Error {
 fn writable(flag: &str, path: &Path) -> Result<()> {
     let bad = |problem: String| Error::input(format!("{flag} {}", path.display()), problem);
     if is_folder(Some(path)) {
-        return new_folder(flag, path);
+        // A run that was interrupted at its very end can have published the folder.
+        let is_resumed = partial(path).join(RUN_FILE).exists();
+        return if is_resumed { can_be_written(flag, path) } else { new_folder(flag, path) };
     }
     if path.file_name().is_none() || path.symlink_metadata().is_ok_and(|found| !found.is_file()) {
         return Err(bad("is not a file".into()));
@@ -154,11 +166,20 @@ fn writable(flag: &str, path: &Path) -> Result<()> {
 
 /// Checks that a folder can be created at `path`.
 fn new_folder(flag: &str, path: &Path) -> Result<()> {
+    is_new(flag, path)?;
+    can_be_written(flag, path)
+}
+
+/// Checks that there is nothing at `path`.
+///
+/// # Errors
+/// [`Error::input`] with the flag and the path.
+pub fn is_new(flag: &str, path: &Path) -> Result<()> {
     // The slash at the end is removed: with it, an existing file would not be found.
     if path.components().as_path().symlink_metadata().is_ok() {
         return Err(Error::input(format!("{flag} {}", path.display()), "exists: remove it first, or name another"));
     }
-    can_be_written(flag, path)
+    Ok(())
 }
 
 /// Checks that the folder of `path` exists and can be written to.

@@ -22,6 +22,7 @@ use super::outputs::{self, Outputs};
 use super::report::{RunReport, Seconds, Tiles};
 use super::stream::{self, Context};
 use super::trace::{self, Traced};
+use super::work::{self, Work};
 
 /// Generates the images that the flags describe.
 ///
@@ -42,6 +43,9 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let prefix_tokens = prefix.as_ref().map_or(0, |prefix| prefix.tokens(config));
 
     let (mut load, mut encoder, mut decoder) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
+    if tiling.is_some() {
+        outputs.images.iter().try_for_each(|path| work::check_owner(path))?;
+    }
     let engine = timed(&mut load, || eqim_engines::open(&bundle, arguments.options()?))?;
     let encoded = matches!(prefix, Some(Prefix::Picture(_)));
     if let Some(prefix) = prefix {
@@ -95,23 +99,16 @@ fn stream(
     let Tiling { tile, overlap } = context.tiling;
     let mut tiles = Tiles { tile, overlap, count: context.tiling.count(request.tokens), resumed_tokens: 0 };
     let mut times = StageTimes::default();
-    let mut rows = vec![];
+    let (mut rows, mut folders) = (vec![], vec![]);
     for (row, path) in outputs.images.iter().enumerate() {
         let mut progress = Progress::new("generated and decoded", request.tokens, "tokens");
-        let streamed =
-            stream::run(context, request, row, path, &mut |done| progress.at(done)).inspect_err(|error| {
-                if error.exit_code() == 1 {
-                    eqim_cli::note(format_args!(
-                        "{}: the finished part is kept, the same command resumes from there",
-                        path.display()
-                    ));
-                }
-            })?;
+        let streamed = stream::run(context, request, row, path, &mut |done| progress.at(done))?;
         times.prefill.0.extend(streamed.times.prefill.0);
         times.step.0.extend(streamed.times.step.0);
         times.flow.0.extend(streamed.times.flow.0);
         *decoder += streamed.decoder;
         tiles.resumed_tokens += streamed.resumed;
+        folders.push(streamed.work);
         rows.extend(streamed.tokens.map(|tokens| tokens.insert_axis(Axis(0))));
     }
     if outputs.tokens.is_some() {
@@ -120,6 +117,8 @@ fn stream(
         let noise = PreparedRequest::new(context.engine.config(), request)?.noise;
         save_tokens(outputs, &Generated { tokens, noise, times: StageTimes::default() })?;
     }
+    // Until everything is written, the same command finds here which images are done.
+    folders.into_iter().try_for_each(Work::remove)?;
     Ok((times, Some(tiles)))
 }
 

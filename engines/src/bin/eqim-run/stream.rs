@@ -1,40 +1,23 @@
 //! Images that are too long to decode as a whole. Tiles are decoded while tokens are generated. Finished tiles are kept
 //! on disk, so that an interrupted run can be resumed.
 
-use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use eqim::digest::Hash;
 use eqim::engine::Engine;
 use eqim::generate::batch::{Batch, Sequence};
-use eqim::generate::tiles::{TileDecoder, Tiling};
-use eqim::picture::canvas::Canvas;
-use eqim::picture::{self, Side};
+use eqim::generate::tiles::{Strip, TileDecoder, Tiling};
 use eqim::request::settings::{Settings, TileSize};
 use eqim::request::timing::{StageTimes, timed};
 use eqim::request::{Noise, Request, Sampling};
-use eqim::{Error, Result, ResultExt, files};
+use eqim::{Error, Result, ResultExt};
 use ndarray::{Array1, Array2, ArrayView3, Axis, concatenate, s};
-use serde::{Deserialize, Serialize};
 
 use super::finish::Finish;
-use super::outputs::is_folder;
-
-/// Everything that an unfinished image depends on. Only a run with an equal record resumes it.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Record {
-    #[serde(flatten)]
-    settings: Settings,
-    /// Name of the backend. Tokens of different backends differ in their last digits.
-    backend: String,
-    threads: Option<usize>,
-    /// SHA-256 of the weights.
-    weights: String,
-    /// SHA-256 of the prefix tokens, the noise and the kept columns that were given.
-    given: String,
-}
+use super::outputs::{self, is_folder};
+use super::sink::{Layout, Sink};
+use super::work::{Record, Work};
 
 /// Inputs of a run in addition to the request.
 pub struct Context<'a> {
@@ -62,14 +45,16 @@ pub struct Streamed {
     pub resumed: usize,
     /// All tokens, `[N, E]`, if requested.
     pub tokens: Option<Array2<f32>>,
+    /// The folder of the image. The caller must remove it once everything that the run writes is written.
+    pub work: Work,
 }
 
 /// Generates image `row` of a request. The result is a PNG at `path`, or a folder of tiles. `progress` receives the
 /// number of tokens known so far.
 ///
 /// # Errors
-/// [`Error::input`] if there is an unfinished image with other settings; [`Error::run`] if the run fails. Finished work
-/// is kept next to `path`.
+/// [`Error::input`] if there is an unfinished image with other settings; [`Error::run`] if another process generates
+/// the image, or if the run fails. Finished work is kept next to `path`.
 pub fn run(
     context: &Context,
     request: &Request,
@@ -77,169 +62,173 @@ pub fn run(
     path: &Path,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Streamed> {
-    let Context { engine, tiling, finish, .. } = *context;
-    let config = engine.config();
+    let config = context.engine.config();
     request.check(config)?;
-    let mut work = Work::open(partial(path), &record(context, request, row), config.generator.embed)?;
-    let (width, height) = config.image_size(request.tokens);
-    let mut sink = Sink::open(path, &work.folder, width, height)?;
-    let done = work.forget_unfinished(tiling, request.tokens)?;
-    let known = work.known;
-    let mut streamed = Streamed { times: StageTimes::default(), decoder: Duration::ZERO, resumed: known, tokens: None };
-    if known > 0 {
-        eqim_cli::note(format_args!("{}: resuming after {known} of {} tokens", path.display(), request.tokens));
+    let layout = Layout {
+        tiling: context.tiling,
+        tokens: request.tokens,
+        size: config.image_size(request.tokens),
+        token_width: context.finish.token_width,
+        side: context.finish.side,
+    };
+    let work = Work::open(path, record(context, request, row), layout, config.generator.embed)?;
+    let (times, decoder) = Default::default();
+    let mut image = Image { context, request, row, path, work, times, decoder };
+    let resumed = image.complete(progress).inspect_err(|error| {
+        if !error.is_input() {
+            let path = path.display();
+            eqim_cli::note(format_args!("{path}: the finished part is kept, the same command resumes from there"));
+        }
+    })?;
+    let tokens = context.keep_tokens.then(|| image.work.read(0)).transpose()?;
+    let Image { times, decoder, work, .. } = image;
+    Ok(Streamed { times, decoder, resumed, tokens, work })
+}
+
+/// An image in progress.
+struct Image<'a> {
+    context: &'a Context<'a>,
+    request: &'a Request,
+    row: usize,
+    path: &'a Path,
+    work: Work,
+    times: StageTimes,
+    decoder: Duration,
+}
+
+impl<'a> Image<'a> {
+    /// Does what is left of the image. Returns the number of tokens that were done before.
+    fn complete(&mut self, progress: &mut dyn FnMut(usize)) -> Result<usize> {
+        let Self { request, path, .. } = *self;
+        if self.is_published()? {
+            progress(request.tokens);
+            return Ok(request.tokens);
+        }
+        if is_folder(Some(path)) {
+            outputs::is_new("--output", path)?;
+        }
+        self.work.tidy()?;
+        let mut sink = Sink::open(path, self.work.folder(), self.work.layout().size)?;
+        let layout = self.work.layout();
+        let done = self.work.verify(|tile, hash| Ok(sink.hash(&layout.columns(tile))?.as_deref() == Some(hash)))?;
+        let resumed = self.work.known();
+        if resumed > 0 {
+            let path = path.display();
+            eqim_cli::note(format_args!("{path}: resuming after {resumed} of {} tokens", request.tokens));
+        }
+        if resumed < request.tokens {
+            self.generate(&mut sink, done, progress)?;
+        }
+        self.publish(sink)?;
+        Ok(resumed)
     }
-    if known < request.tokens {
-        let mut decoder = timed(&mut streamed.decoder, || decoder(context, request.tokens, done, &mut work))?;
-        let mut batch = Batch::new(engine, Sampling::new(config, request))?;
-        batch.admit(vec![(row, image(engine, request, row, &mut work)?)])?;
-        let mut position = known.saturating_sub(reach(engine));
+
+    /// Whether an earlier run has published the image, and was interrupted before it removed the folder.
+    fn is_published(&mut self) -> Result<bool> {
+        let Some(published) = self.work.published() else { return Ok(false) };
+        let layout = self.work.layout();
+        if layout.hash_of_result(self.path)?.as_deref() != Some(published) {
+            return Ok(false);
+        }
+        // The columns of a published image are not kept.
+        Ok(!self.context.keep_tokens || self.work.verify(|_, _| Ok(true))? == layout.count())
+    }
+
+    /// Generates and decodes the tokens after the first `done` tiles.
+    fn generate(&mut self, sink: &mut Sink, done: usize, progress: &mut dyn FnMut(usize)) -> Result<()> {
+        let engine = self.context.engine;
+        let (known, tokens) = (self.work.known(), self.request.tokens);
+        let mut time = Duration::ZERO;
+        let mut decoder = timed(&mut time, || self.tile_decoder(done))?;
+        self.decoder += time;
+        let mut batch = Batch::new(engine, Sampling::new(engine.config(), self.request))?;
+        batch.admit(vec![(self.row, self.sequence()?)])?;
         let mut new: Vec<Array1<f32>> = vec![];
-        while position < request.tokens {
+        for position in known.saturating_sub(reach(engine))..tokens {
             for (_, token) in batch.advance()? {
                 let token = token?;
-                if position >= known {
-                    let strip = timed(&mut streamed.decoder, || decoder.push(token.view()))?;
-                    new.push(token);
-                    if let Some(strip) = strip {
-                        timed(&mut streamed.decoder, || {
-                            let (x, columns) = finish.columns(strip.x, strip.pixels, width);
-                            sink.write(x, columns.view())
-                        })?;
-                        work.append(&new)?;
-                        new.clear();
-                    }
-                    progress(position + 1);
+                if position < known {
+                    continue;
                 }
-            }
-            position += 1;
-        }
-        streamed.times = batch.times;
-    }
-    if context.keep_tokens {
-        streamed.tokens = Some(work.read(0)?);
-    }
-    match sink {
-        Sink::Png(mut canvas) => {
-            timed(&mut streamed.decoder, || canvas.write_png(path))?;
-            work.remove()?;
-        }
-        Sink::Tiles(_) => work.publish(path, &Index::new(context, request.tokens))?,
-    }
-    Ok(streamed)
-}
-
-/// A decoder for the tiles after the first `done` tiles. The tokens of the last finished tile are pushed again, because
-/// this tile fades into the next one.
-fn decoder<'a>(context: &Context<'a>, tokens: usize, done: usize, work: &mut Work) -> Result<TileDecoder<'a>> {
-    let Context { engine, tiling, .. } = *context;
-    let Some(last) = done.checked_sub(1) else { return Ok(TileDecoder::new(engine, tiling, tokens)) };
-    let mut decoder = TileDecoder::from_tile(engine, tiling, tokens, last);
-    for token in work.read(tiling.begin(last, tokens))?.rows() {
-        decoder.push(token)?;
-    }
-    Ok(decoder)
-}
-
-/// Destination of finished columns.
-enum Sink {
-    /// A file of pixels that becomes a PNG.
-    Png(Canvas),
-    /// A folder with one PNG per tile.
-    Tiles(PathBuf),
-}
-
-impl Sink {
-    fn open(path: &Path, folder: &Path, width: usize, height: usize) -> Result<Self> {
-        if is_folder(Some(path)) {
-            return Ok(Self::Tiles(folder.to_path_buf()));
-        }
-        Ok(Self::Png(Canvas::open(&folder.join("pixels.rgb"), width, height)?))
-    }
-
-    /// Writes columns `[3, height, n]` at pixel `x`, and syncs them to disk.
-    fn write(&mut self, x: usize, columns: ArrayView3<f32>) -> Result<()> {
-        match self {
-            Self::Png(canvas) => canvas.write(x, columns),
-            Self::Tiles(folder) => {
-                let path = folder.join(tile_name(x));
-                picture::write_png(&path, columns)?;
-                let synced = File::open(&path).and_then(|file| file.sync_data());
-                synced.or_run(path.display())
+                let strip = timed(&mut self.decoder, || decoder.push(token.view()))?;
+                new.push(token);
+                if let Some(strip) = strip {
+                    self.keep(sink, strip, &new)?;
+                    new.clear();
+                }
+                progress(position + 1);
             }
         }
+        self.times = batch.times;
+        Ok(())
     }
-}
 
-/// Content of the `index.json` of a folder of tiles.
-#[derive(Debug, Serialize)]
-struct Index {
-    /// Width of the image in pixels.
-    width: usize,
-    /// Height of the image in pixels.
-    height: usize,
-    /// Tiles from left to right, without overlap.
-    tiles: Vec<Tile>,
-}
-
-/// A tile of an image.
-#[derive(Debug, Serialize)]
-struct Tile {
-    /// Name of the PNG in the folder.
-    file: String,
-    /// Position of the first column in the image, in pixels.
-    x: usize,
-    /// Width in pixels.
-    width: usize,
-}
-
-impl Index {
-    /// Index of an image of `tokens` tokens.
-    fn new(context: &Context, tokens: usize) -> Self {
-        let Context { engine, tiling, finish, .. } = *context;
-        let (width, height) = engine.config().image_size(tokens);
-        let tile = |index| {
-            let columns = tiling.completes(index, tokens);
-            let (begin, end) = (columns.start * finish.token_width, columns.end * finish.token_width);
-            let x = if finish.side == Side::Left { width - end } else { begin };
-            Tile { file: tile_name(x), x, width: end - begin }
-        };
-        let mut tiles: Vec<Tile> = (0..tiling.count(tokens)).map(tile).collect();
-        tiles.sort_unstable_by_key(|tile| tile.x);
-        Self { width, height, tiles }
+    /// A decoder for the tiles after the first `done` tiles. The tokens of the last finished tile are pushed again,
+    /// because this tile fades into the next one.
+    fn tile_decoder(&self, done: usize) -> Result<TileDecoder<'a>> {
+        let (&Context { engine, tiling, .. }, tokens) = (self.context, self.request.tokens);
+        let Some(last) = done.checked_sub(1) else { return Ok(TileDecoder::new(engine, tiling, tokens)) };
+        let mut decoder = TileDecoder::from_tile(engine, tiling, tokens, last);
+        for token in self.work.read(tiling.begin(last, tokens))?.rows() {
+            decoder.push(token)?;
+        }
+        Ok(decoder)
     }
-}
 
-/// File name of a tile. File names sort in the order of the columns.
-fn tile_name(x: usize) -> String {
-    format!("{x:010}.png")
+    /// The remaining part of the image. The last known tokens become its prefix, as many as the transformer depends on.
+    fn sequence(&self) -> Result<Sequence> {
+        let engine = self.context.engine;
+        let mut image = Sequence::streamed(engine.config(), self.request, self.row);
+        let (known, given) = (self.work.known(), image.prefix.dim().0);
+        image.begin = known.saturating_sub(reach(engine));
+        let before = self.work.read(image.begin)?;
+        let rest = image.prefix.slice(s![known.min(given).., ..]);
+        image.prefix = concatenate(Axis(0), &[before.view(), rest]).or_run("tokens")?;
+        for _ in given..known {
+            image.noise.next(engine.config().generator.embed)?;
+        }
+        Ok(image)
+    }
+
+    /// Writes the columns that a tile completes, and then its tokens.
+    fn keep(&mut self, sink: &mut Sink, strip: Strip, tokens: &[Array1<f32>]) -> Result<()> {
+        let Self { context, work, decoder, .. } = self;
+        let (tile, layout) = (strip.index, work.layout());
+        timed(decoder, || {
+            let (x, columns) = context.finish.columns(strip.x, strip.pixels, layout.size.0);
+            sink.write(x, columns.view())
+        })?;
+        let written = sink.hash(&layout.columns(tile))?;
+        let lost = || Error::run(work.folder().display(), "was changed by another program");
+        let hash = written.ok_or_else(lost)?;
+        work.append(tile, tokens, hash)
+    }
+
+    /// Publishes the finished image at its path.
+    fn publish(&mut self, sink: Sink) -> Result<()> {
+        let Self { work, decoder, .. } = self;
+        let path = self.path;
+        let layout = work.layout();
+        match sink {
+            Sink::Png(mut canvas) => {
+                timed(decoder, || canvas.write_png(path))?;
+                work.mark_published(layout.hash_of_result(path)?)?;
+                work.discard(Sink::PIXELS)
+            }
+            Sink::Tiles(_) => {
+                let result = work.gather(&layout.index())?;
+                // The name ends in `/`, as that of the final folder.
+                work.mark_published(layout.hash_of_result(&result.join(""))?)?;
+                std::fs::rename(&result, path).or_run(path.display())
+            }
+        }
+    }
 }
 
 /// Number of earlier tokens that the condition of a token depends on: one window per transformer block, and one more.
 fn reach(engine: &dyn Engine) -> usize {
     let g = &engine.config().generator;
     g.depth * g.window + 1
-}
-
-/// The remaining part of an image. The last known tokens become its prefix, as many as the transformer depends on.
-fn image(engine: &dyn Engine, request: &Request, row: usize, work: &mut Work) -> Result<Sequence> {
-    let mut image = Sequence::streamed(engine.config(), request, row);
-    let (known, given) = (work.known, image.prefix.dim().0);
-    image.begin = known.saturating_sub(reach(engine));
-    let before = work.read(image.begin)?;
-    let rest = image.prefix.slice(s![known.min(given).., ..]);
-    image.prefix = concatenate(Axis(0), &[before.view(), rest]).or_run("tokens")?;
-    for _ in given..known {
-        image.noise.next(engine.config().generator.embed)?;
-    }
-    Ok(image)
-}
-
-/// The folder of an unfinished image.
-fn partial(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".partial");
-    path.with_file_name(name)
 }
 
 fn record(context: &Context, request: &Request, row: usize) -> Record {
@@ -266,87 +255,5 @@ fn record(context: &Context, request: &Request, row: usize) -> Record {
         threads: context.threads,
         weights: context.weights.into(),
         given: hash.hex(),
-    }
-}
-
-/// The folder of an unfinished image: `run.json`, and the tokens of finished tiles.
-struct Work {
-    folder: PathBuf,
-    tokens: File,
-    /// Number of tokens in the file.
-    known: usize,
-    embed: usize,
-}
-
-impl Work {
-    fn open(folder: PathBuf, record: &Record, embed: usize) -> Result<Self> {
-        let description = folder.join("run.json");
-        if folder.exists() {
-            let found = std::fs::read(&description).ok().and_then(|text| serde_json::from_slice::<Record>(&text).ok());
-            if found.as_ref() != Some(record) {
-                let problem = "holds an unfinished image of another run: remove it, or name another --output";
-                return Err(Error::input(folder.display(), problem));
-            }
-        } else {
-            // The folder is renamed into place together with its `run.json`.
-            let beside = files::temporary(0o777).tempdir_in(files::folder(&folder));
-            let beside = beside.or_run(folder.display())?;
-            files::write_json(&beside.path().join("run.json"), record)?;
-            std::fs::rename(beside.keep(), &folder).or_run(folder.display())?;
-        }
-        let path = folder.join("tokens.f32");
-        let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
-        let tokens = opened.or_run(path.display())?;
-        let bytes = tokens.metadata().or_run(path.display())?.len();
-        Ok(Self { folder, tokens, known: bytes as usize / (4 * embed), embed })
-    }
-
-    fn failed(&self) -> impl Fn(std::io::Error) -> Error {
-        let path = self.folder.join("tokens.f32");
-        move |error| Error::run_caused(path.display(), error)
-    }
-
-    /// Drops the tokens after the last finished tile of an image of `tokens` tokens. Returns the number of finished
-    /// tiles.
-    fn forget_unfinished(&mut self, tiling: Tiling, tokens: usize) -> Result<usize> {
-        let known = self.known;
-        let done = (0..tiling.count(tokens)).take_while(|&tile| tiling.end(tile, tokens) <= known).count();
-        self.known = done.checked_sub(1).map_or(0, |last| tiling.end(last, tokens));
-        self.tokens.set_len((4 * self.embed * self.known) as u64).map_err(self.failed())?;
-        Ok(done)
-    }
-
-    /// Reads the tokens from index `begin`, `[n, E]`.
-    fn read(&mut self, begin: usize) -> Result<Array2<f32>> {
-        let mut bytes = vec![0; 4 * self.embed * (self.known - begin)];
-        let from = SeekFrom::Start((4 * self.embed * begin) as u64);
-        let read = self.tokens.seek(from).and_then(|_| self.tokens.read_exact(&mut bytes));
-        read.map_err(self.failed())?;
-        let values = bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
-        Array2::from_shape_vec((self.known - begin, self.embed), values).or_run("tokens")
-    }
-
-    /// Appends tokens whose tile is on disk.
-    fn append(&mut self, tokens: &[Array1<f32>]) -> Result<()> {
-        let bytes: Vec<u8> = tokens.iter().flatten().flat_map(|value| value.to_le_bytes()).collect();
-        let written = self.tokens.seek(SeekFrom::End(0)).and_then(|_| self.tokens.write_all(&bytes));
-        written.and_then(|()| self.tokens.sync_data()).map_err(self.failed())?;
-        self.known += tokens.len();
-        Ok(())
-    }
-
-    /// Turns the folder into the finished image: writes the index, renames the folder to `path`, and removes the files
-    /// that only a resumed run needs.
-    fn publish(self, path: &Path, index: &Index) -> Result<()> {
-        files::write_json(&self.folder.join("index.json"), index)?;
-        std::fs::rename(&self.folder, path).or_run(path.display())?;
-        for file in ["run.json", "tokens.f32"] {
-            std::fs::remove_file(path.join(file)).or_run(path.display())?;
-        }
-        Ok(())
-    }
-
-    fn remove(self) -> Result<()> {
-        std::fs::remove_dir_all(&self.folder).or_run(self.folder.display())
     }
 }
