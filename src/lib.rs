@@ -34,6 +34,8 @@ mod error;
 pub mod files;
 pub mod generate;
 pub mod kind;
+pub mod lock;
+pub mod long;
 pub mod model;
 pub mod ops;
 pub mod picture;

@@ -9,7 +9,6 @@
 pub mod chart;
 pub mod flags;
 mod interrupt;
-pub mod lock;
 pub mod memory;
 pub mod table;
 

@@ -1,6 +1,7 @@
 //! A request for images: one batch of images, how their tokens are sampled, and the result.
 
 pub mod condition;
+pub mod jobs;
 pub mod random;
 pub mod settings;
 pub mod solver;

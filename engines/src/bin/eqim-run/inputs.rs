@@ -9,6 +9,7 @@ use eqim::engine::candle;
 use eqim::generate::memory::check_memory;
 use eqim::generate::tiles::Tiling;
 use eqim::kind;
+use eqim::long::is_folder;
 use eqim::picture::{self, Side};
 use eqim::request::settings::{Settings, TileSize};
 use eqim::request::{Noise, Request};
@@ -16,7 +17,6 @@ use eqim::{Config, Error, Result};
 use ndarray::{Array3, Axis, Ix3};
 
 use super::finish::Finish;
-use super::outputs;
 
 /// Largest number of tokens that is decoded as a whole by default. For longer images, attention soon costs more than
 /// everything else.
@@ -117,11 +117,11 @@ pub fn finish(settings: &Settings, prefix: Option<&Prefix>, config: &Config) -> 
 fn tiling(settings: &Settings, output: Option<&Path>, tokens: usize) -> Result<Option<Tiling>> {
     let tile = match settings.tile {
         Some(TileSize::Tokens(tile)) => tile,
-        Some(TileSize::Whole) if outputs::is_folder(output) => {
+        Some(TileSize::Whole) if output.is_some_and(is_folder) => {
             let problem = "is none, but an output folder requires tiles: name a PNG as the output, or omit tile";
             return Err(Error::setting("tile", problem));
         }
-        None if tokens > MOST_WHOLE || outputs::is_folder(output) => Tiling::default().tile,
+        None if tokens > MOST_WHOLE || output.is_some_and(is_folder) => Tiling::default().tile,
         Some(TileSize::Whole) | None => return Ok(None),
     };
     let tiling = Tiling { tile, overlap: settings.overlap.unwrap_or(tile / 4) };

@@ -14,6 +14,7 @@ use eqim::generate::memory::check_memory;
 use eqim::generate::tiles::Tiling;
 use eqim::picture::Side;
 use eqim::request::condition::ClassSchedule;
+use eqim::request::jobs::{self, Line, check_id};
 use eqim::request::{PreparedRequest, Request, Sampling};
 use eqim::{Error, Result, ResultExt, files};
 use eqim_cli::Progress;
@@ -24,7 +25,7 @@ use super::arguments::Arguments;
 use super::decode::decode_to;
 use super::finish::Finish;
 use super::inputs::{self, Prefix};
-use super::job::{Job, Line, check_id, read_text};
+use super::job::Job;
 use super::outputs;
 
 /// Runs the jobs of a file.
@@ -33,8 +34,11 @@ use super::outputs;
 /// [`Error::input`] if a flag or a file cannot be used; [`Error::run`] if the engine fails, or at the end if jobs
 /// failed.
 pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
-    let text = read_text(file)?;
-    let lines = Line::all(file, &text)?;
+    if std::fs::metadata(file).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+        eqim_cli::note(format_args!("--jobs {}: is not a file and is read to its end", file.display()));
+    }
+    let text = jobs::read(file).map_err(inputs::about("jobs"))?;
+    let lines = Line::all(file, &text).map_err(inputs::about("jobs"))?;
     let missing = || Error::input("--output", "is missing: --jobs requires a folder for the images");
     let folder = arguments.output.as_deref().ok_or_else(missing)?;
     let bundle = Bundle::open(&arguments.engine)?;

@@ -9,10 +9,8 @@ mod jobs;
 mod outputs;
 mod report;
 mod single;
-mod sink;
 mod stream;
 mod trace;
-mod work;
 
 use std::process::ExitCode;
 

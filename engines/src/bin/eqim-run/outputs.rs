@@ -4,19 +4,10 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use eqim::files::folder;
+use eqim::long::{is_begun, is_folder};
 use eqim::{Error, Result};
 
 use super::arguments::Arguments;
-
-/// Name of the file that describes an unfinished image.
-pub const RUN_FILE: &str = "run.json";
-
-/// The folder of the unfinished image that is written to `path`.
-pub fn partial(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".partial");
-    path.with_file_name(name)
-}
 
 /// Files that a run writes.
 #[derive(Debug)]
@@ -78,18 +69,13 @@ pub fn prepare_folder(folder: &Path, bundle: &Path) -> Result<()> {
     writable("--output", &folder.join("image.png"))
 }
 
-/// Whether an output is a folder of tiles: its name ends in `/`.
-pub fn is_folder(output: Option<&Path>) -> bool {
-    output.is_some_and(|path| path.as_os_str().as_encoded_bytes().ends_with(b"/"))
-}
-
 /// Checks that an image of `width` pixels can be written in the format of its name. Logs a warning if the default limit
 /// of libpng, a million pixels, is exceeded.
 ///
 /// # Errors
 /// [`Error::input`] if a PNG is wider than the format allows.
 pub fn check_width(path: &Path, width: usize) -> Result<()> {
-    if is_folder(Some(path)) {
+    if is_folder(path) {
         return Ok(());
     }
     let tiles = format!("name a folder, {}/, for tiles and an index", path.with_extension("").display());
@@ -116,7 +102,7 @@ fn place(path: &Path) -> Option<PathBuf> {
 
 /// Paths of `count` images: `path` itself for one image, otherwise with a number before the extension.
 fn numbered(path: &Path, count: usize) -> Result<Vec<PathBuf>> {
-    if is_folder(Some(path)) {
+    if is_folder(path) {
         let Some(name) = path.file_name() else { return Err(not_png(path)) };
         let numbered = |number| {
             let mut name = OsString::from(name);
@@ -153,10 +139,9 @@ fn not_png(path: &Path) -> Error {
 /// Checks that a file can be created at `path`.
 fn writable(flag: &str, path: &Path) -> Result<()> {
     let bad = |problem: String| Error::input(format!("{flag} {}", path.display()), problem);
-    if is_folder(Some(path)) {
+    if is_folder(path) {
         // A run that was interrupted at its very end can have published the folder.
-        let is_resumed = partial(path).join(RUN_FILE).exists();
-        return if is_resumed { can_be_written(flag, path) } else { new_folder(flag, path) };
+        return if is_begun(path) { can_be_written(flag, path) } else { new_folder(flag, path) };
     }
     if path.file_name().is_none() || path.symlink_metadata().is_ok_and(|found| !found.is_file()) {
         return Err(bad("is not a file".into()));

@@ -8,6 +8,7 @@ use eqim::checkpoint::tensors;
 use eqim::engine::{Engine, candle};
 use eqim::generate::generate;
 use eqim::generate::tiles::Tiling;
+use eqim::long::{self, Work};
 use eqim::request::timing::{StageTimes, timed};
 use eqim::request::{Generated, PreparedRequest, Request};
 use eqim::{Error, Result, ResultExt};
@@ -22,7 +23,6 @@ use super::outputs::{self, Outputs};
 use super::report::{RunReport, Seconds, Tiles};
 use super::stream::{self, Context};
 use super::trace::{self, Traced};
-use super::work::{self, Work};
 
 /// Generates the images that the flags describe.
 ///
@@ -44,7 +44,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
 
     let (mut load, mut encoder, mut decoder) = (Duration::ZERO, Duration::ZERO, Duration::ZERO);
     if tiling.is_some() {
-        outputs.images.iter().try_for_each(|path| work::check_owner(path))?;
+        outputs.images.iter().try_for_each(|path| long::check_owner(path))?;
     }
     let engine = timed(&mut load, || eqim_engines::open(&bundle, arguments.options()?))?;
     let encoded = matches!(prefix, Some(Prefix::Picture(_)));

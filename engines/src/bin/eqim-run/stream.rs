@@ -8,6 +8,7 @@ use eqim::digest::Hash;
 use eqim::engine::Engine;
 use eqim::generate::batch::{Batch, Sequence};
 use eqim::generate::tiles::{Strip, TileDecoder, Tiling};
+use eqim::long::{Layout, Record, Sink, Verified, Work, is_folder};
 use eqim::request::settings::{Settings, TileSize};
 use eqim::request::timing::{StageTimes, timed};
 use eqim::request::{Noise, Request, Sampling};
@@ -15,9 +16,7 @@ use eqim::{Error, Result, ResultExt};
 use ndarray::{Array1, Array2, ArrayView3, Axis, concatenate, s};
 
 use super::finish::Finish;
-use super::outputs::{self, is_folder};
-use super::sink::{Layout, Sink};
-use super::work::{Record, Work};
+use super::outputs;
 
 /// Inputs of a run in addition to the request.
 pub struct Context<'a> {
@@ -104,13 +103,18 @@ impl<'a> Image<'a> {
             progress(request.tokens);
             return Ok(request.tokens);
         }
-        if is_folder(Some(path)) {
+        if is_folder(path) {
             outputs::is_new("--output", path)?;
         }
         self.work.tidy()?;
         let mut sink = Sink::open(path, self.work.folder(), self.work.layout().size)?;
         let layout = self.work.layout();
-        let done = self.work.verify(|tile, hash| Ok(sink.hash(&layout.columns(tile))?.as_deref() == Some(hash)))?;
+        let Verified { tiles: done, is_changed } =
+            self.work.verify(|tile, hash| Ok(sink.hash(&layout.columns(tile))?.as_deref() == Some(hash)))?;
+        if is_changed {
+            let problem = format!("tile {done} is not what was written: this tile and all after it are done again");
+            eqim_cli::note(format_args!("{}: {problem}", self.work.folder().display()));
+        }
         let resumed = self.work.known();
         if resumed > 0 {
             let path = path.display();
@@ -131,7 +135,7 @@ impl<'a> Image<'a> {
             return Ok(false);
         }
         // The columns of a published image are not kept.
-        Ok(!self.context.keep_tokens || self.work.verify(|_, _| Ok(true))? == layout.count())
+        Ok(!self.context.keep_tokens || self.work.verify(|_, _| Ok(true))?.tiles == layout.count())
     }
 
     /// Generates and decodes the tokens after the first `done` tiles.

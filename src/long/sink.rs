@@ -3,18 +3,21 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use eqim::digest::{Hash, sha256_of};
-use eqim::generate::tiles::Tiling;
-use eqim::picture::canvas::Canvas;
-use eqim::picture::{self, Side};
-use eqim::{Error, Result, ResultExt, files};
+use crate::digest::{Hash, sha256_of};
+use crate::generate::tiles::Tiling;
+use crate::picture::canvas::Canvas;
+use crate::picture::{self, Side};
+use crate::{Error, Result, ResultExt, files};
 use ndarray::ArrayView3;
 use serde::Serialize;
 
-use super::outputs::is_folder;
-
 /// Name of the file that lists the tiles of a folder.
 pub const INDEX_FILE: &str = "index.json";
+
+/// Whether an image is written as a folder of tiles: its path ends in `/`.
+pub fn is_folder(path: &Path) -> bool {
+    path.as_os_str().as_encoded_bytes().ends_with(b"/")
+}
 
 /// Places of the tiles in an image.
 #[derive(Clone, Copy, Debug)]
@@ -64,7 +67,7 @@ impl Layout {
     /// # Errors
     /// If a file cannot be read.
     pub fn hash_of_result(&self, path: &Path) -> Result<Option<String>> {
-        if !is_folder(Some(path)) {
+        if !is_folder(path) {
             return hash_of_file(path);
         }
         let mut hash = Hash::default();
@@ -116,7 +119,7 @@ impl Sink {
     /// # Errors
     /// If the file of pixels cannot be opened.
     pub fn open(path: &Path, folder: &Path, (width, height): (usize, usize)) -> Result<Self> {
-        if is_folder(Some(path)) {
+        if is_folder(path) {
             return Ok(Self::Tiles(folder.to_path_buf()));
         }
         Ok(Self::Png(Canvas::open(&folder.join(Self::PIXELS), width, height)?))

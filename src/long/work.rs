@@ -16,16 +16,17 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use eqim::digest::sha256;
-use eqim::request::settings::Settings;
-use eqim::{Error, Result, ResultExt, files};
-use eqim_cli::lock::{LOCK_FILE, Lock};
+use crate::digest::sha256;
+use crate::lock::{LOCK_FILE, Lock};
+use crate::request::settings::Settings;
+use crate::{Error, Result, ResultExt, files};
 use ndarray::{Array1, Array2};
 use serde::{Deserialize, Serialize};
 
-use super::outputs::{RUN_FILE, partial};
 use super::sink::{INDEX_FILE, Index, Layout};
 
+/// Name of the file that describes an unfinished image.
+const RUN_FILE: &str = "run.json";
 const TOKENS: &str = "tokens.f32";
 const JOURNAL: &str = "tiles.jsonl";
 /// Folder for the tiles that are about to be published.
@@ -82,6 +83,27 @@ pub struct Work {
     known: usize,
     embed: usize,
     lock: Lock,
+}
+
+/// The tiles of an unfinished image that are as they were written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verified {
+    /// Number of good tiles, from the first one on.
+    pub tiles: usize,
+    /// Whether the next tile was finished and is no longer what was written.
+    pub is_changed: bool,
+}
+
+/// The folder of the unfinished image that is written to `path`.
+fn partial(path: &Path) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".partial");
+    path.with_file_name(name)
+}
+
+/// Whether there is an unfinished image at `path`, which a run may finish.
+pub fn is_begun(path: &Path) -> bool {
+    partial(path).join(RUN_FILE).exists()
 }
 
 /// Fails if another process generates the image at `path`. The folder of the image does not need to exist.
@@ -159,12 +181,12 @@ impl Work {
     }
 
     /// Verifies the tiles, and forgets what follows the last good one. `has` tells whether the columns of a tile have a
-    /// hash. Returns the number of good tiles.
+    /// hash.
     ///
     /// # Errors
     /// [`Error::input`] if a token is not finite although its hash is right; errors of `has`; if a file cannot be read.
-    pub fn verify(&mut self, mut has: impl FnMut(usize, &str) -> Result<bool>) -> Result<usize> {
-        let (mut done, mut end) = (0, 0);
+    pub fn verify(&mut self, mut has: impl FnMut(usize, &str) -> Result<bool>) -> Result<Verified> {
+        let (mut done, mut end, mut is_changed) = (0, 0, false);
         let mut lines = BufReader::new(&self.journal);
         lines.rewind().map_err(self.failed(JOURNAL))?;
         while done < self.layout.count() {
@@ -175,8 +197,7 @@ impl Work {
                 break;
             }
             if !self.is_good(&text, done, &mut has)? {
-                let problem = format!("tile {done} is not what was written: this tile and all after it are done again");
-                eqim_cli::note(format_args!("{}: {problem}", self.folder.display()));
+                is_changed = true;
                 break;
             }
             (done, end) = (done + 1, end + text.len() as u64);
@@ -184,7 +205,7 @@ impl Work {
         self.known = self.span(done).start;
         self.journal.set_len(end).map_err(self.failed(JOURNAL))?;
         self.tokens.set_len(self.place(self.known)).map_err(self.failed(TOKENS))?;
-        Ok(done)
+        Ok(Verified { tiles: done, is_changed })
     }
 
     /// Whether a line of the journal is that of tile `tile`, and its hashes are those of the tile's files.

@@ -4,7 +4,7 @@ use std::fs::{File, TryLockError};
 use std::io::{Read, Write};
 use std::path::Path;
 
-use eqim::{Error, Result, ResultExt, files};
+use crate::{Error, Result, ResultExt, files};
 
 /// Name of the file in a folder that is locked. It contains the number of the process that locked it.
 pub const LOCK_FILE: &str = "lock";
