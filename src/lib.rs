@@ -34,6 +34,7 @@ mod error;
 pub mod files;
 pub mod generate;
 pub mod kind;
+pub mod limits;
 pub mod lock;
 pub mod long;
 pub mod model;

@@ -14,7 +14,7 @@ use super::torch::TorchFile;
 use crate::config::{GeneratorConfig, Preset, TokenizerConfig};
 use crate::model::{Stage, check_finite, parameters_of};
 use crate::weights::Weights;
-use crate::{Config, Error, Result};
+use crate::{Config, Error, Result, limits};
 
 /// A tensor that every generator has, and one that every tokenizer has.
 const GENERATOR_ANCHOR: &str = "z_proj.weight";
@@ -72,14 +72,17 @@ pub struct Half<C> {
 }
 
 impl<C> Half<C> {
-    /// Compares names and shapes with the model's, before any value is read. Buffers that the model has not are passed
-    /// over if the reference does so.
+    /// Compares names and shapes with the model's, and their size with the memory, before any value is read. Buffers that
+    /// the model has not are passed over if the reference does so.
     ///
     /// # Errors
-    /// [`Error::input`] naming the tensor that is missing, unexpected or of the wrong shape.
+    /// [`Error::input`] naming the tensor that is missing, unexpected or of the wrong shape, or the size of the weights.
     pub fn check(&mut self, config: &Config) -> Result<()> {
         let mut extra = self.tensors.clone();
-        for (name, shape) in parameters_of(config, self.stages)? {
+        let parameters = parameters_of(config, self.stages)?;
+        let shapes = parameters.iter().map(|(_, shape)| &shape[..]);
+        limits::check_memory(&self.source.path().display().to_string(), "its weights", shapes)?;
+        for (name, shape) in parameters {
             match extra.remove(&name) {
                 None => return Err(self.source.bad(format!("tensor {name} {shape:?} is missing"))),
                 Some(found) if found.shape != shape => {

@@ -2,10 +2,7 @@
 
 use super::tiles::Tiling;
 use crate::request::Request;
-use crate::{Config, Error, Result};
-
-/// Largest size in bytes of the tensors of one kind in a run.
-const MOST_BYTES: u64 = 16 << 30;
+use crate::{Config, Error, Result, limits};
 
 /// Rejects a request whose tensors are too large, because allocation could fail after minutes of work. Three kinds are
 /// checked: those of [`check_sampling`], and the scores of the decoder's attention over a whole image or tile.
@@ -20,11 +17,12 @@ pub fn check_memory(request: &Request, config: &Config, tiling: Option<Tiling>) 
         None => ("tokens", "the decoder's attention over the whole image"),
         Some(_) => ("tile", "the decoder's attention over a tile"),
     };
-    check(field, what, &[cells, cells])
+    // The scores and their softmax.
+    check(field, what, &[2, cells, cells])
 }
 
-/// Rejects a request whose tokens take too much memory, whether they are decoded or not. Two kinds of tensors are checked: the tokens of all images with their noise and prefix, and the flow head's modulations for all
-/// steps.
+/// Rejects a request whose tokens take too much memory, whether they are decoded or not. Two kinds of tensors are
+/// checked: the tokens of all images with their noise and prefix, and the flow head's modulations for all steps.
 ///
 /// # Errors
 /// [`Error::setting`] naming the setting that is too large.
@@ -40,12 +38,7 @@ pub fn check_sampling(request: &Request, config: &Config) -> Result<()> {
 
 /// Checks the size of tensors of 32-bit numbers: the product of `sizes`.
 fn check(field: &'static str, what: &str, sizes: &[usize]) -> Result<()> {
-    let bytes = sizes.iter().fold(4, |bytes: u64, &size| bytes.saturating_mul(size as u64));
-    if bytes <= MOST_BYTES {
-        return Ok(());
-    }
-    let (needed, most) = (bytes >> 30, MOST_BYTES >> 30);
-    Err(Error::setting(field, format!("is too large: {what} would take {needed} GB, expected at most {most} GB")))
+    limits::check_memory("is too large", what, [sizes]).map_err(|error| Error::setting(field, error))
 }
 
 #[cfg(test)]

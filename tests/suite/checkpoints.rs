@@ -12,11 +12,11 @@ use eqim::{Config, Result};
 use serde_json::json;
 
 use crate::common::bins::{Workplace, export_line};
-use crate::common::torch::{
-    Files, arguments, bytes, call, checkpoint, contiguous, deflated, dict, files, float, global, integer, list,
-    namespace, storage, stored, tensor, text, tuple, without_crc,
-};
 use crate::common::{Fixture, fixtures};
+use eqim_fuzz::torch::{
+    Files, arguments, bytes, call, checkpoint, contiguous, deflated, dict, files, float, global, integer, list,
+    namespace, storage, stored, stream, tensor, text, tuple, without_crc,
+};
 
 /// Pickled tensors by name.
 type State = Vec<(String, Vec<u8>)>;
@@ -506,17 +506,6 @@ fn a_header_that_begins_like_a_pickle_is_read() {
     longer.extend(&file[8 + length..]);
     assert!(longer.starts_with(b"\x80\x02"));
     case.same(case.with_generator("padded.safetensors", longer));
-}
-
-/// A checkpoint of the format before PyTorch 1.6.
-fn stream(root: &[u8], storages: &[Vec<u8>]) -> Vec<u8> {
-    let magic = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.";
-    let machine = dict(&[("protocol_version", integer(1001)), ("little_endian", vec![0x88])]);
-    let keys: Vec<_> = (0..storages.len()).map(|key| text(&key.to_string())).collect();
-    let pickles =
-        [integer(1001), machine, root.to_vec(), list(&keys)].map(|pickle| [b"\x80\x02", &pickle[..], b"."].concat());
-    let values = storages.iter().flat_map(|bytes| [(bytes.len() as u64 / 4).to_le_bytes().to_vec(), bytes.clone()]);
-    [magic.to_vec(), pickles.concat(), values.collect::<Vec<_>>().concat()].concat()
 }
 
 #[test]

@@ -10,8 +10,8 @@ use eqim::checkpoint::tensors::{self, TensorFile};
 use serde_json::{Value, json};
 
 use crate::common::bins::Workplace;
-use crate::common::torch::{call, dict, global, integer, text, tuple, zip_file};
 use crate::common::{Fixture, all, fixtures};
+use eqim_fuzz::torch::{call, dict, global, integer, text, tuple, zip_file};
 
 fn first() -> Fixture {
     Fixture::open(fixtures())

@@ -5,6 +5,7 @@ use std::path::Path;
 use candle_core::DType;
 use clap::ValueEnum;
 use eqim::config::{GeneratorConfig, Level, Preset, TokenizerConfig, Tower};
+use eqim::limits::gigabytes;
 use eqim::{Config, Error, Result, ResultExt, files};
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -242,10 +243,6 @@ pub fn check_memory(
         return Err(Error::input(format!("{part}.plan.batch_size"), problem));
     }
     Ok(())
-}
-
-fn gigabytes(bytes: u64) -> String {
-    format!("{:.1} GB", bytes as f64 / f64::from(1u32 << 30))
 }
 
 fn positive(name: &str, value: f64) -> Result<()> {

@@ -1,7 +1,6 @@
 //! The golden fixtures, and comparisons with them.
 
 pub mod bins;
-pub mod torch;
 
 use std::collections::BTreeMap;
 use std::fmt::Display;

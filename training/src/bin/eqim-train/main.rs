@@ -7,8 +7,7 @@ use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use eqim::bundle::FileRecord;
 use eqim::checkpoint;
-use eqim::{Error, Result, ResultExt, files};
-use eqim_cli::memory;
+use eqim::{Error, Result, ResultExt, files, limits};
 use eqim_training::data::Photos;
 use eqim_training::dino::Dino;
 use eqim_training::generator::{self, GeneratorTask};
@@ -190,7 +189,7 @@ fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>, dino: O
     if let Some((model, _)) = &initial {
         recipe.model = model.clone();
     }
-    tokenizer::check_memory(&recipe, memory::limit())?;
+    tokenizer::check_memory(&recipe, limits::memory())?;
     let photos = shared.photos(&recipe.plan, recipe.model.image_height(), recipe.model.token_width())?;
     let output = Output::open(&shared.output, shared.resume)?;
     let teachers = Teachers {
@@ -211,7 +210,7 @@ fn generator(shared: &Shared, tokenizer: &Path) -> Result<()> {
     let (config, weights) = checkpoint::load_tokenizer_alone(tokenizer, None)?;
     let name = tokenizer.file_name().unwrap_or_default().to_string_lossy();
     let hash = FileRecord::of(files::folder(tokenizer), &name)?.sha256;
-    generator::check_memory(&recipe.generator, &config, memory::limit())?;
+    generator::check_memory(&recipe.generator, &config, limits::memory())?;
     let photos = shared.photos(&recipe.generator.plan, config.image_height(), config.token_width())?;
     let output = Output::open(&shared.output, shared.resume)?;
     let encoder = Encoder { config, weights, hash };

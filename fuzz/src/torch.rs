@@ -67,34 +67,42 @@ pub fn files(archive: Vec<u8>) -> Files {
 
 // Pickles.
 
+/// A class or function of a module.
 pub fn global(module: &str, name: &str) -> Vec<u8> {
     format!("c{module}\n{name}\n").into_bytes()
 }
 
+/// A text.
 pub fn text(text: &str) -> Vec<u8> {
     [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat()
 }
 
+/// An integer of eight bytes.
 pub fn integer(value: i64) -> Vec<u8> {
     [&[0x8a, 8][..], &value.to_le_bytes()].concat()
 }
 
+/// A floating-point number.
 pub fn float(value: f64) -> Vec<u8> {
     [b"G", &value.to_be_bytes()[..]].concat()
 }
 
+/// A tuple.
 pub fn tuple(items: &[Vec<u8>]) -> Vec<u8> {
     [b"(".to_vec(), items.concat(), b"t".to_vec()].concat()
 }
 
+/// A list.
 pub fn list(items: &[Vec<u8>]) -> Vec<u8> {
     [b"](".to_vec(), items.concat(), b"e".to_vec()].concat()
 }
 
+/// The result of a function.
 pub fn call(function: Vec<u8>, arguments: &[Vec<u8>]) -> Vec<u8> {
     [function, tuple(arguments), b"R".to_vec()].concat()
 }
 
+/// A dictionary.
 pub fn dict<K: AsRef<str>>(entries: &[(K, Vec<u8>)]) -> Vec<u8> {
     let entries =
         entries.iter().flat_map(|(key, value)| [text(key.as_ref()), value.clone()]).collect::<Vec<_>>().concat();
@@ -134,6 +142,17 @@ pub fn checkpoint(pickle: &[u8], storages: &[Vec<u8>]) -> Files {
     let pickle = ("archive/data.pkl".to_string(), [b"\x80\x02", pickle, b"."].concat());
     let storages = storages.iter().enumerate().map(|(key, bytes)| (format!("archive/data/{key}"), bytes.clone()));
     [pickle].into_iter().chain(storages).collect()
+}
+
+/// A checkpoint of the format before PyTorch 1.6.
+pub fn stream(root: &[u8], storages: &[Vec<u8>]) -> Vec<u8> {
+    let magic = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.";
+    let machine = dict(&[("protocol_version", integer(1001)), ("little_endian", vec![0x88])]);
+    let keys: Vec<_> = (0..storages.len()).map(|key| text(&key.to_string())).collect();
+    let pickles =
+        [integer(1001), machine, root.to_vec(), list(&keys)].map(|pickle| [b"\x80\x02", &pickle[..], b"."].concat());
+    let values = storages.iter().flat_map(|bytes| [(bytes.len() as u64 / 4).to_le_bytes().to_vec(), bytes.clone()]);
+    [magic.to_vec(), pickles.concat(), values.collect::<Vec<_>>().concat()].concat()
 }
 
 /// Little-endian bytes of numbers.

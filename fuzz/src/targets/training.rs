@@ -1,0 +1,148 @@
+//! Recipes, and states of unfinished trainings.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use eqim::digest::Hash;
+use eqim::{Result, ResultExt, files, limits};
+use eqim_training::data::Photos;
+use eqim_training::recipe::{Base, Recipe};
+use eqim_training::run::{Output, Task, run};
+use eqim_training::tokenizer::{Teachers, TokenizerTask, check_memory};
+use image::{Rgb, RgbImage};
+
+use super::{Place, write};
+use crate::target::{Hostile, Target};
+
+/// A tokenizer of one step.
+const RECIPE: &str = r#"
+[tokenizer.model]
+rows = 8
+embed = 4
+groups = 2
+[tokenizer.model.encoder]
+z_channels = 2
+conv_in = 4
+levels = [{ channels = 4, attention = false }, { channels = 4, attention = false }, { channels = 4, attention = false }]
+[tokenizer.model.decoder]
+z_channels = 2
+conv_in = 4
+levels = [{ channels = 4, attention = false }, { channels = 4, attention = false }, { channels = 4, attention = false }]
+[tokenizer.plan]
+steps = 1
+batch_size = 1
+tokens = 4
+validation = 1
+log_every = 1
+checkpoint_every = 1
+sample_every = 1
+"#;
+
+/// All targets with trainings.
+pub(super) fn all() -> Result<Vec<Box<dyn Target>>> {
+    let place = Place::new()?;
+    let path = place.path("recipe.toml");
+    Ok(vec![Box::new(Recipes { _place: place, path }), Box::new(State::new()?)])
+}
+
+/// Reads a recipe.
+struct Recipes {
+    _place: Place,
+    path: PathBuf,
+}
+
+impl Target for Recipes {
+    fn name(&self) -> &'static str {
+        "recipes"
+    }
+
+    fn seeds(&self) -> Vec<Vec<u8>> {
+        let whole = Recipe::new(Base::Demo).text().unwrap_or_default();
+        vec![RECIPE.into(), whole.into_bytes()]
+    }
+
+    fn hostile(&self) -> Vec<Hostile> {
+        let with = |from: &str, to: &str| RECIPE.replacen(from, to, 1).into_bytes();
+        vec![
+            ("a level of 65536 channels", with("channels = 4", "channels = 65536")),
+            ("a batch of 2^62", with("batch_size = 1", "batch_size = 4611686018427387904")),
+            ("2^62 tokens", with("tokens = 4", "tokens = 4611686018427387904")),
+            ("nested lists", [b"a = ".to_vec(), b"[".repeat(1 << 16)].concat()),
+        ]
+    }
+
+    fn path(&self) -> Option<&Path> {
+        Some(&self.path)
+    }
+
+    fn read(&mut self, input: &[u8]) -> Result<String> {
+        write(&self.path, input)?;
+        let recipe = Recipe::read(Base::Demo, &self.path)?;
+        check_memory(&recipe.tokenizer, limits::memory()).map_err(|error| error.about(self.path.display()))?;
+        Ok(String::new())
+    }
+}
+
+/// Resumes the training of a tokenizer.
+struct State {
+    _place: Place,
+    output: Output,
+    path: PathBuf,
+    task: TokenizerTask,
+    seed: Vec<u8>,
+}
+
+impl State {
+    fn new() -> Result<Self> {
+        let place = Place::new()?;
+        let photos = place.path("photos");
+        std::fs::create_dir(&photos).or_run(photos.display())?;
+        for index in 0..2u8 {
+            let picture = RgbImage::from_fn(48, 40, |x, y| Rgb([x as u8 * 4, y as u8 * 5, 90 * index]));
+            let path = photos.join(format!("{index}.png"));
+            picture.save(&path).or_run(path.display())?;
+        }
+        let recipe = place.path("recipe.toml");
+        write(&recipe, RECIPE.as_bytes())?;
+        let recipe = Recipe::read(Base::Demo, &recipe)?.tokenizer;
+        let (height, width) = (recipe.model.image_height(), recipe.model.token_width() * recipe.plan.tokens);
+        let photos = Photos::open(&photos, height, width)?;
+        let folder = place.path("run");
+        let output = Output::open(&folder, true)?;
+        let teachers = Teachers { lpips: None, dino: None };
+        let mut task = TokenizerTask::new(recipe, photos, None, teachers, Device::Cpu)?;
+        run(&mut task, &output, 0)?;
+        let path = folder.join("state.safetensors");
+        let seed = files::read(&path)?;
+        Ok(Self { _place: place, output, path, task, seed })
+    }
+}
+
+impl Target for State {
+    fn name(&self) -> &'static str {
+        "training-state"
+    }
+
+    fn seeds(&self) -> Vec<Vec<u8>> {
+        vec![self.seed.clone()]
+    }
+
+    fn path(&self) -> Option<&Path> {
+        Some(&self.path)
+    }
+
+    fn read(&mut self, input: &[u8]) -> Result<String> {
+        write(&self.path, input)?;
+        let steps = self.output.resume(&mut self.task)?;
+        let mut hash = Hash::default();
+        for (name, tensor) in self.task.state() {
+            hash.add(name);
+            hash.add_values(&eqim::close::values(&tensor)?);
+        }
+        Ok(format!("{steps} steps {}", hash.hex()))
+    }
+
+    fn is_sealed(&self) -> bool {
+        true
+    }
+}

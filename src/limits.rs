@@ -1,0 +1,53 @@
+//! Limits of this process, against which sizes are checked before anything is allocated.
+
+use crate::{Error, Result};
+
+/// Number of bytes that this process can use: the memory of the machine, or less if its control group or its address
+/// space is limited. `u64::MAX` if the system does not say.
+pub fn memory() -> u64 {
+    let number = |path: &str, label: &str| {
+        let text = std::fs::read_to_string(path).ok()?;
+        let words = text.lines().find_map(|line| line.strip_prefix(label))?;
+        words.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    let machine = number("/proc/meminfo", "MemTotal:").map(|kilobytes| kilobytes << 10);
+    let group = number("/sys/fs/cgroup/memory.max", "");
+    let address_space = number("/proc/self/limits", "Max address space");
+    [machine, group, address_space].into_iter().flatten().min().unwrap_or(u64::MAX)
+}
+
+/// Checks that tensors of 32-bit numbers fit in [`memory`]. Each is given by its sizes; `what` names them.
+///
+/// # Errors
+/// [`Error::input`] about `subject`, with the needed and the available memory.
+pub fn check_memory<'a>(subject: &str, what: &str, shapes: impl IntoIterator<Item = &'a [usize]>) -> Result<()> {
+    let bytes = |shape: &[usize]| shape.iter().fold(4u64, |bytes, &size| bytes.saturating_mul(size as u64));
+    let (needed, most) = (shapes.into_iter().fold(0u64, |sum, shape| sum.saturating_add(bytes(shape))), memory());
+    if needed <= most {
+        return Ok(());
+    }
+    let problem = format!(
+        "{what} would take {}, expected at most {}, the memory of this process",
+        gigabytes(needed),
+        gigabytes(most)
+    );
+    Err(Error::input(subject, problem))
+}
+
+/// A number of bytes for messages.
+pub fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / f64::from(1u32 << 30))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_added_without_overflow() {
+        let check = |shapes: &[&[usize]]| check_memory("file", "its weights", shapes.iter().copied());
+        check(&[&[2, 3], &[], &[0, usize::MAX]]).unwrap();
+        let error = check(&[&[usize::MAX, usize::MAX], &[1]]).unwrap_err();
+        assert!(error.is_input() && error.to_string().starts_with("file: its weights would take "), "{error}");
+    }
+}
