@@ -24,7 +24,7 @@ pub(super) fn check(path: &Path) -> Result<()> {
     let library = unsafe { Library::new(path) }.map_err(|error| {
         // The cause is in the source of this error.
         let cause = error.source().map_or_else(|| error.to_string(), ToString::to_string);
-        bad(format!("cannot be loaded: {cause}"))
+        bad(format!("cannot be loaded as ONNX Runtime: {cause}"))
     })?;
     let version = version(&library).ok_or_else(|| bad("is not ONNX Runtime".into()));
     // Never unloaded: the next load would run its initializers again.
