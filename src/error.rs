@@ -6,7 +6,7 @@ use std::fmt::Display;
 ///
 /// [`Display`] writes the message with its causes. [`source`](std::error::Error::source) returns the cause itself.
 #[derive(Debug, thiserror::Error)]
-#[error("{}{message}", Scope(scope))]
+#[error("{}{}", Scope(scope), Shortened(message))]
 pub struct Error {
     kind: Kind,
     field: Option<&'static str>,
@@ -31,6 +31,25 @@ struct Scope<'a>(&'a str);
 impl Display for Scope<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         if self.0.is_empty() { Ok(()) } else { write!(f, "{}: ", self.0) }
+    }
+}
+
+/// Longest message that is displayed whole, in characters. A message quotes its input, which can be of any length.
+const LONGEST: usize = 3000;
+
+/// A message without its middle, if it is too long.
+struct Shortened<'a>(&'a str);
+
+impl Display for Shortened<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let text = self.0;
+        let count = if text.len() > LONGEST { text.chars().count() } else { 0 };
+        if count <= LONGEST {
+            return f.write_str(text);
+        }
+        let place = |index: usize| text.char_indices().nth(index).map_or(text.len(), |(at, _)| at);
+        let (begin, end) = (&text[..place(LONGEST / 2)], &text[place(count - LONGEST / 4)..]);
+        write!(f, "{begin} […] {end}")
     }
 }
 

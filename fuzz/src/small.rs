@@ -10,7 +10,7 @@ use eqim::{Config, Result, ResultExt};
 
 use crate::torch;
 
-/// Sizes of the model: one block, and images of one row of latents.
+/// Sizes of the model: one block, and images of two rows of latents.
 pub fn config() -> Config {
     let tower = Tower {
         z_channels: 1,
@@ -37,7 +37,7 @@ pub fn config() -> Config {
         },
         tokenizer: TokenizerConfig {
             image_channels: 3,
-            rows: 1,
+            rows: 2,
             embed: 2,
             len_down_scale: 0,
             groups: GROUPS,

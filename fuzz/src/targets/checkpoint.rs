@@ -189,8 +189,9 @@ fn safetensors() -> Result<Vec<Vec<u8>>> {
 /// Headers that are large, or whose length is that of another format.
 fn headers() -> Vec<Hostile> {
     let file = |header: &str, padded: usize| {
-        let header = format!("{header:padded$}");
-        [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 8]].concat()
+        let mut header = header.as_bytes().to_vec();
+        header.resize(header.len().max(padded), b' ');
+        [&(header.len() as u64).to_le_bytes()[..], &header, &[0; 8]].concat()
     };
     let one = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
     let many: Vec<String> =
