@@ -90,7 +90,10 @@ impl Guard {
         let mut known = vec![];
         for (index, input) in seeds.iter().enumerate() {
             match self.read(target, &format!("seed {index}"), input, &mut report)? {
-                Some(Ok(read)) => known.push(read),
+                Some(Ok(read)) => {
+                    report.accepted += 1;
+                    known.push(read);
+                }
                 Some(Err(error)) => report.faults.push(format!("seed {index} is refused: {error}")),
                 None => {}
             }

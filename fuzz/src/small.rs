@@ -94,6 +94,16 @@ impl Half {
     }
 }
 
+/// The settings that the reference's trainer saves.
+fn arguments() -> Vec<u8> {
+    let g = config().generator;
+    torch::namespace(&[
+        ("cond_length", torch::integer(g.window as i64)),
+        ("vae_norm", torch::float(g.vae_norm)),
+        ("num_sampling_steps", torch::text(&g.steps.to_string())),
+    ])
+}
+
 /// A checkpoint before it is packed: its pickle, and its storages by index.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
@@ -119,14 +129,7 @@ impl Checkpoint {
         }
         let pickle = match half {
             Half::Generator => {
-                let g = config().generator;
-                let args = torch::namespace(&[
-                    ("cond_length", torch::integer(g.window as i64)),
-                    ("vae_norm", torch::float(g.vae_norm)),
-                    ("num_sampling_steps", torch::text(&g.steps.to_string())),
-                ]);
-                let epoch = ("epoch", torch::integer(7));
-                torch::dict(&[("model", torch::dict(&state)), ("args", args), epoch])
+                torch::dict(&[("model", torch::dict(&state)), ("args", arguments()), ("epoch", torch::integer(7))])
             }
             Half::Tokenizer => torch::dict(&[("state_dict", torch::dict(&state))]),
         };
@@ -150,7 +153,7 @@ impl Checkpoint {
         };
         let state: Vec<_> = state.into_iter().map(tensor).collect();
         let storages = vec![torch::bytes(&all)];
-        Ok(Self { pickle: torch::dict(&[("model_ema", torch::dict(&state))]), storages })
+        Ok(Self { pickle: torch::dict(&[("model_ema", torch::dict(&state)), ("args", arguments())]), storages })
     }
 
     /// The files of the archive.
