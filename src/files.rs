@@ -1,20 +1,15 @@
 //! Reads and writes files. A failed write leaves no incomplete file, and neither does a process that is interrupted.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
-use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::path::Path;
 
 use serde::Serialize;
-use tempfile::{NamedTempFile, TempDir};
 
+use crate::temporary::Temporary;
 use crate::{Error, Result, ResultExt};
 
 const LARGEST_READ: u64 = 256 << 20;
-/// Beginning of the names of temporary files and folders.
-const TEMPORARY: &str = ".eqim-";
 
 /// Opens an input file.
 ///
@@ -124,7 +119,7 @@ pub fn write_beside(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Res
     let failed = |error: io::Error| Error::run(path.display(), "cannot be written").because(error);
     check_replaced(path, "file", std::fs::Metadata::is_file)?;
     // In a folder, so that the temporary files of other libraries are removed with it.
-    let place = temporary(0o700).tempdir_in(folder(path)).map_err(failed)?;
+    let place = Temporary::new(folder(path), 0o700).map_err(failed)?;
     let beside = place.path().join("result");
     File::create(&beside).map_err(failed)?;
     write(&beside)?;
@@ -157,7 +152,7 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 /// # Errors
 /// [`Error::input`] if there is something other than a folder at `path`; [`Error::run`] if the folder cannot be renamed.
 /// The older folder is then still at `path`, or in the folder that the message names.
-pub fn publish_folder(new: TempDir, path: &Path) -> Result<()> {
+pub fn publish_folder(new: Temporary, path: &Path) -> Result<()> {
     let failed = |error: io::Error| Error::run(path.display(), "cannot be written").because(error);
     check_replaced(path, "folder", std::fs::Metadata::is_dir)?;
     sync_all(new.path()).map_err(failed)?;
@@ -171,10 +166,11 @@ pub fn publish_folder(new: TempDir, path: &Path) -> Result<()> {
 }
 
 /// Replaces a folder in two steps: the older folder is set aside, then `new` gets its name.
-fn replace_folder(new: TempDir, path: &Path) -> Result<()> {
+fn replace_folder(new: Temporary, path: &Path) -> Result<()> {
     let failed = |error: io::Error| Error::run(path.display(), "cannot be written").because(error);
-    // Not one of the temporary folders that an interrupt removes: it holds the only complete folder for a moment.
-    let older = tempfile::Builder::new().prefix(TEMPORARY).tempdir_in(folder(path)).map_err(failed)?;
+    // Not one of the temporary folders that an interrupt or the next process removes: it holds the only complete folder for
+    // a moment.
+    let older = tempfile::Builder::new().prefix(".older-eqim-").tempdir_in(folder(path)).map_err(failed)?;
     let set_aside = older.path().join("older");
     std::fs::rename(path, &set_aside).map_err(failed)?;
     if let Err(error) = std::fs::rename(new.path(), path) {
@@ -238,87 +234,11 @@ fn sync_all(folder: &Path) -> io::Result<()> {
     sync_folder(folder)
 }
 
-// Temporary files.
-
-/// Temporary files and folders of this process. Those that do not exist any more are removed from the list at times.
-static CREATED: Mutex<Vec<PathBuf>> = Mutex::new(vec![]);
-
-/// Creates temporary files and folders that are later renamed to results.
-#[derive(Debug)]
-pub struct Temporary(tempfile::Builder<'static, 'static>);
-
-/// Creates temporary files and folders that are later renamed to results. Their permissions are `mode` without the bits
-/// of the process's umask, as if they were created under their final names.
-pub fn temporary(mode: u32) -> Temporary {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(TEMPORARY);
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
-    #[cfg(not(unix))]
-    let _ = mode;
-    Temporary(builder)
-}
-
-impl Temporary {
-    /// Creates a file in a folder. It is removed when it is dropped, or by [`remove_temporary`].
-    ///
-    /// # Errors
-    /// If the folder cannot be written to.
-    pub fn tempfile_in(&self, folder: &Path) -> io::Result<NamedTempFile> {
-        remembered(|| self.0.tempfile_in(folder))
-    }
-
-    /// Creates a folder in a folder. It is removed when it is dropped, or by [`remove_temporary`].
-    ///
-    /// # Errors
-    /// If the folder cannot be written to.
-    pub fn tempdir_in(&self, folder: &Path) -> io::Result<TempDir> {
-        remembered(|| self.0.tempdir_in(folder))
-    }
-}
-
-fn list() -> MutexGuard<'static, Vec<PathBuf>> {
-    CREATED.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Adds what `create` creates to the list of temporary files and folders.
-fn remembered<T: AsRef<Path>>(create: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
-    // Locked before the creation, so that an interrupt cannot come between the two.
-    let mut list = list();
-    let created = create()?;
-    list.retain(|path| path.symlink_metadata().is_ok());
-    list.push(created.as_ref().to_path_buf());
-    Ok(created)
-}
-
-/// Whether a name in a folder is that of a temporary file or folder, which a process that was killed left.
-pub fn is_temporary(name: &OsStr) -> bool {
-    name.as_encoded_bytes().starts_with(TEMPORARY.as_bytes())
-}
-
-/// Removes the temporary files and folders of this process, then calls `end`, which ends the process. Threads that
-/// create others meanwhile wait for ever.
-pub fn remove_temporary(end: impl FnOnce()) {
-    let list = list();
-    list.iter().for_each(|path| remove(path));
-    end();
-}
-
-fn remove(path: &Path) {
-    /// Other threads may still write files into a folder that is being removed.
-    const ATTEMPTS: usize = 100;
-    for _ in 0..ATTEMPTS {
-        let removed = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
-        if removed.is_ok() || path.symlink_metadata().is_err() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicBool, Ordering};
+
+    use tempfile::TempDir;
 
     use super::*;
 
@@ -402,7 +322,7 @@ mod tests {
         let place = place();
         let path = place.path().join("bundle");
         let publish = |number: usize| {
-            let new = temporary(0o777).tempdir_in(place.path()).unwrap();
+            let new = Temporary::new(place.path(), 0o777).unwrap();
             std::fs::write(new.path().join("number"), number.to_string()).unwrap();
             publish_folder(new, &path).unwrap();
             assert_eq!(std::fs::read_to_string(path.join("number")).unwrap(), number.to_string());
@@ -431,7 +351,7 @@ mod tests {
         let path = place.path().join("bundle");
         std::fs::create_dir(&path).unwrap();
         std::fs::write(path.join("older"), "").unwrap();
-        let new = temporary(0o777).tempdir_in(place.path()).unwrap();
+        let new = Temporary::new(place.path(), 0o777).unwrap();
         std::fs::write(new.path().join("new"), "").unwrap();
         replace_folder(new, &path).unwrap();
         assert!(path.join("new").exists() && !path.join("older").exists());

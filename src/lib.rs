@@ -41,6 +41,7 @@ pub mod model;
 pub mod ops;
 pub mod picture;
 pub mod request;
+pub mod temporary;
 pub mod weights;
 
 pub use config::Config;

@@ -7,7 +7,7 @@ pub(crate) use unix::{start, wait_if_interrupted};
 mod unix {
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    use eqim::{Result, ResultExt, files};
+    use eqim::{Result, ResultExt, temporary};
     use signal_hook::consts::{SIGINT, SIGTERM};
     use signal_hook::iterator::Signals;
     use signal_hook::low_level;
@@ -25,7 +25,7 @@ mod unix {
             if let Some(signal) = signals.forever().next() {
                 INTERRUPTED.store(true, Ordering::SeqCst);
                 // The other threads still work, so the process ends without destructors of native libraries.
-                files::remove_temporary(|| low_level::exit(128 + signal));
+                temporary::remove_all(|| low_level::exit(128 + signal));
             }
         };
         std::thread::Builder::new().name("signals".into()).spawn(wait).map(drop).or_run("signals")

@@ -1,4 +1,4 @@
-//! SIGINT and SIGTERM remove temporary files and folders, while other threads go on writing them.
+//! SIGINT and SIGTERM remove temporary folders and locks, while other threads go on writing them.
 #![cfg(unix)]
 
 use std::io::{BufRead, BufReader};
@@ -6,15 +6,17 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use eqim::files;
+use eqim::lock::Lock;
+use eqim::temporary::Temporary;
 
 /// With this variable, the test program is a program that works in this folder until it is interrupted.
 const FOLDER: &str = "EQIM_TEST_FOLDER";
 const TEST: &str = "interrupts_remove_temporary_files";
 
-/// Keeps a temporary file and writes files into a temporary folder for ever.
+/// Keeps a lock and writes files into a temporary folder for ever.
 fn work(folder: &Path) {
-    let _file = files::temporary(0o666).tempfile_in(folder).unwrap();
-    let place = files::temporary(0o777).tempdir_in(folder).unwrap();
+    let _lock = Lock::beside(&folder.join("state")).unwrap();
+    let place = Temporary::new(folder, 0o777).unwrap();
     std::fs::create_dir(place.path().join("deeper")).unwrap();
     println!("ready");
     for number in 0_u64.. {

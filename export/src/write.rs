@@ -12,12 +12,12 @@ use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, Inferred, StoredConfig};
 use eqim::files::{self, folder};
 use eqim::model::Stage;
+use eqim::temporary::Temporary;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use eqim_calibration::plan;
 use eqim_engines::trt;
 use prost::Message;
-use tempfile::TempDir;
 
 pub use crate::lower::Options;
 use crate::lower::{self, Places};
@@ -35,7 +35,7 @@ pub(crate) const PRODUCER: &str = "eqim";
 /// A complete bundle in a temporary folder, not yet at its destination. The folder is deleted if the draft is dropped.
 #[derive(Debug)]
 pub struct Draft {
-    folder: TempDir,
+    folder: Temporary,
     destination: PathBuf,
     /// The bundle in the temporary folder.
     pub bundle: Bundle,
@@ -93,7 +93,7 @@ pub fn draft(
 ) -> Result<Draft> {
     check_destination(destination)?;
     let failed = |error: std::io::Error| Error::run(destination.display(), "cannot be written").because(error);
-    let draft = files::temporary(0o777).tempdir_in(folder(destination)).map_err(failed)?;
+    let draft = Temporary::new(folder(destination), 0o777).map_err(failed)?;
     progress(WEIGHTS_FILE);
     let weights_file = draft.path().join(WEIGHTS_FILE);
     let quantization = match options.policy {

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use crate::digest::sha256;
 use crate::lock::{LOCK_FILE, Lock};
 use crate::request::settings::Settings;
+use crate::temporary::is_temporary;
 use crate::{Error, Result, ResultExt, files};
 use ndarray::{Array1, Array2};
 use serde::{Deserialize, Serialize};
@@ -169,14 +170,14 @@ impl Work {
         if result.symlink_metadata().is_ok_and(|found| found.is_dir()) {
             for name in names(&result)? {
                 let from = result.join(&name);
-                match name == INDEX_FILE || files::is_temporary(&name) {
+                match name == INDEX_FILE || is_temporary(&name) {
                     true => remove(&from)?,
                     false => std::fs::rename(&from, self.folder.join(&name)).or_run(from.display())?,
                 }
             }
             remove(&result)?;
         }
-        let left = names(&self.folder)?.into_iter().filter(|name| files::is_temporary(name));
+        let left = names(&self.folder)?.into_iter().filter(|name| is_temporary(name));
         left.map(|name| remove(&self.folder.join(name))).collect()
     }
 
@@ -322,10 +323,8 @@ impl Work {
         for name in names(&folder)?.into_iter().filter(|name| name != LOCK_FILE && name != RUN_FILE) {
             remove(&folder.join(name))?;
         }
-        // The lock is held until its file is gone: a process that opened the file cannot take it for the next one.
-        remove(&folder.join(LOCK_FILE))?;
-        remove(&folder.join(RUN_FILE))?;
         drop(lock);
+        remove(&folder.join(RUN_FILE))?;
         match std::fs::remove_dir(&folder) {
             // Another process has already begun to generate the image again.
             Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => Ok(()),
@@ -355,7 +354,7 @@ impl State {
             let found = serde_json::from_slice::<Self>(&text).ok();
             return found.filter(|found| found.record == *record).map(Some).ok_or_else(other);
         }
-        match names(folder)?.iter().any(|name| name != LOCK_FILE && !files::is_temporary(name)) {
+        match names(folder)?.iter().any(|name| name != LOCK_FILE && !is_temporary(name)) {
             true => Err(other()),
             false => Ok(None),
         }

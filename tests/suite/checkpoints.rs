@@ -643,7 +643,9 @@ fn an_export_says_what_it_took_and_keeps_it() {
     place.write("bundle/config.json", config.to_string());
     place.run("eqim-export inspect bundle").succeeded();
     // Both halves at once, as in older versions.
-    place.run(&format!("{} --weights raw --no-validate -o raw", export_line(&fixture))).succeeded();
+    place
+        .run(&format!("{} --generator-weights raw --tokenizer-weights raw --no-validate -o raw", export_line(&fixture)))
+        .succeeded();
     let read = |bundle: &str, name: &str| {
         values(&TensorFile::open(&place.path(bundle).join("model.safetensors")).unwrap().read(name).unwrap()).unwrap()
     };

@@ -283,7 +283,12 @@ fn the_oldest_operator_set() {
 fn raw_weights_are_not_the_averages() {
     for fixture in all() {
         let place = Workplace::with_bundle(&fixture);
-        place.run(&format!("{} --weights raw --no-validate -o raw", export_line(&fixture))).succeeded();
+        place
+            .run(&format!(
+                "{} --generator-weights raw --tokenizer-weights raw --no-validate -o raw",
+                export_line(&fixture)
+            ))
+            .succeeded();
         let image: Array4<f32> = fixture.array("tokenizer/image3");
         for (bundle, expected) in [("bundle", "tokenizer/latent3"), ("raw", "tokenizer/latent3_raw_weights")] {
             let latent: Array3<f32> = place.engine(bundle).encode(image.view()).unwrap();

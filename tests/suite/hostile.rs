@@ -464,7 +464,7 @@ fn metadata_that_is_not_a_model() {
         bad.write(&place, "bad.safetensors");
         place.refused(BOTH);
     };
-    for flags in ["--weights raw", "--preset huge"] {
+    for flags in ["--generator-weights raw", "--tokenizer-weights raw", "--preset huge"] {
         let line = format!("{} {flags}", BOTH.replace("bad.", "bundle/model."));
         place.refused(&line);
     }

@@ -9,6 +9,7 @@ use eqim::bundle::Precision;
 use eqim::checkpoint::WeightSet;
 use eqim::digest::sha256;
 use eqim::engine::candle::CandleEngine;
+use eqim::lock::Lock;
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim_calibration::{
@@ -453,6 +454,9 @@ fn calibration_refuses_what_does_not_fit() {
     place.refused(&calibrate("photos").replace("table.json", "no/table.json"));
     place.refused(&format!("{} --estimator mean", calibrate("photos")));
     place.refused(&format!("{} --min-psnr 40", calibrate("photos")));
+    let lock = Lock::beside(&place.path("table.json.partial")).unwrap();
+    place.run(&calibrate("photos")).failed(1, &["table.json.partial: is in use by process"]);
+    drop(lock);
     place.write("table.json.partial", "{}");
     place.refused(&calibrate("photos"));
     // A state whose numbers were changed, with and without its hash.

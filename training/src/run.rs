@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use candle_core::Tensor;
 use eqim::checkpoint::tensors::{self, TensorFile};
 use eqim::digest::Hash;
+use eqim::lock::Lock;
 use eqim::{Error, Result, ResultExt, files, picture};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use ndarray::Array3;
@@ -86,27 +87,33 @@ struct Saved {
     sha256: String,
 }
 
+/// Name of the state in the output folder.
+const STATE: &str = "state.safetensors";
+/// Name of the metrics in the output folder.
+const METRICS: &str = "metrics.jsonl";
+
 /// Output folder of a training run.
 #[derive(Debug)]
 pub struct Output {
     folder: PathBuf,
+    _lock: Lock,
 }
 
 impl Output {
     /// Opens the folder and creates it if it is missing. With `resume`, it may hold the state of an earlier run.
     ///
     /// # Errors
-    /// [`Error::input`] if the folder already holds a run and `resume` is false, or if it cannot be created or written to.
+    /// [`Error::input`] if the folder already holds a run and `resume` is false, or if it cannot be created or written to;
+    /// [`Error::run`] if another process trains in it.
     pub fn open(folder: &Path, resume: bool) -> Result<Self> {
-        let output = Self { folder: folder.to_path_buf() };
-        if !resume && (output.state().exists() || output.metrics().exists()) {
+        let (state, metrics, samples) = (folder.join(STATE), folder.join(METRICS), folder.join("samples"));
+        if !resume && (state.exists() || metrics.exists()) {
             let problem = "already contains a training run: resume it with --resume, or choose another folder";
             return Err(Error::input(folder.display(), problem));
         }
-        let samples = output.folder.join("samples");
         std::fs::create_dir_all(&samples).or_input(samples.display())?;
-        files::check_output(&output.state())?;
-        Ok(output)
+        files::check_output(&state)?;
+        Ok(Self { folder: folder.to_path_buf(), _lock: Lock::beside(&state)? })
     }
 
     /// Path of a file in the folder.
@@ -116,11 +123,11 @@ impl Output {
 
     /// Path of the state from which `--resume` continues.
     fn state(&self) -> PathBuf {
-        self.file("state.safetensors")
+        self.file(STATE)
     }
 
     fn metrics(&self) -> PathBuf {
-        self.file("metrics.jsonl")
+        self.file(METRICS)
     }
 
     /// Restores `task` from the saved state. Returns the number of steps taken so far, 0 if no state was saved yet.
@@ -135,7 +142,9 @@ impl Output {
         let bad = |problem: String| Error::input(path.display(), problem);
         let mut file = TensorFile::open(&path)?;
         let text = file.text(STATE_KEY).ok_or_else(|| bad(format!("has no `{STATE_KEY}` in its metadata")))?;
-        let saved: Saved = serde_json::from_str(text).or_input(path.display())?;
+        let saved: Saved = serde_json::from_str(text).map_err(|error| {
+            bad("is not a training state of this version: begin the training again".into()).because(error)
+        })?;
         if saved.kind != task.kind() {
             return Err(bad(format!("is the training state of a {}, expected that of a {}", saved.kind, task.kind())));
         }

@@ -487,6 +487,17 @@ fn a_state_of_another_training_is_refused() {
     assert!(before == fs::read(place.path("t/state.safetensors")).unwrap());
 }
 
+#[test]
+fn a_folder_has_one_training() {
+    let place = Place::new();
+    let other = eqim_training::run::Output::open(&place.path("t"), false).unwrap();
+    let said = place.fails(&place.tokenizer("-o t"), 1);
+    assert!(said.contains(&format!("t/state.safetensors: is in use by process {}", std::process::id())), "{said}");
+    drop(other);
+    place.trains(&place.tokenizer("-o t --steps 1"));
+    assert!(!place.path("t/state.safetensors.lock").exists());
+}
+
 #[cfg(unix)]
 #[test]
 fn a_full_disk_is_an_error_that_loses_nothing() {

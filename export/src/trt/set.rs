@@ -6,12 +6,12 @@ use std::time::Instant;
 
 use eqim::bundle::{Bundle, FileRecord, Precision};
 use eqim::model::Stage;
+use eqim::temporary::Temporary;
 use eqim::weights::Weights;
 use eqim::{Error, Result, files};
 use eqim_calibration::Policy;
 use eqim_cli::memory::{forget_peak, peak};
 use eqim_engines::trt::{EngineRecord, EngineSet, FOLDER, SIDECAR_FILE, SIDECAR_FORMAT, Target, file_name};
-use tempfile::TempDir;
 
 use super::builder;
 use super::shapes::Limits;
@@ -51,7 +51,7 @@ pub fn lowered(bundle: &Bundle, weights: &Weights, precision: Precision, policy:
 /// Engines in a temporary folder next to the bundle, not yet in it. The folder is deleted if this is dropped.
 #[derive(Debug)]
 pub struct Built {
-    folder: TempDir,
+    folder: Temporary,
     /// Content of the engines' sidecar.
     pub set: EngineSet,
 }
@@ -71,7 +71,7 @@ pub fn build(
     mut done: impl FnMut(Stage, &EngineRecord),
 ) -> Result<Built> {
     let failed = |error: std::io::Error| Error::run(bundle.folder.display(), "cannot be written").because(error);
-    let folder = files::temporary(0o777).tempdir_in(files::folder(&bundle.folder)).map_err(failed)?;
+    let folder = Temporary::new(files::folder(&bundle.folder), 0o777).map_err(failed)?;
     let config = &bundle.manifest.model;
     let mut engines = BTreeMap::new();
     for stage in Stage::ALL {

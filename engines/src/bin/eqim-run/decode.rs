@@ -7,6 +7,7 @@ use eqim::engine::Engine;
 use eqim::generate::tiles::{Strip, Tiling, decode_tiles};
 use eqim::picture::canvas::Canvas;
 use eqim::request::timing::timed;
+use eqim::temporary::Temporary;
 use eqim::{Error, Result, ResultExt, files, picture};
 use ndarray::{ArrayView2, Axis};
 
@@ -34,8 +35,8 @@ pub fn decode_to(
         }
         return picture::write_png(path, finish.columns(0, image, width).1.view());
     };
-    let beside = files::temporary(0o666).tempfile_in(files::folder(path)).or_run(path.display())?;
-    let mut canvas = Canvas::open(beside.path(), width, height)?;
+    let beside = Temporary::new(files::folder(path), 0o700).or_run(path.display())?;
+    let mut canvas = Canvas::open(&beside.path().join("pixels.rgb"), width, height)?;
     let write = |strip: Strip| {
         let (x, pixels) = finish.columns(strip.x, strip.pixels, width);
         canvas.write(x, pixels.view())

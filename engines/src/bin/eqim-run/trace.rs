@@ -10,6 +10,7 @@ use eqim::picture::{self, Side};
 use eqim::request::random::TorchRng;
 use eqim::request::timing::CallTimes;
 use eqim::request::{Generated, Request};
+use eqim::temporary::Temporary;
 use eqim::{Error, Result, ResultExt, files};
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Axis, s};
 use serde::Serialize;
@@ -90,7 +91,7 @@ pub struct Traced<'a> {
 /// If the engine fails or a file cannot be written. No folder is left in this case.
 pub fn write(traced: &Traced, folder: &Path) -> Result<()> {
     let failed = |error: std::io::Error| Error::run_caused(folder.display(), error);
-    let beside = files::temporary(0o777).tempdir_in(files::folder(folder)).map_err(failed)?;
+    let beside = Temporary::new(files::folder(folder), 0o777).map_err(failed)?;
     let rows = traced.request.classes.len();
     for row in 0..rows {
         let place = if rows == 1 { beside.path().to_path_buf() } else { beside.path().join(row.to_string()) };

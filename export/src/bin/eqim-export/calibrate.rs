@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use eqim::bundle::{Bundle, Int8Target};
+use eqim::lock::Lock;
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, files};
@@ -76,6 +77,8 @@ pub struct Calibrate {
 /// [`Error::input`] if the pictures or the bundle do not fit; [`Error::run`] if an activation is not finite.
 pub fn run(arguments: &Calibrate) -> Result<()> {
     files::check_output(&arguments.output)?;
+    let state = state_path(&arguments.output);
+    let _lock = Lock::beside(&state)?;
     let bundle = Bundle::open(&arguments.engine)?;
     check_bundle(&bundle)?;
     let images = pictures(arguments, &bundle.manifest.model)?;
@@ -89,7 +92,6 @@ pub fn run(arguments: &Calibrate) -> Result<()> {
         cfg: arguments.cfg,
         seed: arguments.seed,
     };
-    let state = state_path(&arguments.output);
     let mut collection = Collection::open(&state, &fingerprint(&config, &weights)?, &samples)?;
     collect(&mut collection, &state, &config, &weights, &arguments.images)?;
     let mut table = collection.table(arguments.estimator)?;

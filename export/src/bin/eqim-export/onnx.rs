@@ -82,20 +82,14 @@ struct SetArguments {
     /// Weights of the tokenizer [default: the moving average of every tensor that has one]
     #[arg(long, value_enum)]
     tokenizer_weights: Option<WeightsArgument>,
-    /// Both of them, as in older versions
-    #[arg(long, value_enum, hide = true)]
-    weights: Option<WeightsArgument>,
 }
 
 impl SetArguments {
     fn sets(&self) -> WeightSets {
-        let set = |half: Option<WeightsArgument>| {
-            half.or(self.weights).map(|set| match set {
-                WeightsArgument::Ema => WeightSet::Ema,
-                WeightsArgument::Raw => WeightSet::Raw,
-            })
-        };
-        WeightSets { generator: set(self.generator_weights), tokenizer: set(self.tokenizer_weights) }
+        WeightSets {
+            generator: self.generator_weights.map(WeightSet::from),
+            tokenizer: self.tokenizer_weights.map(WeightSet::from),
+        }
     }
 }
 
@@ -139,6 +133,15 @@ enum WeightsArgument {
 enum DtypeArgument {
     Fp32,
     Fp16,
+}
+
+impl From<WeightsArgument> for WeightSet {
+    fn from(weights: WeightsArgument) -> Self {
+        match weights {
+            WeightsArgument::Ema => Self::Ema,
+            WeightsArgument::Raw => Self::Raw,
+        }
+    }
 }
 
 impl From<PresetArgument> for Preset {
