@@ -16,22 +16,23 @@ pub fn memory() -> u64 {
     [machine, group, address_space].into_iter().flatten().min().unwrap_or(u64::MAX)
 }
 
-/// Checks that tensors of 32-bit numbers fit in [`memory`]. Each is given by its sizes; `what` names them.
+/// Checks that tensors of 32-bit numbers take at most `most` bytes. Each is given by its sizes; `what` names them.
 ///
 /// # Errors
 /// [`Error::input`] about `subject`, with the needed and the available memory.
-pub fn check_memory<'a>(subject: &str, what: &str, shapes: impl IntoIterator<Item = &'a [usize]>) -> Result<()> {
+pub fn check_memory<'a>(
+    subject: &str,
+    what: &str,
+    shapes: impl IntoIterator<Item = &'a [usize]>,
+    most: u64,
+) -> Result<()> {
     let bytes = |shape: &[usize]| shape.iter().fold(4u64, |bytes, &size| bytes.saturating_mul(size as u64));
-    let (needed, most) = (shapes.into_iter().fold(0u64, |sum, shape| sum.saturating_add(bytes(shape))), memory());
+    let needed = shapes.into_iter().fold(0u64, |sum, shape| sum.saturating_add(bytes(shape)));
     if needed <= most {
         return Ok(());
     }
-    let problem = format!(
-        "{what} would take {}, expected at most {}, the memory of this process",
-        gigabytes(needed),
-        gigabytes(most)
-    );
-    Err(Error::input(subject, problem))
+    let (needed, most) = (gigabytes(needed), gigabytes(most));
+    Err(Error::input(subject, format!("{what} would take {needed} of memory, expected at most {most}")))
 }
 
 /// A number of bytes for messages.
@@ -45,8 +46,9 @@ mod tests {
 
     #[test]
     fn sizes_are_added_without_overflow() {
-        let check = |shapes: &[&[usize]]| check_memory("file", "its weights", shapes.iter().copied());
-        check(&[&[2, 3], &[], &[0, usize::MAX]]).unwrap();
+        let check = |shapes: &[&[usize]]| check_memory("file", "its weights", shapes.iter().copied(), 24);
+        check(&[&[2, 2], &[], &[0, usize::MAX]]).unwrap();
+        assert!(check(&[&[2, 3], &[]]).is_err());
         let error = check(&[&[usize::MAX, usize::MAX], &[1]]).unwrap_err();
         assert!(error.is_input() && error.to_string().starts_with("file: its weights would take "), "{error}");
     }

@@ -81,7 +81,7 @@ impl<C> Half<C> {
         let mut extra = self.tensors.clone();
         let parameters = parameters_of(config, self.stages)?;
         let shapes = parameters.iter().map(|(_, shape)| &shape[..]);
-        limits::check_memory(&self.source.path().display().to_string(), "its weights", shapes)?;
+        limits::check_memory(&self.source.path().display().to_string(), "its weights", shapes, limits::memory())?;
         for (name, shape) in parameters {
             match extra.remove(&name) {
                 None => return Err(self.source.bad(format!("tensor {name} {shape:?} is missing"))),

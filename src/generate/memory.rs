@@ -38,7 +38,9 @@ pub fn check_sampling(request: &Request, config: &Config) -> Result<()> {
 
 /// Checks the size of tensors of 32-bit numbers: the product of `sizes`.
 fn check(field: &'static str, what: &str, sizes: &[usize]) -> Result<()> {
-    limits::check_memory("is too large", what, [sizes]).map_err(|error| Error::setting(field, error))
+    // The other half is for what is computed with them.
+    let most = limits::memory() / 2;
+    limits::check_memory("is too large", what, [sizes], most).map_err(|error| Error::setting(field, error))
 }
 
 #[cfg(test)]

@@ -93,6 +93,9 @@ impl Fixture {
 pub const VARYING: [(&str, &str); 4] =
     [("(?m)^warning: .*\n", ""), (r"\d+(\.\d+)?(e-?\d+)?", "#"), (" +", " "), ("-{3,}", "---")];
 
+/// Hides the limit in messages about memory, which is that of the machine.
+pub const MEMORY: [(&str, &str); 1] = [(r"of memory, expected at most [\d.]+ GB", "of memory, expected at most # GB")];
+
 /// Asserts that values are close to the expected values, and prints the difference.
 #[track_caller]
 pub fn assert_close<'a>(
