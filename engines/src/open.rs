@@ -83,13 +83,7 @@ fn tensorrt(bundle: &Bundle, cuda_graph: bool) -> Result<Box<dyn Engine>> {
 }
 
 fn onnxruntime(bundle: &Bundle, library: &Path, threads: Option<usize>) -> Result<Box<dyn Engine>> {
-    std::thread::scope(|scope| {
-        // The hash of the weights is computed while ONNX Runtime loads them.
-        let verified = scope.spawn(|| bundle.manifest.weights.verify(&bundle.folder));
-        let engine = OrtEngine::new(bundle, library, threads);
-        verified.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok(Box::new(engine?) as Box<dyn Engine>)
-    })
+    Ok(Box::new(OrtEngine::new(bundle, library, threads)?))
 }
 
 fn candle(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {
