@@ -21,6 +21,15 @@ impl Kind {
         self.name
     }
 
+    /// Says what a file is instead of `expected`: `is a tar archive, expected a PNG or JPEG: unpack it`.
+    pub fn instead_of(self, expected: &str) -> String {
+        match (self.is_pointer(), self.advice) {
+            (true, _) => format!("is {self}"),
+            (false, "") => format!("is {}, expected {expected}", self.name),
+            (false, advice) => format!("is {}, expected {expected}: {advice}", self.name),
+        }
+    }
+
     /// Whether the file stands in the place of another one, which Git LFS fetches.
     pub fn is_pointer(self) -> bool {
         self.name == POINTER
@@ -69,8 +78,8 @@ const MARKS: [(usize, &[u8], &str, &str); 28] = [
     (0, b"\x89HDF\r\n\x1a\n", "an HDF5 file", OTHER),
     (0, b"\x93NUMPY", "a NumPy array (.npy)", OTHER),
     (0, b"GGUF", "a GGUF file", OTHER),
-    (0, b"\xff\xfe", "text in UTF-16", "save it as UTF-8"),
-    (0, b"\xfe\xff", "text in UTF-16", "save it as UTF-8"),
+    (0, b"\xff\xfe", "text in UTF-16", OTHER),
+    (0, b"\xfe\xff", "text in UTF-16", OTHER),
 ];
 
 /// The format of a file that begins with these bytes. `None` if it is not known.
@@ -117,7 +126,9 @@ fn text(first: &[u8]) -> Option<Kind> {
     let (name, advice) = match start.first() {
         Some(b'<') if begins(&["<!doctype html", "<html", "<head", "<body", "<script"]) => ("an HTML page", AGAIN),
         Some(b'<') => ("XML or HTML", AGAIN),
-        Some(b'{' | b'[') => ("JSON", AGAIN),
+        Some(b'{') => ("JSON", AGAIN),
+        // Tables of TOML and sections of INI files begin with a bracket and a name.
+        Some(b'[') if start.get(1).is_some_and(|next| !next.is_ascii_alphabetic()) => ("JSON", AGAIN),
         _ if std::str::from_utf8(first).map_or_else(|error| error.error_len().is_none(), |_| true) => ("text", OTHER),
         _ => return None,
     };
@@ -135,7 +146,7 @@ mod tests {
     #[test]
     fn formats_are_recognised_by_their_first_bytes() {
         let tar = [&[b'a'; 257][..], b"ustar"].concat();
-        let cases: [(&[u8], Option<&str>); 16] = [
+        let cases: [(&[u8], Option<&str>); 18] = [
             (b"version https://git-lfs.github.com/spec/v1\n", Some("a Git LFS pointer, not the file itself")),
             (b"\n<!DOCTYPE html><html>", Some("an HTML page")),
             (b"\xef\xbb\xbf<HTML>", Some("an HTML page")),
@@ -146,6 +157,8 @@ mod tests {
             (b"\0\0\0\x18ftypavif", Some("an AVIF picture")),
             (b"BM\x10\0\0\0\0\0\0\0", Some("a BMP picture")),
             (b"BMW and others", Some("text")),
+            (b"[tokenizer.model]\nrows = 8\n", Some("text")),
+            (b"[{\"error\": 404}]", Some("JSON")),
             (b"\xff\xfe{\0", Some("text in UTF-16")),
             (b"\x1f\x8b\x08", Some("a gzip archive")),
             (&tar, Some("a tar archive")),
@@ -163,6 +176,12 @@ mod tests {
     fn a_kind_says_what_to_do() {
         let pointer = recognise(b"version https://git-lfs.github.com/spec/v1\n").unwrap();
         assert_eq!(pointer.to_string(), "a Git LFS pointer, not the file itself: run git lfs pull");
-        assert_eq!(recognise(b"plain").unwrap().to_string(), "text");
+        assert_eq!(pointer.instead_of("weights"), "is a Git LFS pointer, not the file itself: run git lfs pull");
+        assert_eq!(recognise(b"plain").unwrap().instead_of("weights"), "is text, expected weights");
+        let archive = recognise(b"BZh9").unwrap();
+        assert_eq!(
+            archive.instead_of("weights"),
+            "is a bzip2 archive, expected weights: unpack it and give the file inside"
+        );
     }
 }

@@ -36,7 +36,9 @@ impl Shards {
     /// [`Error::input`] if a file is missing, truncated or not in the format, or lacks a tensor of the index.
     pub fn open(path: &Path) -> Result<Self> {
         if !path.to_string_lossy().ends_with(INDEX) {
-            let file = TensorFile::open(path)?;
+            let is_named = path.extension().is_some_and(|extension| extension == "safetensors");
+            let any = "a checkpoint of torch.save or a safetensors file";
+            let file = TensorFile::open_as(path, if is_named { "a safetensors file" } else { any })?;
             let places = file.tensors().into_keys().map(|name| (name, 0)).collect();
             return Ok(Self { path: path.to_path_buf(), files: vec![file], places });
         }

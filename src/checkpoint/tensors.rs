@@ -29,9 +29,17 @@ impl TensorFile {
     /// # Errors
     /// [`Error::input`] if the file is truncated or not in the format.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_as(path, "a safetensors file")
+    }
+
+    /// Opens a file whose place may also be taken by files of other formats: `expected` names all of them.
+    ///
+    /// # Errors
+    /// Those of [`TensorFile::open`].
+    pub(super) fn open_as(path: &Path, expected: &str) -> Result<Self> {
         let bad = |problem: &str| match kind::of(path) {
-            Some(kind) => Error::input(path.display(), format!("is {kind}")),
-            None => Error::input(path.display(), format!("is not a safetensors file{problem}")),
+            Some(kind) => Error::input(path.display(), kind.instead_of(expected)),
+            None => Error::input(path.display(), format!("is not {expected}{problem}")),
         };
         let mut file = files::open(path)?;
         let length = file.metadata().map_err(|error| bad("").because(error))?.len();

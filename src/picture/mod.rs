@@ -123,8 +123,8 @@ pub fn decode(path: &Path, bytes: &[u8]) -> Result<RgbImage> {
         Ok(format @ ImageFormat::Png) => (format, png_size(bytes).ok_or_else(|| truncated("PNG"))?),
         Ok(format @ ImageFormat::Jpeg) => (format, jpeg::size(bytes).ok_or_else(|| truncated("JPEG"))?),
         _ => {
-            let found = kind::recognise(bytes).map_or("is of an unknown format".into(), |kind| format!("is {kind}"));
-            return Err(bad(format!("{found}; expected a PNG or JPEG")));
+            let found = kind::recognise(bytes).map(|kind| kind.instead_of("a PNG or JPEG"));
+            return Err(bad(found.unwrap_or_else(|| "is of an unknown format, expected a PNG or JPEG".into())));
         }
     };
     let pixels = u64::from(width) * u64::from(height);
