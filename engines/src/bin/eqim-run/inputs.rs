@@ -8,7 +8,6 @@ use eqim::engine::Engine;
 use eqim::engine::candle;
 use eqim::generate::memory::check_memory;
 use eqim::generate::tiles::Tiling;
-use eqim::kind;
 use eqim::long::is_folder;
 use eqim::picture::{self, Side};
 use eqim::request::settings::{Settings, TileSize};
@@ -142,10 +141,7 @@ impl Prefix {
             fits(prefix.tokens(config))?;
             return Ok(prefix);
         }
-        let neither = |error| match kind::of(path) {
-            Some(_) => about(field)(error),
-            None => about(field)(error).advise("; it is not a PNG or JPEG either"),
-        };
+        let neither = |error| about(field)(error).advise("; it is not a PNG or JPEG either");
         let file = TensorFile::open(path).map_err(neither)?;
         Ok(Self::Tokens(read_tokens(field, file, "tokens", &[1, request.classes.len()], config, fits)?))
     }
