@@ -35,7 +35,7 @@ impl Temporary {
     /// # Errors
     /// If the parent cannot be written to.
     pub fn new(parent: &Path, mode: u32) -> io::Result<Self> {
-        tidy_once(parent);
+        tidy(parent);
         let mut builder = tempfile::Builder::new();
         builder.prefix(PREFIX);
         #[cfg(unix)]
@@ -91,15 +91,16 @@ fn locked(folder: &Path) -> Lock {
     }
 }
 
-/// Removes the temporary folders in `parent` whose process was killed, once per process: a lock ends with its process.
-fn tidy_once(parent: &Path) {
+/// Removes the temporary folders in `parent` whose process was killed: a lock ends with its process. Only the first call
+/// for a parent does so.
+pub fn tidy(parent: &Path) {
     static TIDY: LazyLock<Mutex<HashSet<PathBuf>>> = LazyLock::new(Mutex::default);
     if TIDY.lock().unwrap_or_else(PoisonError::into_inner).insert(parent.to_path_buf()) {
-        tidy(parent);
+        remove_left(parent);
     }
 }
 
-fn tidy(parent: &Path) {
+fn remove_left(parent: &Path) {
     // What cannot be read or removed is no hindrance for the new result.
     for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
         if !is_temporary(&entry.file_name()) || !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -166,7 +167,7 @@ mod tests {
         std::fs::create_dir(at("eqim-other")).unwrap();
         std::fs::write(at(".eqim-file"), "").unwrap();
         std::os::unix::fs::symlink("eqim-other", at(".eqim-link")).unwrap();
-        tidy(parent.path());
+        remove_left(parent.path());
         assert!(!at(".eqim-left").exists());
         for kept in [used.path(), &at("eqim-other"), &at(".eqim-file"), &at(".eqim-link")] {
             assert!(kept.exists(), "{}", kept.display());
@@ -182,7 +183,7 @@ mod tests {
         let folder = Temporary::new(parent.path(), 0o777).unwrap();
         std::fs::rename(folder.path(), parent.path().join("result")).unwrap();
         folder.keep();
-        tidy(parent.path());
+        remove_left(parent.path());
         assert!(parent.path().join("result").exists());
     }
 }

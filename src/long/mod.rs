@@ -5,4 +5,4 @@ mod sink;
 mod work;
 
 pub use sink::{INDEX_FILE, Index, Layout, Sink, Tile, is_folder};
-pub use work::{Record, Verified, Work, check_owner, is_begun};
+pub use work::{Record, Verified, Work, check_owner, is_begun, remove_empty};

@@ -107,6 +107,12 @@ pub fn is_begun(path: &Path) -> bool {
     partial(path).join(RUN_FILE).exists()
 }
 
+/// Removes the folder of an unfinished image at `path` if it is empty: a run was killed when it had nothing else to do.
+pub fn remove_empty(path: &Path) {
+    // A folder with files is not removed. A run that has just created the folder creates it again.
+    let _ = std::fs::remove_dir(partial(path));
+}
+
 /// Fails if another process generates the image at `path`. The folder of the image does not need to exist.
 ///
 /// # Errors

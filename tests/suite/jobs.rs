@@ -94,7 +94,10 @@ fn a_job_is_done_only_with_its_image_and_all_that_made_it() {
     let (place, _) = workplace();
     let line = "eqim-run --engine bundle --cfg 3 --jobs jobs.jsonl -o many";
     assert_eq!(done(&place, line).len(), 5);
+    // What a run that was killed has left is removed, even if nothing else is to be done.
+    std::fs::create_dir(place.path("many/.eqim-left")).unwrap();
     assert!(done(&place, line).is_empty());
+    assert!(!place.path("many/.eqim-left").exists());
     let record: Value = serde_json::from_slice(&place.read("many/d.json")).unwrap();
     assert_eq!(record["prefix_sha256"], sha256(place.read("prefix.png")));
     assert_eq!(record["image"]["sha256"], sha256(place.read("many/d.png")));

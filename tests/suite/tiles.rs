@@ -394,6 +394,10 @@ fn a_folder_that_is_published_is_not_done_again() {
     assert_eq!(std::fs::metadata(place.path("part/index.json")).unwrap().modified().unwrap(), before);
     assert!(place.read("part.safetensors") == place.read("whole.safetensors"), "the tokens differ");
     same_folder(&place, "part", "whole");
+    // A run that was killed after everything else was removed.
+    std::fs::create_dir(place.path("part.partial")).unwrap();
+    place.run(&format!("eqim-run {resumed}")).failed(2, &["--output part/: exists: remove it first"]);
+    assert!(!place.path("part.partial").exists());
 }
 
 /// A limit of the shell on the size of files imitates a full disk.

@@ -4,8 +4,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use eqim::files::folder;
-use eqim::long::{is_begun, is_folder};
-use eqim::{Error, Result};
+use eqim::long::{is_begun, is_folder, remove_empty};
+use eqim::{Error, Result, temporary};
 
 use super::arguments::Arguments;
 
@@ -29,6 +29,7 @@ impl Outputs {
         let images = numbered(arguments.output.as_deref().unwrap_or(Path::new("image.png")), arguments.images())?;
         let outputs = Self { images, tokens: arguments.save_tokens.clone(), trace: arguments.trace.clone() };
         for path in &outputs.images {
+            remove_empty(path);
             writable("--output", path)?;
         }
         let bundle = arguments.engine.canonicalize().ok();
@@ -66,6 +67,8 @@ pub fn prepare_folder(folder: &Path, bundle: &Path) -> Result<()> {
     if folder.canonicalize().ok() == bundle.canonicalize().ok() {
         return Err(bad("is the bundle of --engine: name another folder".into()));
     }
+    // If all jobs are done, nothing else is written.
+    temporary::tidy(folder);
     writable("--output", &folder.join("image.png"))
 }
 
