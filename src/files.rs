@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use crate::temporary::Temporary;
+use crate::temporary::{self, Temporary};
 use crate::{Error, Result, ResultExt};
 
 const LARGEST_READ: u64 = 256 << 20;
@@ -155,7 +155,7 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 pub fn publish_folder(new: Temporary, path: &Path) -> Result<()> {
     let failed = |error: io::Error| Error::run(path.display(), "cannot be written").because(error);
     check_replaced(path, "folder", std::fs::Metadata::is_dir)?;
-    sync_all(new.path()).map_err(failed)?;
+    temporary::remove_in(new.path()).and_then(|()| sync_all(new.path())).map_err(failed)?;
     if !path.exists() {
         std::fs::rename(new.path(), path).map_err(failed)?;
         let _named = new.keep();

@@ -100,6 +100,21 @@ pub fn tidy(parent: &Path) {
     }
 }
 
+/// Removes all temporary folders in a folder that becomes a result. A folder stays if it could not be removed when it was
+/// dropped.
+///
+/// # Errors
+/// If a folder cannot be removed.
+pub fn remove_in(folder: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        if is_temporary(&entry.file_name()) {
+            std::fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 fn remove_left(parent: &Path) {
     // What cannot be read or removed is no hindrance for the new result.
     for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
@@ -175,6 +190,16 @@ mod tests {
         let path = used.path().to_path_buf();
         drop(used);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_result_has_no_temporary_folders() {
+        let result = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(result.path().join(".eqim-left/inside")).unwrap();
+        std::fs::write(result.path().join("model"), "").unwrap();
+        remove_in(result.path()).unwrap();
+        let names: Vec<_> = std::fs::read_dir(result.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, ["model"]);
     }
 
     #[test]

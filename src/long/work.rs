@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use crate::digest::sha256;
 use crate::lock::{LOCK_FILE, Lock};
 use crate::request::settings::Settings;
-use crate::temporary::is_temporary;
+use crate::temporary::{self, is_temporary};
 use crate::{Error, Result, ResultExt, files};
 use ndarray::{Array1, Array2};
 use serde::{Deserialize, Serialize};
@@ -107,10 +107,15 @@ pub fn is_begun(path: &Path) -> bool {
     partial(path).join(RUN_FILE).exists()
 }
 
-/// Removes the folder of an unfinished image at `path` if it is empty: a run was killed when it had nothing else to do.
+/// Removes the folder of an unfinished image at `path` if it holds nothing but a lock of nobody: a run was killed when it had
+/// nothing else to do.
 pub fn remove_empty(path: &Path) {
-    // A folder with files is not removed. A run that has just created the folder creates it again.
-    let _ = std::fs::remove_dir(partial(path));
+    let folder = partial(path);
+    if names(&folder).is_ok_and(|names| names.iter().all(|name| name == LOCK_FILE)) {
+        drop(Lock::take(&folder));
+        // Fails if the folder has files. A run that has just created the folder creates it again.
+        let _ = std::fs::remove_dir(&folder);
+    }
 }
 
 /// Fails if another process generates the image at `path`. The folder of the image does not need to exist.
@@ -308,6 +313,7 @@ impl Work {
             std::fs::rename(&from, result.join(&tile.file)).or_run(from.display())?;
         }
         files::write_json(&result.join(INDEX_FILE), index)?;
+        temporary::remove_in(&result).or_run(result.display())?;
         Ok(result)
     }
 
