@@ -42,7 +42,7 @@ pub struct Loaded {
 /// Loads a complete model from a generator checkpoint and a tokenizer checkpoint, each in any format, and checks it.
 ///
 /// # Errors
-/// [`Error::input`] naming the file and the tensor or value that is missing, unexpected, of the wrong shape or not
+/// [`crate::Error::input`] naming the file and the tensor or value that is missing, unexpected, of the wrong shape or not
 /// finite.
 pub fn load(
     generator: &Path,

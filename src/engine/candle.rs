@@ -43,7 +43,7 @@ pub struct StageEngine<R> {
 pub type CandleEngine = StageEngine<Weights>;
 
 impl<R: Runner> StageEngine<R> {
-    /// Creates an engine. Weights must have been [checked](Weights::check) against `config`.
+    /// Creates an engine. The weights must be those of `config`, as [`crate::checkpoint`] loads them.
     pub fn new(config: Config, runner: R) -> Self {
         Self { config, runner }
     }

@@ -188,8 +188,8 @@ impl Work {
             }
             remove(&result)?;
         }
-        let left = names(&self.folder)?.into_iter().filter(|name| is_temporary(name));
-        left.map(|name| remove(&self.folder.join(name))).collect()
+        let mut left = names(&self.folder)?.into_iter().filter(|name| is_temporary(name));
+        left.try_for_each(|name| remove(&self.folder.join(name)))
     }
 
     /// Verifies the tiles, and forgets what follows the last good one. `has` tells whether the columns of a tile have a
