@@ -93,8 +93,11 @@ fn check_replaced(path: &Path, kind: &str, is_kind: impl Fn(&std::fs::Metadata) 
     }
 }
 
-/// Checks that the folder that contains `path` exists and can be written to.
-fn check_folder(path: &Path) -> Result<()> {
+/// Checks, before any work, that the folder that contains `path` exists and can be written to.
+///
+/// # Errors
+/// [`Error::input`] if it does not exist or cannot be written to.
+pub fn check_folder(path: &Path) -> Result<()> {
     let bad = |problem: String| Error::input(path.display(), problem);
     if path.file_name().is_none() {
         return Err(bad("expected the name of a result to write, inside a folder that exists".into()));

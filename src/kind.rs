@@ -16,11 +16,6 @@ pub struct Kind {
 }
 
 impl Kind {
-    /// Name of the format with its article: `a tar archive`.
-    pub fn name(self) -> &'static str {
-        self.name
-    }
-
     /// Says what a file is instead of `expected`: `is a tar archive, expected a PNG or JPEG: unpack it`.
     pub fn instead_of(self, expected: &str) -> String {
         match (self.is_pointer(), self.advice) {
@@ -140,7 +135,7 @@ mod tests {
     use super::recognise;
 
     fn name(first: &[u8]) -> Option<&'static str> {
-        recognise(first).map(super::Kind::name)
+        recognise(first).map(|kind| kind.name)
     }
 
     #[test]

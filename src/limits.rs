@@ -1,10 +1,18 @@
 //! Limits of this process, against which sizes are checked before anything is allocated.
 
+use std::sync::LazyLock;
+
 use crate::{Error, Result};
 
 /// Number of bytes that this process can use: the memory of the machine, or less if its control group or its address
 /// space is limited. `u64::MAX` if the system does not say.
 pub fn memory() -> u64 {
+    // Read once: it is asked for at every request, and a file of jobs has up to a million.
+    static MEMORY: LazyLock<u64> = LazyLock::new(read_memory);
+    *MEMORY
+}
+
+fn read_memory() -> u64 {
     let number = |path: &str, label: &str| {
         let text = std::fs::read_to_string(path).ok()?;
         let words = text.lines().find_map(|line| line.strip_prefix(label))?;
@@ -26,13 +34,17 @@ pub fn check_memory<'a>(
     shapes: impl IntoIterator<Item = &'a [usize]>,
     most: u64,
 ) -> Result<()> {
-    let bytes = |shape: &[usize]| shape.iter().fold(4u64, |bytes, &size| bytes.saturating_mul(size as u64));
     let needed = shapes.into_iter().fold(0u64, |sum, shape| sum.saturating_add(bytes(shape)));
     if needed <= most {
         return Ok(());
     }
     let (needed, most) = (gigabytes(needed), gigabytes(most));
     Err(Error::input(subject, format!("{what} would take {needed} of memory, expected at most {most}")))
+}
+
+/// Bytes of a tensor of 32-bit numbers with these sizes; `u64::MAX` if they overflow.
+pub fn bytes(shape: &[usize]) -> u64 {
+    shape.iter().fold(4u64, |bytes, &size| bytes.saturating_mul(size as u64))
 }
 
 /// A number of bytes for messages.

@@ -109,7 +109,7 @@ pub fn remove_in(folder: &Path) -> io::Result<()> {
     for entry in std::fs::read_dir(folder)? {
         let entry = entry?;
         if is_temporary(&entry.file_name()) {
-            std::fs::remove_dir_all(entry.path())?;
+            delete(&entry.path())?;
         }
     }
     Ok(())
@@ -155,12 +155,17 @@ pub fn remove_all(end: impl FnOnce()) {
     end();
 }
 
+/// Removes a file, or a folder with everything in it.
+pub(crate) fn delete(path: &Path) -> io::Result<()> {
+    let is_folder = path.symlink_metadata().is_ok_and(|found| found.is_dir());
+    if is_folder { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }
+}
+
 fn remove(path: &Path) {
     /// Other threads may still write files into a folder that is being removed.
     const ATTEMPTS: usize = 100;
     for _ in 0..ATTEMPTS {
-        let removed = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
-        if removed.is_ok() || path.symlink_metadata().is_err() {
+        if delete(path).is_ok() || path.symlink_metadata().is_err() {
             return;
         }
         std::thread::sleep(Duration::from_millis(10));

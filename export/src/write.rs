@@ -1,7 +1,6 @@
 //! Writes a bundle: first to a temporary folder next to its destination, then to the destination when it is complete.
 
 use std::collections::BTreeMap;
-use std::ffi::OsStr;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -13,7 +12,7 @@ use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, Inferred, StoredConfig};
 use eqim::files::{self, folder};
 use eqim::model::Stage;
-use eqim::temporary::{Temporary, is_temporary};
+use eqim::temporary::Temporary;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
 use eqim_calibration::plan;
@@ -68,9 +67,6 @@ pub fn check_destination(destination: &Path) -> Result<()> {
 /// Whether any version of eqim wrote the file `name` of a folder. The content of `config.json` is checked because
 /// folders of other models also have a file of this name.
 fn is_ours(folder: &Path, name: &str) -> bool {
-    if is_temporary(OsStr::new(name)) {
-        return true;
-    }
     if name == trt::FOLDER {
         return folder.join(name).join(trt::SIDECAR_FILE).is_file();
     }

@@ -188,8 +188,7 @@ impl Work {
             }
             remove(&result)?;
         }
-        let mut left = names(&self.folder)?.into_iter().filter(|name| is_temporary(name));
-        left.try_for_each(|name| remove(&self.folder.join(name)))
+        temporary::remove_in(&self.folder).or_run(self.folder.display())
     }
 
     /// Verifies the tiles, and forgets what follows the last good one. `has` tells whether the columns of a tile have a
@@ -409,9 +408,7 @@ fn names(folder: &Path) -> Result<Vec<OsString>> {
 
 /// Removes a file, or a folder with all its files. It does not need to exist.
 fn remove(path: &Path) -> Result<()> {
-    let is_folder = path.symlink_metadata().is_ok_and(|found| found.is_dir());
-    let removed = if is_folder { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
-    match removed {
+    match temporary::delete(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         removed => removed.or_run(path.display()),
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use candle_core::DType;
 use clap::ValueEnum;
 use eqim::config::{GeneratorConfig, Level, Preset, TokenizerConfig, Tower};
-use eqim::limits::gigabytes;
+use eqim::limits::{bytes, gigabytes};
 use eqim::{Config, Error, Result, ResultExt, files};
 use serde::{Deserialize, Serialize};
 use toml::Table;
@@ -225,7 +225,6 @@ pub fn check_memory(
 ) -> Result<()> {
     /// Value, two moments, average.
     const COPIES: u64 = 4;
-    let bytes = |shape: &[usize]| shape.iter().fold(4u64, |bytes, &size| bytes.saturating_mul(size as u64));
     let expected = || format!("expected at most {}, the memory of this process", gigabytes(most));
     let learned = parameters.iter().fold(0u64, |sum, (_, shape)| sum.saturating_add(bytes(shape)));
     let learned = learned.saturating_mul(COPIES);

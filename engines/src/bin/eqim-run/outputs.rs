@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use eqim::files::folder;
+use eqim::files::{check_folder, folder};
 use eqim::long::{is_begun, is_folder, remove_empty};
 use eqim::{Error, Result, temporary};
 
@@ -24,13 +24,13 @@ impl Outputs {
     /// Checks that all outputs can be written.
     ///
     /// # Errors
-    /// [`Error::input`] if an output cannot be written. The message names the flag and the file or folder.
+    /// [`Error::setting`] naming the output that cannot be written, and its file or folder.
     pub fn check(arguments: &Arguments) -> Result<Self> {
         let images = numbered(arguments.output.as_deref().unwrap_or(Path::new("image.png")), arguments.images())?;
         let outputs = Self { images, tokens: arguments.save_tokens.clone(), trace: arguments.trace.clone() };
         for path in &outputs.images {
             remove_empty(path);
-            writable("--output", path)?;
+            writable("output", path)?;
         }
         let bundle = arguments.engine.canonicalize().ok();
         if let Some(path) = outputs.all().find(|path| bundle.is_some() && folder(path).canonicalize().ok() == bundle) {
@@ -40,13 +40,13 @@ impl Outputs {
             ));
         }
         if let Some(path) = &outputs.tokens {
-            writable("--save-tokens", path)?;
+            writable("save_tokens", path)?;
             if outputs.images.iter().any(|image| place(image) == place(path)) {
                 return Err(Error::input(format!("--save-tokens {}", path.display()), "is also the path of --output"));
             }
         }
         if let Some(path) = &outputs.trace {
-            new_folder("--trace", path)?;
+            new_folder("trace", path)?;
         }
         Ok(outputs)
     }
@@ -69,7 +69,7 @@ pub fn prepare_folder(folder: &Path, bundle: &Path) -> Result<()> {
     }
     // If all jobs are done, nothing else is written.
     temporary::tidy(folder);
-    writable("--output", &folder.join("image.png"))
+    writable("output", &folder.join("image.png"))
 }
 
 /// Checks that an image of `width` pixels can be written in the format of its name. Logs a warning if the default limit
@@ -140,47 +140,39 @@ fn not_png(path: &Path) -> Error {
 }
 
 /// Checks that a file can be created at `path`.
-fn writable(flag: &str, path: &Path) -> Result<()> {
-    let bad = |problem: String| Error::input(format!("{flag} {}", path.display()), problem);
+fn writable(field: &'static str, path: &Path) -> Result<()> {
     if is_folder(path) {
         // A run that was interrupted at its very end can have published the folder.
-        return if is_begun(path) { can_be_written(flag, path) } else { new_folder(flag, path) };
+        return if is_begun(path) { can_be_written(field, path) } else { new_folder(field, path) };
     }
     if path.file_name().is_none() || path.symlink_metadata().is_ok_and(|found| !found.is_file()) {
-        return Err(bad("is not a file".into()));
+        return Err(Error::setting(field, format!("{}: is not a file", path.display())));
     }
-    can_be_written(flag, path)
+    can_be_written(field, path)
 }
 
 /// Checks that a folder can be created at `path`.
-fn new_folder(flag: &str, path: &Path) -> Result<()> {
-    is_new(flag, path)?;
-    can_be_written(flag, path)
+fn new_folder(field: &'static str, path: &Path) -> Result<()> {
+    is_new(field, path)?;
+    can_be_written(field, path)
 }
 
 /// Checks that there is nothing at `path`.
 ///
 /// # Errors
-/// [`Error::input`] with the flag and the path.
-pub fn is_new(flag: &str, path: &Path) -> Result<()> {
+/// [`Error::input`] naming the setting and the path.
+pub fn is_new(field: &'static str, path: &Path) -> Result<()> {
     // The slash at the end is removed: with it, an existing file would not be found.
     if path.components().as_path().symlink_metadata().is_ok() {
-        return Err(Error::input(format!("{flag} {}", path.display()), "exists: remove it first, or name another"));
+        let problem = format!("{}: exists: remove it first, or name another", path.display());
+        return Err(Error::setting(field, problem));
     }
     Ok(())
 }
 
 /// Checks that the folder of `path` exists and can be written to.
-fn can_be_written(flag: &str, path: &Path) -> Result<()> {
-    let bad = |problem: String| Error::input(format!("{flag} {}", path.display()), problem);
-    let folder = folder(path);
-    if !folder.is_dir() {
-        return Err(bad(format!("there is no folder {}: create it first", folder.display())));
-    }
-    // Results are renamed into place, so the folder must be writable.
-    let trial = tempfile::tempfile_in(folder);
-    trial.map_err(|error| bad(format!("the folder {} cannot be written to: {error}", folder.display())))?;
-    Ok(())
+fn can_be_written(field: &'static str, path: &Path) -> Result<()> {
+    check_folder(path).map_err(|error| Error::setting(field, error))
 }
 
 #[cfg(test)]
@@ -205,8 +197,8 @@ mod tests {
     #[test]
     fn places_that_cannot_be_written() {
         let folder = tempfile::tempdir().unwrap();
-        let problem = |path: &Path| writable("--output", path).unwrap_err().to_string();
-        assert!(writable("--output", &folder.path().join("new.png")).is_ok());
+        let problem = |path: &Path| writable("output", path).unwrap_err().to_string();
+        assert!(writable("output", &folder.path().join("new.png")).is_ok());
         assert!(problem(folder.path()).ends_with("is not a file"));
         assert!(problem(&folder.path().join("missing/a.png")).contains("create it first"));
         assert!(problem(Path::new("/dev/null")).ends_with("is not a file"));

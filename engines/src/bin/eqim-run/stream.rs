@@ -104,7 +104,7 @@ impl<'a> Image<'a> {
             return Ok(request.tokens);
         }
         if is_folder(path) {
-            outputs::is_new("--output", path)?;
+            outputs::is_new("output", path)?;
         }
         self.work.tidy()?;
         let mut sink = Sink::open(path, self.work.folder(), self.work.layout().size)?;
