@@ -21,7 +21,7 @@ fn engines(folder: &Path) -> Vec<Box<dyn Engine>> {
     let hints = Hints { heads: Some(2), ..Hints::default() };
     let (generator, tokenizer) = (fixtures.join("generator.pth"), fixtures.join("tokenizer.ckpt"));
     let (config, weights) = checkpoint::load(&generator, &tokenizer, WeightSet::Ema, &hints).expect("fixture");
-    let options = Options { precision: Precision::Fp32, opset: NEWEST_OPSET, policy: None };
+    let options = Options { precision: Precision::Fp32, opset: NEWEST_OPSET, policy: None, functions: true };
     let draft = draft(&folder.join("bundle"), &config, &weights, options, |_| {}).expect("export");
     let bundle = draft.publish().expect("export");
     let library = find_onnxruntime().expect("cargo xtask setup");

@@ -22,7 +22,7 @@ fn main() -> eqim::Result<()> {
     // A checkpoint of PyTorch is read by `checkpoint::load`.
     let (config, weights) = checkpoint::load_safetensors(&weights)?;
 
-    let options = Options { precision: Precision::Fp32, opset: NEWEST_OPSET, policy: None };
+    let options = Options { precision: Precision::Fp32, opset: NEWEST_OPSET, policy: None, functions: true };
     let draft = draft(&folder, &config, &weights, options, |file| println!("writing {file}"))?;
 
     let (reference, library) = (CandleEngine::new(config, weights), find_onnxruntime()?);

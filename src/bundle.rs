@@ -155,6 +155,9 @@ pub struct GraphRecord {
     pub inputs: Vec<ValueInfo>,
     /// Outputs of the graph, in order.
     pub outputs: Vec<ValueInfo>,
+    /// Functions that the graph calls ([`crate::ops::function`]). Empty in bundles of older versions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub functions: Vec<String>,
 }
 
 /// An opened bundle. It is complete, and its graphs have not changed since the export.

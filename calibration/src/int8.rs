@@ -56,7 +56,7 @@ impl Affine {
         (((value / self.scale).round_ties_even() + zero).clamp(0.0, 255.0) - zero) * self.scale
     }
 
-    /// The quantization that covers the values of one tensor (ONNX `DynamicQuantizeLinear`).
+    /// The quantization that covers the values of one row (ONNX `DynamicQuantizeLinear`).
     pub fn dynamic(values: &[f32]) -> Self {
         let low = values.iter().copied().fold(0.0, f32::min);
         let high = values.iter().copied().fold(0.0, f32::max);
@@ -141,8 +141,8 @@ pub trait Int8: Ops {
     /// If the interpreter fails.
     fn dequantized_conv(&mut self, x: &Self::Tensor, conv: Conv) -> Result<Self::Tensor>;
 
-    /// [`Ops::gemm`] in integers. The activations are quantized by their range at run time (ONNX
-    /// `DynamicQuantizeLinear` and `MatMulInteger`).
+    /// [`Ops::gemm`] in integers (ONNX `MatMulInteger`). At run time, every row of the activations is quantized by its
+    /// own range ([`Affine::dynamic`]), so that no row depends on the others.
     ///
     /// # Errors
     /// If the interpreter fails.
@@ -179,9 +179,12 @@ impl Int8 for Eager<'_> {
     }
 
     fn dynamic_gemm(&mut self, x: &Tensor, input: usize, output: usize) -> Result<Tensor> {
-        let range = Affine::dynamic(&x.flatten_all()?.to_vec1::<f32>()?);
-        let x = each(x, |value| range.round(value))?;
-        self.gemm(&x, input, output)
+        let mut values = x.flatten_all()?.to_vec1::<f32>()?;
+        for row in values.chunks_mut(input) {
+            let range = Affine::dynamic(row);
+            row.iter_mut().for_each(|value| *value = range.round(*value));
+        }
+        self.gemm(&Tensor::from_vec(values, x.shape(), x.device())?, input, output)
     }
 
     fn integer_conv(&mut self, x: &Tensor, conv: Conv, (input, output): (Affine, Affine)) -> Result<Tensor> {

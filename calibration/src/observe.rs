@@ -166,6 +166,14 @@ impl<O: Ops, F: FnMut(&str, Seen, &O::Tensor) -> Result<()>> Ops for Observe<O, 
         self.inner.dropout(x, what)
     }
 
+    fn begin_function(&mut self, name: &str, inputs: &[&O::Tensor]) -> Result<Vec<O::Tensor>> {
+        self.inner.begin_function(name, inputs)
+    }
+
+    fn end_function(&mut self, outputs: Vec<O::Tensor>) -> Result<Vec<O::Tensor>> {
+        self.inner.end_function(outputs)
+    }
+
     fn begin_loop(&mut self, sequences: &[&O::Tensor], state: &O::Tensor) -> Result<O::Loop> {
         self.inner.begin_loop(sequences, state)
     }

@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 
 use eqim::bundle::Int8Target;
 use eqim::model::{Stage, keeps_full_precision};
+use eqim::ops::function::{GROUP, LANES};
 use eqim::{Error, Result};
 use regex::Regex;
 
@@ -109,7 +110,8 @@ impl Policy {
                 let entry = self.table.entry(product.scope)?;
                 Scheme::Integer { input: entry.input.affine()?, output: entry.output.affine()? }
             }
-            Int8Target::Cpu => Scheme::Dynamic,
+            Int8Target::Cpu if product.shape[0] % LANES == 0 && product.shape[1] % GROUP == 0 => Scheme::Dynamic,
+            Int8Target::Cpu => Scheme::Float,
         })
     }
 

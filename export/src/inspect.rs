@@ -11,7 +11,7 @@ use prost::Message;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::onnx;
+use crate::onnx::{self, FunctionProto, NodeProto};
 
 /// The report of `eqim-export inspect`.
 #[derive(Debug, Serialize)]
@@ -35,7 +35,7 @@ pub struct Inspection {
 pub struct StageInspection {
     /// Name of the stage.
     pub name: &'static str,
-    /// Number of nodes of every operator, including loop bodies.
+    /// Number of nodes of every operator, including loop bodies. A call of a function is one node.
     pub operators: BTreeMap<String, usize>,
     /// Size of the `.onnx` file in bytes.
     pub file_bytes: u64,
@@ -83,6 +83,7 @@ fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<
     let bytes = files::read(&path)?;
     let model = onnx::ModelProto::decode(&bytes[..]).or_input(path.display())?;
     let graph = model.graph.unwrap_or_default();
+    let functions = &model.functions;
     let mut operators = BTreeMap::new();
     count_operators(&graph, &mut operators);
     let sizes: HashMap<&str, u64> = graph.initializer.iter().filter_map(stored_bytes).collect();
@@ -99,7 +100,7 @@ fn report(bundle: &Bundle, stage: Stage, tokens: usize, steps: usize) -> Result<
         file_bytes: bytes.len() as u64,
         cost: total,
         parameter_bytes: sizes.values().sum(),
-        weight_bytes_read: bytes_read(&graph, &sizes, steps as u64),
+        weight_bytes_read: bytes_read(&graph.node, functions, &sizes, steps as u64),
         scopes,
     })
 }
@@ -110,13 +111,22 @@ fn stored_bytes(tensor: &onnx::TensorProto) -> Option<(&str, u64)> {
     Some((tensor.name.as_deref()?, length.value.as_ref()?.parse().ok()?))
 }
 
-/// Bytes of the weights that a graph's nodes read: every weight once, and every weight of a loop body once for each of
-/// the `turns` iterations.
-fn bytes_read(graph: &onnx::GraphProto, sizes: &HashMap<&str, u64>, turns: u64) -> u64 {
-    let used: HashSet<&str> = graph.node.iter().flat_map(|node| &node.input).map(String::as_str).collect();
+/// Bytes of the weights that nodes read: every weight once, and every weight of a loop body once for each of the `turns`
+/// iterations. Calls of `functions` read what the nodes of their bodies do.
+fn bytes_read(nodes: &[NodeProto], functions: &[FunctionProto], sizes: &HashMap<&str, u64>, turns: u64) -> u64 {
+    let function = |node: &NodeProto| functions.iter().find(|function| function.name == node.op_type);
+    let plain = nodes.iter().filter(|node| function(node).is_none());
+    let used: HashSet<&str> = plain.flat_map(|node| &node.input).map(String::as_str).collect();
     let own: u64 = used.iter().filter_map(|name| sizes.get(name)).sum();
-    let bodies = graph.node.iter().flat_map(|node| node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()));
-    own + bodies.map(|body| turns * bytes_read(body, sizes, turns)).sum::<u64>()
+    let bodies = nodes.iter().flat_map(|node| node.attribute.iter().filter_map(|attribute| attribute.g.as_ref()));
+    let loops = bodies.map(|body| turns * bytes_read(&body.node, functions, sizes, turns)).sum::<u64>();
+    let calls = nodes.iter().filter_map(|node| {
+        let function = function(node)?;
+        let inputs = function.input.iter().zip(&node.input);
+        let sizes = inputs.filter_map(|(inner, outer)| Some((inner.as_str(), *sizes.get(outer.as_str())?))).collect();
+        Some(bytes_read(&function.node, functions, &sizes, turns))
+    });
+    own + loops + calls.sum::<u64>()
 }
 
 /// Counts nodes by operator, including the nodes of loop bodies.

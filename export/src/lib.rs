@@ -9,7 +9,7 @@
 //! let (config, weights) = eqim::checkpoint::load_safetensors(Path::new("../assets/demo/model.safetensors"))?;
 //! # let folder = tempfile::tempdir().expect("a folder");
 //! # let output = folder.path().join("bundle");
-//! let options = Options { precision: Precision::Fp16, opset: NEWEST_OPSET, policy: None };
+//! let options = Options { precision: Precision::Fp16, opset: NEWEST_OPSET, policy: None, functions: true };
 //! // Nothing is written to `output` until the draft is published. The draft can be validated before that.
 //! let draft = draft(&output, &config, &weights, options, |file| println!("writing {file}"))?;
 //! let bundle = draft.publish()?;

@@ -9,14 +9,18 @@ use std::collections::HashMap;
 use eqim::bundle::{Precision, WEIGHTS_FILE};
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::model::{Dimension, Stage, ValueInfo, ValueKind};
-use eqim::ops::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, scoped, shuffle_by_transpose};
+use eqim::ops::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, function as names, scoped, shuffle_by_transpose};
 use eqim::{Config, Error, Result};
 use eqim_calibration::{Policy, Quantize};
 
+mod function;
 pub mod int8;
 
+use function::Call;
+
 use crate::onnx::{
-    self, AttributeProto, DataType, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, tensor_shape_proto,
+    self, AttributeProto, DataType, FunctionProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto,
+    tensor_shape_proto,
 };
 
 /// Oldest operator set that the lowering supports: the first with `LayerNormalization`.
@@ -72,15 +76,29 @@ pub struct Lower<'a> {
     opset: i64,
     compute: DataType,
     scope: Vec<String>,
+    /// Whether functions of the model become functions of the graph.
+    functions: bool,
+    /// Functions that are complete.
+    defined: Vec<FunctionProto>,
+    /// The model's graph, followed by the open functions, the innermost last.
+    frames: Vec<Frame>,
+}
+
+/// What shares its names: the model's graph, or the body of a function.
+#[derive(Default)]
+struct Frame {
     /// The graph, followed by the open loop bodies, the innermost last.
     graphs: Vec<GraphProto>,
     /// How often each name was requested, to keep names unique.
     wanted: HashMap<String, usize>,
-    /// Existing initializers: weights by name, constants by type, shape and bytes.
+    /// Weights that are already in the frame, by their full name.
     parameters: HashMap<String, Value>,
+    /// Constants that are already in the frame, by type, shape and bytes.
     constants: HashMap<(DataType, Vec<usize>, Vec<u8>), Value>,
     /// Sizes of axes that are already computed, by graph, the innermost last.
     sizes: Vec<HashMap<(String, Option<usize>), Value>>,
+    /// Of a function: its call.
+    call: Option<Call>,
 }
 
 /// Lowers one stage to an ONNX model whose weights are in the bundle's weights file.
@@ -88,7 +106,7 @@ pub struct Lower<'a> {
 /// # Errors
 /// If a weight is missing.
 pub fn lower(config: &Config, stage: Stage, weights: &Places, options: Options) -> Result<ModelProto> {
-    let mut lower = Lower::new(weights, options.precision, options.opset);
+    let mut lower = Lower::new(weights, options.precision, options.opset, options.functions);
     let inputs: Vec<Value> = stage.inputs(config).iter().map(|info| lower.input(info)).collect();
     let (lower, outputs) = match options.policy {
         None => {
@@ -113,27 +131,19 @@ pub struct Options<'a> {
     pub opset: i64,
     /// Policy that selects the products to run in INT8; `None` for no INT8.
     pub policy: Option<&'a Policy>,
+    /// Whether functions of the model become functions of the graph (ONNX `FunctionProto`).
+    pub functions: bool,
 }
 
 impl<'a> Lower<'a> {
     /// Begins an empty graph.
-    pub fn new(weights: &'a Places, precision: Precision, opset: i64) -> Self {
+    pub fn new(weights: &'a Places, precision: Precision, opset: i64, functions: bool) -> Self {
         let compute = match precision {
             Precision::Fp32 => DataType::Float,
             Precision::Fp16 => DataType::Float16,
             Precision::Bf16 => DataType::Bfloat16,
         };
-        Self {
-            weights,
-            opset,
-            compute,
-            scope: vec![],
-            graphs: vec![GraphProto::default()],
-            wanted: HashMap::new(),
-            parameters: HashMap::new(),
-            constants: HashMap::new(),
-            sizes: vec![HashMap::new()],
-        }
+        Self { weights, opset, compute, scope: vec![], functions, defined: vec![], frames: vec![Frame::new(None)] }
     }
 
     fn data_type(&self, kind: ValueKind) -> DataType {
@@ -147,8 +157,8 @@ impl<'a> Lower<'a> {
     /// Declares an input of the graph.
     pub fn input(&mut self, info: &ValueInfo) -> Value {
         let value = Value { name: info.name.clone(), data_type: self.data_type(info.kind) };
-        self.wanted.insert(info.name.clone(), 1);
-        self.graphs[0].input.push(onnx::value_info(&value.name, value.data_type, Some(dimensions(info))));
+        self.frame().wanted.insert(info.name.clone(), 1);
+        self.frame().graphs[0].input.push(onnx::value_info(&value.name, value.data_type, Some(dimensions(info))));
         value
     }
 
@@ -158,14 +168,14 @@ impl<'a> Lower<'a> {
         for (output, info) in outputs.iter().zip(infos) {
             let data_type = self.data_type(info.kind);
             let mut value = self.cast(output, data_type);
-            let is_input = self.graphs[0].input.iter().any(|input| input.name.as_deref() == Some(&value.name));
+            let is_input = self.frame().graphs[0].input.iter().any(|input| input.name.as_deref() == Some(&value.name));
             if is_input || renamed.contains_key(&value.name) {
                 value = self.node("Identity", &[&value], vec![], data_type);
             }
             renamed.insert(value.name, info.name.clone());
-            self.graphs[0].output.push(onnx::value_info(&info.name, data_type, Some(dimensions(info))));
+            self.frame().graphs[0].output.push(onnx::value_info(&info.name, data_type, Some(dimensions(info))));
         }
-        let mut graph = self.graphs.remove(0);
+        let mut graph = self.frame().graphs.remove(0);
         graph.name = Some(name.into());
         rename(&mut graph, &renamed);
         ModelProto {
@@ -177,19 +187,41 @@ impl<'a> Lower<'a> {
             producer_name: Some("eqim".into()),
             producer_version: Some(env!("CARGO_PKG_VERSION").into()),
             graph: Some(graph),
-            opset_import: vec![OperatorSetIdProto { domain: None, version: Some(self.opset) }],
+            opset_import: self.opset_import(!self.defined.is_empty()),
+            functions: self.defined,
         }
     }
 
+    /// The operator sets that a graph uses.
+    fn opset_import(&self, functions: bool) -> Vec<OperatorSetIdProto> {
+        let standard = OperatorSetIdProto { domain: None, version: Some(self.opset) };
+        let ours = OperatorSetIdProto { domain: Some(names::DOMAIN.into()), version: Some(names::VERSION) };
+        if functions { vec![standard, ours] } else { vec![standard] }
+    }
+
+    /// The innermost frame.
+    fn frame(&mut self) -> &mut Frame {
+        let last = self.frames.len() - 1;
+        &mut self.frames[last]
+    }
+
+    /// The innermost graph.
     fn graph(&mut self) -> &mut GraphProto {
-        let last = self.graphs.len() - 1;
-        &mut self.graphs[last]
+        let graphs = &mut self.frame().graphs;
+        let last = graphs.len() - 1;
+        &mut graphs[last]
     }
 
     fn unique(&mut self, name: String) -> String {
-        let count = self.wanted.entry(name.clone()).or_insert(0);
+        let count = self.frame().wanted.entry(name.clone()).or_insert(0);
         *count += 1;
         if *count == 1 { name } else { format!("{name}_{}", *count - 1) }
+    }
+
+    /// The name of `name` in the current scope. In a function, the name begins with the scopes inside of the function.
+    fn local(&mut self, name: &str) -> String {
+        let outside = self.frame().call.as_ref().map_or(0, |call| call.scopes);
+        scoped(&self.scope[outside..], name)
     }
 
     /// Appends a node with one output to the innermost graph.
@@ -206,7 +238,8 @@ impl<'a> Lower<'a> {
         attributes: Vec<AttributeProto>,
         outputs: [(&str, DataType); N],
     ) -> [Value; N] {
-        let name = self.unique(scoped(&self.scope, op));
+        let name = self.local(op);
+        let name = self.unique(name);
         let values = outputs.map(|(output, data_type)| Value { name: format!("{name}_{output}"), data_type });
         let node = NodeProto {
             input: inputs.iter().map(|input| input.name.clone()).collect(),
@@ -214,19 +247,32 @@ impl<'a> Lower<'a> {
             name: Some(name),
             op_type: Some(op.into()),
             attribute: attributes,
+            domain: None,
         };
         self.graph().node.push(node);
         values
     }
 
     fn initializer(&mut self, data_type: DataType, shape: &[usize], bytes: Vec<u8>) -> Value {
+        let frame = self.frame();
         let key = (data_type, shape.to_vec(), bytes);
-        if let Some(value) = self.constants.get(&key) {
+        if let Some(value) = frame.constants.get(&key) {
             return value.clone();
         }
-        let value = Value { name: format!("constant.{}", self.constants.len()), data_type };
-        self.graphs[0].initializer.push(onnx::constant(&value.name, data_type, shape, key.2.clone()));
-        self.constants.insert(key, value.clone());
+        let value = Value { name: format!("constant.{}", frame.constants.len()), data_type };
+        let tensor = onnx::constant(&value.name, data_type, shape, key.2.clone());
+        // A function has no initializers.
+        match frame.call {
+            None => frame.graphs[0].initializer.push(tensor),
+            Some(_) => frame.graphs[0].node.push(NodeProto {
+                output: vec![value.name.clone()],
+                name: Some(value.name.clone()),
+                op_type: Some("Constant".into()),
+                attribute: vec![AttributeProto::tensor("value", tensor)],
+                ..NodeProto::default()
+            }),
+        }
+        frame.constants.insert(key, value.clone());
         value
     }
 
@@ -238,17 +284,24 @@ impl<'a> Lower<'a> {
         self.initializer(DataType::Float, shape, values.iter().flat_map(|value| value.to_le_bytes()).collect())
     }
 
-    /// A tensor of the weights file, as an initializer.
+    /// A tensor of the weights file: an initializer of the model's graph, or an input of the innermost function.
     fn stored(&mut self, name: &str) -> Result<Value> {
-        if let Some(value) = self.parameters.get(name) {
+        if let Some(value) = self.frame().parameters.get(name) {
             return Ok(value.clone());
         }
         let place = self.weights.get(name);
         let place = place.ok_or_else(|| Error::input(WEIGHTS_FILE, format!("has no tensor {name}")))?;
-        let tensor = onnx::external(name, place.data_type, &place.shape, WEIGHTS_FILE, place.bytes);
-        self.graphs[0].initializer.push(tensor);
-        let value = Value { name: name.to_string(), data_type: place.data_type };
-        self.parameters.insert(name.to_string(), value.clone());
+        let frame = self.frame();
+        let local = match &mut frame.call {
+            None => {
+                let tensor = onnx::external(name, place.data_type, &place.shape, WEIGHTS_FILE, place.bytes);
+                frame.graphs[0].initializer.push(tensor);
+                name
+            }
+            Some(call) => call.weight(name),
+        };
+        let value = Value { name: local.to_string(), data_type: place.data_type };
+        frame.parameters.insert(name.to_string(), value.clone());
         Ok(value)
     }
 
@@ -280,14 +333,14 @@ impl<'a> Lower<'a> {
     /// Size of an axis, as a tensor `[1]`; the whole shape if `axis` is `None`.
     fn size(&mut self, x: &Value, axis: Option<usize>) -> Value {
         let key = (x.name.clone(), axis);
-        if let Some(value) = self.sizes.iter().find_map(|sizes| sizes.get(&key)) {
+        if let Some(value) = self.frame().sizes.iter().find_map(|sizes| sizes.get(&key)) {
             return value.clone();
         }
         let attributes = axis.map_or(vec![], |axis| {
             vec![AttributeProto::int("start", axis as i64), AttributeProto::int("end", axis as i64 + 1)]
         });
         let value = self.node("Shape", &[x], attributes, DataType::Int64);
-        if let Some(innermost) = self.sizes.last_mut() {
+        if let Some(innermost) = self.frame().sizes.last_mut() {
             innermost.insert(key, value.clone());
         }
         value
@@ -533,6 +586,17 @@ impl Ops for Lower<'_> {
         Ok(x)
     }
 
+    fn begin_function(&mut self, name: &str, inputs: &[&Value]) -> Result<Vec<Value>> {
+        if !self.functions {
+            return Ok(inputs.iter().map(|&input| input.clone()).collect());
+        }
+        Ok(self.open(name, inputs))
+    }
+
+    fn end_function(&mut self, outputs: Vec<Value>) -> Result<Vec<Value>> {
+        if self.functions { self.close(outputs) } else { Ok(outputs) }
+    }
+
     fn begin_loop(&mut self, sequences: &[&Value], state: &Value) -> Result<Written> {
         let steps = self.size(sequences[0], Some(0));
         let first = self.integers(&[1], &[0]);
@@ -543,9 +607,8 @@ impl Ops for Lower<'_> {
 
     fn next_iteration(&mut self, open: &mut Written) -> Result<Option<Iteration<Value>>> {
         let Some(sequences) = open.sequences.take() else { return Ok(None) };
-        let name = |part| scoped(&self.scope, &format!("Loop.{part}"));
-        let names = ["iteration", "condition", "state"].map(name);
-        let [iteration, condition, carried] = names.map(|name| self.unique(name));
+        let names = ["iteration", "condition", "state", "body"].map(|part| self.local(&format!("Loop.{part}")));
+        let [iteration, condition, carried, body] = names.map(|name| self.unique(name));
         let state = open.state.data_type;
         let input = vec![
             onnx::value_info(&iteration, DataType::Int64, Some(vec![])),
@@ -553,8 +616,8 @@ impl Ops for Lower<'_> {
             onnx::value_info(&carried, state, None),
         ];
         open.condition = condition;
-        self.graphs.push(GraphProto { input, name: Some(scoped(&self.scope, "Loop.body")), ..GraphProto::default() });
-        self.sizes.push(HashMap::new());
+        self.frame().graphs.push(GraphProto { input, name: Some(body), ..GraphProto::default() });
+        self.frame().sizes.push(HashMap::new());
 
         let iteration = Value { name: iteration, data_type: DataType::Int64 };
         let mut element = |sequence: &Value| self.gather(sequence, &iteration);
@@ -570,8 +633,8 @@ impl Ops for Lower<'_> {
             onnx::value_info(&goes_on.name, DataType::Bool, Some(vec![])),
             onnx::value_info(&next.name, next.data_type, None),
         ];
-        self.sizes.pop();
-        open.body = self.graphs.pop();
+        self.frame().sizes.pop();
+        open.body = self.frame().graphs.pop();
         Ok(())
     }
 

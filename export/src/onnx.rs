@@ -20,6 +20,32 @@ pub struct ModelProto {
     /// Operator sets that the graph uses.
     #[prost(message, repeated, tag = "8")]
     pub opset_import: Vec<OperatorSetIdProto>,
+    /// Functions that the graph calls.
+    #[prost(message, repeated, tag = "25")]
+    pub functions: Vec<FunctionProto>,
+}
+
+/// `FunctionProto`.
+#[derive(Clone, PartialEq, Message)]
+pub struct FunctionProto {
+    /// Name of the function: the operator type of the nodes that call it.
+    #[prost(string, optional, tag = "1")]
+    pub name: Option<String>,
+    /// Names of the inputs in the body.
+    #[prost(string, repeated, tag = "4")]
+    pub input: Vec<String>,
+    /// Names of the outputs in the body.
+    #[prost(string, repeated, tag = "5")]
+    pub output: Vec<String>,
+    /// Nodes of the body in topological order.
+    #[prost(message, repeated, tag = "7")]
+    pub node: Vec<NodeProto>,
+    /// Operator sets that the body uses.
+    #[prost(message, repeated, tag = "9")]
+    pub opset_import: Vec<OperatorSetIdProto>,
+    /// Domain of the function.
+    #[prost(string, optional, tag = "10")]
+    pub domain: Option<String>,
 }
 
 /// `OperatorSetIdProto`.
@@ -71,6 +97,9 @@ pub struct NodeProto {
     /// Attributes of the operator.
     #[prost(message, repeated, tag = "5")]
     pub attribute: Vec<AttributeProto>,
+    /// Domain of the operator. Empty for the standard operators.
+    #[prost(string, optional, tag = "7")]
+    pub domain: Option<String>,
 }
 
 /// `AttributeProto`.
@@ -88,6 +117,9 @@ pub struct AttributeProto {
     /// Value of a text attribute.
     #[prost(bytes = "vec", optional, tag = "4")]
     pub s: Option<Vec<u8>>,
+    /// Value of a tensor attribute.
+    #[prost(message, optional, tag = "5")]
+    pub t: Option<TensorProto>,
     /// Value of a graph attribute.
     #[prost(message, optional, tag = "6")]
     pub g: Option<GraphProto>,
@@ -271,6 +303,11 @@ impl AttributeProto {
     /// A text attribute.
     pub fn text(name: &str, value: &str) -> Self {
         Self { name: Some(name.into()), s: Some(value.into()), kind: Some(3), ..Self::default() }
+    }
+
+    /// A tensor attribute.
+    pub fn tensor(name: &str, value: TensorProto) -> Self {
+        Self { name: Some(name.into()), t: Some(value), kind: Some(4), ..Self::default() }
     }
 
     /// A graph attribute.

@@ -208,7 +208,7 @@ fn graph_alone(
 
 /// Runs a stage's graph on ONNX Runtime. The inputs are Candle tensors.
 fn on_runtime(bundle: &Bundle, runtime: Runtime, stage: Stage, inputs: &[Tensor]) -> Result<Vec<DynValue>> {
-    let graph = runtime.graph(&bundle.graph_path(stage)?, None, false)?;
+    let graph = runtime.graph(&bundle.graph_path(stage)?, None, false, &[])?;
     let values = stage
         .inputs(&bundle.manifest.model)
         .iter()

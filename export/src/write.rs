@@ -161,10 +161,12 @@ fn write_graph(folder: &Path, config: &Config, stage: Stage, places: &Places, op
     let model = lower::lower(config, stage, places, options)?;
     let file = graph_file(stage);
     files::write(&folder.join(&file), &model.encode_to_vec())?;
+    let functions = model.functions.into_iter().filter_map(|function| function.name).collect();
     Ok(GraphRecord {
         file: FileRecord::of(folder, &file)?,
         inputs: stage.inputs(config),
         outputs: stage.outputs(config),
+        functions,
     })
 }
 

@@ -17,10 +17,10 @@ use eqim_export::write::{Options, draft};
 use prost::Message;
 
 const OPTIONS: [Options; 4] = [
-    Options { precision: Precision::Fp32, opset: OLDEST_OPSET, policy: None },
-    Options { precision: Precision::Fp32, opset: NEWEST_OPSET, policy: None },
-    Options { precision: Precision::Fp16, opset: OLDEST_OPSET, policy: None },
-    Options { precision: Precision::Fp16, opset: NEWEST_OPSET, policy: None },
+    Options { precision: Precision::Fp32, opset: OLDEST_OPSET, policy: None, functions: true },
+    Options { precision: Precision::Fp32, opset: NEWEST_OPSET, policy: None, functions: true },
+    Options { precision: Precision::Fp16, opset: OLDEST_OPSET, policy: None, functions: true },
+    Options { precision: Precision::Fp16, opset: NEWEST_OPSET, policy: None, functions: true },
 ];
 
 fn repository() -> PathBuf {

@@ -440,7 +440,7 @@ fn lower<C: Case>(
         known = places(&TensorFile::open(&file)?)?;
     }
 
-    let mut lower = Lower::new(&known, precision, opset);
+    let mut lower = Lower::new(&known, precision, opset, false);
     let inputs: Vec<_> = infos::<C>(kinds).iter().map(|info| lower.input(info)).collect();
     let result = C::run(&mut lower, &inputs)?;
     Ok((lower.finish("case", &[result], &[output]), weights))
@@ -453,7 +453,7 @@ fn compare<Found: Case, Expected: Case>(precision: Precision, opset: i64, kinds:
     let (model, weights) = lower::<Found>(folder.path(), precision, opset, kinds)?;
     let path = folder.path().join("case.onnx");
     eqim::files::write(&path, &model.encode_to_vec())?;
-    let graph = runtime.graph(&path, Some(1), true)?;
+    let graph = runtime.graph(&path, Some(1), true, &[])?;
     let tolerance = if precision == Precision::Fp16 && Found::TOLERANCE > MOVED { HALF } else { Found::TOLERANCE };
 
     let mut random = TorchRng::new(SEED + 1);
@@ -550,7 +550,7 @@ fn stages_use_only_operators_that_are_exercised_and_that_tensorrt_accepts() {
     let destination = folder.path().join("bundle");
     for precision in [Precision::Fp32, Precision::Fp16] {
         for opset in [OLDEST_OPSET, NEWEST_OPSET] {
-            let options = Options { precision, opset, policy: None };
+            let options = Options { precision, opset, policy: None, functions: false };
             let draft = draft(&destination, &config, &weights, options, |_| {}).unwrap();
             let exercised = exercised(precision, opset);
             for stage in Stage::ALL {

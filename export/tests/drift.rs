@@ -45,7 +45,7 @@ fn drift(
     lengths: &[usize],
 ) -> eqim::Result<Drift> {
     let folder = tempfile::tempdir().unwrap();
-    let options = Options { precision, opset: NEWEST_OPSET, policy: None };
+    let options = Options { precision, opset: NEWEST_OPSET, policy: None, functions: true };
     let draft = draft(&folder.path().join("bundle"), config, weights, options, |_| {})?;
     let library = find_onnxruntime().unwrap_or_else(|problem| panic!("{problem}"));
     let reference = CandleEngine::new(config.clone(), reference.clone());

@@ -1,10 +1,11 @@
 //! The flow-matching head that samples a token (reference: `generator/diffloss.py`, `diffusion/flows.py`).
 
-use crate::Result;
 use crate::config::GeneratorConfig;
-use crate::ops::{Dim, Ops, OpsExt, Unary};
+use crate::ops::{Dim, Ops, OpsExt, Unary, function};
+use crate::{Error, Result};
 
-const EPS: f32 = 1e-6;
+/// Constant that the norms of the flow head add to the variance.
+pub const EPS: f32 = 1e-6;
 const TIME_BASE: f64 = 10000.0;
 const END: i64 = i64::MAX;
 
@@ -149,7 +150,6 @@ pub fn sample<O: Ops>(
         let condition = o.linear(COND_EMBED, z, dim, flow_dim)?;
         let y = o.add(&time, &condition)?;
         let y = o.reshape(&y, &[Dim::Rest, Dim::Is(flow_dim)])?;
-        let streams = o.reshape(z, &[Dim::Rest, Dim::Of(noise, 0), Dim::Is(dim)])?;
         let mut sequences = vec![];
         for (j, modulation) in modulations(o, config, &y)?.iter().enumerate() {
             let width = if j < config.flow_depth { 3 } else { 2 } * flow_dim;
@@ -160,28 +160,46 @@ pub fn sample<O: Ops>(
             sequences.push(o.reshape(&factors, &[Dim::Rest, Dim::Is(2), one, one])?);
         }
 
-        let sequences: Vec<&O::Tensor> = sequences.iter().collect();
         // The point, and the held value. No solver reads the held value before it is set.
         let state = o.expand(noise, &[Dim::Is(2), batch, width])?;
-        let state = o.fold(&sequences, &state, |o, now, state| {
-            let (modulations, factors) = now.split_at(config.flow_depth + 1);
-            let point = o.slice(state, 0, 0, 1)?;
-            let held = o.slice(state, 0, 1, 2)?;
-            let x = o.reshape(&point, &[Dim::Rest, width])?;
-            let h = o.linear(INPUT_PROJ, &x, embed, flow_dim)?;
-            let h = o.expand(&h, &[Dim::Of(&streams, 0), batch, Dim::Is(flow_dim)])?;
-            let h = o.reshape(&h, &[Dim::Rest, Dim::Is(flow_dim)])?;
-            let v = head(o, config, h, modulations)?;
-            let v = o.reshape(&v, &[Dim::Rest, batch, width])?;
-            let v = guide(o, config, &v, guidance)?;
-            let v = o.reshape(&v, &[one, Dim::Rest, width])?;
-            let point = o.mul(&factors[0], &point)?;
-            let held = o.mul(&factors[1], &held)?;
-            let velocity = o.mul(&factors[2], &v)?;
-            let sum = o.add(&point, &held)?;
-            o.add(&sum, &velocity)
-        })?;
+        let inputs: Vec<&O::Tensor> = sequences.iter().chain([&state, guidance]).collect();
+        let [state] = o.function(function::FLOW_SOLVER, &inputs, |o, inputs| Ok([solve(o, config, inputs)?]))?;
         let point = o.slice(&state, 0, 0, 1)?;
         o.reshape(&point, &[Dim::Rest, width])
+    })
+}
+
+/// Solves the ODE. `inputs` are, for S evaluations and R = G·B rows, the modulations `[S, R, 3W]` of every residual block
+/// and `[S, R, 2W]` of the final layer, the three factors `[S, 2, 1, 1]` of every update, the state `[2, B, E]` and
+/// `guidance [B]`. Returns the last state.
+///
+/// # Errors
+/// Errors of the interpreter.
+fn solve<O: Ops>(o: &mut O, config: &GeneratorConfig, inputs: &[O::Tensor]) -> Result<O::Tensor> {
+    let &GeneratorConfig { flow_dim, flow_depth, embed, .. } = config;
+    let (one, width) = (Dim::Is(1), Dim::Is(embed));
+    let [sequences @ .., state, guidance] = inputs else {
+        return Err(Error::run(function::FLOW_SOLVER, "expected a state and the guidance"));
+    };
+    let sequences: Vec<&O::Tensor> = sequences.iter().collect();
+    o.fold(&sequences, state, |o, now, state| {
+        let (modulations, factors) = now.split_at(flow_depth + 1);
+        let point = o.slice(state, 0, 0, 1)?;
+        let held = o.slice(state, 0, 1, 2)?;
+        let x = o.reshape(&point, &[Dim::Rest, width])?;
+        let h = o.linear(INPUT_PROJ, &x, embed, flow_dim)?;
+        // Both streams share the token.
+        let rows = o.reshape(&modulations[flow_depth], &[Dim::Rest, Dim::Of(state, 1), Dim::Is(2 * flow_dim)])?;
+        let h = o.expand(&h, &[Dim::Of(&rows, 0), Dim::Of(state, 1), Dim::Is(flow_dim)])?;
+        let h = o.reshape(&h, &[Dim::Rest, Dim::Is(flow_dim)])?;
+        let v = head(o, config, h, modulations)?;
+        let v = o.reshape(&v, &[Dim::Rest, Dim::Of(state, 1), width])?;
+        let v = guide(o, config, &v, guidance)?;
+        let v = o.reshape(&v, &[one, Dim::Rest, width])?;
+        let point = o.mul(&factors[0], &point)?;
+        let held = o.mul(&factors[1], &held)?;
+        let velocity = o.mul(&factors[2], &v)?;
+        let sum = o.add(&point, &held)?;
+        o.add(&sum, &velocity)
     })
 }

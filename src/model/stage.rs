@@ -231,7 +231,7 @@ impl Stage {
                 Ok(flat(prefill.z, prefill.cross))
             }
             Self::Step => {
-                let caches: Vec<KeyValue<O::Tensor>> = pairs(&inputs[2..]);
+                let caches: Vec<KeyValue<O::Tensor>> = KeyValue::pairs(&inputs[2..]);
                 let (past, cross) = caches.split_at(g.depth);
                 let step = transformer::step(o, g, &inputs[0], &inputs[1], past, cross)?;
                 Ok(flat(step.z, step.present))
@@ -282,10 +282,6 @@ fn image(config: &Config) -> ValueInfo {
         Dimension::Symbolic(Symbol::Width),
     ];
     value("image", ValueKind::Float, shape)
-}
-
-fn pairs<T: Clone>(caches: &[T]) -> Vec<KeyValue<T>> {
-    caches.as_chunks().0.iter().map(|[key, value]| KeyValue { key: key.clone(), value: value.clone() }).collect()
 }
 
 fn flat<T>(z: T, caches: Vec<KeyValue<T>>) -> Vec<T> {

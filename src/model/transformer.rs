@@ -5,14 +5,16 @@
 //! keys and values of every block. Image tokens `x` then pass through [`step`] one at a time.
 
 use crate::config::GeneratorConfig;
-use crate::ops::{Dim, Dropped, Ops, OpsExt, Unary};
+use crate::ops::{Dim, Dropped, Ops, OpsExt, Unary, function};
 use crate::{Error, Result};
 
 /// Name of the module that projects the tokens at the input.
 pub const Z_PROJ: &str = "z_proj";
 
-const BLOCK_EPS: f32 = 1e-6;
-const CROSS_EPS: f32 = 1e-5;
+/// Constant that the norms of a block add to the variance.
+pub const BLOCK_EPS: f32 = 1e-6;
+/// Constant that the norms of cross-attention add to the variance.
+pub const CROSS_EPS: f32 = 1e-5;
 const ROPE_BASE: f32 = 10000.0;
 
 // Added to the scores of slots that hold no token. It is so low that exp() gives 0, and it is within the range of FP16.
@@ -25,6 +27,13 @@ pub struct KeyValue<T> {
     pub key: T,
     /// Values.
     pub value: T,
+}
+
+impl<T: Clone> KeyValue<T> {
+    /// Keys and values from a list in which they alternate.
+    pub fn pairs(caches: &[T]) -> Vec<Self> {
+        caches.as_chunks().0.iter().map(|[key, value]| Self { key: key.clone(), value: value.clone() }).collect()
+    }
 }
 
 /// Cosines and sines of rotary position embedding, which broadcast against `[B, N, H, hd/2, 1]`.
@@ -277,17 +286,31 @@ pub fn step<O: Ops>(
     let mut x = embed_tokens(o, config, token)?;
     let mut present = Vec::with_capacity(config.depth);
     for i in 0..config.depth {
-        let (next, all) = o.scope(&format!("encoder_blocks.{i}"), |o| {
-            token_block(o, config, &x, 1, &cross[i], Some(&past[i]), &rope, &bias)
+        let inputs = [&x, &past[i].key, &past[i].value, &cross[i].key, &cross[i].value, &rope.cos, &rope.sin, &bias];
+        let [next, key, value] = o.scope(&format!("encoder_blocks.{i}"), |o| {
+            o.function(function::TRANSFORMER_BLOCK, &inputs, |o, inputs| step_block(o, config, inputs))
         })?;
-        let length = window as i64 + 1;
-        let key = o.slice(&all.key, 2, 1, length)?;
-        let value = o.slice(&all.value, 2, 1, length)?;
         present.push(KeyValue { key, value });
         x = next;
     }
     let z = o.layer_norm("encoder_norm", &x, config.dim, BLOCK_EPS)?;
     Ok(Step { z, present })
+}
+
+/// A block of [`step`]. `inputs` are the tokens `[B, D]`, the keys and values of the previous step and of the class, the
+/// cosines and sines `[B, 1, 1, hd/2, 1]`, and the bias `[B, 1, 1, window+1]`. Returns the tokens for the next block, and
+/// the keys and values for the next step.
+fn step_block<O: Ops>(o: &mut O, config: &GeneratorConfig, inputs: &[O::Tensor]) -> Result<[O::Tensor; 3]> {
+    let [x, past @ .., cos, sin, bias] = inputs else {
+        return Err(Error::run(function::TRANSFORMER_BLOCK, "expected 8 inputs"));
+    };
+    let caches: Vec<KeyValue<O::Tensor>> = KeyValue::pairs(past);
+    let rope = Rope { cos: cos.clone(), sin: sin.clone() };
+    let (x, all) = token_block(o, config, x, 1, &caches[1], Some(&caches[0]), &rope, bias)?;
+    let length = config.window as i64 + 1;
+    let key = o.slice(&all.key, 2, 1, length)?;
+    let value = o.slice(&all.value, 2, 1, length)?;
+    Ok([x, key, value])
 }
 
 /// Bias `[B, 1, 1, window+1]` over cache slots. For a row at position p, slot j holds the token at position

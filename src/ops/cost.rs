@@ -283,6 +283,14 @@ impl Ops for Cost {
         Ok(x)
     }
 
+    fn begin_function(&mut self, _name: &str, inputs: &[&Shape]) -> Result<Vec<Shape>> {
+        Ok(inputs.iter().map(|&input| input.clone()).collect())
+    }
+
+    fn end_function(&mut self, outputs: Vec<Shape>) -> Result<Vec<Shape>> {
+        Ok(outputs)
+    }
+
     fn begin_loop(&mut self, sequences: &[&Shape], state: &Shape) -> Result<Counted> {
         let now = sequences.iter().map(|sequence| sequence[1..].to_vec()).collect();
         let iterations = sequences.first().map_or(0, |sequence| sequence[0] as u64);

@@ -253,6 +253,14 @@ impl Ops for Eager<'_> {
         Ok((&x * Tensor::from_vec(mask, x.shape(), x.device())?)?)
     }
 
+    fn begin_function(&mut self, _name: &str, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
+        Ok(inputs.iter().map(|&input| input.clone()).collect())
+    }
+
+    fn end_function(&mut self, outputs: Vec<Tensor>) -> Result<Vec<Tensor>> {
+        Ok(outputs)
+    }
+
     fn begin_loop(&mut self, sequences: &[&Tensor], state: &Tensor) -> Result<Running> {
         let iterations = sequences.first().map_or(Ok(0), |sequence| sequence.dim(0))?;
         let sequences = sequences.iter().map(|&sequence| sequence.clone()).collect();

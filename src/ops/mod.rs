@@ -6,9 +6,10 @@
 
 pub mod cost;
 pub mod eager;
+pub mod function;
 pub mod kernels;
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// Size of one axis of a new shape.
 #[derive(Debug)]
@@ -264,6 +265,20 @@ pub trait Ops: Sized {
     /// If the interpreter fails.
     fn dropout(&mut self, x: Self::Tensor, what: Dropped) -> Result<Self::Tensor>;
 
+    /// Begins a function: a part of the model with a name, which a runtime can replace by one kernel (ONNX
+    /// `FunctionProto`). Returns the inputs as its body sees them. The body uses no other tensors from outside, except
+    /// weights. Model code calls [`OpsExt::function`] instead.
+    ///
+    /// # Errors
+    /// If the interpreter fails.
+    fn begin_function(&mut self, name: &str, inputs: &[&Self::Tensor]) -> Result<Vec<Self::Tensor>>;
+
+    /// Ends the innermost function. Returns the outputs as the code after the function sees them.
+    ///
+    /// # Errors
+    /// If the interpreter fails.
+    fn end_function(&mut self, outputs: Vec<Self::Tensor>) -> Result<Vec<Self::Tensor>>;
+
     /// Begins a loop that updates `state` once for every index of the first axis of `sequences` (ONNX `Loop`). Model
     /// code calls [`OpsExt::fold`] instead.
     ///
@@ -303,6 +318,22 @@ pub trait OpsExt: Ops {
         let result = body(self);
         self.leave();
         result.map_err(|error| error.in_scope(name))
+    }
+
+    /// Runs `body` as the function `name`. It receives the inputs and returns the outputs.
+    ///
+    /// # Errors
+    /// Errors of `body`.
+    fn function<const OUTPUTS: usize>(
+        &mut self,
+        name: &str,
+        inputs: &[&Self::Tensor],
+        body: impl FnOnce(&mut Self, &[Self::Tensor]) -> Result<[Self::Tensor; OUTPUTS]>,
+    ) -> Result<[Self::Tensor; OUTPUTS]> {
+        let inputs = self.begin_function(name, inputs)?;
+        let outputs = body(self, &inputs)?;
+        let outputs = self.end_function(outputs.into())?;
+        outputs.try_into().map_err(|_| Error::run(name, format!("expected {OUTPUTS} outputs")))
     }
 
     /// Calls `body` once for every index `i` of the first axis of `sequences`. Each call receives the `i`-th elements

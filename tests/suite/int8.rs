@@ -62,7 +62,7 @@ fn samples(folder: &Path, engine: &CandleEngine) -> Samples {
 }
 
 /// The model of a fixture and its calibration table.
-fn calibrated(fixture: &Fixture) -> (CandleEngine, Table) {
+pub fn calibrated(fixture: &Fixture) -> (CandleEngine, Table) {
     let engine = fixture.engine(WeightSet::Ema);
     let folder = tempfile::tempdir().unwrap();
     write_pictures(folder.path(), &engine);
@@ -105,7 +105,8 @@ fn every_product_alone_is_what_onnx_runtime_computes() {
             for scope in scopes.keys() {
                 let policy = Policy { only: Some(scope.clone()), ..policy.clone() };
                 let folder = tempfile::tempdir().unwrap();
-                let options = Options { precision: Precision::Fp32, opset: NEWEST_OPSET, policy: Some(&policy) };
+                let options =
+                    Options { precision: Precision::Fp32, opset: NEWEST_OPSET, policy: Some(&policy), functions: true };
                 let draft = draft(&folder.path().join("bundle"), config, weights, options, |_| {}).unwrap();
                 let preview = Preview::engine(config, weights, &policy).unwrap();
                 for check in validate_preview(&draft.bundle, &preview, &engine, &library, |_| {}).unwrap() {
@@ -258,7 +259,8 @@ fn dead_channels_and_a_constant_input_run() {
     let reference = CandleEngine::new(config.clone(), weights.clone());
     for policy in policies(&table) {
         let folder = tempfile::tempdir().unwrap();
-        let options = Options { precision: Precision::Fp32, opset: NEWEST_OPSET, policy: Some(&policy) };
+        let options =
+            Options { precision: Precision::Fp32, opset: NEWEST_OPSET, policy: Some(&policy), functions: true };
         let draft = draft(&folder.path().join("bundle"), config, &weights, options, |_| {}).unwrap();
         let preview = Preview::engine(config, &weights, &policy).unwrap();
         let checks = validate_preview(&draft.bundle, &preview, &reference, &library, |_| {}).unwrap();

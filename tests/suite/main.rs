@@ -13,6 +13,7 @@ mod hostile;
 mod int8;
 mod io;
 mod jobs;
+mod kernels;
 mod outpainting;
 mod parity;
 mod properties;

@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::path::Path;
 
-use eqim::bundle::Bundle;
+use eqim::bundle::{Bundle, Int8Target, Precision};
 use eqim::model::{Sizes, Stage};
 use eqim::{Config, Error, Result};
 use ndarray::{Array, Dimension};
@@ -40,6 +40,14 @@ impl Graphs {
         &self.bundle.manifest.model
     }
 
+    /// Functions of a stage that run in kernels. The kernels compute in FP32 and in INT8 for a CPU.
+    fn kernels(&self, stage: Stage) -> Result<&[String]> {
+        let manifest = &self.bundle.manifest;
+        let other = manifest.quantization.as_ref().is_some_and(|found| found.target != Int8Target::Cpu);
+        let fits = manifest.precision == Precision::Fp32 && !other;
+        Ok(if fits { &self.bundle.graph(stage)?.functions } else { &[] })
+    }
+
     pub(super) fn graph(&self, stage: Stage) -> Result<&Graph> {
         let cell = &self.graphs[stage as usize];
         if let Some(graph) = cell.get() {
@@ -49,7 +57,7 @@ impl Graphs {
         // stages that run once per image. Integer operators without prepacking pack their weights in every run.
         let every_token = matches!(stage, Stage::Step | Stage::Flow);
         let packed = every_token || self.bundle.manifest.quantization.is_some();
-        let graph = self.runtime.graph(&self.bundle.graph_path(stage)?, self.threads, packed)?;
+        let graph = self.runtime.graph(&self.bundle.graph_path(stage)?, self.threads, packed, self.kernels(stage)?)?;
         graph.check(&stage.inputs(self.config()), &stage.outputs(self.config()), self.bundle.manifest.precision)?;
         Ok(cell.get_or_init(|| graph))
     }

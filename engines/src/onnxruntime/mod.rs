@@ -1,6 +1,7 @@
 //! The engine that runs the graphs of a bundle on the CPU execution provider of ONNX Runtime.
 
 mod graphs;
+mod kernels;
 mod ports;
 mod runtime;
 mod session;

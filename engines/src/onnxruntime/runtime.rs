@@ -60,11 +60,12 @@ impl Runtime {
     }
 
     /// Loads a graph. `threads` limits the threads of one operator. `prepacking` copies the weights into the layout
-    /// that matrix products read. This takes time and memory once and makes every run faster.
+    /// that matrix products read. This takes time and memory once and makes every run faster. `kernels` are the functions
+    /// that run in kernels of this crate instead of their bodies.
     ///
     /// # Errors
     /// [`Error::run`] if ONNX Runtime refuses the graph.
-    pub fn graph(self, path: &Path, threads: Option<usize>, prepacking: bool) -> Result<Graph> {
+    pub fn graph(self, path: &Path, threads: Option<usize>, prepacking: bool, kernels: &[String]) -> Result<Graph> {
         let name = path.display().to_string();
         let load = || -> Result<ort::session::Session, ort::Error> {
             let builder = ort::session::Session::builder(self.0)?;
@@ -72,6 +73,9 @@ impl Runtime {
                 builder.with_optimization_level(GraphOptimizationLevel::All)?.with_prepacking(prepacking)?;
             if let Some(threads) = threads {
                 builder = builder.with_independent_thread_pool()?.with_intra_threads(threads)?;
+            }
+            if !kernels.is_empty() {
+                builder = builder.with_operators(super::kernels::domain(kernels, threads)?)?;
             }
             builder.commit_from_file(path)
         };

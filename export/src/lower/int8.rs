@@ -1,7 +1,7 @@
 //! Products with weights in INT8, as ONNX nodes.
 
 use eqim::Result;
-use eqim::ops::{Conv, Ops, scoped};
+use eqim::ops::{Conv, Dim, Ops, OpsExt, function, scoped};
 use eqim_calibration::int8::{Affine, Int8};
 
 use super::{Lower, Value};
@@ -15,6 +15,11 @@ pub fn weight_name(weight: &str) -> String {
 /// Name of a weight's scales, one per output channel.
 pub fn scale_name(weight: &str) -> String {
     format!("{weight}.scale")
+}
+
+/// Name of the sums of a weight's levels, one per output channel.
+pub fn sum_name(weight: &str) -> String {
+    format!("{weight}.sum")
 }
 
 /// Name of a bias in 32-bit integers.
@@ -34,6 +39,41 @@ impl Lower<'_> {
         let (levels, scale) = self.weight_levels()?;
         let axis = vec![AttributeProto::int("axis", 0)];
         Ok(self.node("DequantizeLinear", &[&levels, &scale], axis, scale.data_type))
+    }
+
+    /// Quantizes every row of `x [rows, in]` by its own range, which includes 0. Returns the levels, and the scales and
+    /// zero points `[rows, 1]`, both as floating-point numbers.
+    fn quantize_rows(&mut self, x: &Value) -> Result<(Value, Value, Value)> {
+        let float = DataType::Float;
+        let [zero, one, levels] = [0.0, 1.0, 255.0].map(|value| self.floats(&[], &[value]));
+        let end = |lower: &mut Self, reduce: &str, limit: &str| {
+            let (inputs, mut attributes) = (vec![x.clone()], vec![AttributeProto::int("keepdims", 1)]);
+            // The axes became an input in opset 18.
+            let inputs = if lower.opset < 18 {
+                attributes.push(AttributeProto::ints("axes", [1]));
+                inputs
+            } else {
+                [inputs, vec![lower.integers(&[1], &[1])]].concat()
+            };
+            let end = lower.node(reduce, &inputs.iter().collect::<Vec<_>>(), attributes, float);
+            lower.node(limit, &[&end, &zero], vec![], float)
+        };
+        let (low, high) = (end(self, "ReduceMin", "Min"), end(self, "ReduceMax", "Max"));
+        let range = self.sub(&high, &low)?;
+        let scale = self.node("Div", &[&range, &levels], vec![], float);
+        let is_zero = self.node("Equal", &[&range, &zero], vec![], DataType::Bool);
+        let scale = self.node("Where", &[&is_zero, &one, &scale], vec![], float);
+        let round = |lower: &mut Self, x: &Value| {
+            let x = lower.node("Div", &[x, &scale], vec![], float);
+            lower.node("Round", &[&x], vec![], float)
+        };
+        let shift = round(self, &low);
+        let shift = self.node("Neg", &[&shift], vec![], float);
+        let shift = self.clamp(&shift, 0.0, 255.0)?;
+        let x = round(self, x);
+        let x = self.add(&x, &shift)?;
+        let x = self.clamp(&x, 0.0, 255.0)?;
+        Ok((self.cast(&x, DataType::Uint8), scale, shift))
     }
 
     /// Scale and zero point of an unsigned quantization.
@@ -71,18 +111,27 @@ impl Int8 for Lower<'_> {
         Ok(self.computed("Conv", &[&x, &weight, &bias], vec![]))
     }
 
-    fn dynamic_gemm(&mut self, x: &Value, _input: usize, output: usize) -> Result<Value> {
-        let (float, byte) = (DataType::Float, DataType::Uint8);
-        let bias = self.param("bias", &[output])?;
-        let (levels, scale) = self.weight_levels()?;
-        let outputs = [("output", byte), ("scale", float), ("zero_point", byte)];
-        let [x, x_scale, x_zero] = self.node_of("DynamicQuantizeLinear", &[x], vec![], outputs);
-        let zero = self.initializer(DataType::Int8, &[], vec![0]);
-        let sums = self.node("MatMulInteger", &[&x, &levels, &x_zero, &zero], vec![], DataType::Int32);
-        let sums = self.cast(&sums, float);
-        let scale = self.node("Mul", &[&x_scale, &scale], vec![], float);
-        let y = self.node("Mul", &[&sums, &scale], vec![], float);
-        Ok(self.node("Add", &[&y, &bias], vec![], float))
+    fn dynamic_gemm(&mut self, x: &Value, input: usize, output: usize) -> Result<Value> {
+        let [y] = self.function(function::DYNAMIC_LINEAR, &[x], |lower, inputs| {
+            let weight = scoped(&lower.scope, "weight");
+            let levels = lower.stored(&weight_name(&weight))?;
+            let sums = lower.stored(&sum_name(&weight))?;
+            let scale = lower.stored(&scale_name(&weight))?;
+            let bias = lower.param("bias", &[output])?;
+            let (x, x_scale, x_zero) = lower.quantize_rows(&inputs[0])?;
+            // From blocks [out/lanes, in/group, lanes, group] to [in, out].
+            let levels = lower.permute(&levels, &[1, 3, 0, 2])?;
+            let levels = lower.reshape(&levels, &[Dim::Is(input), Dim::Is(output)])?;
+            let products = lower.node("MatMulInteger", &[&x, &levels], vec![], DataType::Int32);
+            let x_zero = lower.cast(&x_zero, DataType::Int32);
+            let shift = lower.node("Mul", &[&x_zero, &sums], vec![], DataType::Int32);
+            let products = lower.node("Sub", &[&products, &shift], vec![], DataType::Int32);
+            let products = lower.cast(&products, DataType::Float);
+            let scale = lower.mul(&x_scale, &scale)?;
+            let y = lower.mul(&products, &scale)?;
+            Ok([lower.add(&y, &bias)?])
+        })?;
+        Ok(y)
     }
 
     fn integer_conv(&mut self, x: &Value, conv: Conv, (input, output): (Affine, Affine)) -> Result<Value> {

@@ -45,7 +45,13 @@ pub fn check_weights(bundle: &Bundle, precision: Precision) -> Result<()> {
 pub fn lowered(bundle: &Bundle, weights: &Weights, precision: Precision, policy: Option<&Policy>) -> Result<Draft> {
     let manifest = &bundle.manifest;
     let opset = if precision == Precision::Bf16 { BF16_OPSET } else { manifest.opset };
-    write::draft(&bundle.folder, &manifest.model, weights, Options { precision, opset, policy }, |_| {})
+    write::draft(
+        &bundle.folder,
+        &manifest.model,
+        weights,
+        Options { precision, opset, policy, functions: false },
+        |_| {},
+    )
 }
 
 /// Engines in a temporary folder next to the bundle, not yet in it. The folder is deleted if this is dropped.

@@ -8,6 +8,7 @@ use eqim::bundle::{FileRecord, Precision, Quantization};
 use eqim::checkpoint::tensors::Values;
 use eqim::checkpoint::{self, StoredConfig};
 use eqim::model::Stage;
+use eqim::ops::function::{GROUP, LANES, block_order};
 use eqim::weights::Weights;
 use eqim::{Config, Result};
 use eqim_calibration::int8::{Rounded, round_bias, round_weight};
@@ -15,7 +16,7 @@ use eqim_calibration::{Policy, QuantizationPlan, Scheme, levels};
 use safetensors::Dtype;
 
 use super::convert::convert;
-use crate::lower::int8::{bias_name, scale_name, weight_name};
+use crate::lower::int8::{bias_name, scale_name, sum_name, weight_name};
 
 /// Scopes in INT8 with their schemes. A scope that several stages use has the same weights in all of them.
 fn schemes(plans: &BTreeMap<Stage, QuantizationPlan>) -> BTreeMap<&str, Scheme> {
@@ -59,6 +60,9 @@ pub fn write_weights(
             let bytes = biases.flat_map(i32::to_le_bytes).collect();
             stored.push((bias_name(&bias), Values::Raw { dtype: Dtype::I32, shape: vec![values.len()], bytes }));
         }
+        if scheme == Scheme::Dynamic {
+            stored.push((sum_name(&weight), sums(&rounded)));
+        }
         let scales = Tensor::from_slice(&rounded.scales, rounded.scales.len(), &candle_core::Device::Cpu)?;
         let name = scale_name(&weight);
         stored.push((name.clone(), Values::Tensor(convert(&name, &scales, precision)?)));
@@ -70,15 +74,24 @@ pub fn write_weights(
     checkpoint::write_values(path, &config, &stored)
 }
 
-/// Levels of a weight in the layout that its operator requires: `[in, out]` for `MatMulInteger`, and the layout of the
+/// Levels of a weight in the layout that its operator requires: blocks for `DynamicLinear`, and the layout of the
 /// checkpoint for all others.
 fn integers(rounded: Rounded, shape: &[usize], scheme: Scheme) -> Values {
     let (shape, levels) = match (scheme, shape) {
         (Scheme::Dynamic, &[outputs, inputs]) => {
-            let transposed = (0..inputs * outputs).map(|i| rounded.levels[i % outputs * inputs + i / outputs]);
-            (vec![inputs, outputs], transposed.collect())
+            let levels = block_order(outputs, inputs).map(|index| rounded.levels[index]).collect();
+            (vec![outputs / LANES, inputs / GROUP, LANES, GROUP], levels)
         }
         _ => (shape.to_vec(), rounded.levels),
     };
     Values::Raw { dtype: Dtype::I8, shape, bytes: levels.into_iter().map(i8::cast_unsigned).collect() }
+}
+
+/// Sums of the levels of every output channel, `[1, out]`. (ONNX's checker reads integers with one axis as shapes, which
+/// cannot be in another file.)
+fn sums(rounded: &Rounded) -> Values {
+    let channels = rounded.scales.len();
+    let sum = |channel: &[i8]| channel.iter().map(|&level| i32::from(level)).sum::<i32>();
+    let sums = rounded.levels.chunks(rounded.levels.len() / channels).map(sum);
+    Values::Raw { dtype: Dtype::I32, shape: vec![1, channels], bytes: sums.flat_map(i32::to_le_bytes).collect() }
 }

@@ -18,7 +18,7 @@ use crate::target::{Hostile, Target};
 pub(super) fn all() -> Result<Vec<Box<dyn Target>>> {
     let place = Place::new()?;
     let folder = place.path("bundle");
-    let options = Options { precision: Precision::Fp32, opset: 20, policy: None };
+    let options = Options { precision: Precision::Fp32, opset: 20, policy: None, functions: true };
     let bundle = draft(&folder, &small::config(), &small::weights()?, options, |_| {})?.publish()?;
     let path = bundle.folder.join(CONFIG_FILE);
     let seed = files::read(&path)?;

@@ -14,6 +14,7 @@ use conv::Conv3x3;
 use norm::GroupNorm;
 use pad::PadReflect;
 use silu::Silu;
+pub use silu::exp;
 
 use candle_core::{DType, Result, Tensor};
 

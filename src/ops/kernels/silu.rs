@@ -60,7 +60,7 @@ fn sigmoid(x: f32) -> f32 {
 /// of the exponent, and a polynomial gives the rest (Cephes' `expf`). The standard library's function needs one call
 /// per element.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
     let power = (x * std::f32::consts::LOG2_E + 0.5).floor();
     // ln 2 is split into two parts. The first has few bits, so that its product with `power` is exact.

@@ -1,5 +1,7 @@
 //! The candidates of the benchmark, and the runs of each.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::time::Instant;
 
 use eqim::close::{Tolerance, close, largest_difference, relative_error};
@@ -8,14 +10,16 @@ use eqim::generate::generate;
 use eqim::model::Stage;
 use eqim::request::condition::{ClassMix, ClassSchedule};
 use eqim::request::solver::Tableau;
-use eqim::request::timing::CallTimes;
 use eqim::request::{Generated, Request};
 use eqim::{Config, Error, Result};
 use ndarray::{Array2, Array3, s};
 use serde::Serialize;
 
+use super::probe::Probe;
+use super::probed::Probed;
 use super::pytorch::PyTorch;
-use super::workload::{TimedBatch, Workload};
+use super::roofline::Work;
+use super::workload::{Calls, TimedBatch, Workload};
 use eqim::bundle::Bundle;
 
 /// A candidate of the benchmark.
@@ -63,22 +67,72 @@ impl Candidate {
         !bundle.manifest.is_fp32()
     }
 
-    /// Generates the images.
+    /// Generates the images. The limits of the machine are measured for bundles on the CPU, if there is a probe.
     ///
     /// # Errors
     /// If the engine fails.
-    pub fn run(&self, work: &Workload) -> Result<TimedBatch> {
-        let engine = match self {
-            Self::Bundle(_, engine, _) | Self::Reference(engine) => engine,
+    pub fn run(&self, work: &Workload, probe: Option<&RefCell<Probe>>) -> Result<TimedBatch> {
+        let (engine, probe) = match self {
+            Self::Bundle(_, engine, _) => (engine, probe),
+            Self::Reference(engine) => (engine, None),
             Self::PyTorch(pytorch) => return pytorch.run(work),
         };
+        let engine = Probed::new(engine.as_ref(), probe, self.stored(&work.request)?);
         let start = Instant::now();
-        let Generated { tokens, times, .. } = generate(engine.as_ref(), &work.request, |_| {})?;
-        let mut decode = CallTimes::default();
-        for row in 0..if work.decode { tokens.dim().0 } else { 0 } {
-            decode.time(|| engine.decode_tokens(tokens.slice(s![row..=row, .., ..])))?;
+        let Generated { tokens, times, .. } = generate(&engine, &work.request, |_| {})?;
+        let mut calls = engine.take();
+        if calls.of(Stage::Flow).is_empty() {
+            calls.add_all(times);
         }
-        Ok(TimedBatch { tokens, times, decode, total: start.elapsed() })
+        for row in 0..if work.decode { tokens.dim().0 } else { 0 } {
+            engine.decode_tokens(tokens.slice(s![row..=row, .., ..]))?;
+        }
+        calls.extend(engine.take());
+        Ok(TimedBatch { tokens, calls, total: start.elapsed() - engine.probing() })
+    }
+
+    /// Work of one call of a stage. The decoder runs one image per call, and the prefill computes each class once.
+    /// `None` for a reference, whose algorithm has no stages.
+    ///
+    /// # Errors
+    /// If the configuration is not consistent.
+    pub fn work(&self, stage: Stage, request: &Request) -> Result<Option<Work>> {
+        let Self::Bundle(bundle, ..) = self else { return Ok(None) };
+        let (batch, guided) = (request.classes.len(), request.cfg != 1.0);
+        let classes = batch.min(bundle.manifest.model.generator.class_num);
+        let rows = match stage {
+            Stage::Prefill => classes + usize::from(guided),
+            Stage::Step | Stage::Flow => batch * if guided { 2 } else { 1 },
+            Stage::Decoder | Stage::Encoder => 1,
+        };
+        Work::new(bundle, stage, rows, request.tokens, request.solver.evaluations(request.steps)).map(Some)
+    }
+
+    /// Bytes of the weights of every stage.
+    fn stored(&self, request: &Request) -> Result<BTreeMap<Stage, u64>> {
+        let stored = |stage| Ok((stage, self.work(stage, request)?.map_or(0, |work| work.stored)));
+        Stage::ALL.into_iter().map(stored).collect()
+    }
+
+    /// Runs one stage repeatedly, on arbitrary inputs, while `more` returns true for the number of calls so far. Returns
+    /// the calls.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn run_stage(
+        &self,
+        stage: Stage,
+        request: &Request,
+        probe: Option<&RefCell<Probe>>,
+        mut more: impl FnMut(usize) -> bool,
+    ) -> Result<Calls> {
+        let Self::Bundle(_, engine, _) = self else { return Ok(Calls::default()) };
+        let engine = Probed::new(engine.as_ref(), probe, self.stored(request)?);
+        run_stage(&engine, stage, request, || more(engine.count(stage)))?;
+        let mut calls = engine.take();
+        // A step needs a prefill, which is not measured.
+        calls.0.retain(|of, _| *of == stage);
+        Ok(calls)
     }
 
     /// Compares tokens with expected tokens. `exactly` is set if both candidates solve the ODE in the same way.
@@ -90,17 +144,8 @@ impl Candidate {
     }
 }
 
-/// Runs one stage of an engine repeatedly, on arbitrary inputs, while `more` returns true. Returns the time of each
-/// call.
-///
-/// # Errors
-/// If the engine fails.
-pub fn stage_times(
-    engine: &dyn Engine,
-    stage: Stage,
-    request: &Request,
-    mut more: impl FnMut(&CallTimes) -> bool,
-) -> Result<CallTimes> {
+/// Runs one stage of an engine repeatedly, on arbitrary inputs, while `more` returns true.
+fn run_stage(engine: &dyn Engine, stage: Stage, request: &Request, mut more: impl FnMut() -> bool) -> Result<()> {
     let config: &Config = engine.config();
     let g = &config.generator;
     let (batch, guided) = (request.classes.len(), request.cfg != 1.0);
@@ -110,39 +155,37 @@ pub fn stage_times(
     let rows: Vec<Row> = labels.iter().map(|&label| Row::new(ClassMix::of(label))).collect();
     let wave =
         |rows: usize, width: usize| Array2::from_shape_fn((rows, width), |(row, i)| ((row * width + i) as f32).sin());
-    let mut calls = CallTimes::default();
     match stage {
         Stage::Prefill => {
-            while more(&calls) {
-                let mut session = engine.session()?;
-                calls.time(|| session.arrange(&rows))?;
+            while more() {
+                engine.session()?.arrange(&rows)?;
             }
         }
         Stage::Step => {
             let (mut session, _) = engine.start(&labels)?;
             let tokens = wave(rows.len(), g.embed);
             let mut position = 0;
-            while more(&calls) {
-                calls.time(|| session.step(tokens.view(), &vec![position; rows.len()]))?;
+            while more() {
+                session.step(tokens.view(), &vec![position; rows.len()])?;
                 position += 1;
             }
         }
         Stage::Flow => {
             let (z, noise) = (wave(rows.len(), g.dim), wave(batch, g.embed));
             let (guidance, tableau) = (vec![request.cfg; batch], Tableau::new(request.solver, request.steps));
-            while more(&calls) {
-                calls.time(|| engine.sample(z.view(), noise.view(), &guidance, &tableau))?;
+            while more() {
+                engine.sample(z.view(), noise.view(), &guidance, &tableau)?;
             }
         }
         Stage::Decoder => {
             let latents =
                 Array3::from_shape_fn((1, request.tokens, g.embed), |(_, n, e)| ((n * g.embed + e) as f32).sin());
             let latents = latents / g.vae_norm as f32;
-            while more(&calls) {
-                calls.time(|| engine.decode(latents.view()))?;
+            while more() {
+                engine.decode(latents.view())?;
             }
         }
         Stage::Encoder => return Err(Error::run("encoder", "is not measured")),
     }
-    Ok(calls)
+    Ok(())
 }

@@ -5,6 +5,7 @@ mod contest;
 mod equivariance;
 mod photos;
 mod probe;
+mod probed;
 mod pytorch;
 mod reference;
 mod report;
@@ -14,6 +15,7 @@ mod statistics;
 mod tiling;
 mod workload;
 
+use std::cell::RefCell;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -36,12 +38,13 @@ use eqim_cli::memory;
 use eqim_engines::onnxruntime::Runtime;
 use eqim_engines::{Options, native};
 use equivariance::Subject;
+use probe::Probe;
 use pytorch::PyTorch;
 use reference::Reference;
 use report::{BenchReport, Case, Measurement, StageMeasurement};
-use roofline::Machine;
+use roofline::Effort;
 use statistics::Summary;
-use workload::{TimedBatch, Workload};
+use workload::{Calls, TimedBatch, Workload};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -58,7 +61,8 @@ fn run(arguments: &Arguments) -> Result<()> {
     check(arguments, &bundles)?;
     let spinner = Spinner::new();
     let candidates = candidates(arguments, bundles, &spinner)?;
-    let mut report = BenchReport { machine: machine()?, ..BenchReport::default() };
+    let probe = probe()?;
+    let mut report = BenchReport::default();
     if arguments.solvers || arguments.tiling || arguments.equivariance {
         let Some(Candidate::Bundle(_, engine, _)) = candidates.first() else { return Ok(()) };
         let request = request(arguments, &config, arguments.batch[0], arguments.tokens[0]);
@@ -75,7 +79,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     } else {
         for &batch in &arguments.batch {
             for &tokens in &arguments.tokens {
-                report.cases.push(case(arguments, &candidates, &mut report.machine, (batch, tokens), &spinner)?);
+                report.cases.push(case(arguments, &candidates, probe.as_ref(), (batch, tokens), &spinner)?);
             }
         }
     }
@@ -172,10 +176,10 @@ fn candidates(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) ->
     Ok(all)
 }
 
-/// Measures the limits of this machine; `None` if ONNX Runtime is not found.
-fn machine() -> Result<Option<Machine>> {
+/// Prepares the measurement of the limits of this machine; `None` if ONNX Runtime is not found.
+fn probe() -> Result<Option<RefCell<Probe>>> {
     match native::find_onnxruntime() {
-        Ok(library) => Machine::measure(Runtime::load(&library)?).map(Some),
+        Ok(library) => Ok(Some(RefCell::new(Probe::new(Runtime::load(&library)?)?))),
         Err(problem) => {
             tracing::warn!("{problem}; the machine's limits are not measured");
             Ok(None)
@@ -200,10 +204,7 @@ fn with_prefix(arguments: &Arguments, config: &Config, request: Request, tail: u
 /// Times of all batches of one candidate.
 #[derive(Default)]
 struct Samples {
-    prefill: CallTimes,
-    step: CallTimes,
-    flow: CallTimes,
-    decode: CallTimes,
+    calls: Calls,
     total: CallTimes,
     first: CallTimes,
     peak: u64,
@@ -212,18 +213,12 @@ struct Samples {
 
 impl Samples {
     fn add(&mut self, image: TimedBatch, whole: bool) {
-        let TimedBatch { tokens, times, decode, total } = image;
-        if whole && let Some(flow) = times.flow.0.first() {
-            let before =
-                times.prefill.total() + if times.prefill.0.is_empty() { times.step.0[0] } else { Duration::ZERO };
-            self.first.0.push(before + *flow);
+        if whole {
+            self.first.0.extend(image.first_token());
         }
-        self.prefill.0.extend(times.prefill.0);
-        self.step.0.extend(times.step.0);
-        self.flow.0.extend(times.flow.0);
-        self.decode.0.extend(decode.0);
-        self.total.0.push(total);
-        self.tokens = Some(tokens);
+        self.calls.extend(image.calls);
+        self.total.0.push(image.total);
+        self.tokens = Some(image.tokens);
     }
 }
 
@@ -231,7 +226,7 @@ impl Samples {
 fn case(
     arguments: &Arguments,
     candidates: &[Candidate],
-    machine: &mut Option<Machine>,
+    probe: Option<&RefCell<Probe>>,
     (batch, tokens): (usize, usize),
     spinner: &Spinner,
 ) -> Result<Case> {
@@ -261,8 +256,8 @@ fn case(
             for (candidate, times) in candidates.iter().zip(&mut all) {
                 spinner.show(format!("{}: {}", candidate.name(), stage.name()));
                 memory::forget_peak();
-                one_stage(arguments, candidate, stage, &ours, times)?;
-                times.peak = memory::peak();
+                times.calls = one_stage(arguments, candidate, stage, &ours, probe)?;
+                times.peak = peak(probe);
             }
         }
         None => {
@@ -276,12 +271,12 @@ fn case(
                 for (candidate, times) in candidates.iter().zip(&mut all) {
                     spinner.show(format!("{}: batch {batch}, {tokens} tokens, round {rounds}", candidate.name()));
                     memory::forget_peak();
-                    let image = candidate.run(&work(candidate))?;
+                    let image = candidate.run(&work(candidate), probe)?;
                     match arguments.tail {
                         Some(tail) => times.add(image.last(tail), false),
                         None => times.add(image, true),
                     }
-                    times.peak = times.peak.max(memory::peak());
+                    times.peak = times.peak.max(peak(probe));
                 }
                 rounds += 1;
             }
@@ -289,7 +284,7 @@ fn case(
     }
     let generated = arguments.tail.unwrap_or(tokens);
     let evaluations = ours.solver.evaluations(ours.steps);
-    let results = measurements(arguments, candidates, all, machine, (&ours, own_way))?;
+    let results = measurements(arguments, candidates, all, (&ours, own_way))?;
     Ok(Case { batch, tokens, generated, cfg: ours.cfg, solver: ours.solver.to_string(), evaluations, results })
 }
 
@@ -299,36 +294,32 @@ fn warm_up(arguments: &Arguments, candidate: &Candidate, work: &Workload) -> Res
     let short = Workload { request, ..work.clone() };
     let start = Instant::now();
     loop {
-        candidate.run(&short)?;
+        candidate.run(&short, None)?;
         if start.elapsed() >= Duration::from_millis(arguments.warm_up) {
             return Ok(());
         }
     }
 }
 
+/// Peak memory of the candidates: that of the process without the buffer of the probe.
+fn peak(probe: Option<&RefCell<Probe>>) -> u64 {
+    memory::peak().saturating_sub(probe.map_or(0, |probe| probe.borrow().bytes()))
+}
+
+/// Measures one stage of a candidate.
 fn one_stage(
     arguments: &Arguments,
     candidate: &Candidate,
     stage: Stage,
     request: &Request,
-    times: &mut Samples,
-) -> Result<()> {
-    let Candidate::Bundle(_, engine, _) = candidate else { return Ok(()) };
+    probe: Option<&RefCell<Probe>>,
+) -> Result<Calls> {
     let start = Instant::now();
     let warm_up = Duration::from_millis(arguments.warm_up);
-    contest::stage_times(engine.as_ref(), stage, request, |calls| calls.0.is_empty() || start.elapsed() < warm_up)?;
+    candidate.run_stage(stage, request, None, |count| count == 0 || start.elapsed() < warm_up)?;
     let start = Instant::now();
     let duration = Duration::from_secs(arguments.duration);
-    let calls = contest::stage_times(engine.as_ref(), stage, request, |calls| {
-        calls.0.len() < arguments.iterations || start.elapsed() < duration
-    })?;
-    match stage {
-        Stage::Prefill => times.prefill = calls,
-        Stage::Step => times.step = calls,
-        Stage::Flow => times.flow = calls,
-        Stage::Decoder | Stage::Encoder => times.decode = calls,
-    }
-    Ok(())
+    candidate.run_stage(stage, request, probe, |count| count < arguments.iterations || start.elapsed() < duration)
 }
 
 /// Summarizes the times of all candidates. Ratios are relative to the first candidate.
@@ -336,25 +327,17 @@ fn measurements(
     arguments: &Arguments,
     candidates: &[Candidate],
     all: Vec<Samples>,
-    machine: &mut Option<Machine>,
     (request, own_way): (&Request, bool),
 ) -> Result<Vec<Measurement>> {
     let rounds = all[0].total.0.len().max(1) as f64;
     let mut results: Vec<Measurement> = vec![];
     for (index, (candidate, times)) in candidates.iter().zip(&all).enumerate() {
         let mut stages = vec![];
-        let calls = [
-            (Stage::Prefill, &times.prefill),
-            (Stage::Step, &times.step),
-            (Stage::Flow, &times.flow),
-            (Stage::Decoder, &times.decode),
-        ];
-        for (stage, calls) in calls {
-            let Some(call) = Summary::new(&calls.0, &arguments.percentiles) else { continue };
-            let effort = match (candidate, machine.as_mut()) {
-                (Candidate::Bundle(bundle, ..), Some(machine)) => Some(effort(bundle, machine, stage, request)?),
-                _ => None,
-            };
+        for stage in Stage::ALL {
+            let calls = times.calls.of(stage);
+            let seconds: Vec<Duration> = calls.iter().map(|call| call.time).collect();
+            let Some(call) = Summary::new(&seconds, &arguments.percentiles) else { continue };
+            let effort = candidate.work(stage, request)?.and_then(|work| Effort::new(&work, calls));
             stages.push(StageMeasurement { stage: stage.name(), calls: call.count as f64 / rounds, call, effort });
         }
         let batch = Summary::new(&times.total.0, &arguments.percentiles);
@@ -379,16 +362,4 @@ fn measurements(
         });
     }
     Ok(results)
-}
-
-/// Effort of one call of a stage. The decoder runs one image per call, and the prefill computes each class once.
-fn effort(bundle: &Bundle, machine: &mut Machine, stage: Stage, request: &Request) -> Result<roofline::Effort> {
-    let (batch, guided) = (request.classes.len(), request.cfg != 1.0);
-    let classes = batch.min(bundle.manifest.model.generator.class_num);
-    let rows = match stage {
-        Stage::Prefill => classes + usize::from(guided),
-        Stage::Step | Stage::Flow => batch * if guided { 2 } else { 1 },
-        Stage::Decoder | Stage::Encoder => 1,
-    };
-    machine.effort(bundle, stage, rows, request.tokens, request.solver.evaluations(request.steps))
 }

@@ -7,15 +7,16 @@ use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
+use eqim::model::Stage;
 use eqim::request::condition::ClassSchedule;
-use eqim::request::timing::{CallTimes, StageTimes};
+use eqim::request::timing::CallTimes;
 use eqim::{Error, Result, ResultExt};
 use ndarray::Array3;
 use serde::Deserialize;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::workload::{TimedBatch, Workload};
+use super::workload::{Calls, TimedBatch, Workload};
 
 const SCRIPT: &str = include_str!("../../../../benches/pytorch/reference.py");
 
@@ -114,10 +115,13 @@ impl PyTorch {
         let values = bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
         let shape = (request.classes.len(), request.tokens, self.embed);
         let tokens = Array3::from_shape_vec(shape, values).or_run("PyTorch")?;
-        let calls = |seconds: &[f64]| CallTimes(seconds.iter().map(|&time| Duration::from_secs_f64(time)).collect());
-        let times = StageTimes { step: calls(&answer.step), flow: calls(&answer.flow), ..StageTimes::default() };
-        let total = Duration::from_secs_f64(answer.total);
-        Ok(TimedBatch { tokens, times, decode: calls(&answer.decode), total })
+        let mut calls = Calls::default();
+        for (stage, seconds) in
+            [(Stage::Step, answer.step), (Stage::Flow, answer.flow), (Stage::Decoder, answer.decode)]
+        {
+            calls.add(stage, CallTimes(seconds.into_iter().map(Duration::from_secs_f64).collect()));
+        }
+        Ok(TimedBatch { tokens, calls, total: Duration::from_secs_f64(answer.total) })
     }
 }
 

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::contest::Agreement;
 use super::equivariance::Equivariance;
-use super::roofline::{Effort, Machine};
+use super::roofline::Effort;
 use super::solvers::Solved;
 use super::statistics::{Summary, milliseconds};
 use super::tiling::Tilings;
@@ -15,8 +15,6 @@ use super::tiling::Tilings;
 /// All measurements.
 #[derive(Debug, Default, Serialize)]
 pub struct BenchReport {
-    /// Limits of the machine; `None` if ONNX Runtime is not found.
-    pub machine: Option<Machine>,
     /// One case per batch size and length.
     pub cases: Vec<Case>,
     /// Results of `--solvers`.
@@ -88,13 +86,6 @@ pub struct StageMeasurement {
     pub effort: Option<Effort>,
 }
 
-impl StageMeasurement {
-    /// Limit divided by the median time: 1 means that the stage is as fast as the limit.
-    fn of_limit(&self) -> Option<f64> {
-        self.effort.map(|effort| effort.limit / self.call.median)
-    }
-}
-
 impl Measurement {
     /// Seconds per batch of all stages together.
     fn in_stages(&self) -> f64 {
@@ -118,15 +109,6 @@ impl BenchReport {
     /// The report as text.
     pub fn text(&self) -> String {
         let mut text = String::new();
-        if let Some(machine) = &self.machine {
-            let _ = writeln!(text, "=== This machine ===");
-            let (fp32, int8) = (2e-9 * machine.gemm.fp32, 2e-9 * machine.gemm.int8);
-            let _ =
-                writeln!(text, "products of 1024 × 1024 matrices: {fp32:.0} GFLOP/s in FP32, {int8:.0} GOP/s in INT8");
-            for (megabytes, bandwidth) in &machine.read {
-                let _ = writeln!(text, "repeatedly reading {megabytes} MB: {:.1} GB/s", 1e-9 * bandwidth);
-            }
-        }
         for case in &self.cases {
             case.text(&mut text);
         }
@@ -160,7 +142,8 @@ impl BenchReport {
 }
 
 /// Titles of the columns of [`StageMeasurement::cells`].
-const COLUMNS: [&str; 8] = ["stage", "calls", "median ms", "share", "GB/s", "GFLOP/s", "limit ms", "of limit"];
+const COLUMNS: [&str; 10] =
+    ["stage", "calls", "median ms", "share", "GB/s", "GFLOP/s", "memory GB/s", "limit ms", "of limit", "from … to"];
 
 impl StageMeasurement {
     /// Seconds per batch.
@@ -174,11 +157,14 @@ impl StageMeasurement {
         let share = 100.0 * self.total() / all;
         let mut cells =
             vec![self.stage.into(), format!("{:.0}", self.calls), milliseconds(median), format!("{share:.1} %")];
-        if let Some((effort, of_limit)) = self.effort.zip(self.of_limit()) {
+        if let Some(effort) = self.effort {
+            let percent = |fraction: f64| format!("{:.0} %", 100.0 * fraction);
             cells.push(format!("{:.1}", 1e-9 * effort.bytes / median));
             cells.push(format!("{:.1}", 2e-9 * effort.multiply_adds / median));
+            cells.push(format!("{:.1}", 1e-9 * effort.read));
             cells.push(milliseconds(effort.limit));
-            cells.push(format!("{:.0} %", 100.0 * of_limit));
+            cells.push(percent(effort.of_limit));
+            cells.push(format!("{} … {}", percent(effort.spread.0), percent(effort.spread.1)));
         }
         cells
     }

@@ -1,85 +1,113 @@
 //! Roofline limit of a stage. For every scope, the limit is the time to read its weights or the time to multiply on
 //! this machine, whichever is longer.
 
-use std::collections::BTreeMap;
-
 use eqim::Result;
 use eqim::model::Stage;
+use eqim::request::timing::{median, percentile};
 use serde::Serialize;
 
-use super::probe::{Gemm, read_bandwidth};
+use super::probe::Limits;
+use super::workload::Call;
 use eqim::bundle::Bundle;
-use eqim_engines::onnxruntime::Runtime;
 
-/// Largest buffer to measure the bandwidth with. Larger buffers have the same bandwidth and need more memory.
-const MOST_BYTES: u64 = 512 << 20;
-
-/// Effort of one call of a stage.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Effort {
-    /// Bytes of weights that are read.
-    pub bytes: f64,
-    /// Number of multiply-adds.
-    pub multiply_adds: f64,
-    /// Shortest possible time in seconds.
-    pub limit: f64,
+/// Work of one call of a stage.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Work {
+    /// Bytes of all weights of the stage. The loop of the flow sampler reads some of them repeatedly.
+    pub stored: u64,
+    scopes: Vec<Scope>,
 }
 
-/// Measured limits of this machine.
-#[derive(Clone, Debug, Serialize)]
-pub struct Machine {
-    /// Multiply-adds per second.
-    pub gemm: Gemm,
-    /// Read bandwidth in bytes per second, by size of the buffer in megabytes.
-    pub read: BTreeMap<u64, f64>,
+/// Work of one scope.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Scope {
+    bytes: f64,
+    multiply_adds: f64,
+    integer: bool,
 }
 
-impl Machine {
-    /// Measures matrix products. The read bandwidth is measured when it is first needed.
-    ///
-    /// # Errors
-    /// [`eqim::Error::run`] if ONNX Runtime fails.
-    pub fn measure(runtime: Runtime) -> Result<Self> {
-        Ok(Self { gemm: Gemm::measure(runtime)?, read: BTreeMap::new() })
-    }
-
-    /// Bandwidth in bytes per second when `bytes` are read repeatedly, rounded up to a power of two.
-    fn read(&mut self, bytes: u64) -> f64 {
-        let bytes = bytes.clamp(1 << 20, MOST_BYTES).next_power_of_two();
-        *self.read.entry(bytes >> 20).or_insert_with(|| read_bandwidth(bytes as usize))
-    }
-
-    /// Effort of a call of a stage with `rows` rows, `tokens` tokens and `evaluations` evaluations of the velocity.
+impl Work {
+    /// Work of a call of a stage with `rows` rows, `tokens` tokens and `evaluations` evaluations of the velocity.
     ///
     /// # Errors
     /// If the configuration is not consistent.
-    pub fn effort(
-        &mut self,
-        bundle: &Bundle,
-        stage: Stage,
-        rows: usize,
-        tokens: usize,
-        evaluations: usize,
-    ) -> Result<Effort> {
+    pub fn new(bundle: &Bundle, stage: Stage, rows: usize, tokens: usize, evaluations: usize) -> Result<Self> {
         let manifest = &bundle.manifest;
         let cost = stage.cost(&manifest.model, rows, tokens, evaluations)?;
-        let integer = |scope: &str| {
+        let is_integer = |scope: &str| {
             let quantization = manifest.quantization.as_ref();
             quantization
                 .is_some_and(|it| it.stages.iter().any(|name| name == stage.name()) && it.scopes.contains(scope))
         };
         let float_bytes = manifest.precision.dtype().bitsize() as f64 / 8.0;
-        let bytes = |scope: &str| if integer(scope) { 1.0 } else { float_bytes };
-        let stored: f64 = cost.rows().iter().map(|(scope, row)| bytes(scope) * row.parameters as f64).sum();
-        let bandwidth = self.read(stored as u64);
-        let mut effort = Effort::default();
+        let (mut stored, mut scopes) = (0.0, vec![]);
         for (scope, row) in cost.rows() {
-            let gemm = if integer(scope) { self.gemm.int8 } else { self.gemm.fp32 };
-            let (read, multiply_adds) = (bytes(scope) * row.weights_read as f64, row.multiply_adds as f64);
-            effort.bytes += read;
-            effort.multiply_adds += multiply_adds;
-            effort.limit += (read / bandwidth).max(multiply_adds / gemm);
+            let integer = is_integer(scope);
+            let size = if integer { 1.0 } else { float_bytes };
+            stored += size * row.parameters as f64;
+            let (bytes, multiply_adds) = (size * row.weights_read as f64, row.multiply_adds as f64);
+            scopes.push(Scope { bytes, multiply_adds, integer });
         }
-        Ok(effort)
+        Ok(Self { stored: stored as u64, scopes })
+    }
+
+    /// Bytes of weights that are read.
+    pub fn bytes(&self) -> f64 {
+        self.scopes.iter().map(|scope| scope.bytes).sum()
+    }
+
+    /// Number of multiply-adds.
+    pub fn multiply_adds(&self) -> f64 {
+        self.scopes.iter().map(|scope| scope.multiply_adds).sum()
+    }
+
+    /// Shortest possible time in seconds.
+    pub fn limit(&self, limits: &Limits) -> f64 {
+        let time = |scope: &Scope| {
+            let gemm = if scope.integer { limits.int8 } else { limits.fp32 };
+            (scope.bytes / limits.read).max(scope.multiply_adds / gemm)
+        };
+        self.scopes.iter().map(time).sum()
+    }
+}
+
+/// Effort of the calls of a stage, and their distance from the limits that were measured before and after each call.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Effort {
+    /// Bytes of weights that a call reads.
+    pub bytes: f64,
+    /// Number of multiply-adds of a call.
+    pub multiply_adds: f64,
+    /// Shortest possible time in seconds: median over the calls.
+    pub limit: f64,
+    /// Bytes per second at which memory was read before and after the calls: median.
+    pub read: f64,
+    /// Limit divided by time, of each call: the median. 1 means that the stage is as fast as the limit.
+    pub of_limit: f64,
+    /// The 10th and the 90th percentile of `of_limit`.
+    pub spread: (f64, f64),
+}
+
+impl Effort {
+    /// Effort of the calls of a stage; `None` if no limits were measured.
+    pub fn new(work: &Work, calls: &[Call]) -> Option<Self> {
+        let measured = || calls.iter().filter_map(|call| Some((call.time.as_secs_f64(), call.limits?)));
+        let mut reads: Vec<f64> = measured().flat_map(|(_, limits)| limits.map(|limits| limits.read)).collect();
+        // The median of the two neighbours of a call is their mean.
+        let limit = |[before, after]: [Limits; 2]| (work.limit(&before) + work.limit(&after)) / 2.0;
+        let mut limits: Vec<f64> = measured().map(|(_, neighbours)| limit(neighbours)).collect();
+        let mut fractions: Vec<f64> = measured().map(|(time, neighbours)| limit(neighbours) / time).collect();
+        if fractions.is_empty() {
+            return None;
+        }
+        fractions.sort_by(f64::total_cmp);
+        Some(Self {
+            bytes: work.bytes(),
+            multiply_adds: work.multiply_adds(),
+            limit: median(&mut limits),
+            read: median(&mut reads),
+            of_limit: percentile(&fractions, 50.0),
+            spread: (percentile(&fractions, 10.0), percentile(&fractions, 90.0)),
+        })
     }
 }

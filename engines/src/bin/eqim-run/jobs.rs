@@ -43,8 +43,11 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     let folder = arguments.output.as_deref().ok_or_else(missing)?;
     let bundle = Bundle::open(&arguments.engine)?;
     outputs::prepare_folder(folder, &bundle.folder)?;
-    let is_dynamic = bundle.manifest.quantization.as_ref().is_some_and(|it| it.target == Int8Target::Cpu);
-    if is_dynamic && arguments.max_batch > 1 {
+    let manifest = &bundle.manifest;
+    let is_dynamic = manifest.quantization.as_ref().is_some_and(|it| it.target == Int8Target::Cpu);
+    // Graphs of older versions quantize the rows of a batch together, and have no functions.
+    let is_old = manifest.graphs.values().all(|graph| graph.functions.is_empty());
+    if is_dynamic && is_old && arguments.max_batch > 1 {
         let effect = "rows of a batch share the ranges of dynamic quantization, so images differ within INT8's error";
         tracing::warn!("{}: {effect} from those of --max-batch 1", bundle.folder.display());
     }

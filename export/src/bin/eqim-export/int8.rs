@@ -115,8 +115,10 @@ impl Int8 {
             );
             return Err(Error::input("--opset", problem));
         }
+        // The kernels of functions compute in FP32 and in INT8 for a CPU.
+        let functions = policy.target == Int8Target::Cpu;
         let write = |policy: Option<&Policy>, precision| {
-            let options = Options { policy, precision, ..options };
+            let options = Options { policy, precision, functions, ..options };
             write::draft(output, config, weights, options, |file| say(format_args!("writing {file}")))
         };
         let Some(library) = library else { return write(Some(&policy), options.precision) };

@@ -212,7 +212,7 @@ pub fn run(arguments: &Onnx) -> Result<()> {
         let text = String::from_utf8(files::read(file)?).or_input("is not text in UTF-8").map_err(about)?;
         config.generator.name_classes(&text).map_err(about)?;
     }
-    let options = Options { precision, opset: arguments.opset, policy: None };
+    let options = Options { precision, opset: arguments.opset, policy: None, functions: precision == Precision::Fp32 };
     let mut draft = match arguments.int8.policy(&config, &weights, arguments.int8_target)? {
         Some(policy) => {
             arguments.int8.draft(&arguments.output, &config, &weights, options, policy, library.as_deref())?
