@@ -51,8 +51,14 @@ pub struct Product<'a> {
     pub shape: &'a [usize],
 }
 
-/// Default stages of `--int8`: the stages that take most of the time of every image.
-pub const STAGES: [Stage; 3] = [Stage::Step, Stage::Flow, Stage::Decoder];
+/// Default stages of `--int8`. On a CPU these are all stages, because prefill and step share weights, which then are stored
+/// once. For TensorRT they are the stages that take most of the time of every image.
+pub fn default_stages(target: Int8Target) -> &'static [Stage] {
+    match target {
+        Int8Target::Cpu => &Stage::ALL,
+        Int8Target::TensorRt => &[Stage::Step, Stage::Flow, Stage::Decoder],
+    }
+}
 
 /// Minimum number of input and output channels. Smaller products are not quantized.
 const NARROW: usize = 16;

@@ -3,9 +3,11 @@
 pub mod candle;
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4};
 
+use crate::model::Stage;
 use crate::request::PreparedRequest;
 use crate::request::condition::ClassMix;
 use crate::request::solver::Tableau;
@@ -19,6 +21,11 @@ pub trait Engine {
 
     /// Name of the engine, for display.
     fn name(&self) -> &str;
+
+    /// How long each stage took to open, if the engine opens stages separately. They may have opened side by side.
+    fn opening(&self) -> Vec<(Stage, Duration)> {
+        vec![]
+    }
 
     /// Creates an empty batch.
     ///

@@ -13,6 +13,8 @@ pub type Shape = Vec<usize>;
 pub struct Row {
     /// Multiply-adds of matrix products and convolutions.
     pub multiply_adds: u64,
+    /// Matrix products and convolutions, counted in every iteration of a loop.
+    pub products: u64,
     /// Elements of the weights that are first used in this scope.
     pub parameters: u64,
     /// Elements of the weights that are read, counted in every iteration of a loop.
@@ -25,6 +27,7 @@ impl std::ops::AddAssign for Row {
     fn add_assign(&mut self, other: Self) {
         // Sizes of a configuration that no machine can run would overflow.
         self.multiply_adds = self.multiply_adds.saturating_add(other.multiply_adds);
+        self.products = self.products.saturating_add(other.products);
         self.parameters = self.parameters.saturating_add(other.parameters);
         self.weights_read = self.weights_read.saturating_add(other.weights_read);
         self.activations = self.activations.saturating_add(other.activations);
@@ -77,7 +80,7 @@ impl Cost {
 
     fn product(&mut self, shape: Shape, inner: usize) -> Result<Shape> {
         let multiply_adds = elements(&shape).saturating_mul(inner as u64).saturating_mul(self.repeat);
-        self.count(Row { multiply_adds, ..Row::default() });
+        self.count(Row { multiply_adds, products: self.repeat, ..Row::default() });
         self.result(shape)
     }
 }

@@ -2,6 +2,7 @@
 
 use std::cell::OnceCell;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use eqim::bundle::{Bundle, Int8Target, Precision};
 use eqim::model::{Sizes, Stage};
@@ -14,52 +15,60 @@ use super::ports;
 use super::runtime::{Graph, Runtime};
 use super::values::float_output;
 
-/// The loaded graphs of a bundle. The encoder is loaded when it is first used, because few runs need it.
+/// Stages that nearly every run needs. The encoder is opened when it is first used.
+const USUAL: [Stage; 4] = [Stage::Prefill, Stage::Step, Stage::Flow, Stage::Decoder];
+
+/// The opened graphs of a bundle.
 pub(super) struct Graphs {
     pub(super) bundle: Bundle,
     runtime: Runtime,
     threads: Option<usize>,
-    graphs: [OnceCell<Graph>; Stage::ALL.len()],
+    graphs: [OnceCell<Opened>; Stage::ALL.len()],
+}
+
+/// A graph, and the time that it took to open.
+struct Opened {
+    graph: Graph,
+    time: Duration,
 }
 
 impl Graphs {
-    /// Loads the graphs of a bundle with the given library.
+    /// Opens the usual graphs of a bundle with the given library, side by side.
     ///
     /// # Errors
     /// [`Error::run`] if the library or a graph cannot be loaded; [`Error::input`] if a graph is not the one of its stage.
     pub(super) fn new(bundle: &Bundle, library: &Path, threads: Option<usize>) -> Result<Self> {
         let runtime = Runtime::load(library)?;
-        let graphs = Self { bundle: bundle.clone(), runtime, threads, graphs: Default::default() };
-        for stage in [Stage::Prefill, Stage::Step, Stage::Flow, Stage::Decoder] {
-            graphs.graph(stage)?;
+        let open = |stage| open(bundle, runtime, threads, stage);
+        let opened = std::thread::scope(|scope| {
+            let opening = USUAL.map(|stage| scope.spawn(move || open(stage)));
+            opening.map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        });
+        let graphs: [OnceCell<Opened>; Stage::ALL.len()] = Default::default();
+        for (stage, opened) in USUAL.into_iter().zip(opened) {
+            let opened = opened?;
+            graphs[stage as usize].get_or_init(|| opened);
         }
-        Ok(graphs)
+        Ok(Self { bundle: bundle.clone(), runtime, threads, graphs })
+    }
+
+    /// The stages that are open, and the time that each took to open.
+    pub(super) fn opening(&self) -> Vec<(Stage, Duration)> {
+        let time = |stage: Stage| Some((stage, self.graphs[stage as usize].get()?.time));
+        Stage::ALL.into_iter().filter_map(time).collect()
     }
 
     pub(super) fn config(&self) -> &Config {
         &self.bundle.manifest.model
     }
 
-    /// Functions of a stage that run in kernels. The kernels compute in FP32 and in INT8 for a CPU.
-    fn kernels(&self, stage: Stage) -> Result<&[String]> {
-        let manifest = &self.bundle.manifest;
-        let other = manifest.quantization.as_ref().is_some_and(|found| found.target != Int8Target::Cpu);
-        let fits = manifest.precision == Precision::Fp32 && !other;
-        Ok(if fits { &self.bundle.graph(stage)?.functions } else { &[] })
-    }
-
     pub(super) fn graph(&self, stage: Stage) -> Result<&Graph> {
         let cell = &self.graphs[stage as usize];
-        if let Some(graph) = cell.get() {
-            return Ok(graph);
+        if let Some(opened) = cell.get() {
+            return Ok(&opened.graph);
         }
-        // Prepacking takes seconds on the large model and makes a token 1.6 times as fast. It does not pay off for
-        // stages that run once per image. Integer operators without prepacking pack their weights in every run.
-        let every_token = matches!(stage, Stage::Step | Stage::Flow);
-        let packed = every_token || self.bundle.manifest.quantization.is_some();
-        let graph = self.runtime.graph(&self.bundle.graph_path(stage)?, self.threads, packed, self.kernels(stage)?)?;
-        graph.check(&stage.inputs(self.config()), &stage.outputs(self.config()), self.bundle.manifest.precision)?;
-        Ok(cell.get_or_init(|| graph))
+        let opened = open(&self.bundle, self.runtime, self.threads, stage)?;
+        Ok(&cell.get_or_init(|| opened).graph)
     }
 
     /// Runs a stage. The outputs have the types and, for these sizes of the symbols, the shapes of the stage's outputs.
@@ -82,4 +91,26 @@ impl Graphs {
         let output = outputs.first().ok_or_else(|| Error::run(stage.name(), "gave no output"))?;
         float_output(output)
     }
+}
+
+/// Opens the graph of a stage.
+fn open(bundle: &Bundle, runtime: Runtime, threads: Option<usize>, stage: Stage) -> Result<Opened> {
+    let start = Instant::now();
+    let manifest = &bundle.manifest;
+    let functions = kernels(bundle, stage)?;
+    // Prepacking copies weights. It does not pay off for stages that run once per image, nor for kernels, which read the
+    // weights in the file. Integer operators without prepacking pack their weights in every run.
+    let every_token = matches!(stage, Stage::Step | Stage::Flow);
+    let packed = functions.is_empty() && (every_token || manifest.quantization.is_some());
+    let graph = runtime.graph(&bundle.graph_path(stage)?, threads, packed, functions)?;
+    graph.check(&stage.inputs(&manifest.model), &stage.outputs(&manifest.model), manifest.precision)?;
+    Ok(Opened { graph, time: start.elapsed() })
+}
+
+/// Functions of a stage that run in kernels. The kernels compute in FP32 and in INT8 for a CPU.
+fn kernels(bundle: &Bundle, stage: Stage) -> Result<&[String]> {
+    let manifest = &bundle.manifest;
+    let other = manifest.quantization.as_ref().is_some_and(|found| found.target != Int8Target::Cpu);
+    let fits = manifest.precision == Precision::Fp32 && !other;
+    Ok(if fits { &bundle.graph(stage)?.functions } else { &[] })
 }

@@ -9,6 +9,7 @@ mod values;
 mod version;
 
 use std::path::Path;
+use std::time::Duration;
 
 use eqim::bundle::{Bundle, Precision};
 use eqim::engine::{Engine, Session};
@@ -45,6 +46,10 @@ impl Engine for OrtEngine {
 
     fn name(&self) -> &str {
         "ONNX Runtime"
+    }
+
+    fn opening(&self) -> Vec<(Stage, Duration)> {
+        self.graphs.opening()
     }
 
     fn session(&self) -> Result<Box<dyn Session + '_>> {

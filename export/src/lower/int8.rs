@@ -111,7 +111,7 @@ impl Int8 for Lower<'_> {
         Ok(self.computed("Conv", &[&x, &weight, &bias], vec![]))
     }
 
-    fn dynamic_gemm(&mut self, x: &Value, input: usize, output: usize) -> Result<Value> {
+    fn dynamic_gemm(&mut self, x: &Value, _input: usize, output: usize) -> Result<Value> {
         let [y] = self.function(function::DYNAMIC_LINEAR, &[x], |lower, inputs| {
             let weight = scoped(&lower.scope, "weight");
             let levels = lower.stored(&weight_name(&weight))?;
@@ -119,9 +119,10 @@ impl Int8 for Lower<'_> {
             let scale = lower.stored(&scale_name(&weight))?;
             let bias = lower.param("bias", &[output])?;
             let (x, x_scale, x_zero) = lower.quantize_rows(&inputs[0])?;
-            // From blocks [out/lanes, in/group, lanes, group] to [in, out].
+            // From blocks [out/lanes, in/group, lanes, group] to [in, out]. All layers share this function, so its body has no
+            // sizes.
             let levels = lower.permute(&levels, &[1, 3, 0, 2])?;
-            let levels = lower.reshape(&levels, &[Dim::Is(input), Dim::Is(output)])?;
+            let levels = lower.reshape(&levels, &[Dim::Rest, Dim::Of(&scale, 0)])?;
             let products = lower.node("MatMulInteger", &[&x, &levels], vec![], DataType::Int32);
             let x_zero = lower.cast(&x_zero, DataType::Int32);
             let shift = lower.node("Mul", &[&x_zero, &sums], vec![], DataType::Int32);

@@ -10,12 +10,15 @@ use eqim::request::settings::SamplingSettings;
 use eqim_cli::flags::within;
 use eqim_engines::Backend;
 
+use super::predict::Machine;
+
 const EXAMPLES: &str = "\
 Examples:
   eqim-bench --engine bundle --tokens 16,64 --batch 1,4
   eqim-bench --engine fp32 --engine int8 --cfg 7 --stage flow --duration 10
   eqim-bench --engine fp32 --engine int8 --cfg 7 --pytorch EquivariantModeling --python python3 --iterations 1
   eqim-bench --engine bundle --solvers
+  eqim-bench --engine bundle --on l4 --on h100
   eqim-bench --engine bundle --tiling --tokens 512
   eqim-bench --engine bundle --equivariance --images photos --plot equivariance.png";
 
@@ -49,14 +52,19 @@ pub struct Arguments {
     #[arg(long, conflicts_with_all = ["reference", "pytorch", "stage", "tail"])]
     pub solvers: bool,
 
+    /// Instead of timings, predict the limits of another machine: l4, a100, h100, rtx4090, or its numbers, for example
+    /// GBs=36,TFLOPs=0.45,INT8=1.9; can be given several times
+    #[arg(long, value_name = "MACHINE", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers"])]
+    pub on: Vec<Machine>,
+
     /// Instead of timings, print the difference between images decoded in tiles and images decoded as a whole, by tile
     /// and overlap
-    #[arg(long, group = "of_images", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers"])]
+    #[arg(long, group = "of_images", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers", "on"])]
     pub tiling: bool,
 
     /// Instead of timings, print the equivariance of the model on the pictures of --images: tokens of shifted images,
     /// and the loss by position
-    #[arg(long, group = "of_images", requires = "images", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers"])]
+    #[arg(long, group = "of_images", requires = "images", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers", "on"])]
     pub equivariance: bool,
 
     /// Folder of pictures. With --equivariance, its sub-folders are classes, matched by name or else by order. With

@@ -4,6 +4,7 @@ mod arguments;
 mod contest;
 mod equivariance;
 mod photos;
+mod predict;
 mod probe;
 mod probed;
 mod pytorch;
@@ -38,6 +39,7 @@ use eqim_cli::memory;
 use eqim_engines::onnxruntime::Runtime;
 use eqim_engines::{Options, native};
 use equivariance::Subject;
+use predict::Prediction;
 use probe::Probe;
 use pytorch::PyTorch;
 use reference::Reference;
@@ -59,6 +61,9 @@ fn run(arguments: &Arguments) -> Result<()> {
     let bundles = arguments.engines.iter().map(|folder| Bundle::open(folder)).collect::<Result<Vec<_>>>()?;
     let config = bundles[0].manifest.model.clone();
     check(arguments, &bundles)?;
+    if !arguments.on.is_empty() {
+        return written(arguments, &predictions(arguments, &config)?);
+    }
     let spinner = Spinner::new();
     let candidates = candidates(arguments, bundles, &spinner)?;
     let probe = probe()?;
@@ -84,15 +89,9 @@ fn run(arguments: &Arguments) -> Result<()> {
         }
     }
     spinner.finish();
-    eqim_cli::print(report.text())?;
+    written(arguments, &report)?;
     if let (Some(path), Some(found)) = (&arguments.plot, &report.equivariance) {
         found.draw(path, &arguments.engines[0].display().to_string())?;
-    }
-    if let Some(path) = &arguments.export_json {
-        files::write_json(path, &report)?;
-    }
-    if let Some(path) = &arguments.export_markdown {
-        files::write(path, report.markdown().as_bytes())?;
     }
     let differs = |result: &&Measurement| result.agreement.is_some_and(|agreement| !agreement.agrees);
     match report.cases.iter().flat_map(|case| &case.results).find(differs) {
@@ -101,6 +100,34 @@ fn run(arguments: &Arguments) -> Result<()> {
         }
         None => Ok(()),
     }
+}
+
+/// Prints a report, and writes it to the files that the flags name.
+fn written(arguments: &Arguments, report: &BenchReport) -> Result<()> {
+    eqim_cli::print(report.text())?;
+    if let Some(path) = &arguments.export_json {
+        files::write_json(path, report)?;
+    }
+    if let Some(path) = &arguments.export_markdown {
+        files::write(path, report.markdown().as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Predicts the limits of the machines of `--on` for every batch size and length.
+fn predictions(arguments: &Arguments, config: &Config) -> Result<BenchReport> {
+    let mut report = BenchReport::default();
+    for machine in &arguments.on {
+        for &batch in &arguments.batch {
+            for &tokens in &arguments.tokens {
+                let request = request(arguments, config, batch, tokens);
+                let evaluations = request.solver.evaluations(request.steps);
+                let guided = request.cfg != 1.0;
+                report.predictions.push(Prediction::new(machine, config, (batch, tokens), guided, evaluations)?);
+            }
+        }
+    }
+    Ok(report)
 }
 
 /// Checks that all requested measurements are possible, and that their results can be written.

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::contest::Agreement;
 use super::equivariance::Equivariance;
+use super::predict::Prediction;
 use super::roofline::Effort;
 use super::solvers::Solved;
 use super::statistics::{Summary, milliseconds};
@@ -17,6 +18,9 @@ use super::tiling::Tilings;
 pub struct BenchReport {
     /// One case per batch size and length.
     pub cases: Vec<Case>,
+    /// Results of `--on`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub predictions: Vec<Prediction>,
     /// Results of `--solvers`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub solvers: Vec<Solved>,
@@ -112,6 +116,7 @@ impl BenchReport {
         for case in &self.cases {
             case.text(&mut text);
         }
+        self.predictions.iter().for_each(|found| found.table(&mut text));
         Solved::table(&self.solvers, &mut text);
         self.tiling.iter().for_each(|found| found.table(&mut text));
         self.equivariance.iter().for_each(|found| found.table(&mut text));
@@ -134,6 +139,7 @@ impl BenchReport {
             };
             let _ = writeln!(text, "{}\n", table::markdown(&COLUMNS, case.results.iter().flat_map(of_engine)));
         }
+        self.predictions.iter().for_each(|found| found.table(&mut text));
         Solved::table(&self.solvers, &mut text);
         self.tiling.iter().for_each(|found| found.table(&mut text));
         self.equivariance.iter().for_each(|found| found.table(&mut text));

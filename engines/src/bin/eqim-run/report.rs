@@ -40,6 +40,9 @@ pub struct RunReport {
     tiles: Option<Tiles>,
     /// Peak resident size of the process in bytes; 0 if the system does not report it.
     peak_bytes: u64,
+    /// Seconds that each stage took to open, if they were measured. Stages open side by side.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    opening: Vec<(&'static str, f64)>,
     seconds: Seconds,
     /// Images per second, without the time to load.
     images_per_second: f64,
@@ -143,6 +146,7 @@ impl RunReport {
             files: outputs.all().map(|path| path.display().to_string()).collect(),
             tiles,
             peak_bytes: memory::peak(),
+            opening: engine.opening().into_iter().map(|(stage, time)| (stage.name(), time.as_secs_f64())).collect(),
             images_per_second: images as f64 / seconds.total,
             tokens_per_second: generated as f64 / (seconds.prefill + seconds.transformer_step + seconds.flow_sampler),
             seconds,
@@ -168,7 +172,12 @@ impl RunReport {
             ("flow sampler", Some(seconds.flow_sampler), tokens - prefix_tokens),
             ("decoder", Some(seconds.decoder), images * self.tiles.map_or(1, |tiles| tiles.count)),
         ];
-        let mut text = format!("{} on {}, loaded in {:.2} s\n\n", self.engine, self.backend, seconds.load);
+        let mut text = format!("{} on {}, loaded in {:.2} s\n", self.engine, self.backend, seconds.load);
+        if !self.opening.is_empty() {
+            let opening: Vec<_> = self.opening.iter().map(|(stage, time)| format!("{stage} {time:.2} s")).collect();
+            let _ = writeln!(text, "opened side by side: {}", opening.join(", "));
+        }
+        text.push('\n');
         let row = |(name, time, calls): (&str, Option<f64>, usize)| {
             let (mean, share) = (1e3 * time? / calls as f64, 100.0 * time? / seconds.total);
             Some(vec![

@@ -9,7 +9,7 @@ use eqim::lock::Lock;
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, files};
-use eqim_calibration::policy::STAGES;
+use eqim_calibration::policy::default_stages;
 use eqim_calibration::{
     Collection, Estimator, Policy, Ranked, Samples, Sensitivity, Table, fingerprint, quantized, search, survey,
 };
@@ -66,7 +66,7 @@ pub struct Calibrate {
     /// Target that the scopes are quantized for
     #[arg(long, alias = "for", value_enum, default_value_t = Int8Target::TensorRt, requires = "sensitivity")]
     int8_target: Int8Target,
-    /// Stages to quantize [default: step,flow,decoder]
+    /// Stages to quantize [default: step,flow,decoder for TensorRT, all for a CPU]
     #[arg(long = "int8", value_name = "STAGES", value_delimiter = ',', requires = "sensitivity")]
     stages: Vec<Stage>,
 }
@@ -156,8 +156,9 @@ fn rank(
     table: &Table,
     collection: (&mut Collection, &Path),
 ) -> Result<Sensitivity> {
-    let stages = if arguments.stages.is_empty() { STAGES.to_vec() } else { arguments.stages.clone() };
-    let policy = Policy::new(arguments.int8_target, stages, table.clone());
+    let target = arguments.int8_target;
+    let stages = if arguments.stages.is_empty() { default_stages(target) } else { &arguments.stages };
+    let policy = Policy::new(target, stages.iter().copied(), table.clone());
     let mut progress = eqim_cli::Progress::new("looked at", quantized(config, &policy)?.len(), "scopes");
     let found = search(config, weights, &policy, arguments.min_psnr, collection, |done| progress.at(done))?;
     drop(progress);

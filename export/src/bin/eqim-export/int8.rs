@@ -9,7 +9,7 @@ use eqim::engine::candle::CandleEngine;
 use eqim::model::Stage;
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result};
-use eqim_calibration::policy::{STAGES, patterns};
+use eqim_calibration::policy::{default_stages, patterns};
 use eqim_calibration::{Policy, Preview, Table, plan};
 use eqim_cli::flags::tolerance;
 use eqim_cli::say;
@@ -25,8 +25,8 @@ const FP16_SCALES_OPSET: i64 = 19;
 /// INT8 settings.
 #[derive(Args)]
 pub struct Int8 {
-    /// Quantize products of these stages to INT8: prefill, step, flow, decoder, encoder [default: step,flow,decoder];
-    /// everything else is in FP16 in an engine, and in --dtype in a bundle
+    /// Quantize products of these stages to INT8: prefill, step, flow, decoder, encoder [default: step,flow,decoder for
+    /// TensorRT, all for a CPU]; everything else is in FP16 in an engine, and in --dtype in a bundle
     #[arg(long, value_name = "STAGES", num_args = 0..=1, value_delimiter = ',', requires = "calibration", group = "precision")]
     pub int8: Option<Vec<Stage>>,
     /// Calibration table of this model, written by eqim-export calibrate
@@ -55,7 +55,7 @@ impl Int8 {
         let (Some(stages), Some(path)) = (&self.int8, &self.calibration) else { return Ok(None) };
         let table = Table::read(path)?;
         table.check_model(path, config, weights)?;
-        let stages = if stages.is_empty() { STAGES.to_vec() } else { stages.clone() };
+        let stages = if stages.is_empty() { default_stages(target).to_vec() } else { stages.clone() };
         let mut policy = Policy::new(target, stages, table);
         policy.exclude = patterns("exclude", &self.exclude)?;
         policy.w8a8 = patterns("w8a8", &self.w8a8)?;
