@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use eqim::ops::cost::{Cost, Shape};
 use eqim::ops::eager::Eager;
-use eqim::ops::{Conv, Ops};
+use eqim::ops::{Conv, Dim, Ops, OpsExt};
 use eqim::{Error, Result};
 use half::f16;
 use rayon::prelude::*;
@@ -141,12 +141,13 @@ pub trait Int8: Ops {
     /// If the interpreter fails.
     fn dequantized_conv(&mut self, x: &Self::Tensor, conv: Conv) -> Result<Self::Tensor>;
 
-    /// [`Ops::gemm`] in integers (ONNX `MatMulInteger`). At run time, every row of the activations is quantized by its
-    /// own range ([`Affine::dynamic`]), so that no row depends on the others.
+    /// `x [rows, input] · weightᵀ + bias` in integers (ONNX `MatMulInteger`), with the weight of the current scope. Its
+    /// `shape` is `[output, …]`, and all axes but the first one are `input`. At run time, every row of `x` is quantized by
+    /// its own range ([`Affine::dynamic`]), so that no row depends on the others.
     ///
     /// # Errors
     /// If the interpreter fails.
-    fn dynamic_gemm(&mut self, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor>;
+    fn dynamic_gemm(&mut self, x: &Self::Tensor, shape: &[usize]) -> Result<Self::Tensor>;
 
     /// [`Ops::conv`] in integers (ONNX `QLinearConv`). `ranges` are the quantizations of the input and the output. If
     /// the convolution pads its input by reflection, the padding follows the quantization of the input.
@@ -154,6 +155,15 @@ pub trait Int8: Ops {
     /// # Errors
     /// If the interpreter fails.
     fn integer_conv(&mut self, x: &Self::Tensor, conv: Conv, ranges: (Affine, Affine)) -> Result<Self::Tensor>;
+}
+
+/// `x · weightᵀ + bias` with the weight of the current scope, in primitives. `shape` is that of the weight.
+fn plain_gemm<O: Ops>(o: &mut O, x: &O::Tensor, shape: &[usize]) -> Result<O::Tensor> {
+    let (weight, bias) = (o.param("weight", shape)?, o.param("bias", &shape[..1])?);
+    let weight = o.reshape(&weight, &[Dim::Is(shape[0]), Dim::Rest])?;
+    let weight = o.permute(&weight, &[1, 0])?;
+    let y = o.matmul(x, &weight)?;
+    o.add(&y, &bias)
 }
 
 /// Applies a function to every element.
@@ -178,13 +188,13 @@ impl Int8 for Eager<'_> {
         self.conv(x, conv)
     }
 
-    fn dynamic_gemm(&mut self, x: &Tensor, input: usize, output: usize) -> Result<Tensor> {
+    fn dynamic_gemm(&mut self, x: &Tensor, shape: &[usize]) -> Result<Tensor> {
         let mut values = x.flatten_all()?.to_vec1::<f32>()?;
-        for row in values.chunks_mut(input) {
+        for row in values.chunks_mut(shape[1..].iter().product()) {
             let range = Affine::dynamic(row);
             row.iter_mut().for_each(|value| *value = range.round(*value));
         }
-        self.gemm(&Tensor::from_vec(values, x.shape(), x.device())?, input, output)
+        plain_gemm(self, &Tensor::from_vec(values, x.shape(), x.device())?, shape)
     }
 
     fn integer_conv(&mut self, x: &Tensor, conv: Conv, (input, output): (Affine, Affine)) -> Result<Tensor> {
@@ -208,8 +218,8 @@ impl Int8 for Cost {
         self.conv(x, conv)
     }
 
-    fn dynamic_gemm(&mut self, x: &Shape, input: usize, output: usize) -> Result<Shape> {
-        self.gemm(x, input, output)
+    fn dynamic_gemm(&mut self, x: &Shape, shape: &[usize]) -> Result<Shape> {
+        plain_gemm(self, x, shape)
     }
 
     fn integer_conv(&mut self, x: &Shape, conv: Conv, _ranges: (Affine, Affine)) -> Result<Shape> {

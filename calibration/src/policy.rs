@@ -106,17 +106,20 @@ impl Policy {
         if !self.stages.contains(&product.stage) || self.is_excluded(product.scope) || !is_worth_it(&product) {
             return Ok(Scheme::Float);
         }
-        let convolution = product.shape.len() > 2;
+        // 2-D convolutions run over pixels, of which there are many per token. 1-D convolutions run over tokens.
+        let (pixels, columns) = (product.shape.len() > 3, product.shape.len() == 3);
+        let w8a8 = || self.w8a8.iter().any(|pattern| pattern.is_match(product.scope));
         Ok(match self.target {
-            Int8Target::TensorRt if convolution || self.w8a8.iter().any(|pattern| pattern.is_match(product.scope)) => {
+            Int8Target::TensorRt if columns => Scheme::Float,
+            Int8Target::TensorRt if pixels || w8a8() => {
                 Scheme::Static { scale: self.table.entry(product.scope)?.scale }
             }
             Int8Target::TensorRt => Scheme::WeightOnly,
-            Int8Target::Cpu if convolution => {
+            Int8Target::Cpu if pixels => {
                 let entry = self.table.entry(product.scope)?;
                 Scheme::Integer { input: entry.input.affine()?, output: entry.output.affine()? }
             }
-            Int8Target::Cpu if product.shape[0] % LANES == 0 && product.shape[1] % GROUP == 0 => Scheme::Dynamic,
+            Int8Target::Cpu if fits_blocks(product.shape) => Scheme::Dynamic,
             Int8Target::Cpu => Scheme::Float,
         })
     }
@@ -128,10 +131,12 @@ impl Policy {
 }
 
 fn is_worth_it(product: &Product) -> bool {
-    let Product { scope, shape, .. } = product;
-    // 1-D convolutions run over tokens, while the others run over pixels, of which there are many per token.
-    let columns = shape.len() == 3;
-    !keeps_full_precision(scope) && !columns && shape[0].min(shape[1]) >= NARROW
+    !keeps_full_precision(product.scope) && product.shape[0].min(product.shape[1]) >= NARROW
+}
+
+/// Whether the layout of [`Scheme::Dynamic`] can hold a weight.
+fn fits_blocks(shape: &[usize]) -> bool {
+    shape[0].is_multiple_of(LANES) && shape[1..].iter().product::<usize>().is_multiple_of(GROUP)
 }
 
 /// Compiles the regular expressions of a setting.

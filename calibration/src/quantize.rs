@@ -106,7 +106,7 @@ impl<O: Int8> Ops for Quantize<'_, O> {
                 let x = self.inner.quantize_dequantize(x, scale)?;
                 self.inner.dequantized_gemm(&x, input, output)
             }
-            Scheme::Dynamic => self.inner.dynamic_gemm(x, input, output),
+            Scheme::Dynamic => self.inner.dynamic_gemm(x, &[output, input]),
             scheme @ Scheme::Integer { .. } => Err(unfit("matrix product", scheme)),
         }
     }
@@ -120,6 +120,7 @@ impl<O: Int8> Ops for Quantize<'_, O> {
                 self.inner.dequantized_conv(&x, conv.unpadded())
             }
             Scheme::Integer { input, output } => self.inner.integer_conv(x, conv, (input, output)),
+            Scheme::Dynamic if conv.spatial == 1 => dynamic_conv1d(&mut self.inner, x, conv),
             scheme @ (Scheme::WeightOnly | Scheme::Dynamic) => Err(unfit("convolution", scheme)),
         }
     }
@@ -237,6 +238,27 @@ impl<O: Int8> Ops for Quantize<'_, O> {
     fn end_loop(&mut self, open: O::Loop) -> Result<O::Tensor> {
         self.inner.end_loop(open)
     }
+}
+
+/// A convolution over the columns of `x [batch, input, columns]` as a matrix product of one row per column.
+fn dynamic_conv1d<O: Int8>(o: &mut O, x: &O::Tensor, conv: Conv) -> Result<O::Tensor> {
+    let Conv { input, output, kernel, .. } = conv;
+    let padded = if conv.reflect { o.pad_reflect(x, 1)? } else { x.clone() };
+    let mut taps = vec![];
+    for tap in 0..kernel as i64 {
+        let end = match tap - kernel as i64 + 1 {
+            0 => i64::MAX,
+            from_end => from_end,
+        };
+        let columns = o.slice(&padded, 2, tap, end)?;
+        taps.push(o.reshape(&columns, &[Dim::Of(x, 0), Dim::Is(input), Dim::Rest, Dim::Is(1)])?);
+    }
+    let taps = o.concat(&taps.iter().collect::<Vec<_>>(), 3)?;
+    let rows = o.permute(&taps, &[0, 2, 1, 3])?;
+    let rows = o.reshape(&rows, &[Dim::Rest, Dim::Is(input * kernel)])?;
+    let y = o.dynamic_gemm(&rows, &conv.weight_shape())?;
+    let y = o.reshape(&y, &[Dim::Of(x, 0), Dim::Rest, Dim::Is(output)])?;
+    o.permute(&y, &[0, 2, 1])
 }
 
 fn unfit(what: &str, scheme: Scheme) -> Error {

@@ -91,7 +91,7 @@ impl Weights {
 /// of two reasons: values enter or leave the model or one of its parts there, or the module is in a shortcut around a
 /// block, so that its input has not passed a norm. These modules hold few weights, and no later layer corrects their
 /// error. The times of the flow are embedded once per token, and every evaluation depends on them.
-pub const FULL_PRECISION_MODULES: [&str; 8] = [
+pub const FULL_PRECISION_MODULES: [&str; 10] = [
     transformer::Z_PROJ,
     flow::INPUT_PROJ,
     flow::COND_EMBED,
@@ -100,6 +100,8 @@ pub const FULL_PRECISION_MODULES: [&str; 8] = [
     tokenizer::CONV_IN,
     tokenizer::CONV_OUT,
     tokenizer::SHORTCUT,
+    tokenizer::QUANT_LAYER,
+    tokenizer::POST_QUANT_LAYER,
 ];
 
 /// Whether the module of a scope, or a module that contains it, is one of the [`FULL_PRECISION_MODULES`].

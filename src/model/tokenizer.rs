@@ -21,6 +21,10 @@ pub const CONV_IN: &str = "conv_in";
 pub const CONV_OUT: &str = "conv_out";
 /// Name of the convolution in the shortcut of a residual block, which changes the number of channels.
 pub const SHORTCUT: &str = "nin_shortcut";
+/// Name of the convolution that computes the latents at the end of the encoder.
+pub const QUANT_LAYER: &str = "quant_layer";
+/// Name of the convolution that projects the latents at the beginning of the decoder.
+pub const POST_QUANT_LAYER: &str = "post_quant_layer";
 
 /// Norm, swish and convolution, as in residual blocks and in the last layer of an encoder or decoder.
 fn norm_conv<O: Ops>(
@@ -165,7 +169,7 @@ fn middle<O: Ops>(
 pub fn encode<O: Ops>(o: &mut O, config: &TokenizerConfig, image: &O::Tensor) -> Result<O::Tensor> {
     let columns = encode_columns(o, config, image)?;
     let width = config.encoder.z_channels * config.rows;
-    let latent = o.conv1d("quant_layer", &columns, width, config.embed)?;
+    let latent = o.conv1d(QUANT_LAYER, &columns, width, config.embed)?;
     o.permute(&latent, &[0, 2, 1])
 }
 
@@ -220,7 +224,7 @@ pub fn decode_with_features<O: Ops>(
 ) -> Result<(O::Tensor, O::Tensor)> {
     let width = config.decoder.z_channels * config.rows;
     let columns = o.permute(latents, &[0, 2, 1])?;
-    let columns = o.conv1d("post_quant_layer", &columns, config.embed, width)?;
+    let columns = o.conv1d(POST_QUANT_LAYER, &columns, config.embed, width)?;
     o.scope(DECODER, |o| decoder(o, config, &columns))
 }
 

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{OnceLock, PoisonError, RwLock};
 
 use eqim::bundle::Precision;
 use eqim::model::ValueInfo;
@@ -79,7 +79,20 @@ impl Runtime {
             }
             builder.commit_from_file(path)
         };
-        let session = RefCell::new(load().map_err(failed(&name))?);
+        // ONNX Runtime adds the domain of the functions to a table when the first graph with kernels is opened, without a
+        // lock. No other graph may be opened at that time.
+        static DOMAIN_IS_KNOWN: RwLock<bool> = RwLock::new(false);
+        let is_known = *DOMAIN_IS_KNOWN.read().unwrap_or_else(PoisonError::into_inner);
+        let session = if kernels.is_empty() || is_known {
+            let _others = DOMAIN_IS_KNOWN.read().unwrap_or_else(PoisonError::into_inner);
+            load()
+        } else {
+            let mut known = DOMAIN_IS_KNOWN.write().unwrap_or_else(PoisonError::into_inner);
+            let session = load();
+            *known |= session.is_ok();
+            session
+        };
+        let session = RefCell::new(session.map_err(failed(&name))?);
         Ok(Graph { name, session })
     }
 }

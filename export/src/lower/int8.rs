@@ -111,13 +111,13 @@ impl Int8 for Lower<'_> {
         Ok(self.computed("Conv", &[&x, &weight, &bias], vec![]))
     }
 
-    fn dynamic_gemm(&mut self, x: &Value, _input: usize, output: usize) -> Result<Value> {
+    fn dynamic_gemm(&mut self, x: &Value, shape: &[usize]) -> Result<Value> {
         let [y] = self.function(function::DYNAMIC_LINEAR, &[x], |lower, inputs| {
             let weight = scoped(&lower.scope, "weight");
             let levels = lower.stored(&weight_name(&weight))?;
             let sums = lower.stored(&sum_name(&weight))?;
             let scale = lower.stored(&scale_name(&weight))?;
-            let bias = lower.param("bias", &[output])?;
+            let bias = lower.param("bias", &shape[..1])?;
             let (x, x_scale, x_zero) = lower.quantize_rows(&inputs[0])?;
             // From blocks [out/lanes, in/group, lanes, group] to [in, out]. All layers share this function, so its body has no
             // sizes.

@@ -77,8 +77,9 @@ pub fn write_weights(
 /// Levels of a weight in the layout that its operator requires: blocks for `DynamicLinear`, and the layout of the
 /// checkpoint for all others.
 fn integers(rounded: Rounded, shape: &[usize], scheme: Scheme) -> Values {
-    let (shape, levels) = match (scheme, shape) {
-        (Scheme::Dynamic, &[outputs, inputs]) => {
+    let (shape, levels) = match scheme {
+        Scheme::Dynamic => {
+            let (outputs, inputs) = (shape[0], shape[1..].iter().product());
             let levels = block_order(outputs, inputs).map(|index| rounded.levels[index]).collect();
             (vec![outputs / LANES, inputs / GROUP, LANES, GROUP], levels)
         }

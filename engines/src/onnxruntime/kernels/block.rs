@@ -1,5 +1,7 @@
 //! The kernel of one transformer block for one token: [`TRANSFORMER_BLOCK`](eqim::ops::function::TRANSFORMER_BLOCK).
 
+use std::ops::Range;
+
 use eqim::model::transformer::{BLOCK_EPS, CROSS_EPS};
 
 use super::linear::{Activations, Buffers, Linear};
@@ -85,22 +87,28 @@ pub struct Outputs<'a> {
 impl Block<'_> {
     /// Runs the block as one worker of a team.
     pub fn run(&self, worker: &mut Worker, outputs: &Outputs, buffers: &SharedBuffers) {
-        // SAFETY of this function: in every phase, an element is either read, or written by one part.
+        // In every phase of this function, an element is either only read, or used by one part.
         let SharedBuffers { projected, attended, activations } = buffers;
         let (x, dim) = (&outputs.x, self.weights.proj.outputs);
         let row_of = |row: usize, width: usize| row * width..(row + 1) * width;
         let normed = |row: usize, norm: Norm, eps: f32, y: &mut [f32]| {
+            // SAFETY: see above.
             rows::layer_norm(unsafe { x.get(row_of(row, dim)) }, norm, eps, y);
         };
         let keep = |row: usize, width: usize, column: usize, y: &[f32]| {
             let start = row * width + column;
+            // SAFETY: see above.
             unsafe { projected.get_mut(start..start + y.len()) }.copy_from_slice(y);
         };
         let add = |row: usize, column: usize, y: &mut [f32]| {
             let start = row * dim + column;
+            // SAFETY: see above.
             rows::add(unsafe { x.get_mut(start..start + y.len()) }, y);
         };
-        let attention = |row: usize, y: &mut [f32]| y.copy_from_slice(unsafe { attended.get(row_of(row, dim)) });
+        let attention = |row: usize, y: &mut [f32]| {
+            // SAFETY: see above.
+            y.copy_from_slice(unsafe { attended.get(row_of(row, dim)) });
+        };
 
         let input = |row: usize, y: &mut [f32]| normed(row, self.weights.norm, BLOCK_EPS, y);
         self.weights.qkv.apply(worker, activations, input, |row, column, y| keep(row, 3 * dim, column, y));
@@ -118,7 +126,10 @@ impl Block<'_> {
             rows::gelu(y);
             keep(row, hidden, column, y);
         });
-        let input = |row: usize, y: &mut [f32]| y.copy_from_slice(unsafe { projected.get(row_of(row, hidden)) });
+        let input = |row: usize, y: &mut [f32]| {
+            // SAFETY: see above.
+            y.copy_from_slice(unsafe { projected.get(row_of(row, hidden)) });
+        };
         self.weights.fc2.apply(worker, activations, input, add);
     }
 
@@ -149,28 +160,28 @@ impl Block<'_> {
         let bias = &self.bias[row * slots..(row + 1) * slots];
         let keys = past_k.chunks(width).take(1).chain(present_k.chunks(width));
         let values = past_v.chunks(width).take(1).chain(present_v.chunks(width));
-        rows::attend(q, keys, values, bias, self.result(row, head, buffers));
+        // SAFETY: every part writes only its own head.
+        rows::attend(q, keys, values, bias, unsafe { buffers.attended.get_mut(self.head(row, head)) });
     }
 
     /// Cross-attention of one head of one token. `part` is the index in `[B, H]`.
     fn attend_to_class(&self, part: usize, buffers: &SharedBuffers) {
-        let (dim, width) = (self.weights.proj.outputs, self.head_dim());
+        let width = self.head_dim();
         let (row, head) = (part / self.heads, part % self.heads);
         let length = self.cross[0].len() / (buffers.activations.rows * self.heads);
-        let start = row * dim + head * width;
         // SAFETY: the projections are complete, and every part uses only its own head.
-        let q = unsafe { buffers.projected.get_mut(start..start + width) };
+        let q = unsafe { buffers.projected.get_mut(self.head(row, head)) };
         self.rotate(row, q);
         let [keys, values] = self.cross.map(|cache| cache[part * length..(part + 1) * length].chunks(width));
-        rows::attend(q, keys, values, &[], self.result(row, head, buffers));
+        // SAFETY: every part writes only its own head.
+        rows::attend(q, keys, values, &[], unsafe { buffers.attended.get_mut(self.head(row, head)) });
     }
 
-    /// The place for the result of one head of one token.
-    fn result<'b>(&self, row: usize, head: usize, buffers: &'b SharedBuffers) -> &'b mut [f32] {
-        let (dim, width) = (self.weights.proj.outputs, self.head_dim());
-        let start = row * dim + head * width;
-        // SAFETY: every part writes only its own head.
-        unsafe { buffers.attended.get_mut(start..start + width) }
+    /// Range of one head of one token in a buffer `[B, D]`.
+    fn head(&self, row: usize, head: usize) -> Range<usize> {
+        let width = self.head_dim();
+        let start = row * self.weights.proj.outputs + head * width;
+        start..start + width
     }
 
     /// Rotary position embedding of a head, in place.

@@ -189,8 +189,8 @@ impl<'y, F: Fn(usize, usize) -> &'y mut [f32; LANES]> Product<'_, F> {
     fn check(&self) {
         let Blocks { levels, sums, scales, bias } = self.blocks;
         let columns = sums.len();
-        assert!(columns % LANES == 0 && scales.len() == columns && bias.len() == columns);
-        assert!(self.inputs % GROUP == 0 && levels.len() == columns * self.inputs);
+        assert!(columns.is_multiple_of(LANES) && scales.len() == columns && bias.len() == columns);
+        assert!(self.inputs.is_multiple_of(GROUP) && levels.len() == columns * self.inputs);
         assert!(self.x.len() == self.rows.len() * self.inputs);
     }
 
@@ -270,10 +270,10 @@ impl<'y, F: Fn(usize, usize) -> &'y mut [f32; LANES]> Product<'_, F> {
                 for (c, weights) in weights.iter_mut().enumerate().skip(1) {
                     *weights = A::load(levels.add(c * LANES * inputs));
                 }
-                for r in 0..R {
+                for (r, sums) in sums.iter_mut().enumerate() {
                     let x = x.add(r * inputs + step * GROUP).cast::<i32>().read_unaligned();
-                    for c in 0..C {
-                        sums[r][c] = A::add(sums[r][c], x, weights[c]);
+                    for (sums, &weights) in sums.iter_mut().zip(&weights) {
+                        *sums = A::add(*sums, x, weights);
                     }
                 }
             }
@@ -526,10 +526,11 @@ mod tests {
         let blocks = Blocks { levels: &levels, sums: &[0; LANES], scales: &[1.0; LANES], bias: &[0.0; LANES] };
         let mut y = [0.0; LANES];
         let y = super::super::team::Shared::new(&mut y);
-        // SAFETY: there is one result.
         integer(blocks, (&x, &[Levels { scale: 1.0, zero: 0 }]), 64, |_, _| {
+            // SAFETY: there is one result.
             unsafe { y.get_mut(0..LANES) }.try_into().unwrap()
         });
+        // SAFETY: the product is done.
         assert_eq!(unsafe { y.get(0..LANES) }, [-64.0 * 255.0 * 64.0; LANES]);
     }
 

@@ -71,7 +71,7 @@ pub struct SharedBuffers<'a> {
 }
 
 /// One row of a modulation: consecutive vectors of the width of the flow head.
-fn vectors<'a, const N: usize>(modulation: &'a [f32], width: usize, row: usize) -> [&'a [f32]; N] {
+fn vectors<const N: usize>(modulation: &[f32], width: usize, row: usize) -> [&[f32]; N] {
     let row = &modulation[row * N * width..(row + 1) * N * width];
     std::array::from_fn(|part| &row[part * width..(part + 1) * width])
 }
@@ -91,15 +91,19 @@ impl Flow<'_> {
         let (embed, width) = (self.weights.input.inputs, self.weights.input.outputs);
         let (count, rows) = (tokens.rows, activations.rows);
         let h_row = |row: usize| row * width..(row + 1) * width;
-        // SAFETY of this function: in every phase, an element is either read, or written by one part.
+        // In every phase of this function, an element is either only read, or used by one part.
         self.weights.input.apply(
             worker,
             tokens,
-            |token, x| x.copy_from_slice(unsafe { state.get(token * embed..(token + 1) * embed) }),
+            |token, x| {
+                // SAFETY: see above.
+                x.copy_from_slice(unsafe { state.get(token * embed..(token + 1) * embed) });
+            },
             |token, column, y| {
                 // Both streams share the token.
                 for row in (token..rows).step_by(count) {
                     let start = row * width + column;
+                    // SAFETY: see above.
                     unsafe { h.get_mut(start..start + y.len()) }.copy_from_slice(y);
                 }
             },
@@ -112,22 +116,28 @@ impl Flow<'_> {
                 activations,
                 |row, x| {
                     let [shift, scale, _] = parts(row);
+                    // SAFETY: see above.
                     rows::layer_norm(unsafe { h.get(h_row(row)) }, block.norm, EPS, x);
                     rows::modulate(x, shift, scale);
                 },
                 |row, column, y| {
                     rows::silu(y);
                     let start = row * width + column;
+                    // SAFETY: see above.
                     unsafe { hidden.get_mut(start..start + y.len()) }.copy_from_slice(y);
                 },
             );
             block.second.apply(
                 worker,
                 activations,
-                |row, x| x.copy_from_slice(unsafe { hidden.get(h_row(row)) }),
+                |row, x| {
+                    // SAFETY: see above.
+                    x.copy_from_slice(unsafe { hidden.get(h_row(row)) });
+                },
                 |row, column, y| {
                     let [_, _, gate] = parts(row);
                     let start = row * width + column;
+                    // SAFETY: see above.
                     let h = unsafe { h.get_mut(start..start + y.len()) };
                     h.iter_mut().zip(&gate[column..]).zip(y).for_each(|((h, gate), y)| *h += gate * *y);
                 },
@@ -139,11 +149,13 @@ impl Flow<'_> {
             activations,
             |row, x| {
                 let [shift, scale] = vectors::<2>(modulation, width, first_row + row);
+                // SAFETY: see above.
                 rows::plain_norm(unsafe { h.get(h_row(row)) }, EPS, x);
                 rows::modulate(x, shift, scale);
             },
             |row, column, y| {
                 let start = row * embed + column;
+                // SAFETY: see above.
                 unsafe { velocity.get_mut(start..start + y.len()) }.copy_from_slice(y);
             },
         );
