@@ -5,7 +5,7 @@
 CHECKOUT is a checkout of drx-code/EquivariantModeling. BUNDLE is a folder that eqim-export onnx wrote in FP32; its
 weights are loaded into the modules of the reference. THREADS is the number of threads of PyTorch; 0 keeps the default.
 Requests are read from standard input, one JSON object per line, and answers are written to standard output in the same
-way. The semantic decoder is left out, because bundles do not contain its weights. This makes the reference faster than
+way. The variant of a request is `reference`, or one of tuned.py. The semantic decoder is left out, because bundles do not contain its weights. This makes the reference faster than
 its own decode().
 """
 
@@ -21,6 +21,7 @@ os.dup2(2, 1)  # output of the reference goes to standard error, because it is n
 
 import numpy  # noqa: E402
 import torch  # noqa: E402
+import tuned  # noqa: E402
 
 # The reference moves everything to a GPU; here everything stays on the CPU.
 torch.Tensor.cuda = lambda self, *_, **__: self
@@ -118,7 +119,7 @@ class Clock:
         return result
 
 
-def answer(model, decode, vae_norm, request):
+def answer(model, decode, vae_norm, samplers, request):
     """Generates a batch of images as engine_generator.py of the reference does, and returns the times in seconds."""
     labels = torch.tensor(request["labels"])
     prefix = None
@@ -127,7 +128,10 @@ def answer(model, decode, vae_norm, request):
         prefix = torch.from_numpy(values).reshape(len(labels), -1, model.token_embed_dim)
     model.diffloss.num_sampling_steps = str(request["steps"])
     transformer = model.forward_encoder = Clock(type(model).forward_encoder.__get__(model))
-    flow = model.diffloss.sample = Clock(type(model.diffloss).sample.__get__(model.diffloss))
+    variant = request["variant"]
+    if variant not in samplers:
+        samplers[variant] = tuned.sampler(model.diffloss, variant)
+    flow = model.diffloss.sample = Clock(samplers[variant])
     decoded = Clock(decode)
     torch.manual_seed(request["seed"])
     start = time.perf_counter()
@@ -162,8 +166,9 @@ def main():
     model = generator(config["generator"], tensors, config["generator"]["steps"])
     decode = decoder(config["tokenizer"], tensors)
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), file=ANSWERS, flush=True)
+    samplers = {"reference": type(model.diffloss).sample.__get__(model.diffloss)}
     for line in sys.stdin:
-        result = answer(model, decode, config["generator"]["vae_norm"], json.loads(line))
+        result = answer(model, decode, config["generator"]["vae_norm"], samplers, json.loads(line))
         print(json.dumps(result), file=ANSWERS, flush=True)
 
 

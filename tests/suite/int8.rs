@@ -143,11 +143,14 @@ fn rules_say_what_is_in_int8() {
     assert_eq!(scheme(&tensorrt, Stage::Decoder, conv), Scheme::Static { scale: table.scopes[conv].scale });
     assert_eq!(scheme(&cpu, Stage::Step, qkv), Scheme::Dynamic);
     assert!(matches!(scheme(&cpu, Stage::Decoder, conv), Scheme::Integer { .. }));
+    let columns = "decoder.decoder1d";
+    assert_eq!(scheme(&cpu, Stage::Decoder, columns), Scheme::Dynamic);
+    assert_eq!(scheme(&tensorrt, Stage::Decoder, columns), Scheme::Float);
     for plans in [&tensorrt, &cpu, &batched] {
         for end in ["diffloss.net.input_proj", "diffloss.net.final_layer.linear", "diffloss.net.time_embed.mlp.0"] {
             assert_eq!(scheme(plans, Stage::Flow, end), Scheme::Float, "{end}");
         }
-        for end in ["decoder.conv_in", "decoder.conv_out", "decoder.decoder1d", "post_quant_layer"] {
+        for end in ["decoder.conv_in", "decoder.conv_out", "post_quant_layer"] {
             assert_eq!(scheme(plans, Stage::Decoder, end), Scheme::Float, "{end}");
         }
         let floats = &plans[&Stage::Step].floats;
@@ -419,7 +422,10 @@ fn the_sensitivity_search_ranks_scopes_and_keeps_the_worst_out() {
     assert!(!excluded.is_empty() && excluded.len() < scopes.len());
     assert!(excluded.iter().any(|scope| *scope == scopes[0]["scope"]));
 
-    let line = format!("{} --int8 --calibration kept.json --for cpu --no-validate -o out", export_line(&fixture));
+    let line = format!(
+        "{} --int8 prefill,step,flow,decoder --calibration kept.json --for cpu --no-validate -o out",
+        export_line(&fixture)
+    );
     place.run(&line).succeeded();
     let config: Value = serde_json::from_slice(&place.read("out/config.json")).unwrap();
     let quantized = config["quantization"]["scopes"].as_array().unwrap();

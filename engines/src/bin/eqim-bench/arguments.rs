@@ -43,6 +43,10 @@ pub struct Arguments {
     #[arg(long, value_name = "CHECKOUT", requires = "python")]
     pub pytorch: Option<PathBuf>,
 
+    /// Also run the PyTorch reference with a tuned flow head: hoisted modulations, compiled, in bfloat16, and in dynamic INT8
+    #[arg(long, requires = "pytorch")]
+    pub pytorch_tuned: bool,
+
     /// Python interpreter with the packages that the checkout needs
     #[arg(long, value_name = "PROGRAM", requires = "pytorch")]
     pub python: Option<PathBuf>,

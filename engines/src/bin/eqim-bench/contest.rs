@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::time::Instant;
 
 use eqim::close::{Tolerance, close, largest_difference, relative_error};
@@ -17,7 +18,7 @@ use serde::Serialize;
 
 use super::probe::Probe;
 use super::probed::Probed;
-use super::pytorch::PyTorch;
+use super::pytorch::{PyTorch, Variant};
 use super::roofline::Work;
 use super::workload::{Calls, TimedBatch, Workload};
 use eqim::bundle::Bundle;
@@ -28,8 +29,8 @@ pub enum Candidate {
     Bundle(Box<Bundle>, Box<dyn Engine>, Option<usize>),
     /// The algorithm of the reference on Candle.
     Reference(Box<dyn Engine>),
-    /// The PyTorch reference.
-    PyTorch(PyTorch),
+    /// The PyTorch reference, or a variant of it. All of them run in one process.
+    PyTorch(Rc<PyTorch>, Variant),
 }
 
 /// Difference between the tokens of a candidate and the expected tokens.
@@ -52,7 +53,8 @@ impl Candidate {
                 format!("{} on {}{threads}", bundle.folder.display(), engine.name())
             }
             Self::Reference(engine) => engine.name().to_string(),
-            Self::PyTorch(pytorch) => pytorch.name.clone(),
+            Self::PyTorch(pytorch, Variant::Reference) => pytorch.name.clone(),
+            Self::PyTorch(pytorch, variant) => format!("{}, {}", pytorch.name, variant.name()),
         }
     }
 
@@ -63,8 +65,11 @@ impl Candidate {
 
     /// Whether the tokens can agree only approximately, because the bundle is not in FP32.
     fn is_lossy(&self) -> bool {
-        let Self::Bundle(bundle, ..) = self else { return false };
-        !bundle.manifest.is_fp32()
+        match self {
+            Self::Bundle(bundle, ..) => !bundle.manifest.is_fp32(),
+            Self::Reference(_) => false,
+            Self::PyTorch(_, variant) => variant.is_lossy(),
+        }
     }
 
     /// Generates the images. The limits of the machine are measured for bundles on the CPU, if there is a probe.
@@ -75,7 +80,7 @@ impl Candidate {
         let (engine, probe) = match self {
             Self::Bundle(_, engine, _) => (engine, probe),
             Self::Reference(engine) => (engine, None),
-            Self::PyTorch(pytorch) => return pytorch.run(work),
+            Self::PyTorch(pytorch, variant) => return pytorch.run(work, *variant),
         };
         let engine = Probed::new(engine.as_ref(), probe, self.stored(&work.request)?);
         let start = Instant::now();

@@ -18,6 +18,7 @@ mod workload;
 
 use std::cell::RefCell;
 use std::process::ExitCode;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use arguments::Arguments;
@@ -41,7 +42,7 @@ use eqim_engines::{Options, native};
 use equivariance::Subject;
 use predict::Prediction;
 use probe::Probe;
-use pytorch::PyTorch;
+use pytorch::{PyTorch, Variant};
 use reference::Reference;
 use report::{BenchReport, Case, Measurement, StageMeasurement};
 use roofline::Effort;
@@ -176,13 +177,11 @@ fn candidates(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) ->
     if let (Some(checkout), Some(python)) = (&arguments.pytorch, &arguments.python) {
         spinner.show("starting PyTorch".into());
         let embed = first.manifest.model.generator.embed;
-        all.push(Candidate::PyTorch(PyTorch::start(
-            checkout,
-            python,
-            &first.folder,
-            arguments.threads.last().copied(),
-            embed,
-        )?));
+        let threads = arguments.threads.last().copied();
+        let pytorch = Rc::new(PyTorch::start(checkout, python, &first.folder, threads, embed)?);
+        let tuned = if arguments.pytorch_tuned { &Variant::TUNED[..] } else { &[] };
+        let variants = [Variant::Reference].iter().chain(tuned);
+        all.extend(variants.map(|&variant| Candidate::PyTorch(Rc::clone(&pytorch), variant)));
     }
     if arguments.reference {
         let (config, weights) = first.load_weights()?;

@@ -18,7 +18,46 @@ use tempfile::TempDir;
 
 use super::workload::{Calls, TimedBatch, Workload};
 
-const SCRIPT: &str = include_str!("../../../../benches/pytorch/reference.py");
+const SCRIPTS: [(&str, &str); 2] = [
+    ("reference.py", include_str!("../../../../benches/pytorch/reference.py")),
+    ("tuned.py", include_str!("../../../../benches/pytorch/tuned.py")),
+];
+
+/// The reference's flow head, and the variants of it in `benches/pytorch/tuned.py`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variant {
+    /// The code of the checkout.
+    Reference,
+    /// The modulations of all steps are computed before the loop.
+    Hoisted,
+    /// Also compiled.
+    Compiled,
+    /// Also compiled, in bfloat16.
+    Bfloat16,
+    /// Also with dynamic INT8.
+    Int8,
+}
+
+impl Variant {
+    /// The variants of `--pytorch-tuned`.
+    pub const TUNED: [Self; 4] = [Self::Hoisted, Self::Compiled, Self::Bfloat16, Self::Int8];
+
+    /// Name of the variant in the script.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Reference => "reference",
+            Self::Hoisted => "hoisted",
+            Self::Compiled => "compiled",
+            Self::Bfloat16 => "bfloat16",
+            Self::Int8 => "int8",
+        }
+    }
+
+    /// Whether the numbers are those of the reference only approximately.
+    pub fn is_lossy(self) -> bool {
+        matches!(self, Self::Bfloat16 | Self::Int8)
+    }
+}
 
 /// A Python process that has loaded the model.
 pub struct PyTorch {
@@ -59,8 +98,10 @@ impl PyTorch {
         }
         let failed = |error| Error::run_caused("PyTorch", error);
         let folder = tempfile::tempdir().map_err(failed)?;
-        let script = folder.path().join("reference.py");
-        std::fs::write(&script, SCRIPT).map_err(failed)?;
+        for (name, script) in SCRIPTS {
+            std::fs::write(folder.path().join(name), script).map_err(failed)?;
+        }
+        let script = folder.path().join(SCRIPTS[0].0);
         let mut command = Command::new(python);
         let checkout = checkout.canonicalize().map_err(failed)?;
         command.arg(&script).arg(checkout).arg(bundle).arg(threads.unwrap_or(0).to_string());
@@ -88,7 +129,7 @@ impl PyTorch {
     ///
     /// # Errors
     /// [`Error::run`] if Python fails.
-    pub fn run(&self, work: &Workload) -> Result<TimedBatch> {
+    pub fn run(&self, work: &Workload, variant: Variant) -> Result<TimedBatch> {
         let failed = |error: std::io::Error| Error::run_caused("PyTorch", error);
         let (output, prefix) = (self.folder.path().join("tokens"), self.folder.path().join("prefix"));
         if let Some(given) = &work.request.prefix {
@@ -105,6 +146,7 @@ impl PyTorch {
             "prefix": request.prefix.is_some().then_some(&prefix),
             "decode": work.decode,
             "output": output,
+            "variant": variant.name(),
         });
         {
             let stdin = &mut self.pipes.borrow_mut().0;
