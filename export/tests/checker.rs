@@ -103,7 +103,7 @@ fn the_checker_refuses_a_wrong_graph() {
 fn nodes_are_named_by_the_scopes_of_the_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let engine = &engines()[0];
-    let bundle = export(engine, &folder.path().join("bundle"), OPTIONS[1]);
+    let bundle = export(engine, &folder.path().join("bundle"), Options { functions: false, ..OPTIONS[1] });
     for (stage, name) in [
         (Stage::Prefill, "encoder_blocks.0.attn2.k.Gemm"),
         (Stage::Step, "encoder_blocks.0.attn.qkv.Gemm"),
@@ -128,6 +128,28 @@ fn nodes_are_named_by_the_scopes_of_the_checkpoint() {
                 assert!(weights.contains(node.input[1].as_str()), "{name}");
             }
         }
+    }
+}
+
+#[test]
+fn nodes_of_functions_are_named_by_the_scopes_inside_of_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let bundle = export(&engines()[0], &folder.path().join("bundle"), OPTIONS[1]);
+    for (stage, call, weight, inner) in [
+        (Stage::Step, "encoder_blocks.0.TransformerBlock", "encoder_blocks.0.attn.qkv.weight", "attn.qkv.Gemm"),
+        (Stage::Step, "encoder_blocks.2.TransformerBlock", "encoder_blocks.2.mlp.fc2.bias", "mlp.fc2.Gemm"),
+        (Stage::Flow, "diffloss.net.FlowSolver", "diffloss.net.res_blocks.0.in_ln.weight", "Loop"),
+    ] {
+        let model = std::fs::read(bundle.graph_path(stage).unwrap()).unwrap();
+        let model = ModelProto::decode(&model[..]).unwrap();
+        let graph = model.graph.unwrap();
+        let call = graph.node.iter().find(|node| node.name.as_deref() == Some(call)).expect(call);
+        let function = model.functions.iter().find(|function| function.name == call.op_type).expect("the function");
+        assert_eq!(function.input.len(), call.input.len());
+        assert!(call.input.iter().any(|input| input == weight), "{weight}");
+        let short = weight.strip_prefix(&format!("{}.", call.name().rsplit_once('.').unwrap().0)).unwrap();
+        assert!(function.input.iter().any(|input| input == short), "{short}");
+        assert!(function.node.iter().any(|node| node.name.as_deref() == Some(inner)), "{inner}");
     }
 }
 

@@ -252,7 +252,9 @@ mod tests {
         }
         let mut far = [-100.0, 100.0, f32::NAN, f32::NEG_INFINITY];
         gelu(&mut far);
-        assert!(far[0] == 0.0 && far[1] == 100.0 && far[2].is_nan() && !far[3].is_finite(), "{far:?}");
+        // The error function is off by at most 2e-7, and its factor is x / 2.
+        assert!(far[0].abs() <= 1e-5 && (far[1] - 100.0).abs() <= 1e-5, "{far:?}");
+        assert!(far[2].is_nan() && !far[3].is_finite(), "{far:?}");
     }
 
     #[test]
