@@ -99,9 +99,9 @@ fn open(bundle: &Bundle, runtime: Runtime, threads: Option<usize>, stage: Stage)
     let manifest = &bundle.manifest;
     let functions = kernels(bundle, stage)?;
     // Prepacking copies weights. It does not pay off for stages that run once per image, nor for kernels, which read the
-    // weights in the file. Integer operators without prepacking pack their weights in every run.
+    // weights in the file. Integer convolutions without prepacking pack their weights in every run.
     let every_token = matches!(stage, Stage::Step | Stage::Flow);
-    let packed = functions.is_empty() && (every_token || manifest.quantization.is_some());
+    let packed = manifest.quantization.is_some() || (every_token && functions.is_empty());
     let graph = runtime.graph(&bundle.graph_path(stage)?, threads, packed, functions)?;
     graph.check(&stage.inputs(&manifest.model), &stage.outputs(&manifest.model), manifest.precision)?;
     Ok(Opened { graph, time: start.elapsed() })
