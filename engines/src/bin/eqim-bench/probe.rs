@@ -69,20 +69,20 @@ impl Probe {
             self.memory.resize(words, 1);
         }
         let memory = &self.memory[..words];
-        read(memory);
+        read(memory, 1);
         // A small buffer is read more often, so that starting the threads does not count.
-        let passes = (32 * PART / bytes).max(1);
+        let passes = (128 * PART / bytes).max(1);
         let start = Instant::now();
-        (0..passes).for_each(|_| read(memory));
+        read(memory, passes);
         let read = (passes * bytes) as f64 / start.elapsed().as_secs_f64();
         Ok(Limits { read, fp32: self.fp32.rate()?, int8: self.int8.rate()? })
     }
 }
 
-/// Reads memory with all cores.
-fn read(words: &[u64]) {
+/// Reads memory several times with all cores.
+fn read(words: &[u64], passes: usize) {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let parts = Mutex::new(words.chunks(PART / size_of::<u64>()));
+    let parts = Mutex::new((0..passes).flat_map(|_| words.chunks(PART / size_of::<u64>())));
     let work = || {
         let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
         while let Some(part) = next() {
