@@ -5,8 +5,8 @@
 CHECKOUT is a checkout of drx-code/EquivariantModeling. BUNDLE is a folder that eqim-export onnx wrote in FP32; its
 weights are loaded into the modules of the reference. THREADS is the number of threads of PyTorch; 0 keeps the default.
 Requests are read from standard input, one JSON object per line, and answers are written to standard output in the same
-way. The variant of a request is `reference`, or one of tuned.py. The semantic decoder is left out, because bundles do not contain its weights. This makes the reference faster than
-its own decode().
+way. The variant of a request is `reference`, or one of tuned.py. The semantic decoder is left out, because bundles do not
+contain its weights. This makes the reference faster than its own decode().
 """
 
 import json

@@ -330,6 +330,17 @@ impl<'a> Lower<'a> {
         self.node(op, &inputs.iter().collect::<Vec<_>>(), attributes, DataType::Float)
     }
 
+    /// Reduces some axes of `x`. The axes became an input in opset 18.
+    fn reduce(&mut self, op: &str, x: &Value, axes: &[usize], keep: bool) -> Value {
+        let axes: Vec<i64> = axes.iter().map(|&axis| axis as i64).collect();
+        let keep = AttributeProto::int("keepdims", keep.into());
+        if self.opset < 18 {
+            return self.node(op, &[x], vec![keep, AttributeProto::ints("axes", axes)], x.data_type);
+        }
+        let axes = self.integers(&[axes.len()], &axes);
+        self.node(op, &[x, &axes], vec![keep], x.data_type)
+    }
+
     /// Size of an axis, as a tensor `[1]`; the whole shape if `axis` is `None`.
     fn size(&mut self, x: &Value, axis: Option<usize>) -> Value {
         let key = (x.name.clone(), axis);
@@ -502,13 +513,7 @@ impl Ops for Lower<'_> {
     }
 
     fn mean(&mut self, x: &Value, axes: &[usize]) -> Result<Value> {
-        let axes: Vec<i64> = axes.iter().map(|&axis| axis as i64).collect();
-        let keep = AttributeProto::int("keepdims", 0);
-        if self.opset < 18 {
-            return Ok(self.node("ReduceMean", &[x], vec![keep, AttributeProto::ints("axes", axes)], x.data_type));
-        }
-        let axes = self.integers(&[axes.len()], &axes);
-        Ok(self.node("ReduceMean", &[x, &axes], vec![keep], x.data_type))
+        Ok(self.reduce("ReduceMean", x, axes, false))
     }
 
     fn softmax(&mut self, x: &Value) -> Result<Value> {

@@ -82,11 +82,11 @@ impl Runtime {
         // ONNX Runtime adds the domain of the functions to a table when the first graph with kernels is opened, without a
         // lock. No other graph may be opened at that time.
         static DOMAIN_IS_KNOWN: RwLock<bool> = RwLock::new(false);
-        let is_known = *DOMAIN_IS_KNOWN.read().unwrap_or_else(PoisonError::into_inner);
-        let session = if kernels.is_empty() || is_known {
-            let _others = DOMAIN_IS_KNOWN.read().unwrap_or_else(PoisonError::into_inner);
+        let known = DOMAIN_IS_KNOWN.read().unwrap_or_else(PoisonError::into_inner);
+        let session = if kernels.is_empty() || *known {
             load()
         } else {
+            drop(known);
             let mut known = DOMAIN_IS_KNOWN.write().unwrap_or_else(PoisonError::into_inner);
             let session = load();
             *known |= session.is_ok();

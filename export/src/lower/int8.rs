@@ -47,15 +47,7 @@ impl Lower<'_> {
         let float = DataType::Float;
         let [zero, one, levels] = [0.0, 1.0, 255.0].map(|value| self.floats(&[], &[value]));
         let end = |lower: &mut Self, reduce: &str, limit: &str| {
-            let (inputs, mut attributes) = (vec![x.clone()], vec![AttributeProto::int("keepdims", 1)]);
-            // The axes became an input in opset 18.
-            let inputs = if lower.opset < 18 {
-                attributes.push(AttributeProto::ints("axes", [1]));
-                inputs
-            } else {
-                [inputs, vec![lower.integers(&[1], &[1])]].concat()
-            };
-            let end = lower.node(reduce, &inputs.iter().collect::<Vec<_>>(), attributes, float);
+            let end = lower.reduce(reduce, x, &[1], true);
             lower.node(limit, &[&end, &zero], vec![], float)
         };
         let (low, high) = (end(self, "ReduceMin", "Min"), end(self, "ReduceMax", "Max"));

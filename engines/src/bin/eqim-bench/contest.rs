@@ -20,7 +20,7 @@ use super::probe::Probe;
 use super::probed::Probed;
 use super::pytorch::{PyTorch, Variant};
 use super::roofline::Work;
-use super::workload::{Calls, TimedBatch, Workload};
+use super::workload::{Calls, TimedBatch, Workload, rows};
 use eqim::bundle::Bundle;
 
 /// A candidate of the benchmark.
@@ -96,20 +96,13 @@ impl Candidate {
         Ok(TimedBatch { tokens, calls, total: start.elapsed() - engine.probing() })
     }
 
-    /// Work of one call of a stage. The decoder runs one image per call, and the prefill computes each class once.
-    /// `None` for a reference, whose algorithm has no stages.
+    /// Work of one call of a stage. `None` for a reference, whose algorithm has no stages.
     ///
     /// # Errors
     /// If the configuration is not consistent.
     pub fn work(&self, stage: Stage, request: &Request) -> Result<Option<Work>> {
         let Self::Bundle(bundle, ..) = self else { return Ok(None) };
-        let (batch, guided) = (request.classes.len(), request.cfg != 1.0);
-        let classes = batch.min(bundle.manifest.model.generator.class_num);
-        let rows = match stage {
-            Stage::Prefill => classes + usize::from(guided),
-            Stage::Step | Stage::Flow => batch * if guided { 2 } else { 1 },
-            Stage::Decoder | Stage::Encoder => 1,
-        };
+        let rows = rows(&bundle.manifest.model, stage, request);
         Work::new(bundle, stage, rows, request.tokens, request.solver.evaluations(request.steps)).map(Some)
     }
 

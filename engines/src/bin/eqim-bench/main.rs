@@ -122,9 +122,7 @@ fn predictions(arguments: &Arguments, config: &Config) -> Result<BenchReport> {
         for &batch in &arguments.batch {
             for &tokens in &arguments.tokens {
                 let request = request(arguments, config, batch, tokens);
-                let evaluations = request.solver.evaluations(request.steps);
-                let guided = request.cfg != 1.0;
-                report.predictions.push(Prediction::new(machine, config, (batch, tokens), guided, evaluations)?);
+                report.predictions.push(Prediction::new(machine, config, &request)?);
             }
         }
     }

@@ -7,10 +7,12 @@ use eqim::Result;
 use eqim::config::Config;
 use eqim::model::Stage;
 use eqim::ops::cost::Row;
+use eqim::request::Request;
 use eqim_cli::table;
 use serde::Serialize;
 
 use super::statistics::milliseconds;
+use super::workload::rows;
 
 /// A machine, by what limits it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -123,29 +125,18 @@ pub struct Limit {
 }
 
 impl Prediction {
-    /// Predicts the limits of a batch of guided images.
+    /// Predicts the limits of a batch of images.
     ///
     /// # Errors
     /// If the configuration is not consistent.
-    pub fn new(
-        machine: &Machine,
-        config: &Config,
-        (batch, tokens): (usize, usize),
-        guided: bool,
-        evaluations: usize,
-    ) -> Result<Self> {
-        let rows = batch * if guided { 2 } else { 1 };
-        // The decoder runs one image per call.
-        let calls = [
-            (Stage::Prefill, batch.min(config.generator.class_num) + usize::from(guided), 1),
-            (Stage::Step, rows, tokens - 1),
-            (Stage::Flow, rows, tokens),
-            (Stage::Decoder, 1, batch),
-        ];
+    pub fn new(machine: &Machine, config: &Config, request: &Request) -> Result<Self> {
+        let (batch, tokens) = (request.classes.len(), request.tokens);
+        let evaluations = request.solver.evaluations(request.steps);
+        let calls = [(Stage::Prefill, 1), (Stage::Step, tokens - 1), (Stage::Flow, tokens), (Stage::Decoder, batch)];
         let limit = |precision| {
             let mut limit = Limit { precision, stages: vec![], batch: 0.0 };
-            for (stage, rows, count) in calls {
-                let cost = stage.cost(config, rows, tokens, evaluations)?;
+            for (stage, count) in calls {
+                let cost = stage.cost(config, rows(config, stage, request), tokens, evaluations)?;
                 let seconds = machine.time(cost.rows().values(), precision);
                 limit.stages.push((stage.name(), seconds));
                 limit.batch += seconds * count as f64;

@@ -116,11 +116,16 @@ impl BenchReport {
         for case in &self.cases {
             case.text(&mut text);
         }
-        self.predictions.iter().for_each(|found| found.table(&mut text));
-        Solved::table(&self.solvers, &mut text);
-        self.tiling.iter().for_each(|found| found.table(&mut text));
-        self.equivariance.iter().for_each(|found| found.table(&mut text));
+        self.instead_of_timings(&mut text);
         text.trim_end().to_string()
+    }
+
+    /// Adds the results of the flags that print something instead of timings.
+    fn instead_of_timings(&self, text: &mut String) {
+        self.predictions.iter().for_each(|found| found.table(text));
+        Solved::table(&self.solvers, text);
+        self.tiling.iter().for_each(|found| found.table(text));
+        self.equivariance.iter().for_each(|found| found.table(text));
     }
 
     /// The report in Markdown.
@@ -139,10 +144,7 @@ impl BenchReport {
             };
             let _ = writeln!(text, "{}\n", table::markdown(&COLUMNS, case.results.iter().flat_map(of_engine)));
         }
-        self.predictions.iter().for_each(|found| found.table(&mut text));
-        Solved::table(&self.solvers, &mut text);
-        self.tiling.iter().for_each(|found| found.table(&mut text));
-        self.equivariance.iter().for_each(|found| found.table(&mut text));
+        self.instead_of_timings(&mut text);
         text
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use eqim::Config;
 use eqim::model::Stage;
 use eqim::request::Request;
 use eqim::request::timing::{CallTimes, StageTimes};
@@ -19,6 +20,16 @@ pub struct Workload {
     pub seed: u64,
     /// Whether the tokens are decoded.
     pub decode: bool,
+}
+
+/// Rows of one call of a stage. The decoder runs one image per call, and the prefill computes each class once.
+pub fn rows(config: &Config, stage: Stage, request: &Request) -> usize {
+    let (batch, guided) = (request.classes.len(), request.cfg != 1.0);
+    match stage {
+        Stage::Prefill => batch.min(config.generator.class_num) + usize::from(guided),
+        Stage::Step | Stage::Flow => batch * if guided { 2 } else { 1 },
+        Stage::Decoder | Stage::Encoder => 1,
+    }
 }
 
 /// One call of a stage.

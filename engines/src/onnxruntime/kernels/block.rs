@@ -5,11 +5,8 @@ use std::ops::Range;
 use eqim::model::transformer::{BLOCK_EPS, CROSS_EPS};
 
 use super::linear::{Activations, Buffers, Linear};
-use super::rows;
+use super::rows::{self, Norm};
 use super::team::{Shared, Worker};
-
-/// Weight and bias of a norm.
-pub type Norm<'a> = (&'a [f32], &'a [f32]);
 
 /// Inputs of a block, for B tokens, H heads and heads of width hd.
 pub struct Block<'a> {
@@ -90,24 +87,21 @@ impl Block<'_> {
         // In every phase of this function, an element is either only read, or used by one part.
         let SharedBuffers { projected, attended, activations } = buffers;
         let (x, dim) = (&outputs.x, self.weights.proj.outputs);
-        let row_of = |row: usize, width: usize| row * width..(row + 1) * width;
         let normed = |row: usize, norm: Norm, eps: f32, y: &mut [f32]| {
             // SAFETY: see above.
-            rows::layer_norm(unsafe { x.get(row_of(row, dim)) }, norm, eps, y);
+            rows::layer_norm(unsafe { x.row(row, dim) }, norm, eps, y);
         };
         let keep = |row: usize, width: usize, column: usize, y: &[f32]| {
-            let start = row * width + column;
             // SAFETY: see above.
-            unsafe { projected.get_mut(start..start + y.len()) }.copy_from_slice(y);
+            unsafe { projected.columns_mut(row, width, column, y.len()) }.copy_from_slice(y);
         };
         let add = |row: usize, column: usize, y: &mut [f32]| {
-            let start = row * dim + column;
             // SAFETY: see above.
-            rows::add(unsafe { x.get_mut(start..start + y.len()) }, y);
+            rows::add(unsafe { x.columns_mut(row, dim, column, y.len()) }, y);
         };
         let attention = |row: usize, y: &mut [f32]| {
             // SAFETY: see above.
-            y.copy_from_slice(unsafe { attended.get(row_of(row, dim)) });
+            y.copy_from_slice(unsafe { attended.row(row, dim) });
         };
 
         let input = |row: usize, y: &mut [f32]| normed(row, self.weights.norm, BLOCK_EPS, y);
@@ -128,7 +122,7 @@ impl Block<'_> {
         });
         let input = |row: usize, y: &mut [f32]| {
             // SAFETY: see above.
-            y.copy_from_slice(unsafe { projected.get(row_of(row, hidden)) });
+            y.copy_from_slice(unsafe { projected.row(row, hidden) });
         };
         self.weights.fc2.apply(worker, activations, input, add);
     }

@@ -3,7 +3,7 @@
 use eqim::model::flow::EPS;
 
 use super::linear::{Activations, Buffers, Linear};
-use super::rows;
+use super::rows::{self, Norm};
 use super::team::{Shared, Worker};
 
 /// Inputs of the loop, for S evaluations, B tokens and R rows.
@@ -31,7 +31,7 @@ pub struct Velocity<'a> {
 /// A residual block.
 pub struct Residual<'a> {
     /// Weight and bias of the norm.
-    pub norm: (&'a [f32], &'a [f32]),
+    pub norm: Norm<'a>,
     /// First layer of the MLP.
     pub first: Linear<'a>,
     /// Second layer of the MLP.
@@ -90,21 +90,19 @@ impl Flow<'_> {
         let SharedBuffers { h, hidden, velocity, activations, tokens } = buffers;
         let (embed, width) = (self.weights.input.inputs, self.weights.input.outputs);
         let (count, rows) = (tokens.rows, activations.rows);
-        let h_row = |row: usize| row * width..(row + 1) * width;
         // In every phase of this function, an element is either only read, or used by one part.
         self.weights.input.apply(
             worker,
             tokens,
             |token, x| {
                 // SAFETY: see above.
-                x.copy_from_slice(unsafe { state.get(token * embed..(token + 1) * embed) });
+                x.copy_from_slice(unsafe { state.row(token, embed) });
             },
             |token, column, y| {
                 // Both streams share the token.
                 for row in (token..rows).step_by(count) {
-                    let start = row * width + column;
                     // SAFETY: see above.
-                    unsafe { h.get_mut(start..start + y.len()) }.copy_from_slice(y);
+                    unsafe { h.columns_mut(row, width, column, y.len()) }.copy_from_slice(y);
                 }
             },
         );
@@ -117,14 +115,13 @@ impl Flow<'_> {
                 |row, x| {
                     let [shift, scale, _] = parts(row);
                     // SAFETY: see above.
-                    rows::layer_norm(unsafe { h.get(h_row(row)) }, block.norm, EPS, x);
+                    rows::layer_norm(unsafe { h.row(row, width) }, block.norm, EPS, x);
                     rows::modulate(x, shift, scale);
                 },
                 |row, column, y| {
                     rows::silu(y);
-                    let start = row * width + column;
                     // SAFETY: see above.
-                    unsafe { hidden.get_mut(start..start + y.len()) }.copy_from_slice(y);
+                    unsafe { hidden.columns_mut(row, width, column, y.len()) }.copy_from_slice(y);
                 },
             );
             block.second.apply(
@@ -132,13 +129,12 @@ impl Flow<'_> {
                 activations,
                 |row, x| {
                     // SAFETY: see above.
-                    x.copy_from_slice(unsafe { hidden.get(h_row(row)) });
+                    x.copy_from_slice(unsafe { hidden.row(row, width) });
                 },
                 |row, column, y| {
                     let [_, _, gate] = parts(row);
-                    let start = row * width + column;
                     // SAFETY: see above.
-                    let h = unsafe { h.get_mut(start..start + y.len()) };
+                    let h = unsafe { h.columns_mut(row, width, column, y.len()) };
                     h.iter_mut().zip(&gate[column..]).zip(y).for_each(|((h, gate), y)| *h += gate * *y);
                 },
             );
@@ -150,13 +146,12 @@ impl Flow<'_> {
             |row, x| {
                 let [shift, scale] = vectors::<2>(modulation, width, first_row + row);
                 // SAFETY: see above.
-                rows::plain_norm(unsafe { h.get(h_row(row)) }, EPS, x);
+                rows::plain_norm(unsafe { h.row(row, width) }, EPS, x);
                 rows::modulate(x, shift, scale);
             },
             |row, column, y| {
-                let start = row * embed + column;
                 // SAFETY: see above.
-                unsafe { velocity.get_mut(start..start + y.len()) }.copy_from_slice(y);
+                unsafe { velocity.columns_mut(row, embed, column, y.len()) }.copy_from_slice(y);
             },
         );
     }
@@ -165,14 +160,13 @@ impl Flow<'_> {
     fn update(&self, worker: &mut Worker, evaluation: usize, state: &Shared<f32>, buffers: &SharedBuffers) {
         let (embed, count, rows) = (self.weights.input.inputs, buffers.tokens.rows, buffers.activations.rows);
         worker.phase(count, |token| {
-            let elements = |row: usize| row * embed..(row + 1) * embed;
             // SAFETY: every part uses only the state of its own token, and the velocities are complete.
             let (point, held, conditional, unconditional) = unsafe {
                 (
-                    state.get_mut(elements(token)),
-                    state.get_mut(elements(count + token)),
-                    buffers.velocity.get(elements(token)),
-                    buffers.velocity.get(elements(rows - count + token)),
+                    state.columns_mut(token, embed, 0, embed),
+                    state.columns_mut(count + token, embed, 0, embed),
+                    buffers.velocity.row(token, embed),
+                    buffers.velocity.row(rows - count + token, embed),
                 )
             };
             let [of_point, of_held, of_velocity] =

@@ -85,7 +85,6 @@ impl Linear<'_> {
         put: impl Fn(usize, usize, &mut [f32]),
     ) {
         let &Self { inputs, outputs, weight, bias } = self;
-
         let rows = buffers.rows;
         worker.phase(rows, |row| {
             let range = row * inputs..(row + 1) * inputs;
@@ -103,7 +102,7 @@ impl Linear<'_> {
             let columns = part * share..outputs.min((part + 1) * share);
             // SAFETY: every part writes only its own columns, and the inputs are complete.
             let output = |row: usize, column: usize, count: usize| unsafe {
-                buffers.outputs.get_mut(row * outputs + column..row * outputs + column + count)
+                buffers.outputs.columns_mut(row, outputs, column, count)
             };
             match weight {
                 Weight::Float(weight) => {

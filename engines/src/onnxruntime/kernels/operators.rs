@@ -10,6 +10,7 @@ use ort::value::{DynTensorRef, PrimitiveTensorElementType, TensorElementType, Va
 use super::block::{Block, BlockBuffers, BlockWeights, Outputs};
 use super::flow::{Flow, FlowBuffers, Residual, Velocity};
 use super::linear::{Buffers, Linear, Weight};
+use super::rows::Norm;
 use super::team::{Shared, Team, Worker};
 
 /// The kernels of `functions`, the functions that a graph calls. `threads` is the number of threads of the session; all
@@ -156,7 +157,7 @@ fn extract<'a, T: PrimitiveTensorElementType>(value: &DynTensorRef<'a>) -> ort::
     let (shape, elements) = value.try_extract_tensor::<T>()?;
     // SAFETY: the elements are those of the tensor, which lives for `'a`, and nothing writes inputs.
     let elements = unsafe { std::slice::from_raw_parts(elements.as_ptr(), elements.len()) };
-    Ok((shape.iter().map(|&size| size as usize).collect(), elements))
+    Ok((sizes(shape), elements))
 }
 
 impl<'a> Inputs<'a> {
@@ -186,23 +187,19 @@ impl<'a> Inputs<'a> {
     }
 
     /// Weight and bias of the next norm.
-    fn norm(&mut self, width: usize) -> ort::Result<(&'a [f32], &'a [f32])> {
+    fn norm(&mut self, width: usize) -> ort::Result<Norm<'a>> {
         Ok((self.shaped(&[width])?, self.shaped(&[width])?))
     }
 
     /// The next linear layer. Any numbers of inputs and outputs are accepted if they are `None`.
     fn linear(&mut self, inputs: Option<usize>, outputs: Option<usize>) -> ort::Result<Linear<'a>> {
         let (index, value) = self.next()?;
-        let (shape, found, levels) = match value.data_type() {
-            TensorElementType::Int8 => {
-                let (shape, levels) = extract::<i8>(&value)?;
-                let found = match shape[..] {
-                    [blocks, groups, LANES, GROUP] => Some([blocks * LANES, groups * GROUP]),
-                    _ => None,
-                };
-                (shape, found, levels)
-            }
-            _ => (sizes(value.shape()), <[usize; 2]>::try_from(sizes(value.shape())).ok(), &[][..]),
+        let is_int8 = *value.data_type() == TensorElementType::Int8;
+        let shape = sizes(value.shape());
+        let found = match (is_int8, &shape[..]) {
+            (true, &[blocks, groups, LANES, GROUP]) => Some([blocks * LANES, groups * GROUP]),
+            (false, &[outputs, inputs]) => Some([outputs, inputs]),
+            _ => None,
         };
         let fits =
             |found: usize, expected: Option<usize>| found > 0 && expected.is_none_or(|expected| found == expected);
@@ -210,11 +207,11 @@ impl<'a> Inputs<'a> {
         else {
             return Err(unfit(index, &shape, &format!("a weight of {outputs:?} outputs and {inputs:?} inputs")));
         };
-        let weight = match value.data_type() {
-            TensorElementType::Int8 => {
-                Weight::Int8 { levels, sums: self.shaped(&[outputs])?, scales: self.shaped(&[outputs])? }
-            }
-            _ => Weight::Float(extract(&value)?.1),
+        let weight = if is_int8 {
+            let levels = extract(&value)?.1;
+            Weight::Int8 { levels, sums: self.shaped(&[outputs])?, scales: self.shaped(&[outputs])? }
+        } else {
+            Weight::Float(extract(&value)?.1)
         };
         Ok(Linear { inputs, outputs, weight, bias: self.shaped(&[outputs])? })
     }
@@ -250,9 +247,8 @@ impl Function for DynamicLinear {
                 &buffers,
                 |row, input| input.copy_from_slice(&x[row * width..(row + 1) * width]),
                 |row, column, part| {
-                    let start = row * linear.outputs + column;
                     // SAFETY: every part writes only its own columns.
-                    unsafe { y.get_mut(start..start + part.len()) }.copy_from_slice(part);
+                    unsafe { y.columns_mut(row, linear.outputs, column, part.len()) }.copy_from_slice(part);
                 },
             );
         })

@@ -3,6 +3,9 @@
 use eqim::ops::kernels::exp;
 use pulp::Arch;
 
+/// Weight and bias of a norm.
+pub type Norm<'a> = (&'a [f32], &'a [f32]);
+
 /// Number of sums that are computed side by side.
 const SUMS: usize = 16;
 
@@ -50,7 +53,7 @@ fn normalize(x: &[f32], eps: f32, y: &mut [f32]) {
 }
 
 /// Layer normalization with weight and bias (ONNX `LayerNormalization`).
-pub fn layer_norm(x: &[f32], (weight, bias): (&[f32], &[f32]), eps: f32, y: &mut [f32]) {
+pub fn layer_norm(x: &[f32], (weight, bias): Norm, eps: f32, y: &mut [f32]) {
     Arch::new().dispatch(
         #[inline(always)]
         || {

@@ -94,6 +94,26 @@ impl<'a, T> Shared<'a, T> {
         // SAFETY: the range is inside of the buffer, and the caller promises that nothing else uses it.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(range.start), range.len()) }
     }
+
+    /// Row `row` of a matrix of `width` columns, for reading.
+    ///
+    /// # Safety
+    /// As for [`Shared::get`].
+    pub unsafe fn row(&self, row: usize, width: usize) -> &[T] {
+        // SAFETY: the caller promises it.
+        unsafe { self.get(row * width..(row + 1) * width) }
+    }
+
+    /// `count` columns of a row of a matrix of `width` columns, from `column` on, for writing.
+    ///
+    /// # Safety
+    /// As for [`Shared::get_mut`].
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn columns_mut(&self, row: usize, width: usize, column: usize, count: usize) -> &mut [T] {
+        let start = row * width + column;
+        // SAFETY: the caller promises it.
+        unsafe { self.get_mut(start..start + count) }
+    }
 }
 
 #[cfg(test)]
