@@ -74,8 +74,8 @@ pub struct Policy {
     pub exclude: Vec<Regex>,
     /// Patterns of matrices to run in W8A8 instead of weight-only.
     pub w8a8: Vec<Regex>,
-    /// The only scope that may run in INT8, if the sensitivity search quantizes one scope alone.
-    pub only: Option<String>,
+    /// The only scopes that may run in INT8, if not all of the stages may: the sensitivity search quantizes one scope alone.
+    pub only: Option<BTreeSet<String>>,
     /// Scopes that the sensitivity search excludes from INT8.
     pub left_out: BTreeSet<String>,
     /// Calibration table, with the ranges of the activations.
@@ -125,7 +125,7 @@ impl Policy {
     }
 
     fn is_excluded(&self, scope: &str) -> bool {
-        let another = self.only.as_ref().is_some_and(|only| only != scope);
+        let another = self.only.as_ref().is_some_and(|only| !only.contains(scope));
         another || self.left_out.contains(scope) || self.exclude.iter().any(|pattern| pattern.is_match(scope))
     }
 }

@@ -64,7 +64,7 @@ impl<'a> Search<'a> {
     /// Damage if only this scope is quantized. If only the decoder uses the scope, the tokens do not change and are not
     /// generated again.
     fn alone(&self, policy: &Policy, scope: &str, stages: &BTreeSet<Stage>) -> Result<Damage> {
-        let policy = Policy { only: Some(scope.to_string()), ..policy.clone() };
+        let policy = Policy { only: Some([scope.to_string()].into()), ..policy.clone() };
         if stages.iter().any(|&stage| stage != Stage::Decoder) {
             return self.damage(&policy);
         }
