@@ -11,7 +11,7 @@ use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
 use eqim::request::solver::{Solver, Tableau};
 use eqim_engines::native::find_onnxruntime;
-use eqim_engines::onnxruntime::OrtEngine;
+use eqim_engines::onnxruntime::{OrtEngine, Providers};
 use eqim_export::lower::NEWEST_OPSET;
 use eqim_export::write::{Options, draft};
 use ndarray::{Array2, Array3};
@@ -25,7 +25,7 @@ fn engines(folder: &Path) -> Vec<Box<dyn Engine>> {
     let draft = draft(&folder.join("bundle"), &config, &weights, options, |_| {}).expect("export");
     let bundle = draft.publish().expect("export");
     let library = find_onnxruntime().expect("cargo xtask setup");
-    let ort = OrtEngine::new(&bundle, &library, None).expect("ONNX Runtime");
+    let ort = OrtEngine::new(&bundle, &library, None, &Providers::default()).expect("ONNX Runtime");
     vec![Box::new(CandleEngine::new(config, weights)), Box::new(ort)]
 }
 

@@ -20,7 +20,7 @@ fn main() -> eqim::Result<()> {
     };
     let bundle = Bundle::open(&folder)?;
     // TensorRT, ONNX Runtime or Candle: the first that the bundle and the machine have.
-    let engine = open(&bundle, Options::default())?;
+    let engine = open(&bundle, &Options::default())?;
 
     let config = engine.config();
     let classes = (0..config.generator.class_num).map(Some);

@@ -19,7 +19,7 @@ fn main() -> eqim::Result<()> {
         return Err(eqim::Error::input("arguments", "expected BUNDLE TOKENS PANORAMA.png"));
     };
     let tokens: usize = tokens.parse().map_err(|error| eqim::Error::input_caused(tokens, error))?;
-    let engine = open(&Bundle::open(Path::new(folder))?, Options::default())?;
+    let engine = open(&Bundle::open(Path::new(folder))?, &Options::default())?;
     let config = engine.config();
 
     let request = Request { cfg: 3.0, noise: Noise::Seed(7), ..Request::new(config, [Some(0)], tokens) };

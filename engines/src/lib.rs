@@ -7,7 +7,7 @@
 //!
 //! // A folder that `eqim-export onnx` wrote.
 //! let bundle = Bundle::open(Path::new("bundle"))?;
-//! let engine = open(&bundle, Options { backend: Backend::Ort, threads: Some(4), ..Options::default() })?;
+//! let engine = open(&bundle, &Options { backend: Backend::Ort, threads: Some(4), ..Options::default() })?;
 //! println!("{} classes on {}", engine.config().generator.class_num, engine.name());
 //! # Ok::<(), eqim::Error>(())
 //! ```

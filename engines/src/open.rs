@@ -8,7 +8,7 @@ use eqim::engine::candle::CandleEngine;
 use eqim::{Error, Result};
 
 use crate::native;
-use crate::onnxruntime::OrtEngine;
+use crate::onnxruntime::{OrtEngine, Providers};
 use crate::trt::{self, EngineSet};
 use eqim::bundle::Bundle;
 
@@ -28,12 +28,14 @@ pub enum Backend {
 }
 
 /// Options for running a bundle.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Options {
     /// The backend.
     pub backend: Backend,
     /// Maximum number of threads of ONNX Runtime. The default is all cores.
     pub threads: Option<usize>,
+    /// Execution providers of ONNX Runtime. With them, the backend is ONNX Runtime.
+    pub providers: Providers,
     /// Whether TensorRT captures the transformer step as a CUDA graph.
     pub cuda_graph: bool,
 }
@@ -43,17 +45,23 @@ pub struct Options {
 /// # Errors
 /// [`Error::input`] if the weights do not fit, if the backend cannot run the bundle, or if TensorRT engines are missing
 /// or stale; [`Error::run`] if the library or the GPU of the backend is not found.
-pub fn open(bundle: &Bundle, options: Options) -> Result<Box<dyn Engine>> {
-    match options.backend {
-        Backend::Trt => tensorrt(bundle, options.cuda_graph),
-        Backend::Ort => onnxruntime(bundle, &native::find_onnxruntime()?, options.threads),
-        Backend::Candle => candle(bundle, options.threads),
+pub fn open(bundle: &Bundle, options: &Options) -> Result<Box<dyn Engine>> {
+    let &Options { backend, threads, ref providers, cuda_graph } = options;
+    let ort = || onnxruntime(bundle, &native::find_onnxruntime()?, threads, providers);
+    match backend {
+        Backend::Ort => ort(),
+        Backend::Auto if !providers.order.is_empty() => ort(),
+        Backend::Trt | Backend::Candle if !providers.order.is_empty() => {
+            Err(Error::setting("provider", format!("{providers} is part of ONNX Runtime: the backend has to be ort")))
+        }
+        Backend::Trt => tensorrt(bundle, cuda_graph),
+        Backend::Candle => candle(bundle, threads),
         Backend::Auto => match fitting_tensorrt(bundle) {
             Ok(Some(engine)) => Ok(engine),
-            Ok(None) => on_cpu(bundle, options.threads),
+            Ok(None) => on_cpu(bundle, threads),
             Err(error) => {
                 tracing::warn!("the bundle's TensorRT engines are not used: {error}");
-                on_cpu(bundle, options.threads)
+                on_cpu(bundle, threads)
             }
         },
     }
@@ -68,7 +76,7 @@ fn fitting_tensorrt(bundle: &Bundle) -> Result<Option<Box<dyn Engine>>> {
 
 fn on_cpu(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {
     match native::find_onnxruntime() {
-        Ok(library) => onnxruntime(bundle, &library, threads),
+        Ok(library) => onnxruntime(bundle, &library, threads, &Providers::default()),
         Err(missing) => {
             tracing::warn!("{missing}; running on Candle, which is slower");
             candle(bundle, threads)
@@ -82,8 +90,13 @@ fn tensorrt(bundle: &Bundle, cuda_graph: bool) -> Result<Box<dyn Engine>> {
     trt::open(bundle, &set, cuda_graph)
 }
 
-fn onnxruntime(bundle: &Bundle, library: &Path, threads: Option<usize>) -> Result<Box<dyn Engine>> {
-    Ok(Box::new(OrtEngine::new(bundle, library, threads)?))
+fn onnxruntime(
+    bundle: &Bundle,
+    library: &Path,
+    threads: Option<usize>,
+    providers: &Providers,
+) -> Result<Box<dyn Engine>> {
+    Ok(Box::new(OrtEngine::new(bundle, library, threads, providers)?))
 }
 
 fn candle(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {

@@ -21,7 +21,7 @@ use eqim::picture::to_byte;
 use eqim::request::solver::{Solver, Tableau};
 use eqim::request::{Generated, GuidanceSchedule, Noise, Request};
 use eqim_calibration::Ranges;
-use eqim_engines::onnxruntime::OrtEngine;
+use eqim_engines::onnxruntime::{OrtEngine, Providers};
 use ndarray::{Array3, Array4, ArrayView3, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
@@ -118,7 +118,7 @@ pub fn measure(
     lengths.iter().try_for_each(|&length| request(length).check(reference.config()))?;
     let longest = lengths.iter().copied().max().unwrap_or_default();
     let expected = generate(reference, &request(longest), |_| {})?;
-    let engine = OrtEngine::new(bundle, library, None)?;
+    let engine = OrtEngine::new(bundle, library, None, &Providers::default())?;
     let found = finite_tokens(&engine, &expected.noise, &Tableau::new(Solver::Euler, steps))?;
 
     let mut rollouts = vec![];

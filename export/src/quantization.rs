@@ -13,7 +13,7 @@ use eqim::request::solver::{Solver, Tableau};
 use eqim::request::timing::median;
 use eqim::request::{Generated, GuidanceSchedule, Noise, Request};
 use eqim::{Config, Error, Result};
-use eqim_engines::onnxruntime::OrtEngine;
+use eqim_engines::onnxruntime::{OrtEngine, Providers};
 use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, Axis, concatenate, s};
 use serde::{Deserialize, Serialize};
 
@@ -170,8 +170,8 @@ impl Pair {
     /// [`Error::run`] if ONNX Runtime cannot load a bundle.
     pub fn load(fp32: &Bundle, int8: &Bundle, library: &Path) -> Result<Self> {
         Ok(Self {
-            fp32: OrtEngine::new(fp32, library, None)?,
-            int8: OrtEngine::new(int8, library, None)?,
+            fp32: OrtEngine::new(fp32, library, None, &Providers::default())?,
+            int8: OrtEngine::new(int8, library, None, &Providers::default())?,
             bundles: [fp32.clone(), int8.clone()],
         })
     }

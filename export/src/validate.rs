@@ -16,7 +16,9 @@ use eqim::request::solver::{Solver, Tableau};
 use eqim::request::{Noise, Request};
 use eqim::{Config, Result, ResultExt};
 use eqim_calibration::{Preview, Ranges};
-use eqim_engines::onnxruntime::{DynValue, OrtEngine, Runtime, float_input, float_output, integer_input};
+use eqim_engines::onnxruntime::{
+    DynValue, GraphOptions, OrtEngine, Providers, Runtime, float_input, float_output, integer_input,
+};
 use half::f16;
 use ndarray::{Array2, Array3, ArrayD, Axis as ArrayAxis, IxDyn, s};
 use serde::Serialize;
@@ -129,7 +131,7 @@ pub fn validate(
             add(&mut progress, check);
         }
     }
-    let engine = OrtEngine::new(bundle, library, None)?;
+    let engine = OrtEngine::new(bundle, library, None, &Providers::default())?;
     let (rollout, tokens) = guided_rollout(&engine, reference, atol)?;
     add(&mut progress, rollout);
     add(&mut progress, cache_is_no_cache(&engine, reference, &tokens, atol)?);
@@ -208,7 +210,7 @@ fn graph_alone(
 
 /// Runs a stage's graph on ONNX Runtime. The inputs are Candle tensors.
 fn on_runtime(bundle: &Bundle, runtime: Runtime, stage: Stage, inputs: &[Tensor]) -> Result<Vec<DynValue>> {
-    let graph = runtime.graph(&bundle.graph_path(stage)?, None, false, &[])?;
+    let graph = runtime.graph(&bundle.graph_path(stage)?, GraphOptions::default())?;
     let values = stage
         .inputs(&bundle.manifest.model)
         .iter()

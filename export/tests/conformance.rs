@@ -17,7 +17,7 @@ use eqim::request::random::TorchRng;
 use eqim::weights::Weights;
 use eqim::{Error, Result};
 use eqim_engines::native::find_onnxruntime;
-use eqim_engines::onnxruntime::{Runtime, float_input, float_output, half_input, integer_input};
+use eqim_engines::onnxruntime::{GraphOptions, Runtime, float_input, float_output, half_input, integer_input};
 use eqim_export::lower::{Lower, NEWEST_OPSET, OLDEST_OPSET, Places, places};
 use eqim_export::onnx::{GraphProto, ModelProto};
 use eqim_export::write::{Options, draft};
@@ -453,7 +453,7 @@ fn compare<Found: Case, Expected: Case>(precision: Precision, opset: i64, kinds:
     let (model, weights) = lower::<Found>(folder.path(), precision, opset, kinds)?;
     let path = folder.path().join("case.onnx");
     eqim::files::write(&path, &model.encode_to_vec())?;
-    let graph = runtime.graph(&path, Some(1), true, &[])?;
+    let graph = runtime.graph(&path, GraphOptions { threads: Some(1), prepacking: true, ..GraphOptions::default() })?;
     let tolerance = if precision == Precision::Fp16 && Found::TOLERANCE > MOVED { HALF } else { Found::TOLERANCE };
 
     let mut random = TorchRng::new(SEED + 1);

@@ -9,7 +9,7 @@ use eqim::generate::generate;
 use eqim::request::solver::Solver;
 use eqim::request::{GuidanceSchedule, Noise, PreparedRequest, Request};
 use eqim_engines::native::find_onnxruntime;
-use eqim_engines::onnxruntime::OrtEngine;
+use eqim_engines::onnxruntime::{OrtEngine, Providers};
 use ndarray::{Array2, Array3, Axis};
 
 use crate::common::bins::Workplace;
@@ -78,7 +78,10 @@ fn images_are_those_that_they_are_alone() {
     check(&Fixture::open(fixtures()).engine(WeightSet::Ema));
     let place = Workplace::with_bundle(&Fixture::open(fixtures()));
     let bundle = Bundle::open(&place.path("bundle")).unwrap();
-    check(&OrtEngine::new(&bundle, &find_onnxruntime().expect("cargo xtask setup"), Some(1)).unwrap());
+    check(
+        &OrtEngine::new(&bundle, &find_onnxruntime().expect("cargo xtask setup"), Some(1), &Providers::default())
+            .unwrap(),
+    );
 }
 
 #[test]

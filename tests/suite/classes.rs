@@ -14,7 +14,7 @@ use eqim::model::Stage;
 use eqim::request::condition::{ClassSchedule, ClassSpan};
 use eqim::request::{Noise, PreparedRequest, Request};
 use eqim_engines::native::find_onnxruntime;
-use eqim_engines::onnxruntime::OrtEngine;
+use eqim_engines::onnxruntime::{OrtEngine, Providers};
 use ndarray::{Array2, Axis, s};
 
 use crate::common::bins::{Workplace, export_line};
@@ -141,7 +141,9 @@ fn onnx_runtime_gives_the_same() {
         let line = export_line(&Fixture::open(fixtures()));
         place.run(&format!("{line} --dtype {dtype} --no-validate -o {dtype}")).succeeded();
         let bundle = Bundle::open(&place.path(dtype)).unwrap();
-        let ort = OrtEngine::new(&bundle, &find_onnxruntime().expect("cargo xtask setup"), Some(1)).unwrap();
+        let ort =
+            OrtEngine::new(&bundle, &find_onnxruntime().expect("cargo xtask setup"), Some(1), &Providers::default())
+                .unwrap();
         for (label, cfg) in labels().into_iter().zip([1.0, 3.0, 3.0, 1.0]) {
             let found = tokens(&ort, label.clone(), cfg);
             let expected = tokens(&engine, label.clone(), cfg);

@@ -24,7 +24,7 @@ fn first() -> Fixture {
 }
 
 impl Workplace {
-    fn tensor(&self, file: &str, name: &str) -> Tensor {
+    pub fn tensor(&self, file: &str, name: &str) -> Tensor {
         TensorFile::open(&self.path(file)).unwrap().read(name).unwrap()
     }
 
@@ -43,7 +43,7 @@ impl Workplace {
 }
 
 /// The command line of a fixture's sampling run, without seed, backend and outputs.
-fn run_line(fixture: &Fixture, run: &str) -> String {
+pub fn run_line(fixture: &Fixture, run: &str) -> String {
     let meta = &fixture.meta["sampling"][run];
     let labels: Vec<String> = match fixture.expected.get(&format!("{run}/labels")) {
         Some(labels) => labels.to_vec1::<i64>().unwrap().iter().map(i64::to_string).collect(),
@@ -100,7 +100,7 @@ fn what_the_reference_sampled() {
 }
 
 /// Compares the images of a run with the images of the reference, if the fixture has them.
-fn images_are_close(place: &Workplace, fixture: &Fixture, run: &str, rows: usize) {
+pub fn images_are_close(place: &Workplace, fixture: &Fixture, run: &str, rows: usize) {
     let Some(expected) = fixture.expected.get(&format!("{run}/image_u8")) else { return };
     for (row, name) in image_names(rows).iter().enumerate() {
         let expected = expected.get(row).unwrap();

@@ -291,7 +291,7 @@ fn dead_channels_and_a_constant_input_run() {
 }
 
 /// A workplace with the bundle of a fixture, pictures and a calibration table.
-fn place(fixture: &Fixture) -> Workplace {
+pub fn place(fixture: &Fixture) -> Workplace {
     let place = Workplace::with_bundle(fixture);
     write_pictures(&place.path("photos"), &fixture.engine(WeightSet::Ema));
     place.run(&format!("{CALIBRATE} -o table.json")).succeeded();

@@ -8,7 +8,7 @@ use eqim::request::solver::{Solver, Tableau};
 use eqim_calibration::Policy;
 use eqim_calibration::policy::patterns;
 use eqim_engines::native::find_onnxruntime;
-use eqim_engines::onnxruntime::{Runtime, float_input, float_output, integer_input};
+use eqim_engines::onnxruntime::{GraphOptions, Runtime, float_input, float_output, integer_input};
 use eqim_export::lower::{NEWEST_OPSET, OLDEST_OPSET};
 use eqim_export::write::{Draft, Options, draft};
 use ndarray::{Array, ArrayD, IxDyn};
@@ -45,7 +45,8 @@ fn run(
     let runtime = Runtime::load(&find_onnxruntime().unwrap_or_else(|problem| panic!("{problem}"))).unwrap();
     let config = &bundle.manifest.model;
     let functions = if kernels { &bundle.graph(stage).unwrap().functions[..] } else { &[] };
-    let graph = runtime.graph(&bundle.graph_path(stage).unwrap(), Some(threads), false, functions).unwrap();
+    let options = GraphOptions { threads: Some(threads), kernels: functions, ..GraphOptions::default() };
+    let graph = runtime.graph(&bundle.graph_path(stage).unwrap(), options).unwrap();
     let tableau = Tableau::new(Solver::Ab2, sizes.evaluations);
     let mut inputs = vec![];
     for (index, info) in stage.inputs(config).iter().enumerate() {

@@ -17,6 +17,7 @@ mod kernels;
 mod outpainting;
 mod parity;
 mod properties;
+mod providers;
 mod tensorrt;
 mod texts;
 mod tiles;

@@ -21,7 +21,8 @@ struct Cli {
 /// The development tasks.
 #[derive(Subcommand)]
 enum Task {
-    /// Install ONNX Runtime, the Python package onnx and, on Linux x86_64, TensorRT for RTX and libclang in .native/.
+    /// Install ONNX Runtime, the Python package onnx and, on Linux x86_64, OpenVINO, TensorRT for RTX and libclang in
+    /// .native/.
     Setup,
     /// Export the demo model assets/demo/model.safetensors to demo/bundle and generate four images with it in demo/.
     Demo,

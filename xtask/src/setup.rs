@@ -14,6 +14,18 @@ use crate::command::run;
 const ONNXRUNTIME: &str = "1.32.0";
 /// Pinned version of the Python package onnx, which the tests use to check exported graphs.
 const ONNX: &str = "1.23.2";
+/// Pinned version of the build of ONNX Runtime with OpenVINO, which the tests of execution providers use.
+const OPENVINO: &str = "1.24.1";
+/// The libraries of that build that OpenVINO needs on a CPU.
+const OPENVINO_LIBRARIES: [&str; 7] = [
+    "libonnxruntime.so.1.24.1",
+    "libonnxruntime_providers_openvino.so",
+    "libonnxruntime_providers_shared.so",
+    "libopenvino.so.2541",
+    "libopenvino_intel_cpu_plugin.so",
+    "libopenvino_onnx_frontend.so.2541",
+    "libtbb.so.12",
+];
 /// Pinned version of the libraries of TensorRT for RTX.
 const TENSORRT: &str = "1.7.1.116";
 /// Pinned version of libclang, which the crate trtx uses to read the headers of TensorRT. Versions above 21 cannot read
@@ -22,7 +34,7 @@ const LIBCLANG: &str = "18.1.1";
 /// The file in an installed folder that holds the installed version.
 const STAMP: &str = "VERSION";
 
-/// Installs ONNX Runtime, the Python package onnx and the libraries for TensorRT, unless they are already installed.
+/// Installs ONNX Runtime, what only the tests use, and the libraries for TensorRT, unless they are already installed.
 pub fn setup(root: &Path) -> Result<()> {
     let library = library_name()?;
     let native = root.join(".native");
@@ -41,9 +53,11 @@ pub fn setup(root: &Path) -> Result<()> {
     install("onnx", ONNX, &native.join("python"), |partial| pip_install(&format!("onnx=={ONNX}"), partial, &[]))
         .context("the Python package onnx, needed by the tests only, is not installed")?;
     if !has_tensorrt() {
-        println!("TensorRT is not installed: NVIDIA's libraries are for linux on x86_64, this is {OS} on {ARCH}");
+        println!("TensorRT and OpenVINO are not installed: they are for linux on x86_64, this is {OS} on {ARCH}");
         return Ok(());
     }
+    install("onnxruntime-openvino", OPENVINO, &native.join("openvino"), unpack_openvino)
+        .context("the Python package onnxruntime-openvino, needed by the tests only, is not installed")?;
     install("tensorrt-rtx", TENSORRT, &native.join("tensorrt"), unpack_tensorrt)?;
     let libclang = native.join("libclang");
     install("libclang", LIBCLANG, &libclang, unpack_libclang)?;
@@ -101,6 +115,22 @@ fn unpack_onnxruntime(library: &str, folder: &Path) -> Result<()> {
 
     let package = wheel.join("onnxruntime");
     rename(&package.join("capi").join(library), &folder.join(library))?;
+    for licence in ["LICENSE", "ThirdPartyNotices.txt"] {
+        rename(&package.join(licence), &folder.join(licence))?;
+    }
+    remove(&wheel)
+}
+
+/// Puts ONNX Runtime with OpenVINO and its licences in `folder`.
+fn unpack_openvino(folder: &Path) -> Result<()> {
+    let wheel = folder.join("wheel");
+    // As for ONNX Runtime, the libraries do not depend on Python.
+    let options = ["--no-deps", "--python-version=3.11", "--ignore-requires-python"];
+    pip_install(&format!("onnxruntime-openvino=={OPENVINO}"), &wheel, &options)?;
+    let package = wheel.join("onnxruntime");
+    for library in OPENVINO_LIBRARIES {
+        rename(&package.join("capi").join(library), &folder.join(library))?;
+    }
     for licence in ["LICENSE", "ThirdPartyNotices.txt"] {
         rename(&package.join(licence), &folder.join(licence))?;
     }

@@ -12,7 +12,8 @@ use ort::session::SessionInputValue;
 use ort::value::DynValue;
 
 use super::ports;
-use super::runtime::{Graph, Runtime};
+use super::provider::Providers;
+use super::runtime::{Graph, GraphOptions, Runtime};
 use super::values::float_output;
 
 /// Stages that nearly every run needs. The encoder is opened when it is first used.
@@ -23,6 +24,7 @@ pub(super) struct Graphs {
     pub(super) bundle: Bundle,
     runtime: Runtime,
     threads: Option<usize>,
+    providers: Providers,
     graphs: [OnceCell<Opened>; Stage::ALL.len()],
 }
 
@@ -37,9 +39,10 @@ impl Graphs {
     ///
     /// # Errors
     /// [`Error::run`] if the library or a graph cannot be loaded; [`Error::input`] if a graph is not the one of its stage.
-    pub(super) fn new(bundle: &Bundle, library: &Path, threads: Option<usize>) -> Result<Self> {
+    pub(super) fn new(bundle: &Bundle, library: &Path, threads: Option<usize>, providers: &Providers) -> Result<Self> {
+        providers.check()?;
         let runtime = Runtime::load(library)?;
-        let open = |stage| open(bundle, runtime, threads, stage);
+        let open = |stage| open(bundle, runtime, threads, providers, stage);
         let opened = std::thread::scope(|scope| {
             let opening = USUAL.map(|stage| scope.spawn(move || open(stage)));
             opening.map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
@@ -49,7 +52,7 @@ impl Graphs {
             let opened = opened?;
             graphs[stage as usize].get_or_init(|| opened);
         }
-        Ok(Self { bundle: bundle.clone(), runtime, threads, graphs })
+        Ok(Self { bundle: bundle.clone(), runtime, threads, providers: providers.clone(), graphs })
     }
 
     /// The stages that are open, and the time that each took to open.
@@ -67,7 +70,7 @@ impl Graphs {
         if let Some(opened) = cell.get() {
             return Ok(&opened.graph);
         }
-        let opened = open(&self.bundle, self.runtime, self.threads, stage)?;
+        let opened = open(&self.bundle, self.runtime, self.threads, &self.providers, stage)?;
         Ok(&cell.get_or_init(|| opened).graph)
     }
 
@@ -94,15 +97,23 @@ impl Graphs {
 }
 
 /// Opens the graph of a stage.
-fn open(bundle: &Bundle, runtime: Runtime, threads: Option<usize>, stage: Stage) -> Result<Opened> {
+fn open(
+    bundle: &Bundle,
+    runtime: Runtime,
+    threads: Option<usize>,
+    providers: &Providers,
+    stage: Stage,
+) -> Result<Opened> {
     let start = Instant::now();
     let manifest = &bundle.manifest;
-    let functions = kernels(bundle, stage)?;
+    let on_cpu = providers.accelerators().next().is_none();
+    let kernels = if on_cpu { kernels(bundle, stage)? } else { &[] };
     // Prepacking copies weights. It does not pay off for stages that run once per image, nor for kernels, which read the
     // weights in the file. Integer convolutions without prepacking pack their weights in every run.
     let every_token = matches!(stage, Stage::Step | Stage::Flow);
-    let packed = manifest.quantization.is_some() || (every_token && functions.is_empty());
-    let graph = runtime.graph(&bundle.graph_path(stage)?, threads, packed, functions)?;
+    let prepacking = manifest.quantization.is_some() || (every_token && kernels.is_empty());
+    let options = GraphOptions { threads, prepacking, kernels, providers: Some(providers) };
+    let graph = runtime.graph(&bundle.graph_path(stage)?, options)?;
     graph.check(&stage.inputs(&manifest.model), &stage.outputs(&manifest.model), manifest.precision)?;
     Ok(Opened { graph, time: start.elapsed() })
 }

@@ -1,8 +1,11 @@
-//! The engine that runs the graphs of a bundle on the CPU execution provider of ONNX Runtime.
+//! The engine that runs the graphs of a bundle on the execution providers of ONNX Runtime.
 
 mod graphs;
 mod kernels;
+mod placement;
 mod ports;
+mod provider;
+mod register;
 mod runtime;
 mod session;
 mod values;
@@ -20,22 +23,27 @@ use half::f16;
 use ndarray::{Array2, Array3, Array4, ArrayView, ArrayView2, ArrayView3, ArrayView4};
 
 use graphs::Graphs;
-pub use runtime::{Graph, Runtime};
+pub use provider::{Provider, ProviderName, Providers};
+pub use runtime::{Graph, GraphOptions, Runtime};
 use session::OrtSession;
 pub use values::{DynValue, float_input, float_output, half_input, integer_input};
 
 /// A bundle on ONNX Runtime.
 pub struct OrtEngine {
     graphs: Graphs,
+    name: String,
 }
 
 impl OrtEngine {
     /// Creates an engine for a bundle with the given library. The graph of the encoder is loaded when it is first used.
     ///
     /// # Errors
-    /// [`Error::run`] if the library or a graph cannot be loaded; [`Error::input`] if a graph is not the one of its stage.
-    pub fn new(bundle: &Bundle, library: &Path, threads: Option<usize>) -> Result<Self> {
-        Ok(Self { graphs: Graphs::new(bundle, library, threads)? })
+    /// [`Error::run`] if the library or a graph cannot be loaded; [`Error::input`] if a graph is not the one of its stage,
+    /// or if an execution provider is missing or does not run all nodes.
+    pub fn new(bundle: &Bundle, library: &Path, threads: Option<usize>, providers: &Providers) -> Result<Self> {
+        let accelerated = providers.accelerators().next().is_some();
+        let name = if accelerated { format!("ONNX Runtime with {providers}") } else { "ONNX Runtime".into() };
+        Ok(Self { graphs: Graphs::new(bundle, library, threads, providers)?, name })
     }
 }
 
@@ -45,7 +53,7 @@ impl Engine for OrtEngine {
     }
 
     fn name(&self) -> &str {
-        "ONNX Runtime"
+        &self.name
     }
 
     fn opening(&self) -> Vec<(Stage, Duration)> {

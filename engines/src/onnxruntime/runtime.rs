@@ -8,20 +8,38 @@ use eqim::bundle::Precision;
 use eqim::model::ValueInfo;
 use eqim::{Error, Result, ResultExt};
 use ort::environment::{Environment, GlobalThreadPoolOptions};
-use ort::session::builder::GraphOptimizationLevel;
+use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
+use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{IoBinding, SessionInputValue};
 use ort::value::DynValue;
 
-use super::{ports, version};
+use super::provider::{ProviderName, Providers};
+use super::{placement, ports, register, version};
 
 /// The ONNX Runtime library. It is loaded once per process.
 #[derive(Clone, Copy)]
 pub struct Runtime(&'static Environment);
 
+/// How a graph is opened.
+#[derive(Clone, Copy, Default)]
+pub struct GraphOptions<'a> {
+    /// Maximum number of threads of one operator. The default is all cores.
+    pub threads: Option<usize>,
+    /// Whether to copy the weights into the layout that matrix products read. This takes time and memory once and makes
+    /// every run faster.
+    pub prepacking: bool,
+    /// Functions that run in kernels of this crate instead of their bodies. They need the CPU.
+    pub kernels: &'a [String],
+    /// Execution providers. The default is the CPU.
+    pub providers: Option<&'a Providers>,
+}
+
 /// A loaded graph.
 pub struct Graph {
     name: String,
     session: RefCell<ort::session::Session>,
+    /// Where the execution provider has its memory, if that is not the memory of the CPU.
+    memory: Option<(AllocationDevice<'static>, i32)>,
 }
 
 /// Adds the subject, for example the name of a graph, to an error of ONNX Runtime.
@@ -59,16 +77,54 @@ impl Runtime {
         self.0
     }
 
-    /// Loads a graph. `threads` limits the threads of one operator. `prepacking` copies the weights into the layout
-    /// that matrix products read. This takes time and memory once and makes every run faster. `kernels` are the functions
-    /// that run in kernels of this crate instead of their bodies.
+    /// Loads a graph.
     ///
     /// # Errors
-    /// [`Error::run`] if ONNX Runtime refuses the graph.
-    pub fn graph(self, path: &Path, threads: Option<usize>, prepacking: bool, kernels: &[String]) -> Result<Graph> {
+    /// [`Error::input`] if ONNX Runtime does not have an execution provider, or if nodes would run on the CPU although it
+    /// is not one of the providers; [`Error::run`] if ONNX Runtime refuses the graph.
+    pub fn graph(self, path: &Path, options: GraphOptions<'_>) -> Result<Graph> {
         let name = path.display().to_string();
-        let load = || -> Result<ort::session::Session, ort::Error> {
-            let builder = ort::session::Session::builder(self.0)?;
+        let accelerator = options.providers.and_then(|providers| providers.accelerators().next());
+        let session = match accelerator {
+            None => self.session(path, options, true)?,
+            Some(_) => self.accelerated(path, options)?,
+        };
+        Ok(Graph { name, session: RefCell::new(session), memory: accelerator.and_then(register::memory) })
+    }
+
+    /// Opens a graph on execution providers other than the CPU. Names the nodes that they do not run.
+    fn accelerated(self, path: &Path, options: GraphOptions<'_>) -> Result<ort::session::Session> {
+        let name = path.display();
+        let on_cpu = |session: &ort::session::Session| -> Result<Option<String>> {
+            let mut nodes = placement::nodes(session).map_err(failed(&name.to_string()))?;
+            let all: usize = nodes.values().map(Vec::len).sum();
+            let cpu = nodes.remove(ProviderName::Cpu.in_onnxruntime()).unwrap_or_default();
+            Ok((!cpu.is_empty()).then(|| format!("{} of {all} nodes ({})", cpu.len(), placement::list(&cpu))))
+        };
+        let providers = options.providers.cloned().unwrap_or_default();
+        if providers.with_cpu() {
+            let session = self.session(path, options, true)?;
+            if let Some(nodes) = on_cpu(&session)? {
+                tracing::warn!("{name}: the CPU runs {nodes}");
+            }
+            return Ok(session);
+        }
+        self.session(path, options, false).map_err(|error| {
+            // ONNX Runtime does not name the nodes. If it opens the graph with the CPU, the CPU's nodes are the problem.
+            let nodes = self.session(path, options, true).and_then(|session| on_cpu(&session));
+            let Ok(Some(nodes)) = nodes else { return error };
+            let problem =
+                format!("does not run {nodes} of {name}: name cpu as the last provider to run them on the CPU");
+            Error::setting("provider", format!("{providers} {problem}"))
+        })
+    }
+
+    /// Creates a session. `cpu` says whether nodes may run on the CPU if there are other execution providers.
+    fn session(self, path: &Path, options: GraphOptions<'_>, cpu: bool) -> Result<ort::session::Session> {
+        let GraphOptions { threads, prepacking, kernels, providers } = options;
+        let name = path.display().to_string();
+        let configure = || -> Result<SessionBuilder, ort::Error> {
+            let builder = ort::session::Session::builder(self.environment())?;
             let mut builder =
                 builder.with_optimization_level(GraphOptimizationLevel::All)?.with_prepacking(prepacking)?;
             if let Some(threads) = threads {
@@ -77,23 +133,33 @@ impl Runtime {
             if !kernels.is_empty() {
                 builder = builder.with_operators(super::kernels::domain(kernels, threads)?)?;
             }
-            builder.commit_from_file(path)
+            Ok(builder)
+        };
+        let load = || -> Result<ort::session::Session> {
+            let mut builder = configure().map_err(failed(&name))?;
+            if let Some(providers) = providers.filter(|providers| providers.accelerators().next().is_some()) {
+                let record = |builder: SessionBuilder| -> Result<SessionBuilder, ort::Error> {
+                    let builder = builder.with_config_entry(placement::RECORD, "1")?;
+                    let disabled = if cpu { "0" } else { "1" };
+                    Ok(builder.with_config_entry("session.disable_cpu_ep_fallback", disabled)?)
+                };
+                builder = record(builder).map_err(failed(&name))?;
+                builder = register::register(self.environment(), builder, providers, threads)?;
+            }
+            builder.commit_from_file(path).map_err(failed(&name))
         };
         // ONNX Runtime adds the domain of the functions to a table when the first graph with kernels is opened, without a
         // lock. No other graph may be opened at that time.
         static DOMAIN_IS_KNOWN: RwLock<bool> = RwLock::new(false);
         let known = DOMAIN_IS_KNOWN.read().unwrap_or_else(PoisonError::into_inner);
-        let session = if kernels.is_empty() || *known {
-            load()
-        } else {
-            drop(known);
-            let mut known = DOMAIN_IS_KNOWN.write().unwrap_or_else(PoisonError::into_inner);
-            let session = load();
-            *known |= session.is_ok();
-            session
-        };
-        let session = RefCell::new(session.map_err(failed(&name))?);
-        Ok(Graph { name, session })
+        if kernels.is_empty() || *known {
+            return load();
+        }
+        drop(known);
+        let mut known = DOMAIN_IS_KNOWN.write().unwrap_or_else(PoisonError::into_inner);
+        let session = load();
+        *known |= session.is_ok();
+        session
     }
 }
 
@@ -131,5 +197,15 @@ impl Graph {
     /// Runs the graph on the tensors of an I/O binding.
     pub(super) fn run_bound(&self, binding: &IoBinding) -> Result<()> {
         self.session.borrow_mut().run_binding(binding).map(drop).map_err(failed(&self.name))
+    }
+
+    /// An allocator of the execution provider's memory; `None` if that is the memory of the CPU.
+    pub(super) fn allocator(&self) -> Result<Option<Allocator>> {
+        let Some((device, index)) = self.memory.clone() else { return Ok(None) };
+        let allocator = || {
+            let info = MemoryInfo::new(device, index, AllocatorType::Device, MemoryType::Default)?;
+            Allocator::new(&self.session.borrow(), info)
+        };
+        allocator().map(Some).map_err(failed(&self.name))
     }
 }

@@ -1,6 +1,7 @@
 //! A batch on ONNX Runtime. The inputs and outputs of the step graph are bound once. The past and present caches swap
-//! places after each step, so that no step allocates or copies a cache.
+//! places after each step, so that no step allocates or copies a cache. They are in the memory of the execution provider.
 
+use std::borrow::Cow;
 use std::fmt::Debug;
 use std::iter::zip;
 use std::mem::swap;
@@ -11,7 +12,7 @@ use eqim::model::{Sizes, Stage, ValueInfo};
 use eqim::{Error, Result, ResultExt};
 use half::f16;
 use ndarray::{Array1, Array2, ArrayView2, Ix2};
-use ort::memory::Allocator;
+use ort::memory::{AllocationDevice, Allocator};
 use ort::session::IoBinding;
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor};
 
@@ -68,6 +69,8 @@ struct Bound<T: Element> {
     /// Two bindings that alternate. The binding of the next step reads `past` and writes `present`. The binding of the
     /// step after it reads `present` and writes `past`.
     bindings: Vec<IoBinding>,
+    /// Whether the execution provider has memory of its own. ONNX Runtime then copies an input when it is bound.
+    on_device: bool,
 }
 
 impl<'a, T: Element> OrtSession<'a, T> {
@@ -82,7 +85,8 @@ impl<'a, T: Element> OrtSession<'a, T> {
             let mut tensor = zeros(info, rows.len())?;
             for (to, row) in rows.iter().enumerate() {
                 if let (Some(from), Some(bound)) = (row.kept, &self.bound) {
-                    let values = bound.past[index].extract_tensor().1;
+                    let past = on_cpu(&bound.past[index])?;
+                    let values = past.extract_tensor().1;
                     let target = row_mut(&mut tensor, to, rows.len());
                     target.copy_from_slice(row_of(values, from, self.rows));
                 }
@@ -114,17 +118,25 @@ impl<'a, T: Element> OrtSession<'a, T> {
         let config = self.graphs.config();
         let (inputs, outputs) = (Stage::Step.inputs(config), Stage::Step.outputs(config));
         let (past, cross) = inputs[2..].split_at(2 * config.generator.depth);
-        let cross_values = self.cross(cross, rows)?;
+        let graph = self.graphs.graph(Stage::Step)?;
+        let allocator = graph.allocator()?;
+        let place = |tensors: Vec<Tensor<T>>| -> Result<Vec<Tensor<T>>> {
+            let Some(allocator) = &allocator else { return Ok(tensors) };
+            tensors.iter().map(|tensor| on_device(tensor, allocator)).collect()
+        };
+        let zeroed = past.iter().map(|info| zeros(info, rows.len())).collect::<Result<_>>()?;
+        let cross_values = place(self.cross(cross, rows)?)?;
         let mut bound = Bound {
             token: zeros(&inputs[0], rows.len())?,
             position: zeros(&inputs[1], rows.len())?,
             z: zeros(&outputs[0], rows.len())?,
-            past: self.past(past, rows)?,
-            present: past.iter().map(|info| zeros(info, rows.len())).collect::<Result<_>>()?,
+            past: place(self.past(past, rows)?)?,
+            present: place(zeroed)?,
             bindings: vec![],
+            on_device: allocator.is_some(),
         };
         for _ in 0..2 {
-            let mut binding = self.graphs.graph(Stage::Step)?.binding()?;
+            let mut binding = graph.binding()?;
             let bind = || -> ort::Result<IoBinding> {
                 binding.bind_input(&inputs[0].name, &bound.token)?;
                 binding.bind_input(&inputs[1].name, &bound.position)?;
@@ -174,6 +186,24 @@ fn zeros<T: Value>(info: &ValueInfo, rows: usize) -> Result<Tensor<T>> {
     Ok(tensor)
 }
 
+/// A copy of a tensor in the memory of an allocator.
+fn on_device<T: Value>(tensor: &Tensor<T>, allocator: &Allocator) -> Result<Tensor<T>> {
+    let copied = || {
+        let mut copy = Tensor::new(allocator, tensor.shape().clone())?;
+        tensor.copy_into(&mut copy)?;
+        Ok(copy)
+    };
+    copied().map_err(failed("a cache on the device"))
+}
+
+/// A tensor whose values can be read.
+fn on_cpu<T: Value>(tensor: &Tensor<T>) -> Result<Cow<'_, Tensor<T>>> {
+    if tensor.memory_info().is_cpu_accessible() {
+        return Ok(Cow::Borrowed(tensor));
+    }
+    tensor.to(AllocationDevice::CPU, 0).map(Cow::Owned).map_err(failed("a cache on the device"))
+}
+
 /// Row `row` of a tensor of `rows` rows.
 fn row_of<T>(values: &[T], row: usize, rows: usize) -> &[T] {
     let length = values.len() / rows;
@@ -208,6 +238,14 @@ impl<T: Element> Session for OrtSession<'_, T> {
         let bound = self.bound.as_mut().ok_or_else(|| Error::run("transformer step", "the batch has no rows"))?;
         zip(bound.token.extract_tensor_mut().1, tokens).for_each(|(to, &value)| *to = value);
         bound.position.extract_tensor_mut().1.copy_from_slice(positions);
+        if bound.on_device {
+            let names = Stage::Step.inputs(self.graphs.config());
+            let binding = &mut bound.bindings[0];
+            let copied = binding.bind_input(&names[0].name, &bound.token);
+            copied
+                .and_then(|()| binding.bind_input(&names[1].name, &bound.position))
+                .map_err(failed("transformer step"))?;
+        }
         self.graphs.graph(Stage::Step)?.run_bound(&bound.bindings[0])?;
         bound.bindings.swap(0, 1);
         swap(&mut bound.past, &mut bound.present);

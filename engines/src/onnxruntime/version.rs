@@ -8,9 +8,8 @@ use eqim::{Error, Result};
 use libloading::Library;
 use ort::sys::OrtApiBase;
 
-/// Oldest version that the crate `ort` works with. It asks for API version 22, which 1.22.0 and 1.22.1 provide, but
-/// `ort` ends the process when it uses them.
-const NEEDED: (u32, u32) = (1, 23);
+/// Oldest version that has API version 24, which names the execution provider of every node.
+const NEEDED: (u32, u32) = (1, 24);
 
 /// Checks that a shared library is ONNX Runtime in a version that can be used.
 ///

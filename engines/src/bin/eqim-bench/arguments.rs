@@ -9,6 +9,7 @@ use eqim::request::settings::SamplingSettings;
 
 use eqim_cli::flags::within;
 use eqim_engines::Backend;
+use eqim_engines::onnxruntime::Providers;
 
 use super::predict::Machine;
 
@@ -132,6 +133,10 @@ pub struct Arguments {
     /// Numbers of threads of ONNX Runtime to compare; PyTorch uses the last one [default: all cores]
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = least_one)]
     pub threads: Vec<usize>,
+
+    /// Execution providers of ONNX Runtime
+    #[command(flatten)]
+    pub providers: Providers,
 
     /// Write all measurements to this JSON file
     #[arg(long = "export-json", value_name = "FILE")]

@@ -192,8 +192,8 @@ fn candidates(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) ->
     for bundle in bundles {
         spinner.show(format!("loading {}", bundle.folder.display()));
         for &threads in &threads {
-            let engine =
-                eqim_engines::open(&bundle, Options { backend: arguments.backend, threads, cuda_graph: false })?;
+            let (backend, providers) = (arguments.backend, arguments.providers.clone());
+            let engine = eqim_engines::open(&bundle, &Options { backend, threads, providers, cuda_graph: false })?;
             all.push(Candidate::Bundle(Box::new(bundle.clone()), engine, threads));
         }
     }

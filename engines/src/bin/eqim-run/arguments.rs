@@ -7,6 +7,7 @@ use eqim::request::settings::Settings;
 use eqim::{Error, Result};
 use eqim_cli::flags::within;
 use eqim_engines::Options;
+use eqim_engines::onnxruntime::Providers;
 
 use eqim_engines::Backend;
 
@@ -81,6 +82,11 @@ pub struct Arguments {
     /// Number of threads of ONNX Runtime [default: all cores]
     #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
+
+    /// Execution providers of ONNX Runtime
+    #[command(flatten)]
+    pub providers: Providers,
+
     /// Capture the transformer step as a CUDA graph; needs --backend trt
     #[arg(long)]
     pub cuda_graph: bool,
@@ -101,11 +107,11 @@ impl Arguments {
     /// # Errors
     /// [`Error::input`] if flags do not fit together.
     pub fn options(&self) -> Result<Options> {
-        let &Self { backend, threads, cuda_graph, .. } = self;
+        let &Self { backend, threads, ref providers, cuda_graph, .. } = self;
         if cuda_graph && backend != Backend::Trt {
             return Err(Error::input("--cuda-graph", "needs --backend trt: only a GPU captures graphs"));
         }
-        Ok(Options { backend, threads, cuda_graph })
+        Ok(Options { backend, threads, providers: providers.clone(), cuda_graph })
     }
 }
 

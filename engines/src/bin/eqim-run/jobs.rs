@@ -59,7 +59,7 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     let groups = runner.left(&mine)?;
     let before = runner.done;
     if !groups.is_empty() {
-        let engine = eqim_engines::open(&bundle, arguments.options()?)?;
+        let engine = eqim_engines::open(&bundle, &arguments.options()?)?;
         let mut batches =
             Batches { engine: engine.as_ref(), runner: &mut runner, beginning: None, active: HashMap::new() };
         groups.into_iter().try_for_each(|group| batches.run(group))?;

@@ -46,7 +46,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if tiling.is_some() {
         outputs.images.iter().try_for_each(|path| long::check_owner(path))?;
     }
-    let engine = timed(&mut load, || eqim_engines::open(&bundle, arguments.options()?))?;
+    let engine = timed(&mut load, || eqim_engines::open(&bundle, &arguments.options()?))?;
     let encoded = matches!(prefix, Some(Prefix::Picture(_)));
     if let Some(prefix) = prefix {
         request.prefix = Some(timed(&mut encoder, || prefix.encode(engine.as_ref(), request.classes.len()))?);
