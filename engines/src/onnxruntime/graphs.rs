@@ -9,8 +9,9 @@ use eqim::model::{Sizes, Stage};
 use eqim::{Config, Error, Result};
 use ndarray::{Array, Dimension};
 use ort::session::SessionInputValue;
-use ort::value::DynValue;
+use ort::value::{DynValue, PrimitiveTensorElementType};
 
+use super::device::DeviceMemory;
 use super::ports;
 use super::provider::Providers;
 use super::runtime::{Graph, GraphOptions, Runtime};
@@ -72,6 +73,12 @@ impl Graphs {
         }
         let opened = open(&self.bundle, self.runtime, self.threads, &self.providers, stage)?;
         Ok(&cell.get_or_init(|| opened).graph)
+    }
+
+    /// The memory of the device that runs the transformer step, for caches of type `T`; `None` if that is the memory of the
+    /// CPU.
+    pub(super) fn device_memory<T: PrimitiveTensorElementType>(&self) -> Result<Option<DeviceMemory>> {
+        DeviceMemory::of::<T>(self.graph(Stage::Step)?, self.runtime, &self.providers)
     }
 
     /// Runs a stage. The outputs have the types and, for these sizes of the symbols, the shapes of the stage's outputs.

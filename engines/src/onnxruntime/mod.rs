@@ -1,5 +1,6 @@
 //! The engine that runs the graphs of a bundle on the execution providers of ONNX Runtime.
 
+mod device;
 mod graphs;
 mod kernels;
 mod placement;

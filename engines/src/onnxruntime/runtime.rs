@@ -97,9 +97,8 @@ impl Runtime {
         let name = path.display();
         let on_cpu = |session: &ort::session::Session| -> Result<Option<String>> {
             let mut nodes = placement::nodes(session).map_err(failed(&name.to_string()))?;
-            let all: usize = nodes.values().map(Vec::len).sum();
             let cpu = nodes.remove(ProviderName::Cpu.in_onnxruntime()).unwrap_or_default();
-            Ok((!cpu.is_empty()).then(|| format!("{} of {all} nodes ({})", cpu.len(), placement::list(&cpu))))
+            Ok((!cpu.is_empty()).then(|| format!("{} nodes ({})", cpu.len(), placement::list(&cpu))))
         };
         let providers = options.providers.cloned().unwrap_or_default();
         if providers.with_cpu() {

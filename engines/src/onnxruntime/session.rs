@@ -12,10 +12,11 @@ use eqim::model::{Sizes, Stage, ValueInfo};
 use eqim::{Error, Result, ResultExt};
 use half::f16;
 use ndarray::{Array1, Array2, ArrayView2, Ix2};
-use ort::memory::{AllocationDevice, Allocator};
+use ort::memory::Allocator;
 use ort::session::IoBinding;
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor};
 
+use super::device::DeviceMemory;
 use super::graphs::Graphs;
 use super::runtime::failed;
 use super::values::{float_output, integer_input};
@@ -69,8 +70,9 @@ struct Bound<T: Element> {
     /// Two bindings that alternate. The binding of the next step reads `past` and writes `present`. The binding of the
     /// step after it reads `present` and writes `past`.
     bindings: Vec<IoBinding>,
-    /// Whether the execution provider has memory of its own. ONNX Runtime then copies an input when it is bound.
-    on_device: bool,
+    /// The memory of the device that runs the step, where the caches are. ONNX Runtime copies an input from the CPU when it
+    /// is bound.
+    memory: Option<DeviceMemory>,
 }
 
 impl<'a, T: Element> OrtSession<'a, T> {
@@ -85,7 +87,10 @@ impl<'a, T: Element> OrtSession<'a, T> {
             let mut tensor = zeros(info, rows.len())?;
             for (to, row) in rows.iter().enumerate() {
                 if let (Some(from), Some(bound)) = (row.kept, &self.bound) {
-                    let past = on_cpu(&bound.past[index])?;
+                    let past = match &bound.memory {
+                        Some(memory) => Cow::Owned(memory.to_cpu(&bound.past[index])?),
+                        None => Cow::Borrowed(&bound.past[index]),
+                    };
                     let values = past.extract_tensor().1;
                     let target = row_mut(&mut tensor, to, rows.len());
                     target.copy_from_slice(row_of(values, from, self.rows));
@@ -119,10 +124,10 @@ impl<'a, T: Element> OrtSession<'a, T> {
         let (inputs, outputs) = (Stage::Step.inputs(config), Stage::Step.outputs(config));
         let (past, cross) = inputs[2..].split_at(2 * config.generator.depth);
         let graph = self.graphs.graph(Stage::Step)?;
-        let allocator = graph.allocator()?;
+        let memory = self.graphs.device_memory::<T>()?;
         let place = |tensors: Vec<Tensor<T>>| -> Result<Vec<Tensor<T>>> {
-            let Some(allocator) = &allocator else { return Ok(tensors) };
-            tensors.iter().map(|tensor| on_device(tensor, allocator)).collect()
+            let Some(memory) = &memory else { return Ok(tensors) };
+            tensors.iter().map(|tensor| memory.to_device(tensor)).collect()
         };
         let zeroed = past.iter().map(|info| zeros(info, rows.len())).collect::<Result<_>>()?;
         let cross_values = place(self.cross(cross, rows)?)?;
@@ -133,7 +138,7 @@ impl<'a, T: Element> OrtSession<'a, T> {
             past: place(self.past(past, rows)?)?,
             present: place(zeroed)?,
             bindings: vec![],
-            on_device: allocator.is_some(),
+            memory,
         };
         for _ in 0..2 {
             let mut binding = graph.binding()?;
@@ -186,24 +191,6 @@ fn zeros<T: Value>(info: &ValueInfo, rows: usize) -> Result<Tensor<T>> {
     Ok(tensor)
 }
 
-/// A copy of a tensor in the memory of an allocator.
-fn on_device<T: Value>(tensor: &Tensor<T>, allocator: &Allocator) -> Result<Tensor<T>> {
-    let copied = || {
-        let mut copy = Tensor::new(allocator, tensor.shape().clone())?;
-        tensor.copy_into(&mut copy)?;
-        Ok(copy)
-    };
-    copied().map_err(failed("a cache on the device"))
-}
-
-/// A tensor whose values can be read.
-fn on_cpu<T: Value>(tensor: &Tensor<T>) -> Result<Cow<'_, Tensor<T>>> {
-    if tensor.memory_info().is_cpu_accessible() {
-        return Ok(Cow::Borrowed(tensor));
-    }
-    tensor.to(AllocationDevice::CPU, 0).map(Cow::Owned).map_err(failed("a cache on the device"))
-}
-
 /// Row `row` of a tensor of `rows` rows.
 fn row_of<T>(values: &[T], row: usize, rows: usize) -> &[T] {
     let length = values.len() / rows;
@@ -238,7 +225,7 @@ impl<T: Element> Session for OrtSession<'_, T> {
         let bound = self.bound.as_mut().ok_or_else(|| Error::run("transformer step", "the batch has no rows"))?;
         zip(bound.token.extract_tensor_mut().1, tokens).for_each(|(to, &value)| *to = value);
         bound.position.extract_tensor_mut().1.copy_from_slice(positions);
-        if bound.on_device {
+        if bound.memory.is_some() {
             let names = Stage::Step.inputs(self.graphs.config());
             let binding = &mut bound.bindings[0];
             let copied = binding.bind_input(&names[0].name, &bound.token);

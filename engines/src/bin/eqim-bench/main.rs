@@ -37,7 +37,7 @@ use eqim::bundle::Bundle;
 use eqim::generate::memory::{check_memory, check_sampling};
 use eqim_cli::Spinner;
 use eqim_cli::memory;
-use eqim_engines::onnxruntime::Runtime;
+use eqim_engines::onnxruntime::{Providers, Runtime};
 use eqim_engines::{Options, native};
 use equivariance::Subject;
 use predict::Prediction;
@@ -67,7 +67,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     let spinner = Spinner::new();
     let candidates = candidates(arguments, bundles, &spinner)?;
-    let probe = probe()?;
+    let probe = probe(&arguments.providers)?;
     let mut report = BenchReport::default();
     if arguments.solvers || arguments.tiling || arguments.equivariance {
         let Some(Candidate::Bundle(_, engine, _)) = candidates.first() else { return Ok(()) };
@@ -200,8 +200,12 @@ fn candidates(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) ->
     Ok(all)
 }
 
-/// Prepares the measurement of the limits of this machine; `None` if ONNX Runtime is not found.
-fn probe() -> Result<Option<RefCell<Probe>>> {
+/// Prepares the measurement of the limits of this machine's CPU; `None` if the bundles run on something else, or if ONNX
+/// Runtime is not found.
+fn probe(providers: &Providers) -> Result<Option<RefCell<Probe>>> {
+    if providers.accelerators().next().is_some() {
+        return Ok(None);
+    }
     match native::find_onnxruntime() {
         Ok(library) => Ok(Some(RefCell::new(Probe::new(Runtime::load(&library)?)?))),
         Err(problem) => {
