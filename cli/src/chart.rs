@@ -42,6 +42,8 @@ pub struct Chart<'a> {
     pub title: &'a str,
     /// Label of the horizontal axis.
     pub x: &'a str,
+    /// Scale of the horizontal axis. Positions on a logarithmic axis are positive.
+    pub x_scale: Scale,
     /// Label of the value axis.
     pub y: &'a str,
     /// Lines of the chart. A series keeps its colour if series before it are empty.
@@ -55,8 +57,19 @@ pub struct Series<'a> {
     pub name: &'a str,
     /// Pairs of a position on the horizontal axis and a value.
     pub points: Vec<(f64, f64)>,
-    /// Whether the values are noisy. Noisy values are drawn as a thin line, and their moving average as a thick line.
-    pub noisy: bool,
+    /// How the values are drawn.
+    pub style: Style,
+}
+
+/// How the values of a series are drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Style {
+    /// As a line through all values.
+    Line,
+    /// As a thin line, with their moving average as a thick line: for noisy values.
+    Noisy,
+    /// As dots, with a line through the Pareto front: the values that no other value is below and left of.
+    Front,
 }
 
 type Drawn<T = ()> = Result<T, Box<dyn error::Error>>;
@@ -114,8 +127,10 @@ impl Ranged for Axis {
 
 /// Scale of an axis.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Scale {
+pub enum Scale {
+    /// Equal differences have equal lengths.
     Linear,
+    /// Equal ratios have equal lengths.
     Logarithmic,
 }
 
@@ -154,18 +169,35 @@ struct Line<'a> {
 impl Line<'_> {
     fn paint(&self, area: &mut Area) -> Drawn {
         let (points, thick) = (self.points.iter().copied(), self.colour.stroke_width(2 * FINE));
-        if self.series.noisy {
+        if self.series.style == Style::Noisy {
             area.draw_series(LineSeries::new(points.clone(), self.colour.mix(0.45).stroke_width(1)))?;
         }
-        if self.points.len() <= DOTS {
+        if self.points.len() <= DOTS || self.series.style == Style::Front {
             area.draw_series(points.clone().map(|point| Circle::new(point, 3 * FINE, self.colour.filled())))?;
         }
-        let line: Vec<(f64, f64)> = if self.series.noisy { smoothed(&self.points).collect() } else { points.collect() };
+        let line: Vec<(f64, f64)> = match self.series.style {
+            Style::Line => points.collect(),
+            Style::Noisy => smoothed(&self.points).collect(),
+            Style::Front => front(&self.points),
+        };
         let legend = area.draw_series(LineSeries::new(line, thick))?.label(self.series.name);
         let length = 24 * FINE as i32;
         legend.legend(move |(x, y)| PathElement::new([(x, y), (x + length, y)], thick));
         Ok(())
     }
+}
+
+/// The points that no other point is below and left of, from left to right.
+fn front(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
+    let mut sorted = points.to_vec();
+    sorted.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
+    let mut lowest = f64::INFINITY;
+    sorted.retain(|&(_, value)| {
+        let better = value < lowest;
+        lowest = lowest.min(value);
+        better
+    });
+    sorted
 }
 
 /// Exponential moving average. Its window grows with the length of the series. At the start it is the mean of the
@@ -198,8 +230,8 @@ impl<'a> Plot<'a> {
         lines.retain(|line| !line.points.is_empty());
         let positive = lines.iter().flat_map(|line| &line.points).all(|&(_, value)| value > 0.0);
         let scale = if positive && !lines.is_empty() { Scale::Logarithmic } else { Scale::Linear };
-        for (_, value) in lines.iter_mut().flat_map(|line| &mut line.points) {
-            *value = scale.place(*value);
+        for (x, value) in lines.iter_mut().flat_map(|line| &mut line.points) {
+            (*x, *value) = (chart.x_scale.place(*x), scale.place(*value));
         }
         Self { chart, scale, lines }
     }
@@ -215,9 +247,10 @@ impl<'a> Plot<'a> {
 
     fn area<'c, 'b>(&self, canvas: &'c Canvas<'b>) -> Drawn<Area<'c, 'b>> {
         let points = || self.lines.iter().flat_map(|line| &line.points);
-        let across = extent(points().map(|point| point.0), 0.0);
+        let x_margin = if self.chart.x_scale == Scale::Logarithmic { 0.05 } else { 0.0 };
+        let across = extent(points().map(|point| point.0), x_margin);
         let places = extent(points().map(|point| point.1), 0.05);
-        let (ticks, place_ticks) = (Scale::Linear.ticks(&across), self.scale.ticks(&places));
+        let (ticks, place_ticks) = (self.chart.x_scale.ticks(&across), self.scale.ticks(&places));
         let mut builder = ChartBuilder::on(canvas);
         builder.margin(16 * FINE).margin_right(32 * FINE).caption(self.chart.title, font(22));
         builder.x_label_area_size(52 * FINE).y_label_area_size(84 * FINE);
@@ -225,16 +258,17 @@ impl<'a> Plot<'a> {
     }
 
     fn paint_axes(&self, area: &mut Area) -> Drawn {
-        let label = match self.scale {
-            Scale::Linear => self.chart.y.to_string(),
-            Scale::Logarithmic => format!("{} (logarithmic)", self.chart.y),
+        let label = |text: &str, scale: Scale| match scale {
+            Scale::Linear => text.to_string(),
+            Scale::Logarithmic => format!("{text} (logarithmic)"),
         };
-        let (x_label, place_label) = (|x: &f64| number(*x), |place: &f64| number(self.scale.value(*place)));
+        let x_label = |x: &f64| number(self.chart.x_scale.value(*x));
+        let place_label = |place: &f64| number(self.scale.value(*place));
         let mut mesh = area.configure_mesh();
         mesh.bold_line_style(BLACK.mix(0.12).stroke_width(FINE)).axis_style(BLACK.mix(0.6).stroke_width(FINE));
         mesh.label_style(font(15)).axis_desc_style(font(17)).set_all_tick_mark_size(5 * FINE);
-        mesh.x_desc(self.chart.x).x_label_formatter(&x_label);
-        mesh.y_desc(label).y_label_formatter(&place_label);
+        mesh.x_desc(label(self.chart.x, self.chart.x_scale)).x_label_formatter(&x_label);
+        mesh.y_desc(label(self.chart.y, self.scale)).y_label_formatter(&place_label);
         Ok(mesh.draw()?)
     }
 }
@@ -306,11 +340,11 @@ mod tests {
 
     fn series<'a>(name: &'a str, values: &[f64]) -> Series<'a> {
         let points = values.iter().enumerate().map(|(index, &value)| (10.0 * index as f64, value)).collect();
-        Series { name, points, noisy: true }
+        Series { name, points, style: Style::Noisy }
     }
 
     fn chart(series: Vec<Series>) -> Chart {
-        Chart { title: "a title", x: "step", y: "loss", series }
+        Chart { title: "a title", x: "step", x_scale: Scale::Linear, y: "loss", series }
     }
 
     fn drawn(charts: &[Chart]) -> RgbImage {
@@ -339,8 +373,8 @@ mod tests {
             &[1000.001, 1000.002],
         ];
         for case in cases {
-            for noisy in [false, true] {
-                let image = drawn(&[chart(vec![Series { noisy, ..series("loss", case) }])]);
+            for style in [Style::Line, Style::Noisy, Style::Front] {
+                let image = drawn(&[chart(vec![Series { style, ..series("loss", case) }])]);
                 assert_eq!(image.dimensions(), (WIDTH, HEIGHT), "{case:?}");
                 assert!(has_colour(&image, COLOURS[0]), "{case:?}");
             }
@@ -402,6 +436,16 @@ mod tests {
             let range = 10f64.powi(-exponent)..3.0 * 10f64.powi(exponent);
             assert!((4..=40).contains(&ticks(Scale::Logarithmic, range).len()), "{exponent}");
         }
+    }
+
+    #[test]
+    fn a_front_has_no_point_that_is_worse_in_both() {
+        let points = [(3.0, 1.0), (1.0, 4.0), (2.0, 5.0), (2.0, 2.0), (2.0, 2.0), (4.0, 1.0)];
+        assert_eq!(front(&points), [(1.0, 4.0), (2.0, 2.0), (3.0, 1.0)]);
+        let points = [(0.01, 3.0), (100.0, 0.5)].to_vec();
+        let logarithmic = Chart { x_scale: Scale::Logarithmic, ..chart(vec![]) };
+        let image = drawn(&[Chart { series: vec![Series { name: "a", points, style: Style::Front }], ..logarithmic }]);
+        assert!(has_colour(&image, COLOURS[0]));
     }
 
     #[test]

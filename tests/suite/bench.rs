@@ -119,6 +119,35 @@ fn solvers_come_closer_with_every_evaluation() {
 }
 
 #[test]
+fn time_and_distance_of_all_candidates_are_drawn() {
+    let place = workplace();
+    place.run(&format!("{} --dtype fp16 --no-validate -o half", export_line(&Fixture::open(fixtures())))).succeeded();
+    let line = "eqim-bench --engine bundle --engine half --reference --solvers --plot solvers.png --tokens 2 --cfg 2";
+    let run = place.run(&format!("{line} {QUICK}")).succeeded();
+    assert!(run.stdout.starts_with("| candidate "), "{}", run.stdout);
+    let report = json(&place);
+    let solved = report["solvers"].as_array().unwrap();
+    let of = |name: &str| {
+        solved.iter().filter(|solved| solved["name"].as_str().unwrap().starts_with(name)).collect::<Vec<_>>()
+    };
+    let (bundle, half, reference) = (of("bundle"), of("half"), of("the reference"));
+    assert_eq!((bundle.len(), reference.len()), (half.len(), 1));
+    assert!(solved.iter().all(|solved| solved["seconds"].as_f64().unwrap() > 0.0));
+    // The same solver on two bundles is as far from the exact solution; the reference is Euler's method of the model.
+    for (one, other) in bundle.iter().zip(&half) {
+        let [one, other] = [one, other].map(|solved| solved["tokens"].as_f64().unwrap());
+        assert!((one - other).abs() < 2e-2, "{one} {other}");
+    }
+    let euler = bundle
+        .iter()
+        .find(|solved| solved["solver"] == "euler" && solved["evaluations"] == reference[0]["evaluations"]);
+    let distance = |solved: &Value| solved["tokens"].as_f64().unwrap();
+    assert!((distance(reference[0]) - distance(euler.unwrap())).abs() < 1e-4);
+    let plot = image::open(place.path("solvers.png")).unwrap();
+    assert_eq!((plot.width(), plot.height()), (1200, 800));
+}
+
+#[test]
 fn tokens_that_differ_have_no_ratio() {
     let place = workplace();
     // One step is far from the 10 Euler steps of the reference.

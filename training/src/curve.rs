@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use eqim::Result;
-use eqim_cli::chart::{self, Chart, Series};
+use eqim_cli::chart::{self, Chart, Scale, Series, Style};
 
 use crate::metrics::Record;
 
@@ -15,13 +15,13 @@ use crate::metrics::Record;
 pub fn draw(path: &Path, title: &str, records: &[Record], names: &[&str]) -> Result<()> {
     let y = if let [name] = names { name } else { "value" };
     let series = names.iter().map(|name| series(records, name)).collect();
-    chart::draw(path, &[Chart { title, x: "step", y, series }])
+    chart::draw(path, &[Chart { title, x: "step", x_scale: Scale::Linear, y, series }])
 }
 
 fn series<'a>(records: &[Record], name: &'a str) -> Series<'a> {
     let value = |record: &Record| record.values.get(name).copied().flatten();
     let points = records.iter().filter_map(|record| Some((record.step as f64, value(record)?))).collect();
-    Series { name, points, noisy: true }
+    Series { name, points, style: Style::Noisy }
 }
 
 #[cfg(test)]

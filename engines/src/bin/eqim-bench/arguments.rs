@@ -18,7 +18,7 @@ Examples:
   eqim-bench --engine bundle --tokens 16,64 --batch 1,4
   eqim-bench --engine fp32 --engine int8 --cfg 7 --stage flow --duration 10
   eqim-bench --engine fp32 --engine int8 --cfg 7 --pytorch EquivariantModeling --python python3 --iterations 1
-  eqim-bench --engine bundle --solvers
+  eqim-bench --engine fp32 --engine int8 --solvers --plot solvers.png
   eqim-bench --engine bundle --on l4 --on h100
   eqim-bench --engine bundle --tiling --tokens 512
   eqim-bench --engine bundle --equivariance --images photos --plot equivariance.png";
@@ -52,9 +52,9 @@ pub struct Arguments {
     #[arg(long, value_name = "PROGRAM", requires = "pytorch")]
     pub python: Option<PathBuf>,
 
-    /// Instead of timings, print the distance of every solver from 1000 Euler steps and from the model's number of
-    /// Euler steps, by evaluations of the flow head
-    #[arg(long, conflicts_with_all = ["reference", "pytorch", "stage", "tail"])]
+    /// Print the time of every solver on every bundle, its distance from 1000 Euler steps of the first bundle and from the
+    /// model's number of Euler steps, by evaluations of the flow head. References take their own number of steps
+    #[arg(long, group = "drawn", conflicts_with_all = ["stage", "tail"])]
     pub solvers: bool,
 
     /// Instead of timings, predict the limits of another machine: l4, a100, h100, rtx4090, or its numbers, for example
@@ -69,7 +69,7 @@ pub struct Arguments {
 
     /// Instead of timings, print the equivariance of the model on the pictures of --images: tokens of shifted images,
     /// and the loss by position
-    #[arg(long, group = "of_images", requires = "images", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers", "on"])]
+    #[arg(long, groups = ["of_images", "drawn"], requires = "images", conflicts_with_all = ["reference", "pytorch", "stage", "tail", "solvers", "on"])]
     pub equivariance: bool,
 
     /// Folder of pictures. With --equivariance, its sub-folders are classes, matched by name or else by order. With
@@ -85,8 +85,8 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = tokens_of_row, requires = "equivariance")]
     pub positions: usize,
 
-    /// Draw the results of --equivariance to this PNG
-    #[arg(long, value_name = "PNG", requires = "equivariance")]
+    /// Draw the results of --equivariance, or time and distance of --solvers, to this PNG
+    #[arg(long, value_name = "PNG", requires = "drawn")]
     pub plot: Option<PathBuf>,
 
     /// Measure only one stage: prefill, step, flow or decoder [default: whole images, stage by stage]

@@ -58,6 +58,14 @@ impl Candidate {
         }
     }
 
+    /// The engine of a bundle; `None` for a reference.
+    pub fn bundle_engine(&self) -> Option<&dyn Engine> {
+        match self {
+            Self::Bundle(_, engine, _) => Some(engine.as_ref()),
+            Self::Reference(_) | Self::PyTorch(..) => None,
+        }
+    }
+
     /// Whether the candidate is a reference that bundles are compared with.
     pub fn is_reference(&self) -> bool {
         !matches!(self, Self::Bundle(..))

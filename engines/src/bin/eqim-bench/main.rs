@@ -70,16 +70,16 @@ fn run(arguments: &Arguments) -> Result<()> {
     let probe = probe(&arguments.providers)?;
     let mut report = BenchReport::default();
     if arguments.solvers || arguments.tiling || arguments.equivariance {
-        let Some(Candidate::Bundle(_, engine, _)) = candidates.first() else { return Ok(()) };
         let request = request(arguments, &config, arguments.batch[0], arguments.tokens[0]);
         let show = &mut |what| spinner.show(what);
+        let Some(engine) = candidates.iter().find_map(Candidate::bundle_engine) else { return Ok(()) };
         if arguments.solvers {
-            report.solvers = solvers::solve(engine.as_ref(), &request, show)?;
+            report.solvers = solvers::solve(&candidates, &request, arguments.seed(), show)?;
         } else if arguments.tiling {
-            report.tiling = Some(tiling::try_tiles(engine.as_ref(), &request, arguments.images.as_deref(), show)?);
+            report.tiling = Some(tiling::try_tiles(engine, &request, arguments.images.as_deref(), show)?);
         } else if let Some(images) = &arguments.images {
             let (seed, &Arguments { trained, positions, .. }) = (arguments.seed(), arguments);
-            let subject = Subject { engine: engine.as_ref(), images, trained, positions, seed };
+            let subject = Subject { engine, images, trained, positions, seed };
             report.equivariance = Some(equivariance::measure(&subject, show)?);
         }
     } else {
@@ -91,8 +91,10 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     spinner.finish();
     written(arguments, &report)?;
-    if let (Some(path), Some(found)) = (&arguments.plot, &report.equivariance) {
-        found.draw(path, &arguments.engines[0].display().to_string())?;
+    match (&arguments.plot, &report.equivariance) {
+        (Some(path), Some(found)) => found.draw(path, &arguments.engines[0].display().to_string())?,
+        (Some(path), None) => solvers::Solved::draw(&report.solvers, path)?,
+        (None, _) => {}
     }
     let differs = |result: &&Measurement| result.agreement.is_some_and(|agreement| !agreement.agrees);
     match report.cases.iter().flat_map(|case| &case.results).find(differs) {

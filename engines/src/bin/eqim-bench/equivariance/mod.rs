@@ -9,7 +9,7 @@ use std::fmt::Write;
 use std::path::Path;
 
 use eqim::Result;
-use eqim_cli::chart::{self, Chart, Series};
+use eqim_cli::chart::{self, Chart, Scale, Series, Style};
 use eqim_cli::table;
 use serde::Serialize;
 
@@ -74,18 +74,19 @@ impl Equivariance {
     pub fn draw(&self, path: &Path, title: &str) -> Result<()> {
         let shifted = |name, value: &dyn Fn(&Shift) -> Option<f64>| {
             let points = self.shifts.iter().filter_map(|shift| Some((shift.tokens, value(shift)?))).collect();
-            Series { name, points, noisy: false }
+            Series { name, points, style: Style::Line }
         };
         let losses = self.bands.iter().map(|band| {
             let here = self.loss.iter().filter(|position| (band.first..=band.last).contains(&position.position));
             let points = here.map(|position| (position.position as f64, position.loss)).collect();
-            Series { name: band.what, points, noisy: false }
+            Series { name: band.what, points, style: Style::Line }
         });
         let titles = [format!("{title}: tokens of shifted images"), format!("{title}: flow loss by position")];
         let charts = [
             Chart {
                 title: &titles[0],
                 x: "shift in tokens",
+                x_scale: Scale::Linear,
                 y: "distance from the shifted tokens, relative to their norm",
                 series: vec![
                     shifted("all tokens", &|shift| Some(shift.all)),
@@ -93,7 +94,13 @@ impl Equivariance {
                     shifted("if the tokens were not shifted", &|shift| Some(shift.unshifted)),
                 ],
             },
-            Chart { title: &titles[1], x: "position", y: "flow loss", series: losses.collect() },
+            Chart {
+                title: &titles[1],
+                x: "position",
+                x_scale: Scale::Linear,
+                y: "flow loss",
+                series: losses.collect(),
+            },
         ];
         chart::draw(path, &charts)
     }
