@@ -91,8 +91,8 @@ fn device_of<'a>(environment: &'a Environment, provider: &Provider, library: &Pa
         } else {
             format!("expected a number below {} or one of {}", kinds.len(), kinds.join(", "))
         };
-        let wanted = provider.device.as_ref().map_or("a device".into(), |device| format!("the device {device}"));
-        Error::input(library.display(), format!("has not {wanted} of {}: {offered}", provider.name))
+        let wanted = provider.device.as_ref().map_or(String::new(), |device| format!(" {device}"));
+        Error::input(library.display(), format!("has no device{wanted} for {}: {offered}", provider.name))
     })
 }
 

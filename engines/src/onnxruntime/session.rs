@@ -2,6 +2,7 @@
 //! places after each step, so that no step allocates or copies a cache. They are in the memory of the execution provider.
 
 use std::borrow::Cow;
+use std::cell::OnceCell;
 use std::fmt::Debug;
 use std::iter::zip;
 use std::mem::swap;
@@ -50,6 +51,8 @@ pub(super) struct OrtSession<'a, T: Element> {
     /// Number of rows of the batch.
     rows: usize,
     classes: PrefillCache<Class>,
+    /// The memory of the device that runs the step, where the caches are; `None` inside if that is the memory of the CPU.
+    memory: OnceCell<Option<DeviceMemory>>,
     /// `None` until the batch has rows.
     bound: Option<Bound<T>>,
 }
@@ -70,28 +73,37 @@ struct Bound<T: Element> {
     /// Two bindings that alternate. The binding of the next step reads `past` and writes `present`. The binding of the
     /// step after it reads `present` and writes `past`.
     bindings: Vec<IoBinding>,
-    /// The memory of the device that runs the step, where the caches are. ONNX Runtime copies an input from the CPU when it
-    /// is bound.
-    memory: Option<DeviceMemory>,
 }
 
 impl<'a, T: Element> OrtSession<'a, T> {
     /// A batch without rows.
     pub(super) fn new(graphs: &'a Graphs) -> Self {
-        Self { graphs, rows: 0, classes: PrefillCache::default(), bound: None }
+        Self { graphs, rows: 0, classes: PrefillCache::default(), memory: OnceCell::new(), bound: None }
+    }
+
+    /// The memory of the device; `None` if that is the memory of the CPU.
+    fn memory(&self) -> Result<Option<&DeviceMemory>> {
+        if self.memory.get().is_none() {
+            let memory = self.graphs.device_memory::<T>()?;
+            self.memory.get_or_init(|| memory);
+        }
+        Ok(self.memory.get().and_then(Option::as_ref))
     }
 
     /// Keys and values of the last tokens. Rows that were already in the batch keep theirs; new rows have zeros.
     fn past(&self, infos: &[ValueInfo], rows: &[Row]) -> Result<Vec<Tensor<T>>> {
         let cache = |(index, info): (usize, &ValueInfo)| {
             let mut tensor = zeros(info, rows.len())?;
+            let Some(bound) = self.bound.as_ref().filter(|_| rows.iter().any(|row| row.kept.is_some())) else {
+                return Ok(tensor);
+            };
+            let past = match self.memory()? {
+                Some(memory) => Cow::Owned(memory.to_cpu(&bound.past[index])?),
+                None => Cow::Borrowed(&bound.past[index]),
+            };
+            let values = past.extract_tensor().1;
             for (to, row) in rows.iter().enumerate() {
-                if let (Some(from), Some(bound)) = (row.kept, &self.bound) {
-                    let past = match &bound.memory {
-                        Some(memory) => Cow::Owned(memory.to_cpu(&bound.past[index])?),
-                        None => Cow::Borrowed(&bound.past[index]),
-                    };
-                    let values = past.extract_tensor().1;
+                if let Some(from) = row.kept {
                     let target = row_mut(&mut tensor, to, rows.len());
                     target.copy_from_slice(row_of(values, from, self.rows));
                 }
@@ -124,9 +136,9 @@ impl<'a, T: Element> OrtSession<'a, T> {
         let (inputs, outputs) = (Stage::Step.inputs(config), Stage::Step.outputs(config));
         let (past, cross) = inputs[2..].split_at(2 * config.generator.depth);
         let graph = self.graphs.graph(Stage::Step)?;
-        let memory = self.graphs.device_memory::<T>()?;
+        let memory = self.memory()?;
         let place = |tensors: Vec<Tensor<T>>| -> Result<Vec<Tensor<T>>> {
-            let Some(memory) = &memory else { return Ok(tensors) };
+            let Some(memory) = memory else { return Ok(tensors) };
             tensors.iter().map(|tensor| memory.to_device(tensor)).collect()
         };
         let zeroed = past.iter().map(|info| zeros(info, rows.len())).collect::<Result<_>>()?;
@@ -138,7 +150,6 @@ impl<'a, T: Element> OrtSession<'a, T> {
             past: place(self.past(past, rows)?)?,
             present: place(zeroed)?,
             bindings: vec![],
-            memory,
         };
         for _ in 0..2 {
             let mut binding = graph.binding()?;
@@ -225,13 +236,12 @@ impl<T: Element> Session for OrtSession<'_, T> {
         let bound = self.bound.as_mut().ok_or_else(|| Error::run("transformer step", "the batch has no rows"))?;
         zip(bound.token.extract_tensor_mut().1, tokens).for_each(|(to, &value)| *to = value);
         bound.position.extract_tensor_mut().1.copy_from_slice(positions);
-        if bound.memory.is_some() {
-            let names = Stage::Step.inputs(self.graphs.config());
-            let binding = &mut bound.bindings[0];
+        if let Some(Some(_)) = self.memory.get() {
+            // ONNX Runtime copies an input to the device when it is bound.
+            let (names, binding) = (Stage::Step.inputs(self.graphs.config()), &mut bound.bindings[0]);
             let copied = binding.bind_input(&names[0].name, &bound.token);
-            copied
-                .and_then(|()| binding.bind_input(&names[1].name, &bound.position))
-                .map_err(failed("transformer step"))?;
+            let copied = copied.and_then(|()| binding.bind_input(&names[1].name, &bound.position));
+            copied.map_err(failed("transformer step"))?;
         }
         self.graphs.graph(Stage::Step)?.run_bound(&bound.bindings[0])?;
         bound.bindings.swap(0, 1);
