@@ -48,16 +48,20 @@ pub fn setup(root: &Path) -> Result<()> {
          unzip it, and either point ORT_DYLIB_PATH at its onnxruntime/capi/{library} or copy that to \
          .native/onnxruntime/ and write {ONNXRUNTIME} in .native/onnxruntime/{STAMP}"
     );
-    install("onnxruntime", ONNXRUNTIME, &native.join("onnxruntime"), |partial| unpack_onnxruntime(&library, partial))
-        .context(by_hand)?;
+    install("onnxruntime", ONNXRUNTIME, &native.join("onnxruntime"), |partial| {
+        unpack_onnxruntime(&format!("onnxruntime=={ONNXRUNTIME}"), &[&library], partial)
+    })
+    .context(by_hand)?;
     install("onnx", ONNX, &native.join("python"), |partial| pip_install(&format!("onnx=={ONNX}"), partial, &[]))
         .context("the Python package onnx, needed by the tests only, is not installed")?;
     if !has_tensorrt() {
         println!("TensorRT and OpenVINO are not installed: they are for linux on x86_64, this is {OS} on {ARCH}");
         return Ok(());
     }
-    install("onnxruntime-openvino", OPENVINO, &native.join("openvino"), unpack_openvino)
-        .context("the Python package onnxruntime-openvino, needed by the tests only, is not installed")?;
+    install("onnxruntime-openvino", OPENVINO, &native.join("openvino"), |partial| {
+        unpack_onnxruntime(&format!("onnxruntime-openvino=={OPENVINO}"), &OPENVINO_LIBRARIES, partial)
+    })
+    .context("the Python package onnxruntime-openvino, needed by the tests only, is not installed")?;
     install("tensorrt-rtx", TENSORRT, &native.join("tensorrt"), unpack_tensorrt)?;
     let libclang = native.join("libclang");
     install("libclang", LIBCLANG, &libclang, unpack_libclang)?;
@@ -106,29 +110,15 @@ fn install(package: &str, version: &str, folder: &Path, fill: impl FnOnce(&Path)
     rename(&partial, folder)
 }
 
-/// Puts the ONNX Runtime library and its licences in `folder`.
-fn unpack_onnxruntime(library: &str, folder: &Path) -> Result<()> {
+/// Puts libraries of a Python package with ONNX Runtime, and its licences, in `folder`.
+fn unpack_onnxruntime(requirement: &str, libraries: &[&str], folder: &Path) -> Result<()> {
     let wheel = folder.join("wheel");
-    // The library does not depend on Python, so that every Python version can unpack the wheel for this version.
+    // The libraries do not depend on Python, so that every Python version can unpack the wheel for this version.
     let options = ["--no-deps", "--python-version=3.11", "--ignore-requires-python"];
-    pip_install(&format!("onnxruntime=={ONNXRUNTIME}"), &wheel, &options)?;
+    pip_install(requirement, &wheel, &options)?;
 
     let package = wheel.join("onnxruntime");
-    rename(&package.join("capi").join(library), &folder.join(library))?;
-    for licence in ["LICENSE", "ThirdPartyNotices.txt"] {
-        rename(&package.join(licence), &folder.join(licence))?;
-    }
-    remove(&wheel)
-}
-
-/// Puts ONNX Runtime with OpenVINO and its licences in `folder`.
-fn unpack_openvino(folder: &Path) -> Result<()> {
-    let wheel = folder.join("wheel");
-    // As for ONNX Runtime, the libraries do not depend on Python.
-    let options = ["--no-deps", "--python-version=3.11", "--ignore-requires-python"];
-    pip_install(&format!("onnxruntime-openvino=={OPENVINO}"), &wheel, &options)?;
-    let package = wheel.join("onnxruntime");
-    for library in OPENVINO_LIBRARIES {
+    for library in libraries {
         rename(&package.join("capi").join(library), &folder.join(library))?;
     }
     for licence in ["LICENSE", "ThirdPartyNotices.txt"] {

@@ -9,9 +9,10 @@ use ort::session::Session;
 use ort::session::builder::SessionBuilder;
 use ort::value::{Outlet, PrimitiveTensorElementType, Shape, SymbolicDimensions, Tensor, ValueType};
 
+use super::failure::failed;
 use super::provider::Providers;
 use super::register::register;
-use super::runtime::{self, Runtime, failed};
+use super::runtime::{self, Runtime};
 
 /// Number of axes of a cache.
 const RANK: usize = 4;

@@ -113,8 +113,7 @@ fn open(
 ) -> Result<Opened> {
     let start = Instant::now();
     let manifest = &bundle.manifest;
-    let on_cpu = providers.accelerators().next().is_none();
-    let kernels = if on_cpu { kernels(bundle, stage)? } else { &[] };
+    let kernels = if providers.is_cpu() { kernels(bundle, stage)? } else { &[] };
     // Prepacking copies weights. It does not pay off for stages that run once per image, nor for kernels, which read the
     // weights in the file. Integer convolutions without prepacking pack their weights in every run.
     let every_token = matches!(stage, Stage::Step | Stage::Flow);

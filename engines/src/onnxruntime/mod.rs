@@ -1,6 +1,7 @@
 //! The engine that runs the graphs of a bundle on the execution providers of ONNX Runtime.
 
 mod device;
+mod failure;
 mod graphs;
 mod kernels;
 mod placement;
@@ -42,8 +43,7 @@ impl OrtEngine {
     /// [`Error::run`] if the library or a graph cannot be loaded; [`Error::input`] if a graph is not the one of its stage,
     /// or if an execution provider is missing or does not run all nodes.
     pub fn new(bundle: &Bundle, library: &Path, threads: Option<usize>, providers: &Providers) -> Result<Self> {
-        let accelerated = providers.accelerators().next().is_some();
-        let name = if accelerated { format!("ONNX Runtime with {providers}") } else { "ONNX Runtime".into() };
+        let name = if providers.is_cpu() { "ONNX Runtime".into() } else { format!("ONNX Runtime with {providers}") };
         Ok(Self { graphs: Graphs::new(bundle, library, threads, providers)?, name })
     }
 }

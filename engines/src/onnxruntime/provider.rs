@@ -141,6 +141,11 @@ impl Providers {
         self.order.iter().filter(|provider| provider.name != ProviderName::Cpu)
     }
 
+    /// Whether the CPU is the only provider.
+    pub fn is_cpu(&self) -> bool {
+        self.accelerators().next().is_none()
+    }
+
     /// Whether nodes may run on the CPU.
     pub fn with_cpu(&self) -> bool {
         self.order.last().is_none_or(|last| last.name == ProviderName::Cpu)
@@ -161,7 +166,7 @@ impl Providers {
                 return Err(Error::setting("provider", problem));
             }
         }
-        if let Some(library) = self.library.as_ref().filter(|_| self.accelerators().next().is_none()) {
+        if let Some(library) = self.library.as_ref().filter(|_| self.is_cpu()) {
             let problem = "is the library of an execution provider, but the only provider is cpu: name that provider";
             return Err(Error::input(library.display(), problem));
         }

@@ -11,8 +11,8 @@ use ort::ep::{self, ArbitrarilyConfigurableExecutionProvider, ExecutionProvider,
 use ort::memory::{AllocationDevice, DeviceType};
 use ort::session::builder::SessionBuilder;
 
+use super::failure::failed;
 use super::provider::{Provider, ProviderName, Providers};
-use super::runtime::failed;
 
 /// Adds the execution providers to a session. `threads` limits the threads of those that run on a CPU.
 ///

@@ -13,6 +13,7 @@ use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{IoBinding, SessionInputValue};
 use ort::value::DynValue;
 
+use super::failure::failed;
 use super::provider::{ProviderName, Providers};
 use super::{placement, ports, register, version};
 
@@ -40,11 +41,6 @@ pub struct Graph {
     session: RefCell<ort::session::Session>,
     /// Where the execution provider has its memory, if that is not the memory of the CPU.
     memory: Option<(AllocationDevice<'static>, i32)>,
-}
-
-/// Adds the subject, for example the name of a graph, to an error of ONNX Runtime.
-pub(super) fn failed(subject: &str) -> impl Fn(ort::Error) -> Error {
-    move |error| Error::run(subject, "ONNX Runtime").because(error)
 }
 
 impl Runtime {
@@ -84,23 +80,28 @@ impl Runtime {
     /// is not one of the providers; [`Error::run`] if ONNX Runtime refuses the graph.
     pub fn graph(self, path: &Path, options: GraphOptions<'_>) -> Result<Graph> {
         let name = path.display().to_string();
-        let accelerator = options.providers.and_then(|providers| providers.accelerators().next());
-        let session = match accelerator {
+        let accelerated = options.providers.filter(|providers| !providers.is_cpu());
+        let session = match accelerated {
             None => self.session(path, options, true)?,
-            Some(_) => self.accelerated(path, options)?,
+            Some(providers) => self.accelerated(path, options, providers)?,
         };
-        Ok(Graph { name, session: RefCell::new(session), memory: accelerator.and_then(register::memory) })
+        let memory = accelerated.and_then(|providers| providers.accelerators().next()).and_then(register::memory);
+        Ok(Graph { name, session: RefCell::new(session), memory })
     }
 
     /// Opens a graph on execution providers other than the CPU. Names the nodes that they do not run.
-    fn accelerated(self, path: &Path, options: GraphOptions<'_>) -> Result<ort::session::Session> {
+    fn accelerated(
+        self,
+        path: &Path,
+        options: GraphOptions<'_>,
+        providers: &Providers,
+    ) -> Result<ort::session::Session> {
         let name = path.display();
         let on_cpu = |session: &ort::session::Session| -> Result<Option<String>> {
             let mut nodes = placement::nodes(session).map_err(failed(&name.to_string()))?;
             let cpu = nodes.remove(ProviderName::Cpu.in_onnxruntime()).unwrap_or_default();
             Ok((!cpu.is_empty()).then(|| format!("{} nodes ({})", cpu.len(), placement::list(&cpu))))
         };
-        let providers = options.providers.cloned().unwrap_or_default();
         if providers.with_cpu() {
             let session = self.session(path, options, true)?;
             if let Some(nodes) = on_cpu(&session)? {
@@ -136,7 +137,7 @@ impl Runtime {
         };
         let load = || -> Result<ort::session::Session> {
             let mut builder = configure().map_err(failed(&name))?;
-            if let Some(providers) = providers.filter(|providers| providers.accelerators().next().is_some()) {
+            if let Some(providers) = providers.filter(|providers| !providers.is_cpu()) {
                 let record = |builder: SessionBuilder| -> Result<SessionBuilder, ort::Error> {
                     let builder = builder.with_config_entry(placement::RECORD, "1")?;
                     let disabled = if cpu { "0" } else { "1" };

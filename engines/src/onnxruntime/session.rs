@@ -18,8 +18,8 @@ use ort::session::IoBinding;
 use ort::value::{DynValue, PrimitiveTensorElementType, Tensor};
 
 use super::device::DeviceMemory;
+use super::failure::failed;
 use super::graphs::Graphs;
-use super::runtime::failed;
 use super::values::{float_output, integer_input};
 
 /// Element type of a tensor.
@@ -68,6 +68,8 @@ struct Bound<T: Element> {
     token: Tensor<f32>,
     position: Tensor<i64>,
     z: Tensor<f32>,
+    /// Names of the inputs for `token` and `position`.
+    names: [String; 2],
     past: Vec<Tensor<T>>,
     present: Vec<Tensor<T>>,
     /// Two bindings that alternate. The binding of the next step reads `past` and writes `present`. The binding of the
@@ -147,6 +149,7 @@ impl<'a, T: Element> OrtSession<'a, T> {
             token: zeros(&inputs[0], rows.len())?,
             position: zeros(&inputs[1], rows.len())?,
             z: zeros(&outputs[0], rows.len())?,
+            names: [&inputs[0], &inputs[1]].map(|info| info.name.clone()),
             past: place(self.past(past, rows)?)?,
             present: place(zeroed)?,
             bindings: vec![],
@@ -238,9 +241,9 @@ impl<T: Element> Session for OrtSession<'_, T> {
         bound.position.extract_tensor_mut().1.copy_from_slice(positions);
         if let Some(Some(_)) = self.memory.get() {
             // ONNX Runtime copies an input to the device when it is bound.
-            let (names, binding) = (Stage::Step.inputs(self.graphs.config()), &mut bound.bindings[0]);
-            let copied = binding.bind_input(&names[0].name, &bound.token);
-            let copied = copied.and_then(|()| binding.bind_input(&names[1].name, &bound.position));
+            let ([token, position], binding) = (&bound.names, &mut bound.bindings[0]);
+            let copied = binding.bind_input(token, &bound.token);
+            let copied = copied.and_then(|()| binding.bind_input(position, &bound.position));
             copied.map_err(failed("transformer step"))?;
         }
         self.graphs.graph(Stage::Step)?.run_bound(&bound.bindings[0])?;

@@ -6,7 +6,7 @@ use ndarray::{Array, ArrayView, Dimension};
 pub use ort::value::DynValue;
 use ort::value::Tensor;
 
-use super::runtime::failed;
+use super::failure::failed;
 
 /// Converts an array to an input.
 ///

@@ -205,7 +205,7 @@ fn candidates(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) ->
 /// Prepares the measurement of the limits of this machine's CPU; `None` if the bundles run on something else, or if ONNX
 /// Runtime is not found.
 fn probe(providers: &Providers) -> Result<Option<RefCell<Probe>>> {
-    if providers.accelerators().next().is_some() {
+    if !providers.is_cpu() {
         return Ok(None);
     }
     match native::find_onnxruntime() {
