@@ -1,9 +1,10 @@
 """Runs the PyTorch reference for eqim-bench.
 
-    python reference.py CHECKOUT BUNDLE THREADS
+    python reference.py CHECKOUT BUNDLE DEVICE THREADS
 
 CHECKOUT is a checkout of drx-code/EquivariantModeling. BUNDLE is a folder that eqim-export onnx wrote in FP32; its
-weights are loaded into the modules of the reference. THREADS is the number of threads of PyTorch; 0 keeps the default.
+weights are loaded into the modules of the reference. DEVICE is cpu or cuda:N. THREADS is the number of threads of PyTorch on
+the CPU; 0 keeps the default. Noise is drawn on the CPU, as the reference does, so that it is the same on every device.
 Requests are read from standard input, one JSON object per line, and answers are written to standard output in the same
 way. The variant of a request is `reference`, or one of tuned.py. The semantic decoder is left out, because bundles do not
 contain its weights. This makes the reference faster than its own decode().
@@ -15,7 +16,9 @@ import struct
 import sys
 import time
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+CHECKOUT, BUNDLE, DEVICE, THREADS = sys.argv[1:]
+ON_GPU = DEVICE.startswith("cuda:")
+os.environ["CUDA_VISIBLE_DEVICES"] = DEVICE.removeprefix("cuda:") if ON_GPU else ""
 ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # output of the reference goes to standard error, because it is not an answer
 
@@ -23,9 +26,16 @@ import numpy  # noqa: E402
 import torch  # noqa: E402
 import tuned  # noqa: E402
 
-# The reference moves everything to a GPU; here everything stays on the CPU.
-torch.Tensor.cuda = lambda self, *_, **__: self
-torch.nn.Module.cuda = lambda self, *_, **__: self
+if not ON_GPU:
+    # The reference moves everything to a GPU; here everything stays on the CPU.
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self
+
+
+def synchronize():
+    """Waits until the GPU has finished."""
+    if ON_GPU:
+        torch.cuda.synchronize()
 
 
 def read_safetensors(path):
@@ -50,7 +60,7 @@ def load(module, tensors, prefix=""):
     if missing:
         sys.exit(f"the bundle lacks {missing[0]}, which the checkout's module has: is it of another version?")
     module.load_state_dict({name: tensors[prefix + name] for name in names}, strict=False)
-    return module.eval()
+    return module.eval().cuda()
 
 
 def generator(config, tensors, steps):
@@ -113,19 +123,21 @@ class Clock:
         self.seconds = []
 
     def __call__(self, *arguments, **named):
+        synchronize()
         start = time.perf_counter()
         result = self.function(*arguments, **named)
+        synchronize()
         self.seconds.append(time.perf_counter() - start)
         return result
 
 
 def answer(model, decode, vae_norm, samplers, request):
     """Generates a batch of images as engine_generator.py of the reference does, and returns the times in seconds."""
-    labels = torch.tensor(request["labels"])
+    labels = torch.tensor(request["labels"]).cuda()
     prefix = None
     if request["prefix"]:
         values = numpy.fromfile(request["prefix"], numpy.float32)
-        prefix = torch.from_numpy(values).reshape(len(labels), -1, model.token_embed_dim)
+        prefix = torch.from_numpy(values).reshape(len(labels), -1, model.token_embed_dim).cuda()
     model.diffloss.num_sampling_steps = str(request["steps"])
     transformer = model.forward_encoder = Clock(type(model).forward_encoder.__get__(model))
     variant = request["variant"]
@@ -147,25 +159,26 @@ def answer(model, decode, vae_norm, samplers, request):
         tokens = tokens.squeeze(2).permute(0, 2, 1)
         if request["decode"]:
             decoded(tokens / vae_norm)
+    synchronize()
     total = time.perf_counter() - start
-    tokens.contiguous().numpy().tofile(request["output"])
+    tokens.contiguous().cpu().numpy().tofile(request["output"])
     return {"step": transformer.seconds, "flow": flow.seconds, "decode": decoded.seconds, "total": total}
 
 
 def main():
-    checkout, bundle, threads = sys.argv[1:]
-    bundle = os.path.abspath(bundle)
-    os.chdir(checkout)
-    sys.path.insert(0, checkout)
+    bundle = os.path.abspath(BUNDLE)
+    os.chdir(CHECKOUT)
+    sys.path.insert(0, CHECKOUT)
     sys.dont_write_bytecode = True
-    if int(threads):
-        torch.set_num_threads(int(threads))
+    if int(THREADS):
+        torch.set_num_threads(int(THREADS))
     with open(os.path.join(bundle, "config.json")) as file:
         config = json.load(file)["model"]
     tensors = read_safetensors(os.path.join(bundle, "model.safetensors"))
     model = generator(config["generator"], tensors, config["generator"]["steps"])
     decode = decoder(config["tokenizer"], tensors)
-    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}), file=ANSWERS, flush=True)
+    processor = torch.cuda.get_device_name() if ON_GPU else f"{torch.get_num_threads()} threads"
+    print(json.dumps({"torch": torch.__version__, "processor": processor}), file=ANSWERS, flush=True)
     samplers = {"reference": type(model.diffloss).sample.__get__(model.diffloss)}
     for line in sys.stdin:
         result = answer(model, decode, config["generator"]["vae_norm"], samplers, json.loads(line))

@@ -6,7 +6,7 @@ same number of Euler steps as the reference, from the same noise.
     hoisted    nothing else
     compiled   torch.compile of the velocity
     bfloat16   weights and activations in bfloat16, the state in FP32; compiled
-    int8       torch.ao.quantization.quantize_dynamic of all linear layers
+    int8       torch.ao.quantization.quantize_dynamic of all linear layers, which PyTorch has only for the CPU
 """
 
 import copy
@@ -58,8 +58,8 @@ def sampler(diffloss, variant):
         steps = int(diffloss.num_sampling_steps)
         guided = cfg != 1.0
         rows = z.shape[0] // 2 if guided else z.shape[0]
-        x = torch.randn(rows, diffloss.in_channels)
-        times = torch.arange(steps, 0, -1) / steps
+        x = torch.randn(rows, diffloss.in_channels).to(z.device)
+        times = torch.arange(steps, 0, -1, device=z.device) / steps
         y = net.time_embed(times)[:, None] + net.cond_embed(z.to(dtype))[None]
         modulations = torch.stack([block.adaLN_modulation(y) for block in net.res_blocks])
         final = net.final_layer.adaLN_modulation(y)

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use clap::ValueEnum;
 use eqim::engine::Engine;
-use eqim::engine::candle::CandleEngine;
+use eqim::engine::candle::{self, CandleEngine};
 use eqim::{Error, Result};
 
 use crate::native;
@@ -36,6 +36,8 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Execution providers of ONNX Runtime. With them, the backend is ONNX Runtime.
     pub providers: Providers,
+    /// Device of Candle: `cpu` or `cuda:N`. With it, the backend is Candle.
+    pub device: Option<String>,
     /// Whether TensorRT captures the transformer step as a CUDA graph.
     pub cuda_graph: bool,
 }
@@ -46,16 +48,24 @@ pub struct Options {
 /// [`Error::input`] if the weights do not fit, if the backend cannot run the bundle, or if TensorRT engines are missing
 /// or stale; [`Error::run`] if the library or the GPU of the backend is not found.
 pub fn open(bundle: &Bundle, options: &Options) -> Result<Box<dyn Engine>> {
-    let &Options { backend, threads, ref providers, cuda_graph } = options;
+    let &Options { backend, threads, ref providers, ref device, cuda_graph } = options;
+    let candle = || candle(bundle, threads, device.as_deref().unwrap_or("cpu"));
     let ort = || onnxruntime(bundle, &native::find_onnxruntime()?, threads, providers);
     match backend {
-        Backend::Ort => ort(),
-        Backend::Auto if !providers.order.is_empty() => ort(),
         Backend::Trt | Backend::Candle if !providers.order.is_empty() => {
             Err(Error::setting("provider", format!("{providers} is part of ONNX Runtime: the backend has to be ort")))
         }
+        Backend::Trt | Backend::Ort if device.is_some() => {
+            Err(Error::setting("device", "is the device of Candle: the backend has to be candle"))
+        }
+        Backend::Auto if device.is_some() && !providers.order.is_empty() => {
+            Err(Error::setting("device", "is the device of Candle, which has no execution providers"))
+        }
         Backend::Trt => tensorrt(bundle, cuda_graph),
-        Backend::Candle => candle(bundle, threads),
+        Backend::Ort => ort(),
+        Backend::Candle => candle(),
+        Backend::Auto if !providers.order.is_empty() => ort(),
+        Backend::Auto if device.is_some() => candle(),
         Backend::Auto => match fitting_tensorrt(bundle) {
             Ok(Some(engine)) => Ok(engine),
             Ok(None) => on_cpu(bundle, threads),
@@ -79,7 +89,7 @@ fn on_cpu(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {
         Ok(library) => onnxruntime(bundle, &library, threads, &Providers::default()),
         Err(missing) => {
             tracing::warn!("{missing}; running on Candle, which is slower");
-            candle(bundle, threads)
+            candle(bundle, threads, "cpu")
         }
     }
 }
@@ -99,7 +109,7 @@ fn onnxruntime(
     Ok(Box::new(OrtEngine::new(bundle, library, threads, providers)?))
 }
 
-fn candle(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {
+fn candle(bundle: &Bundle, threads: Option<usize>, device: &str) -> Result<Box<dyn Engine>> {
     if threads.is_some() {
         tracing::warn!("threads limits the threads of ONNX Runtime; RAYON_NUM_THREADS limits those of Candle");
     }
@@ -108,6 +118,7 @@ fn candle(bundle: &Bundle, threads: Option<usize>) -> Result<Box<dyn Engine>> {
             "is in INT8, which Candle does not run: use ONNX Runtime, or the FP32 bundle that it was made from";
         return Err(Error::input(bundle.folder.display(), problem));
     }
+    let device = candle::open_device(device)?;
     let (config, weights) = bundle.load_weights()?;
-    Ok(Box::new(CandleEngine::new(config, weights)))
+    Ok(Box::new(CandleEngine::new(config, weights.to_device(&device)?)))
 }

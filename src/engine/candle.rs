@@ -24,12 +24,31 @@ pub trait Runner {
 
 impl Runner for Weights {
     fn name(&self) -> &str {
-        "Candle"
+        if self.device().is_cuda() { "Candle on a GPU" } else { "Candle" }
     }
 
     fn run(&self, config: &Config, stage: Stage, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
-        stage.run(&mut Eager::new(self), config, inputs)
+        let device = self.device();
+        let inputs = inputs.iter().map(|input| input.to_device(&device)).collect::<candle_core::Result<Vec<_>>>()?;
+        stage.run(&mut Eager::new(self), config, &inputs)
     }
+}
+
+/// Opens a device of Candle: `cpu`, or `cuda:N` for GPU N if eqim was built with the feature `cuda`.
+///
+/// # Errors
+/// An [`Error::setting`] of `device` if the name is another one, or if the GPU cannot be used.
+pub fn open_device(name: &str) -> Result<Device> {
+    if name == "cpu" {
+        return Ok(Device::Cpu);
+    }
+    let bad = |problem: &str| Error::setting("device", format!("is {name}, {problem}"));
+    let number = name.strip_prefix("cuda:").and_then(|number| number.parse().ok());
+    let number = number.ok_or_else(|| bad("expected cpu, or cuda:N for GPU N, from 0"))?;
+    Device::new_cuda(number).map_err(|error| match error {
+        candle_core::Error::NotCompiledWithCudaSupport => bad("expected cpu: this build is without the feature cuda"),
+        error => bad("which cannot be used").because(error),
+    })
 }
 
 /// An engine that runs the stages with a [`Runner`].
@@ -39,7 +58,7 @@ pub struct StageEngine<R> {
     runner: R,
 }
 
-/// A model on Candle's CPU backend, in FP32.
+/// A model on Candle, in FP32, on the device of its weights.
 pub type CandleEngine = StageEngine<Weights>;
 
 impl<R: Runner> StageEngine<R> {
@@ -77,7 +96,7 @@ fn first(stage: Stage, outputs: &mut Vec<Tensor>) -> Result<Tensor> {
     Ok(outputs.remove(0))
 }
 
-/// Converts an array to a Candle tensor.
+/// Converts an array to a Candle tensor on the CPU.
 ///
 /// # Errors
 /// If Candle rejects the shape.
@@ -96,7 +115,7 @@ pub fn to_array<D: Dimension>(tensor: &Tensor) -> Result<Array<f32, D>> {
     array.or_run("tensor")
 }
 
-/// The times `[S]` and the updates `[S, 2, 3]` of a solver as Candle tensors.
+/// The times `[S]` and the updates `[S, 2, 3]` of a solver as Candle tensors on the CPU.
 ///
 /// # Errors
 /// If Candle rejects the shapes.
@@ -172,13 +191,15 @@ impl<R: Runner> Session for StageSession<'_, R> {
         let engine = self.engine;
         let g = &engine.config.generator;
         self.classes.update(rows, |new| by_row(&engine.run(Stage::Prefill, &[integers(new)?])?, new.len()))?;
-        let empty = Tensor::zeros((1, g.heads, g.window, g.head_dim()), DType::F32, &Device::Cpu)?;
         let past = |cache: usize| {
             let row = |row: &Row| match row.kept {
-                Some(row) => self.past[cache].narrow(0, row, 1),
-                None => Ok(empty.clone()),
+                Some(kept) => Ok(self.past[cache].narrow(0, kept, 1)?),
+                None => {
+                    let (known, _) = self.classes.get(row.condition)?;
+                    Ok(Tensor::zeros((1, g.heads, g.window, g.head_dim()), DType::F32, known[0].device())?)
+                }
             };
-            Ok(Tensor::cat(&rows.iter().map(row).collect::<candle_core::Result<Vec<_>>>()?, 0)?)
+            Ok(Tensor::cat(&rows.iter().map(row).collect::<Result<Vec<_>>>()?, 0)?)
         };
         let output = |index: usize, rows: &[Row]| {
             let row = |row: &Row| Ok(mixed(self.classes.get(row.condition)?, index)?);

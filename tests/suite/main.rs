@@ -9,6 +9,7 @@ mod classes;
 mod demo;
 mod end_to_end;
 mod examples;
+mod gpu;
 mod hostile;
 mod int8;
 mod io;

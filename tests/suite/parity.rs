@@ -87,13 +87,14 @@ fn flow_head() {
 
         let [x2, t2] = [x, t].map(|tensor| Tensor::cat(&[tensor, tensor], 0).unwrap());
         let v = flow::velocity(o, g, &x2, &t2, guided_c).unwrap().reshape((2, rows, g.embed)).unwrap();
-        let guidance = Tensor::full(3.5f32, rows, &Device::Cpu).unwrap();
+        let guidance = Tensor::full(3.5f32, rows, &fixture.device).unwrap();
         let guided = flow::guide(o, g, &v, &guidance).unwrap();
         let expected = dims(&fixture, "flow/guided_v_3.5")[0];
         let guided = if expected == 2 * rows { Tensor::cat(&[&guided, &guided], 0).unwrap() } else { guided };
         assert_tensor(&fixture, "flow/guided_v_3.5", &guided, Tolerance::ACTIVATION);
 
-        let [times, updates] = tableau_tensors(&Tableau::new(Solver::Euler, g.steps)).unwrap();
+        let tableau = tableau_tensors(&Tableau::new(Solver::Euler, g.steps)).unwrap();
+        let [times, updates] = tableau.map(|tensor| tensor.to_device(&fixture.device).unwrap());
         let end = flow::sample(o, g, c, x, &guidance, &times, &updates).unwrap();
         assert_tensor(&fixture, "flow/end", &end, Tolerance::ACTIVATION);
         let end = flow::sample(o, g, guided_c, x, &guidance, &times, &updates).unwrap();
@@ -130,7 +131,7 @@ fn semantic_decoder() {
         let names = stored.keys().filter_map(|name| name.strip_prefix("semantic_decoder."));
         for name in names {
             let average = &stored[&format!("ema_semantic_decoder.{}", name.replace('.', ""))];
-            weights.insert(format!("semantic_decoder.{name}"), average).unwrap();
+            weights.insert(format!("semantic_decoder.{name}"), &average.to_device(&fixture.device).unwrap()).unwrap();
         }
         let shape = stored["semantic_decoder.conv_out.weight"].dims();
         let first = |level: &usize| stored.contains_key(&format!("semantic_decoder.down.{level}.block.0.conv1.weight"));

@@ -3,14 +3,22 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::close::{largest, largest_difference, values};
+use eqim::engine::candle::open_device;
 use eqim_training::generator::{StepInputs, decays, loss, time};
 use eqim_training::learner::{Learner, Losses, Update};
 
+/// Cargo sets the variable, and so does `gpu.py` where there is no Cargo.
 fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures")
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&package).join("../tests/fixtures")
+}
+
+/// The device of Candle that trains: the CPU, unless `EQIM_TEST_DEVICE` names another one.
+fn device() -> Device {
+    open_device(std::env::var("EQIM_TEST_DEVICE").as_deref().unwrap_or("cpu")).unwrap()
 }
 
 /// Relative tolerance for single precision, with sums in another order than in PyTorch.
@@ -32,9 +40,9 @@ const LEARNING_RATE: f64 = 1e-3;
 
 #[test]
 fn one_step_is_the_references() {
-    let folder = fixtures();
+    let (folder, device) = (fixtures(), device());
     let expected: HashMap<String, Tensor> =
-        candle_core::safetensors::load(folder.join("expected.safetensors"), &candle_core::Device::Cpu).unwrap();
+        candle_core::safetensors::load(folder.join("expected.safetensors"), &device).unwrap();
     let get = |name: &str| expected[&format!("train/{name}")].clone();
     let scalar = |name: &str| get(name).flatten_all().unwrap().to_vec1::<f32>().unwrap()[0];
     let hints = Hints { heads: Some(2), ..Hints::default() };
@@ -51,20 +59,19 @@ fn one_step_is_the_references() {
     // 0.4 is `label_drop_prob` in meta.json.
     let labels = labels.zip(dropped).map(|(label, u)| if u < 0.4 { config.class_num as i64 } else { label });
     let times = get("t_uniform").flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(time);
-    let cpu = candle_core::Device::Cpu;
     let inputs = StepInputs {
         tokens,
-        labels: Tensor::from_iter(labels, &cpu).unwrap(),
+        labels: Tensor::from_iter(labels, &device).unwrap(),
         shift: get("rope_shift").to_vec1::<i64>().unwrap()[0] as usize,
         noise: get("noise").reshape((copies, batch, n, embed)).unwrap(),
-        times: Tensor::from_iter(times, &cpu).unwrap().reshape((copies, batch, n)).unwrap(),
+        times: Tensor::from_iter(times, &device).unwrap().reshape((copies, batch, n)).unwrap(),
         training: None,
     };
 
     let tokenizer = ["encoder.", "decoder.", "quant_layer.", "post_quant_layer."];
     let own = weights.iter().filter(|(name, _)| !tokenizer.iter().any(|part| name.starts_with(part)));
     let mut learner =
-        Learner::new("generator", own.map(|(name, tensor)| (name.to_string(), tensor.clone())), &cpu).unwrap();
+        Learner::new("generator", own.map(|(name, tensor)| (name.to_string(), tensor.clone())), &device).unwrap();
     let parameters = learner.weights().unwrap();
     let objective = |inputs: &StepInputs| {
         let total = loss(&config, &parameters, inputs)?;

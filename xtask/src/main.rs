@@ -1,10 +1,11 @@
-//! Development tasks of the workspace: `cargo xtask setup`, `cargo xtask demo` and `cargo xtask test`.
+//! Development tasks of the workspace: `cargo xtask setup`, `demo`, `test` and `gpu`.
 
 mod command;
 mod demo;
+mod gpu;
 mod setup;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
@@ -32,6 +33,16 @@ enum Task {
         #[arg(last = true)]
         args: Vec<String>,
     },
+    /// Make a folder with programs, fixtures and one command that check eqim on a machine with an NVIDIA GPU, and measure
+    /// it there. No GPU is needed to make it: the CUDA compiler is installed in .native/cuda.
+    Gpu {
+        /// Checkout of drx-code/EquivariantModeling, to measure PyTorch on the same GPU.
+        #[arg(long, value_name = "CHECKOUT")]
+        reference: Option<PathBuf>,
+        /// The folder to make.
+        #[arg(short, long, value_name = "FOLDER", default_value = "gpu")]
+        output: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -56,6 +67,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Setup => Ok(()),
         Task::Demo => demo::demo(root),
         Task::Test { args } => test(root, &args),
+        Task::Gpu { reference, output } => gpu::gpu(root, reference.as_deref(), &output),
     }
 }
 

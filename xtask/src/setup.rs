@@ -52,7 +52,7 @@ pub fn setup(root: &Path) -> Result<()> {
         unpack_onnxruntime(&format!("onnxruntime=={ONNXRUNTIME}"), &[&library], partial)
     })
     .context(by_hand)?;
-    install("onnx", ONNX, &native.join("python"), |partial| pip_install(&format!("onnx=={ONNX}"), partial, &[]))
+    install("onnx", ONNX, &native.join("python"), |partial| pip_install(&[&format!("onnx=={ONNX}")], partial, &[]))
         .context("the Python package onnx, needed by the tests only, is not installed")?;
     if !has_tensorrt() {
         println!("TensorRT and OpenVINO are not installed: they are for linux on x86_64, this is {OS} on {ARCH}");
@@ -91,7 +91,7 @@ fn library_name() -> Result<String> {
 }
 
 /// Installs `package` in `folder` with `fill`, unless the stamp says that this version is already installed.
-fn install(package: &str, version: &str, folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+pub fn install(package: &str, version: &str, folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     if fs::read_to_string(folder.join(STAMP)).is_ok_and(|stamp| stamp.trim() == version) {
         println!("{package} {version} is already in {}", folder.display());
         return Ok(());
@@ -115,7 +115,7 @@ fn unpack_onnxruntime(requirement: &str, libraries: &[&str], folder: &Path) -> R
     let wheel = folder.join("wheel");
     // The libraries do not depend on Python, so that every Python version can unpack the wheel for this version.
     let options = ["--no-deps", "--python-version=3.11", "--ignore-requires-python"];
-    pip_install(requirement, &wheel, &options)?;
+    pip_install(&[requirement], &wheel, &options)?;
 
     let package = wheel.join("onnxruntime");
     for library in libraries {
@@ -130,7 +130,7 @@ fn unpack_onnxruntime(requirement: &str, libraries: &[&str], folder: &Path) -> R
 /// Puts the libraries of TensorRT for RTX and their licence in `folder`.
 fn unpack_tensorrt(folder: &Path) -> Result<()> {
     let wheel = folder.join("wheel");
-    pip_install(&format!("tensorrt-rtx-cu12-libs=={TENSORRT}"), &wheel, &["--no-deps"])?;
+    pip_install(&[&format!("tensorrt-rtx-cu12-libs=={TENSORRT}")], &wheel, &["--no-deps"])?;
     for library in ["libtensorrt_rtx.so.1", "libtensorrt_onnxparser_rtx.so.1"] {
         rename(&wheel.join("tensorrt_rtx_libs").join(library), &folder.join(library))?;
     }
@@ -142,7 +142,7 @@ fn unpack_tensorrt(folder: &Path) -> Result<()> {
 /// Puts libclang and its licence in `folder`.
 fn unpack_libclang(folder: &Path) -> Result<()> {
     let wheel = folder.join("wheel");
-    pip_install(&format!("libclang=={LIBCLANG}"), &wheel, &["--no-deps"])?;
+    pip_install(&[&format!("libclang=={LIBCLANG}")], &wheel, &["--no-deps"])?;
     rename(&wheel.join("clang/native/libclang.so"), &folder.join("libclang.so"))?;
     let licence = wheel.join(format!("libclang-{LIBCLANG}.dist-info/LICENSE.TXT"));
     rename(&licence, &folder.join("LICENSE.TXT"))?;
@@ -170,14 +170,14 @@ fn link_headers(link: &Path) -> Result<()> {
     symlink(&headers, link).with_context(|| format!("{} could not be linked to {}", link.display(), headers.display()))
 }
 
-/// Installs a Python package in `folder`, separate from the packages of the system.
-fn pip_install(package: &str, folder: &Path, options: &[&str]) -> Result<()> {
+/// Installs Python packages in `folder`, separate from the packages of the system.
+pub fn pip_install(packages: &[&str], folder: &Path, options: &[&str]) -> Result<()> {
     run(Command::new("python3")
         .args(["-m", "pip", "install", "--quiet", "--only-binary=:all:"])
         .args(options)
         .arg("--target")
         .arg(folder)
-        .arg(package)
+        .args(packages)
         // These are variables because older versions of pip reject unknown options.
         .env("PIP_DISABLE_PIP_VERSION_CHECK", "1")
         .env("PIP_ROOT_USER_ACTION", "ignore"))
@@ -195,13 +195,13 @@ fn require_pip() -> Result<()> {
     Ok(())
 }
 
-/// Moves a file or folder within `.native/`.
-fn rename(from: &Path, to: &Path) -> Result<()> {
+/// Moves a file or folder.
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to).with_context(|| format!("{} could not be renamed to {}", from.display(), to.display()))
 }
 
 /// Removes a folder that may be absent.
-fn remove(folder: &Path) -> Result<()> {
+pub fn remove(folder: &Path) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder).with_context(|| format!("{} could not be removed", folder.display()))?;
     }

@@ -6,27 +6,34 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use eqim::Config;
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::close::{Tolerance, close, values};
-use eqim::engine::candle::{CandleEngine, to_array, to_tensor};
+use eqim::engine::candle::{CandleEngine, open_device, to_array, to_tensor};
 use eqim::request::{GuidanceSchedule, Noise, Request};
 use ndarray::{Array, Dimension, IxDyn};
 use serde_json::Value;
 
-/// One set of golden fixtures.
+/// One set of golden fixtures. The tensors are on the [device] of the tests.
 pub struct Fixture {
     pub folder: PathBuf,
+    pub device: Device,
     pub heads: usize,
     pub meta: Value,
     pub expected: BTreeMap<String, Tensor>,
 }
 
-/// Path of a file of the repository.
+/// Path of a file of the repository. Cargo sets the variable, and so does `gpu.py` where there is no Cargo.
 pub fn file(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
+    let root = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    Path::new(&root).join(name)
+}
+
+/// The device of Candle that is compared with PyTorch: the CPU, unless `EQIM_TEST_DEVICE` names another one.
+pub fn device() -> Device {
+    open_device(std::env::var("EQIM_TEST_DEVICE").as_deref().unwrap_or("cpu")).unwrap()
 }
 
 /// Folder of the fixtures.
@@ -44,16 +51,18 @@ impl Fixture {
         let meta: Value = serde_json::from_slice(&std::fs::read(folder.join("meta.json")).unwrap()).unwrap();
         let mut file = TensorFile::open(&folder.join("expected.safetensors")).unwrap();
         let names: Vec<String> = file.tensors().into_keys().collect();
-        let expected = names.into_iter().map(|name| (name.clone(), file.read(&name).unwrap())).collect();
+        let device = device();
+        let mut read = |name: &str| file.read(name).unwrap().to_device(&device).unwrap();
+        let expected = names.into_iter().map(|name| (name.clone(), read(&name))).collect();
         let heads = meta["generator"]["heads"].as_u64().unwrap() as usize;
-        Self { folder, heads, meta, expected }
+        Self { folder, device, heads, meta, expected }
     }
 
     pub fn engine(&self, set: WeightSet) -> CandleEngine {
         let hints = Hints { heads: Some(self.heads), ..Hints::default() };
         let (generator, tokenizer) = (self.folder.join("generator.pth"), self.folder.join("tokenizer.ckpt"));
         let (config, weights) = checkpoint::load(&generator, &tokenizer, set, &hints).unwrap();
-        CandleEngine::new(config, weights)
+        CandleEngine::new(config, weights.to_device(&self.device).unwrap())
     }
 
     pub fn tensor(&self, key: &str) -> &Tensor {

@@ -126,6 +126,10 @@ pub struct Arguments {
     #[arg(long = "percentile", value_name = "P,…", value_delimiter = ',', default_value = "90,95,99", value_parser = percentile)]
     pub percentiles: Vec<f64>,
 
+    /// Device of --backend candle and of --pytorch: cpu, or cuda:N if built with the feature cuda [default: cpu]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+
     /// Backend that runs the bundles
     #[arg(long, value_enum, value_name = "BACKEND", default_value_t)]
     pub backend: Backend,
@@ -148,6 +152,11 @@ pub struct Arguments {
 }
 
 impl Arguments {
+    /// Whether everything that is measured runs on the CPU.
+    pub fn is_cpu(&self) -> bool {
+        self.providers.is_cpu() && self.device.as_deref().is_none_or(|device| device == "cpu")
+    }
+
     /// Seed of the noise.
     pub fn seed(&self) -> u64 {
         self.sampling.seed.unwrap_or_default()

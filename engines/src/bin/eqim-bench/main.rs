@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use arguments::Arguments;
 use clap::Parser;
-use eqim::engine::candle::CandleEngine;
+use eqim::engine::candle::{CandleEngine, open_device};
 use eqim::model::Stage;
 use eqim::request::Request;
 use eqim::request::random::TorchRng;
@@ -37,12 +37,12 @@ use eqim::bundle::Bundle;
 use eqim::generate::memory::{check_memory, check_sampling};
 use eqim_cli::Spinner;
 use eqim_cli::memory;
-use eqim_engines::onnxruntime::{Providers, Runtime};
+use eqim_engines::onnxruntime::Runtime;
 use eqim_engines::{Options, native};
 use equivariance::Subject;
 use predict::Prediction;
 use probe::Probe;
-use pytorch::{PyTorch, Variant};
+use pytorch::{PyTorch, PyTorchOptions, Variant};
 use reference::Reference;
 use report::{BenchReport, Case, Measurement, StageMeasurement};
 use roofline::Effort;
@@ -67,7 +67,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     let spinner = Spinner::new();
     let candidates = candidates(arguments, bundles, &spinner)?;
-    let probe = probe(&arguments.providers)?;
+    let probe = if arguments.is_cpu() { probe()? } else { None };
     let mut report = BenchReport::default();
     if arguments.solvers || arguments.tiling || arguments.equivariance {
         let request = request(arguments, &config, arguments.batch[0], arguments.tokens[0]);
@@ -141,6 +141,9 @@ fn check(arguments: &Arguments, bundles: &[Bundle]) -> Result<()> {
     for (flag, path) in outputs.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?))) {
         files::check_output(path).map_err(|error| error.about(flag))?;
     }
+    if let Some(device) = &arguments.device {
+        open_device(device)?;
+    }
     let first = &bundles[0].manifest;
     for bundle in &bundles[1..] {
         if !bundle.manifest.model.is_same_model(&first.model) {
@@ -177,11 +180,12 @@ fn candidates(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) ->
     if let (Some(checkout), Some(python)) = (&arguments.pytorch, &arguments.python) {
         spinner.show("starting PyTorch".into());
         let embed = first.manifest.model.generator.embed;
-        let threads = arguments.threads.last().copied();
-        let pytorch = Rc::new(PyTorch::start(checkout, python, &first.folder, threads, embed)?);
-        let tuned = if arguments.pytorch_tuned { &Variant::TUNED[..] } else { &[] };
-        let variants = [Variant::Reference].iter().chain(tuned);
-        all.extend(variants.map(|&variant| Candidate::PyTorch(Rc::clone(&pytorch), variant)));
+        let options =
+            PyTorchOptions { device: arguments.device.as_deref(), threads: arguments.threads.last().copied() };
+        let pytorch = Rc::new(PyTorch::start(checkout, python, &first.folder, options, embed)?);
+        let tuned = arguments.pytorch_tuned.then(|| pytorch.tuned()).into_iter().flatten();
+        let variants = [Variant::Reference].into_iter().chain(tuned);
+        all.extend(variants.map(|variant| Candidate::PyTorch(Rc::clone(&pytorch), variant)));
     }
     if arguments.reference {
         let (config, weights) = first.load_weights()?;
@@ -194,20 +198,18 @@ fn candidates(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) ->
     for bundle in bundles {
         spinner.show(format!("loading {}", bundle.folder.display()));
         for &threads in &threads {
-            let (backend, providers) = (arguments.backend, arguments.providers.clone());
-            let engine = eqim_engines::open(&bundle, &Options { backend, threads, providers, cuda_graph: false })?;
+            let (backend, providers, device) =
+                (arguments.backend, arguments.providers.clone(), arguments.device.clone());
+            let options = Options { backend, threads, providers, device, cuda_graph: false };
+            let engine = eqim_engines::open(&bundle, &options)?;
             all.push(Candidate::Bundle(Box::new(bundle.clone()), engine, threads));
         }
     }
     Ok(all)
 }
 
-/// Prepares the measurement of the limits of this machine's CPU; `None` if the bundles run on something else, or if ONNX
-/// Runtime is not found.
-fn probe(providers: &Providers) -> Result<Option<RefCell<Probe>>> {
-    if !providers.is_cpu() {
-        return Ok(None);
-    }
+/// Prepares the measurement of the limits of this machine's CPU; `None` if ONNX Runtime is not found.
+fn probe() -> Result<Option<RefCell<Probe>>> {
     match native::find_onnxruntime() {
         Ok(library) => Ok(Some(RefCell::new(Probe::new(Runtime::load(&library)?)?))),
         Err(problem) => {

@@ -39,9 +39,6 @@ pub enum Variant {
 }
 
 impl Variant {
-    /// The variants of `--pytorch-tuned`.
-    pub const TUNED: [Self; 4] = [Self::Hoisted, Self::Compiled, Self::Bfloat16, Self::Int8];
-
     /// Name of the variant in the script.
     pub fn name(self) -> &'static str {
         match self {
@@ -59,13 +56,23 @@ impl Variant {
     }
 }
 
+/// Where PyTorch runs.
+#[derive(Clone, Copy)]
+pub struct PyTorchOptions<'a> {
+    /// `cpu`, which is the default, or `cuda:N`.
+    pub device: Option<&'a str>,
+    /// Number of threads on the CPU. The default is that of PyTorch.
+    pub threads: Option<usize>,
+}
+
 /// A Python process that has loaded the model.
 pub struct PyTorch {
     child: Child,
     pipes: RefCell<(ChildStdin, BufReader<ChildStdout>)>,
     folder: TempDir,
     embed: usize,
-    /// Version of PyTorch and number of threads.
+    on_gpu: bool,
+    /// Version of PyTorch, and its number of threads or its GPU.
     pub name: String,
 }
 
@@ -73,7 +80,8 @@ pub struct PyTorch {
 #[derive(Deserialize)]
 struct Ready {
     torch: String,
-    threads: usize,
+    /// The number of threads, or the name of the GPU.
+    processor: String,
 }
 
 /// Message of the script after a batch, with times in seconds.
@@ -91,7 +99,13 @@ impl PyTorch {
     /// # Errors
     /// [`Error::input`] if the checkout or the Python program is not found; [`Error::run`] if Python fails. Python
     /// writes the cause to standard error.
-    pub fn start(checkout: &Path, python: &Path, bundle: &Path, threads: Option<usize>, embed: usize) -> Result<Self> {
+    pub fn start(
+        checkout: &Path,
+        python: &Path,
+        bundle: &Path,
+        options: PyTorchOptions<'_>,
+        embed: usize,
+    ) -> Result<Self> {
         if !checkout.join("generator/equ_modeling.py").is_file() {
             let problem = "has no generator/equ_modeling.py, expected a checkout of drx-code/EquivariantModeling";
             return Err(Error::input(format!("--pytorch {}", checkout.display()), problem));
@@ -104,7 +118,8 @@ impl PyTorch {
         let script = folder.path().join(SCRIPTS[0].0);
         let mut command = Command::new(python);
         let checkout = checkout.canonicalize().map_err(failed)?;
-        command.arg(&script).arg(checkout).arg(bundle).arg(threads.unwrap_or(0).to_string());
+        let device = options.device.unwrap_or("cpu");
+        command.arg(&script).arg(checkout).arg(bundle).arg(device).arg(options.threads.unwrap_or(0).to_string());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         command.env("PYTHONWARNINGS", "ignore");
         let mut child = command.spawn().or_input(format!("--python {}", python.display()))?;
@@ -112,10 +127,17 @@ impl PyTorch {
             return Err(Error::run("PyTorch", "has no pipes"));
         };
         let pipes = RefCell::new((stdin, BufReader::new(stdout)));
-        let mut pytorch = Self { child, pipes, folder, embed, name: String::new() };
-        let Ready { torch, threads } = pytorch.receive()?;
-        pytorch.name = format!("PyTorch {torch}, {threads} threads");
+        let on_gpu = device != "cpu";
+        let mut pytorch = Self { child, pipes, folder, embed, on_gpu, name: String::new() };
+        let Ready { torch, processor } = pytorch.receive()?;
+        pytorch.name = format!("PyTorch {torch}, {processor}");
         Ok(pytorch)
+    }
+
+    /// The variants of `--pytorch-tuned`. PyTorch has dynamic INT8 only for CPUs.
+    pub fn tuned(&self) -> impl Iterator<Item = Variant> {
+        let int8 = (!self.on_gpu).then_some(Variant::Int8);
+        [Variant::Hoisted, Variant::Compiled, Variant::Bfloat16].into_iter().chain(int8)
     }
 
     fn receive<T: for<'a> Deserialize<'a>>(&self) -> Result<T> {

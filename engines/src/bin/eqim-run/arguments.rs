@@ -87,6 +87,10 @@ pub struct Arguments {
     #[command(flatten)]
     pub providers: Providers,
 
+    /// Device of --backend candle: cpu, or cuda:N if built with the feature cuda [default: cpu]
+    #[arg(long, value_name = "DEVICE")]
+    pub device: Option<String>,
+
     /// Capture the transformer step as a CUDA graph; needs --backend trt
     #[arg(long)]
     pub cuda_graph: bool,
@@ -107,11 +111,11 @@ impl Arguments {
     /// # Errors
     /// [`Error::input`] if flags do not fit together.
     pub fn options(&self) -> Result<Options> {
-        let &Self { backend, threads, ref providers, cuda_graph, .. } = self;
+        let &Self { backend, threads, ref providers, ref device, cuda_graph, .. } = self;
         if cuda_graph && backend != Backend::Trt {
             return Err(Error::input("--cuda-graph", "needs --backend trt: only a GPU captures graphs"));
         }
-        Ok(Options { backend, threads, providers: providers.clone(), cuda_graph })
+        Ok(Options { backend, threads, providers: providers.clone(), device: device.clone(), cuda_graph })
     }
 }
 

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use eqim::bundle::FileRecord;
 use eqim::checkpoint;
+use eqim::engine::candle::open_device;
 use eqim::{Error, Result, ResultExt, files, limits};
 use eqim_training::data::Photos;
 use eqim_training::dino::Dino;
@@ -120,16 +120,6 @@ impl Shared {
         Ok(recipe)
     }
 
-    fn device(&self) -> Result<Device> {
-        let bad = |problem: String| Error::input("--device", format!("is {}, {problem}", self.device));
-        if self.device == "cpu" {
-            return Ok(Device::Cpu);
-        }
-        let number = self.device.strip_prefix("cuda:").and_then(|number| number.parse().ok());
-        let number = number.ok_or_else(|| bad("expected cpu or cuda:N".into()))?;
-        Device::new_cuda(number).map_err(|error| bad("which cannot be used".into()).because(error))
-    }
-
     fn photos(&self, plan: &TrainingPlan, height: usize, token_width: usize) -> Result<Photos> {
         let photos = Photos::open(&self.images, height, plan.tokens * token_width)?;
         photos.skipped.iter().for_each(|problem| eqim_cli::note(format_args!("skipped: {problem}")));
@@ -178,7 +168,7 @@ fn run(arguments: &Arguments) -> Result<()> {
 
 fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>, dino: Option<&Path>) -> Result<()> {
     let mut recipe = shared.recipe()?.tokenizer;
-    let device = shared.device()?;
+    let device = open_device(&shared.device)?;
     if recipe.plan.bf16 && device.is_cpu() {
         return Err(Error::input(
             "tokenizer.plan.bf16",
@@ -206,7 +196,7 @@ fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>, dino: O
 
 fn generator(shared: &Shared, tokenizer: &Path) -> Result<()> {
     let recipe = shared.recipe()?;
-    let device = shared.device()?;
+    let device = open_device(&shared.device)?;
     let (config, weights) = checkpoint::load_tokenizer_alone(tokenizer, None)?;
     let name = tokenizer.file_name().unwrap_or_default().to_string_lossy();
     let hash = FileRecord::of(files::folder(tokenizer), &name)?.sha256;
