@@ -8,8 +8,9 @@ use super::team::{Shared, Worker};
 
 /// Number of columns in one part of a phase. A part reads enough memory for its overhead not to count, and a layer has
 /// enough parts for the workers to end at about the same time. Many rows share the loads of four blocks.
-fn columns_of_part(rows: usize) -> usize {
-    if rows <= 4 { 2 * LANES } else { 4 * LANES }
+fn columns_of_part(rows: usize, columns_of_worker: usize) -> usize {
+    let is_narrow = rows <= 4 && columns_of_worker < 32 * LANES;
+    if is_narrow { 2 * LANES } else { 4 * LANES }
 }
 
 /// A linear layer (`nn.Linear`), as it is stored in the bundle.
@@ -97,8 +98,8 @@ impl Linear<'_> {
                 }
             }
         });
-        let share = columns_of_part(rows);
-        worker.phase(outputs.div_ceil(share), |part| {
+        let share = columns_of_part(rows, outputs / worker.workers());
+        worker.streams(outputs.div_ceil(share), |part| {
             let columns = part * share..outputs.min((part + 1) * share);
             // SAFETY: every part writes only its own columns, and the inputs are complete.
             let output = |row: usize, column: usize, count: usize| unsafe {

@@ -129,7 +129,7 @@ struct Node<'a> {
 impl Node<'_> {
     /// Runs `work` in all threads, each as one worker of a team.
     fn team(&self, work: impl Fn(&mut Worker) + Sync + Send) -> ort::Result<()> {
-        let team = Team::default();
+        let team = Team::new(self.threads);
         self.context.par_for(self.threads, self.threads, |_| work(&mut Worker::new(&team)))
     }
 

@@ -5,12 +5,20 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// State that the workers of one call of a kernel share.
-#[derive(Default)]
 pub struct Team {
+    /// Number of workers that are expected.
+    workers: usize,
     /// The next part of any phase that no worker has taken.
     next: AtomicUsize,
     /// Number of parts that are done.
     done: AtomicUsize,
+}
+
+impl Team {
+    /// A team of `workers` workers.
+    pub fn new(workers: usize) -> Self {
+        Self { workers: workers.max(1), next: AtomicUsize::new(0), done: AtomicUsize::new(0) }
+    }
 }
 
 /// One thread of a team. All workers run the same phases in the same order.
@@ -30,6 +38,22 @@ impl<'a> Worker<'a> {
     /// Joins a team.
     pub fn new(team: &'a Team) -> Self {
         Self { team, first: 0, taken: team.next.fetch_add(1, Ordering::Relaxed) }
+    }
+
+    /// Number of workers of the team.
+    pub fn workers(&self) -> usize {
+        self.team.workers
+    }
+
+    /// Runs a phase as [`Worker::phase`] does, with the parts in another order: workers that take turns take neighbouring
+    /// parts, so that each of them reads memory as one stream.
+    pub fn streams(&mut self, count: usize, mut part: impl FnMut(usize)) {
+        let workers = self.team.workers;
+        let (each, more) = (count / workers, count % workers);
+        self.phase(count, |index| {
+            let (stream, place) = (index % workers, index / workers);
+            part(stream * each + stream.min(more) + place);
+        });
     }
 
     /// Runs a phase of `count` parts: this worker's share of them. Returns when all parts are done. What they wrote is
@@ -125,16 +149,17 @@ mod tests {
         let mut buffer = vec![1u64; 64];
         let mut next = vec![0u64; 64];
         let (a, b) = (Shared::new(&mut buffer), Shared::new(&mut next));
-        let team = Team::default();
+        let team = Team::new(workers);
         let run = || {
             let mut worker = Worker::new(&team);
             for phase in 0..200 {
                 let (from, to) = if phase % 2 == 0 { (&a, &b) } else { (&b, &a) };
-                worker.phase(64, |part| {
+                let sum = |part: usize| {
                     // SAFETY: a phase reads one buffer, and its parts write different elements of the other.
                     let (from, to) = unsafe { (from.get(0..64), to.get_mut(part..part + 1)) };
                     to[0] = from.iter().sum::<u64>() % 1_000_003 + part as u64;
-                });
+                };
+                if phase % 3 == 0 { worker.streams(64, sum) } else { worker.phase(64, sum) }
             }
         };
         std::thread::scope(|scope| {
@@ -154,8 +179,15 @@ mod tests {
     }
 
     #[test]
+    fn streams_are_neighbouring_parts() {
+        let (team, mut order) = (Team::new(3), vec![]);
+        Worker::new(&team).streams(8, |part| order.push(part));
+        assert_eq!(order, [0, 3, 6, 1, 4, 7, 2, 5]);
+    }
+
+    #[test]
     fn a_worker_that_comes_late_has_nothing_to_do() {
-        let team = Team::default();
+        let team = Team::new(2);
         let mut count = 0;
         Worker::new(&team).phase(5, |_| count += 1);
         Worker::new(&team).phase(5, |_| panic!("is done"));
