@@ -15,6 +15,7 @@
 pub mod native;
 pub mod onnxruntime;
 mod open;
+pub mod pages;
 pub mod trt;
 
 pub use open::{Backend, Options, open};

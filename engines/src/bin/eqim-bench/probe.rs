@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use eqim::{Error, Result};
 use eqim_engines::onnxruntime::Runtime;
+use eqim_engines::pages::prefer_large;
 use ort::editor::{Graph, Model, Node, ONNX_DOMAIN, Opset};
 use ort::session::Session;
 use ort::session::builder::SessionBuilder;
@@ -66,6 +67,9 @@ impl Probe {
         let bytes = bytes.clamp(PART as u64, MOST_BYTES).next_power_of_two() as usize;
         let words = bytes / size_of::<u64>();
         if self.memory.len() < words {
+            self.memory = Vec::with_capacity(words);
+            // Memory is read fastest from large pages.
+            prefer_large(self.memory.spare_capacity_mut());
             self.memory.resize(words, 1);
         }
         let memory = &self.memory[..words];

@@ -5,6 +5,8 @@ use eqim::ops::function::LANES;
 use super::dot::{self, Blocks};
 use super::rows::{self, Levels};
 use super::team::{Shared, Worker};
+#[cfg(target_os = "linux")]
+use crate::pages::LargePages;
 
 /// Number of columns in one part of a phase. A part reads enough memory for its overhead not to count, and a layer has
 /// enough parts for the workers to end at about the same time. Many rows share the loads of four blocks.
@@ -40,6 +42,30 @@ pub enum Weight<'a> {
         /// Scales, `[outputs]`.
         scales: &'a [f32],
     },
+}
+
+#[cfg(target_os = "linux")]
+impl Linear<'_> {
+    /// Size of the weight in bytes.
+    pub fn bytes(&self) -> usize {
+        match self.weight {
+            Weight::Float(weight) => size_of_val(weight),
+            Weight::Int8 { levels, .. } => size_of_val(levels),
+        }
+    }
+
+    /// Moves the weight to large pages.
+    ///
+    /// # Safety
+    /// As for [`LargePages::copy`].
+    pub unsafe fn move_to(&mut self, pages: &mut LargePages) {
+        match &mut self.weight {
+            // SAFETY: the caller promises it.
+            Weight::Float(weight) => *weight = unsafe { pages.copy(weight) },
+            // SAFETY: the caller promises it.
+            Weight::Int8 { levels, .. } => *levels = unsafe { pages.copy(levels) },
+        }
+    }
 }
 
 /// Buffers for the rows of a layer, which are used for one layer after another.

@@ -1,5 +1,6 @@
 //! The kernels as operators of ONNX Runtime.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::available_parallelism;
 
@@ -10,6 +11,7 @@ use ort::value::{DynTensorRef, PrimitiveTensorElementType, TensorElementType, Va
 use super::block::{Block, BlockBuffers, BlockWeights, Outputs};
 use super::flow::{Flow, FlowBuffers, Residual, Velocity};
 use super::linear::{Buffers, Linear, Weight};
+use super::residence::Residence;
 use super::rows::Norm;
 use super::team::{Shared, Team, Worker};
 
@@ -44,13 +46,16 @@ trait Function: Sized + 'static {
     /// Reads the weights of a call, which are its last inputs.
     fn weights<'a>(inputs: &mut Inputs<'a>) -> ort::Result<Self::Weights<'a>>;
 
-    /// Computes the outputs of a call from its other inputs.
+    /// Computes the outputs of a call from its other inputs. Returns how often it read the weights.
     fn compute(
         inputs: &mut Inputs,
         weights: &Self::Weights<'_>,
         buffers: &mut Self::Buffers,
         node: &Node,
-    ) -> ort::Result<()>;
+    ) -> ort::Result<usize>;
+
+    /// The layers that take most of the time to read.
+    fn layers<'w, 'a: 'w>(weights: &'w mut Self::Weights<'a>) -> Vec<&'w mut Linear<'a>>;
 }
 
 /// A function as an operator.
@@ -58,11 +63,13 @@ struct Fused<F: Function> {
     name: String,
     threads: usize,
     buffers: Arc<Mutex<F::Buffers>>,
+    /// Number of calls in the graph so far.
+    calls: AtomicUsize,
 }
 
 impl<F: Function> Fused<F> {
     fn new(name: &str, threads: usize) -> Self {
-        Self { name: name.into(), threads, buffers: Arc::default() }
+        Self { name: name.into(), threads, buffers: Arc::default(), calls: AtomicUsize::new(0) }
     }
 }
 
@@ -72,6 +79,7 @@ struct Call<'a, F: Function> {
     inputs: usize,
     threads: usize,
     weights: F::Weights<'a>,
+    residence: Residence,
     buffers: Arc<Mutex<F::Buffers>>,
 }
 
@@ -84,7 +92,13 @@ impl<F: Function> Kernel for Call<'_, F> {
         let values: Vec<_> = (0..self.inputs).map(value).collect::<ort::Result<_>>()?;
         let mut inputs = Inputs { values: values.into_iter(), index: 0 };
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        F::compute(&mut inputs, &self.weights, &mut buffers, &Node { context, threads: self.threads })
+        let node = Node { context, threads: self.threads };
+        let reads = F::compute(&mut inputs, &self.weights, &mut buffers, &node)?;
+        if self.residence.is_due(reads) {
+            // SAFETY: the weights are dropped with the residence, and nothing else refers to them.
+            unsafe { self.residence.settle(F::layers(&mut self.weights)) };
+        }
+        Ok(())
     }
 }
 
@@ -116,7 +130,8 @@ impl<F: Function> Operator for Fused<F> {
                 inputs.values.len()
             )));
         }
-        Ok(Call { inputs: first, threads: self.threads, weights, buffers: Arc::clone(&self.buffers) })
+        let residence = Residence::new(self.calls.fetch_add(1, Ordering::Relaxed));
+        Ok(Call { inputs: first, threads: self.threads, weights, residence, buffers: Arc::clone(&self.buffers) })
     }
 }
 
@@ -233,7 +248,7 @@ impl Function for DynamicLinear {
         inputs.linear(None, None)
     }
 
-    fn compute(inputs: &mut Inputs, linear: &Linear<'_>, buffers: &mut Buffers, node: &Node) -> ort::Result<()> {
+    fn compute(inputs: &mut Inputs, linear: &Linear<'_>, buffers: &mut Buffers, node: &Node) -> ort::Result<usize> {
         let ([rows, width], x) = inputs.tensor("[rows, inputs]")?;
         if width != linear.inputs {
             return Err(unfit(0, &[rows, width], &format!("{} columns", linear.inputs)));
@@ -251,7 +266,13 @@ impl Function for DynamicLinear {
                     unsafe { y.columns_mut(row, linear.outputs, column, part.len()) }.copy_from_slice(part);
                 },
             );
-        })
+        })?;
+        Ok(1)
+    }
+
+    fn layers<'w, 'a: 'w>(_linear: &'w mut Linear<'a>) -> Vec<&'w mut Linear<'a>> {
+        // It runs on many rows, or once per image.
+        vec![]
     }
 }
 
@@ -275,7 +296,12 @@ impl Function for FlowSolver {
         Ok(Velocity { input, blocks, output: inputs.linear(width, Some(input.inputs))? })
     }
 
-    fn compute(inputs: &mut Inputs, weights: &Velocity<'_>, buffers: &mut FlowBuffers, node: &Node) -> ort::Result<()> {
+    fn compute(
+        inputs: &mut Inputs,
+        weights: &Velocity<'_>,
+        buffers: &mut FlowBuffers,
+        node: &Node,
+    ) -> ort::Result<usize> {
         let (embed, width) = (weights.input.inputs, weights.input.outputs);
         let mut modulations = vec![];
         let mut rows_of = [0; 2];
@@ -305,7 +331,13 @@ impl Function for FlowSolver {
         output.copy_from_slice(state);
         let state = Shared::new(output);
         let buffers = buffers.share(tokens, rows, embed, width);
-        node.team(|worker| flow.run(worker, &state, &buffers))
+        node.team(|worker| flow.run(worker, &state, &buffers))?;
+        Ok(evaluations)
+    }
+
+    fn layers<'w, 'a: 'w>(weights: &'w mut Velocity<'a>) -> Vec<&'w mut Linear<'a>> {
+        let blocks = weights.blocks.iter_mut().flat_map(|block| [&mut block.first, &mut block.second]);
+        [&mut weights.input].into_iter().chain(blocks).chain([&mut weights.output]).collect()
     }
 }
 
@@ -334,7 +366,7 @@ impl Function for TransformerBlock {
         weights: &BlockWeights<'_>,
         buffers: &mut BlockBuffers,
         node: &Node,
-    ) -> ort::Result<()> {
+    ) -> ort::Result<usize> {
         let dim = weights.proj.outputs;
         let (shape @ [rows, found], x) = inputs.tensor("[rows, width]")?;
         let (cache @ [_, heads, window, head_dim], past_key) =
@@ -359,6 +391,12 @@ impl Function for TransformerBlock {
             present: [Shared::new(key.try_extract_tensor_mut()?.1), Shared::new(value.try_extract_tensor_mut()?.1)],
         };
         let buffers = buffers.share(rows, dim, weights.fc1.outputs);
-        node.team(|worker| block.run(worker, &outputs, &buffers))
+        node.team(|worker| block.run(worker, &outputs, &buffers))?;
+        Ok(1)
+    }
+
+    fn layers<'w, 'a: 'w>(weights: &'w mut BlockWeights<'a>) -> Vec<&'w mut Linear<'a>> {
+        let BlockWeights { qkv, proj, cross_q, cross_proj, fc1, fc2, .. } = weights;
+        vec![qkv, proj, cross_q, cross_proj, fc1, fc2]
     }
 }
