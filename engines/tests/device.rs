@@ -2,7 +2,8 @@
 //! memory.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
@@ -13,8 +14,9 @@ use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::close::{Tolerance, close};
 use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
-use eqim::generate::batch::{Sequence, generate_all};
+use eqim::generate::batch::Sequence;
 use eqim::generate::generate;
+use eqim::generate::scheduler::{Capacity, Event, Order, Scheduler};
 use eqim::model::{Sizes, Stage, ValueInfo, ValueKind};
 use eqim::ops::eager::Eager;
 use eqim::request::condition::{ClassSchedule, ClassSpan};
@@ -324,15 +326,27 @@ fn rows_begin_and_end_at_any_time() -> Result<()> {
         .map(|(label, tokens)| Request { noise: Noise::Seed(tokens as u64), ..request(&[label], tokens, 3.0) });
     let prepared = requests.each_ref().map(|request| PreparedRequest::new(candle.config(), request));
     let prepared = prepared.into_iter().collect::<Result<Vec<_>>>()?;
-    let mut finished = 0;
-    let images = prepared.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
-    generate_all(&mock, prepared[0].sampling.clone(), images, 2, |(number, tokens)| {
-        let expected = generate(&candle, &requests[number], |_| {})?.tokens;
-        assert_close(&tokens?.insert_axis(Axis(0)), &expected);
-        finished += 1;
-        Ok(())
-    })?;
-    assert_eq!(finished, 4);
+    let found = RefCell::new(HashMap::new());
+    let mut scheduler = Scheduler::new(&mock, Capacity { images: 2, bytes: u64::MAX });
+    for (number, prepared) in prepared.iter().enumerate() {
+        let found = &found;
+        let events = move |event| {
+            if let Event::Token(index, token) = event {
+                assert!(found.borrow_mut().insert((number, index), token).is_none());
+            }
+            ControlFlow::Continue(())
+        };
+        let (sequence, sampling) = (Sequence::of_batch(prepared).remove(0), prepared.sampling.clone());
+        scheduler.submit(Order { number, priority: 0, sequence, sampling, tiling: None, events })?;
+    }
+    scheduler.finish()?;
+    assert_eq!(scheduler.metrics().done, 4);
+    for (number, request) in requests.iter().enumerate() {
+        let expected = generate(&candle, request, |_| {})?.tokens;
+        for (index, token) in expected.index_axis(Axis(0), 0).rows().into_iter().enumerate() {
+            assert_close(&found.borrow()[&(number, index)], &token.to_owned());
+        }
+    }
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! A batch of different images: each row has its own class, length, start and guidance. When an image is finished, the
 //! next image takes its place.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
 use ndarray::{Array1, Array2, Array3, Axis, concatenate};
 
@@ -128,9 +128,6 @@ impl Active {
 /// Number of an image, and its next token `[E]` or its error.
 pub type Next = (usize, Result<Array1<f32>>);
 
-/// Number of an image that has left a batch, and its tokens `[N, E]` or its error.
-pub type Finished = (usize, Result<Array2<f32>>);
-
 impl<'a, E: Engine + ?Sized> Batch<'a, E> {
     /// Creates a batch without images.
     ///
@@ -144,6 +141,11 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
     /// Number of images in the batch.
     pub fn len(&self) -> usize {
         self.images.len()
+    }
+
+    /// Numbers of the images.
+    pub fn numbers(&self) -> Vec<usize> {
+        self.images.iter().map(|active| active.number).collect()
     }
 
     /// Whether the batch has no images.
@@ -200,6 +202,39 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
         self.images.extend(kept.iter().filter_map(|&place| images[place].take()));
         self.images.extend(new);
         Ok(())
+    }
+
+    /// Removes an image. Returns whether the batch had it.
+    ///
+    /// # Errors
+    /// If the engine fails.
+    pub fn cancel(&mut self, number: usize) -> Result<bool> {
+        let kept: Vec<usize> = (0..self.images.len()).filter(|&place| self.images[place].number != number).collect();
+        if kept.len() == self.images.len() {
+            return Ok(false);
+        }
+        if kept.is_empty() {
+            self.images.clear();
+        } else {
+            self.arrange(&kept, vec![])?;
+        }
+        Ok(true)
+    }
+
+    /// Changes the classes of an image as soon as possible: see [`ClassSchedule::followed_by`]. The condition of the next
+    /// token is known already, so the first token with the new classes is the one after it, or a later one. Returns the
+    /// index of this token, or `None` if the batch does not have the image, or the image ends before it.
+    pub fn amend(&mut self, number: usize, classes: &ClassSchedule) -> Option<usize> {
+        let active = self.images.iter_mut().find(|active| active.number == number)?;
+        let tokens = active.image.guidance.len();
+        let (amended, first) = active.image.label.followed_by(classes, active.next + 1, tokens)?;
+        active.image.label = amended;
+        Some(first)
+    }
+
+    /// Classes of an image that is in the batch.
+    pub fn classes(&self, number: usize) -> Option<&ClassSchedule> {
+        self.images.iter().find(|active| active.number == number).map(|active| &active.image.label)
     }
 
     /// Generates one token per image and runs it through the transformer. Images leave the batch if they are complete
@@ -277,47 +312,5 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
         };
         self.z = self.times.step.time(|| self.session.step(tokens.view(), &positions))?;
         Ok(())
-    }
-}
-
-/// Generates numbered images, at most `most` at a time. When an image is finished, the next image takes its place.
-/// `finished` receives each image that leaves the batch.
-///
-/// # Errors
-/// If the engine fails; errors of `images` and `finished`.
-pub fn generate_all<E: Engine + ?Sized>(
-    engine: &E,
-    sampling: Sampling,
-    images: impl IntoIterator<Item = Result<(usize, Sequence)>>,
-    most: usize,
-    mut finished: impl FnMut(Finished) -> Result<()>,
-) -> Result<()> {
-    let mut images = images.into_iter();
-    let mut batch = Batch::new(engine, sampling)?;
-    let mut known: HashMap<usize, (usize, Array2<f32>)> = HashMap::new();
-    loop {
-        let new = images.by_ref().take(most.max(1) - batch.len()).collect::<Result<Vec<_>>>()?;
-        if !new.is_empty() {
-            let embed = engine.config().generator.embed;
-            known
-                .extend(new.iter().map(|(number, image)| (*number, (0, Array2::zeros((image.guidance.len(), embed))))));
-            batch.admit(new)?;
-        }
-        if batch.is_empty() {
-            return Ok(());
-        }
-        for (number, token) in batch.advance()? {
-            let Some((count, tokens)) = known.get_mut(&number) else { continue };
-            let done = token.map(|token| {
-                tokens.row_mut(*count).assign(&token);
-                *count += 1;
-                *count == tokens.dim().0
-            });
-            if matches!(done, Ok(false)) {
-                continue;
-            }
-            let tokens = known.remove(&number).map(|(_, tokens)| tokens).unwrap_or_default();
-            finished((number, done.map(|_| tokens)))?;
-        }
     }
 }

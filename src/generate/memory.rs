@@ -36,6 +36,16 @@ pub fn check_sampling(request: &Request, config: &Config) -> Result<()> {
     check("steps", "the flow head's modulations for this many images", &sizes)
 }
 
+/// Bytes that an image in progress takes, whatever its length: the keys and values of its rows, and the flow head's
+/// modulations for all evaluations of a token.
+pub fn of_image(config: &Config, evaluations: usize, guided: bool) -> u64 {
+    let g = &config.generator;
+    let caches = 2 * g.depth * (g.window + g.buffer) * g.dim;
+    let modulations = evaluations * (3 * g.flow_depth + 2) * g.flow_dim;
+    let rows = if guided { 2 } else { 1 };
+    (size_of::<f32>() * rows * (caches + modulations)) as u64
+}
+
 /// Checks the size of tensors of 32-bit numbers: the product of `sizes`.
 fn check(field: &'static str, what: &str, sizes: &[usize]) -> Result<()> {
     // The other half is for what is computed with them.

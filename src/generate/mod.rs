@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod memory;
+pub mod scheduler;
 pub mod tiles;
 
 use ndarray::{Array3, s};

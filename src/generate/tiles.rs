@@ -26,6 +26,11 @@ impl Default for Tiling {
 }
 
 impl Tiling {
+    /// One tile for an image of `tokens` tokens: it is decoded as a whole.
+    pub fn whole(tokens: usize) -> Self {
+        Self { tile: tokens, overlap: tokens / 2 }
+    }
+
     /// Checks that the overlap is at least one token and at most half of a tile.
     ///
     /// # Errors
@@ -84,10 +89,10 @@ pub struct TileDecoder<'a> {
     tiling: Tiling,
     /// Number of tokens of the image.
     tokens: usize,
-    /// Number of tokens received or skipped so far.
-    known: usize,
-    /// The last tokens received, at most one tile.
-    recent: VecDeque<Array1<f32>>,
+    /// Index of the first token in `kept`.
+    first: usize,
+    /// The tokens received, from the first one of the next tile on.
+    kept: VecDeque<Array1<f32>>,
     /// Index of the next tile.
     index: usize,
     /// Weighted pixels of the last tile in its overlap with the next tile, `[3, height, width]`.
@@ -97,14 +102,13 @@ pub struct TileDecoder<'a> {
 impl<'a> TileDecoder<'a> {
     /// Creates a decoder for an image of `tokens` tokens.
     pub fn new(engine: &'a dyn Engine, tiling: Tiling, tokens: usize) -> Self {
-        let recent = VecDeque::with_capacity(tiling.tile);
-        Self { engine, tiling, tokens, known: 0, recent, index: 0, fading: None }
+        Self { engine, tiling, tokens, first: 0, kept: VecDeque::new(), index: 0, fading: None }
     }
 
     /// Creates a decoder that begins with tile `index`, whose first token must be pushed first. The first strip lacks
     /// the blended part of the previous tile. All later strips are the same as without skipping.
     pub fn from_tile(engine: &'a dyn Engine, tiling: Tiling, tokens: usize, index: usize) -> Self {
-        Self { known: tiling.begin(index, tokens), index, ..Self::new(engine, tiling, tokens) }
+        Self { first: tiling.begin(index, tokens), index, ..Self::new(engine, tiling, tokens) }
     }
 
     /// Takes the next generated token `[E]`. Returns the columns that it completes, if any.
@@ -112,22 +116,34 @@ impl<'a> TileDecoder<'a> {
     /// # Errors
     /// If the engine fails or a pixel is not finite.
     pub fn push(&mut self, token: ArrayView1<f32>) -> Result<Option<Strip>> {
-        if self.recent.len() == self.tiling.tile {
-            self.recent.pop_front();
-        }
-        self.recent.push_back(token.to_owned());
-        self.known += 1;
-        if self.known < self.tiling.end(self.index, self.tokens) {
-            return Ok(None);
-        }
-        self.decode().map(Some)
+        self.keep(token);
+        if self.is_ready() { self.decode().map(Some) } else { Ok(None) }
     }
 
-    /// Decodes the next tile.
-    fn decode(&mut self) -> Result<Strip> {
-        let rows: Vec<_> = self.recent.iter().map(|token| token.view().insert_axis(Axis(0))).collect();
+    /// Takes the next generated token `[E]` without decoding. Tokens are kept until their tile is decoded.
+    pub fn keep(&mut self, token: ArrayView1<f32>) {
+        self.kept.push_back(token.to_owned());
+    }
+
+    /// Whether the tokens of the next tile are known.
+    pub fn is_ready(&self) -> bool {
+        !self.is_done() && self.first + self.kept.len() >= self.tiling.end(self.index, self.tokens)
+    }
+
+    /// Whether all tiles are decoded.
+    pub fn is_done(&self) -> bool {
+        self.index == self.tiling.count(self.tokens)
+    }
+
+    /// Decodes the next tile, which must be [ready](Self::is_ready).
+    ///
+    /// # Errors
+    /// If the engine fails or a pixel is not finite.
+    pub fn decode(&mut self) -> Result<Strip> {
+        let (begin, end) = (self.tiling.begin(self.index, self.tokens), self.tiling.end(self.index, self.tokens));
+        let rows = self.kept.range(begin - self.first..end - self.first);
+        let rows: Vec<_> = rows.map(|token| token.view().insert_axis(Axis(0))).collect();
         let tile: Array2<f32> = concatenate(Axis(0), &rows).or_run("tile")?;
-        let begin = self.known - tile.dim().0;
         let pixels = self.engine.decode_tokens(tile.insert_axis(Axis(0)).view())?.index_axis_move(Axis(0), 0);
         if pixels.iter().any(|value| !value.is_finite()) {
             let problem = "a pixel is not finite: the precision does not fit the model";
@@ -142,13 +158,16 @@ impl<'a> TileDecoder<'a> {
             shared *= &ramp;
             shared += &fading;
         }
-        if self.known < self.tokens {
+        if end < self.tokens {
             let cut = pixels.dim().2 - ramp.len();
             self.fading = Some(&pixels.slice(s![.., .., cut..]) * &ramp.mapv(|share| 1.0 - share));
             pixels = pixels.slice_move(s![.., .., ..cut]);
         }
         let strip = Strip { index: self.index, x: first * width, pixels };
         self.index += 1;
+        let next = self.tiling.begin(self.index, self.tokens);
+        self.kept.drain(..(next - self.first).min(self.kept.len()));
+        self.first = next;
         Ok(strip)
     }
 }

@@ -106,6 +106,27 @@ impl ClassSchedule {
         Ok(())
     }
 
+    /// These classes, with those of `next` from token `first` on, and that token. If one class fades into another at
+    /// token `first`, the classes change after the last token that both share, so that no token before the change gets
+    /// another condition. `None` if the image of `tokens` tokens has no such token.
+    pub fn followed_by(&self, next: &Self, first: usize, tokens: usize) -> Option<(Self, usize)> {
+        let spans = |schedule: &Self| match schedule {
+            Self::Constant(class) => vec![ClassSpan { class: *class, begin: 0, end: None }],
+            Self::Spans(spans) => spans.clone(),
+        };
+        let (own, next) = (spans(self), spans(next));
+        let ends_of_fades = own.windows(2).map(|pair| pair[1].begin..pair[0].end(tokens));
+        let first = ends_of_fades.filter(|fade| fade.contains(&first)).map(|fade| fade.end).max().unwrap_or(first);
+        if first >= tokens {
+            return None;
+        }
+        let before = own.into_iter().filter(|span| span.begin < first);
+        let before = before.map(|span| ClassSpan { end: Some(span.end(tokens).min(first)), ..span });
+        let after = next.into_iter().filter(|span| span.end(tokens) > first);
+        let after = after.map(|span| ClassSpan { begin: span.begin.max(first), ..span });
+        Some((Self::Spans(before.chain(after).collect()), first))
+    }
+
     /// Condition of token `index`; `none` is the unconditional label. Where two classes share n tokens, the share of
     /// the second is 1/(n+1) at the first of these tokens, and grows by 1/(n+1) with each token.
     pub fn condition(&self, index: usize, none: usize) -> ClassMix {

@@ -4,7 +4,6 @@ use eqim::bundle::Bundle;
 use eqim::checkpoint::WeightSet;
 use eqim::close::Tolerance;
 use eqim::engine::Engine;
-use eqim::generate::batch::{Sequence, generate_all};
 use eqim::generate::generate;
 use eqim::request::solver::Solver;
 use eqim::request::{GuidanceSchedule, Noise, PreparedRequest, Request};
@@ -13,7 +12,7 @@ use eqim_engines::onnxruntime::{OrtEngine, Providers};
 use ndarray::{Array2, Array3, Axis};
 
 use crate::common::bins::Workplace;
-use crate::common::{Fixture, assert_close, fixtures};
+use crate::common::{Fixture, assert_close, fixtures, together};
 
 /// Requests for images of different classes, lengths, prefixes and guidance.
 fn requests(engine: &dyn Engine, guided: bool) -> Vec<Request> {
@@ -49,18 +48,15 @@ fn check(engine: &dyn Engine) {
         let prepared: Vec<PreparedRequest> =
             requests.iter().map(|request| PreparedRequest::new(engine.config(), request).unwrap()).collect();
         for most in [1, 2, 3, 16] {
-            let images = prepared.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
             let mut order = vec![];
-            generate_all(engine, prepared[0].sampling.clone(), images, most, |(number, tokens)| {
-                let (found, expected) = (tokens?, &alone[number]);
+            for (number, tokens) in together(engine, &prepared, most) {
+                let (found, expected) = (tokens.unwrap(), &alone[number]);
                 assert_eq!(found.dim(), expected.dim());
                 // Products of a batch are summed in another order than products of one row.
                 let what = format!("image {number} of at most {most} on {}", engine.name());
                 assert_close(what, &found, expected, Tolerance::ACTIVATION);
                 order.push(number);
-                Ok(())
-            })
-            .unwrap();
+            }
             if most == 1 {
                 assert_eq!(order, (0..requests.len()).collect::<Vec<_>>());
             } else {
@@ -95,15 +91,12 @@ fn an_image_that_fails_does_not_fail_the_others() {
     let prepared: Vec<PreparedRequest> =
         requests.iter().map(|request| PreparedRequest::new(engine.config(), request).unwrap()).collect();
     let mut failed = vec![];
-    let images = prepared.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
-    generate_all(&engine, prepared[0].sampling.clone(), images, 4, |(number, tokens)| {
+    for (number, tokens) in together(&engine, &prepared, 4) {
         match tokens {
             Ok(tokens) => assert!(tokens.iter().all(|value| value.is_finite()), "image {number}"),
             Err(error) => failed.push((number, error.to_string())),
         }
-        Ok(())
-    })
-    .unwrap();
+    }
     assert_eq!(failed.len(), 1);
     assert!(failed[0].0 == 1 && failed[0].1.contains("token 0 is not finite"), "{failed:?}");
 }

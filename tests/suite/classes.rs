@@ -8,7 +8,6 @@ use eqim::checkpoint::WeightSet;
 use eqim::close::Tolerance;
 use eqim::engine::candle::{CandleEngine, to_array, to_tensor};
 use eqim::engine::{Engine, Row};
-use eqim::generate::batch::{Sequence, generate_all};
 use eqim::generate::generate;
 use eqim::model::Stage;
 use eqim::request::condition::{ClassSchedule, ClassSpan};
@@ -18,7 +17,7 @@ use eqim_engines::onnxruntime::{OrtEngine, Providers};
 use ndarray::{Array2, Axis, s};
 
 use crate::common::bins::{Workplace, export_line};
-use crate::common::{Fixture, assert_close, fixtures};
+use crate::common::{Fixture, assert_close, fixtures, together};
 
 fn candle() -> CandleEngine {
     Fixture::open(fixtures()).engine(WeightSet::Ema)
@@ -122,16 +121,12 @@ fn images_of_a_batch_change_by_themselves() {
     let requests: Vec<Request> = labels().into_iter().map(|label| request(engine.config(), label, 3.0)).collect();
     let prepared: Vec<PreparedRequest> =
         requests.iter().map(|it| PreparedRequest::new(engine.config(), it).unwrap()).collect();
-    let images = prepared.iter().flat_map(Sequence::of_batch).enumerate().map(Ok);
-    let mut done = 0;
-    generate_all(&engine, prepared[0].sampling.clone(), images, 3, |(number, found)| {
+    let results = together(&engine, &prepared, 3);
+    assert_eq!(results.len(), requests.len());
+    for (number, found) in results {
         let alone = tokens(&engine, requests[number].classes[0].clone(), 3.0);
-        assert_close(format_args!("image {number}"), &found?, &alone, Tolerance::ACTIVATION);
-        done += 1;
-        Ok(())
-    })
-    .unwrap();
-    assert_eq!(done, requests.len());
+        assert_close(format_args!("image {number}"), &found.unwrap(), &alone, Tolerance::ACTIVATION);
+    }
 }
 
 #[test]

@@ -19,6 +19,7 @@ mod outpainting;
 mod parity;
 mod properties;
 mod providers;
+mod scheduler;
 mod tensorrt;
 mod texts;
 mod tiles;

@@ -2,18 +2,23 @@
 
 pub mod bins;
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use eqim::Config;
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::close::{Tolerance, close, values};
+use eqim::engine::Engine;
 use eqim::engine::candle::{CandleEngine, open_device, to_array, to_tensor};
-use eqim::request::{GuidanceSchedule, Noise, Request};
-use ndarray::{Array, Dimension, IxDyn};
+use eqim::generate::batch::Sequence;
+use eqim::generate::scheduler::{Capacity, Event, Order, Scheduler};
+use eqim::request::{GuidanceSchedule, Noise, PreparedRequest, Request};
+use eqim::{Config, Result};
+use ndarray::{Array, Array2, Dimension, IxDyn};
 use serde_json::Value;
 
 /// One set of golden fixtures. The tensors are on the [device] of the tests.
@@ -96,6 +101,29 @@ impl Fixture {
     pub fn runs(&self) -> Vec<String> {
         self.meta["sampling"].as_object().unwrap().keys().cloned().collect()
     }
+}
+
+/// Generates images in batches of at most `most`. Returns their tokens `[N, E]` by number, in the order in which they end.
+pub fn together(engine: &dyn Engine, images: &[PreparedRequest], most: usize) -> Vec<(usize, Result<Array2<f32>>)> {
+    let results = RefCell::new(vec![]);
+    let mut scheduler = Scheduler::new(engine, Capacity { images: most, bytes: u64::MAX });
+    for (number, image) in images.iter().enumerate() {
+        let mut tokens = Array2::zeros((0, engine.config().generator.embed));
+        let results = &results;
+        let events = move |event| {
+            match event {
+                Event::Token(_, token) => tokens.push_row(token.view()).unwrap(),
+                Event::Strip(_) => panic!("no image is decoded"),
+                Event::Done => results.borrow_mut().push((number, Ok(tokens.clone()))),
+                Event::Failed(error) => results.borrow_mut().push((number, Err(error))),
+            }
+            ControlFlow::Continue(())
+        };
+        let (sequence, sampling) = (Sequence::of_batch(image).remove(0), image.sampling.clone());
+        scheduler.submit(Order { number, priority: 0, sequence, sampling, tiling: None, events }).unwrap();
+    }
+    scheduler.finish().unwrap();
+    results.into_inner()
 }
 
 /// Filters of insta for reports: numbers, the widths of columns, and warnings about the times differ from run to run.

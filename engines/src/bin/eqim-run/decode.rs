@@ -1,46 +1,57 @@
-//! Decoding of tokens to an image file.
+//! Writing of decoded strips to an image file.
 
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
 
-use eqim::engine::Engine;
-use eqim::generate::tiles::{Strip, Tiling, decode_tiles};
+use eqim::generate::tiles::Strip;
 use eqim::picture::canvas::Canvas;
-use eqim::request::timing::timed;
 use eqim::temporary::Temporary;
-use eqim::{Error, Result, ResultExt, files, picture};
-use ndarray::{ArrayView2, Axis};
+use eqim::{Result, ResultExt, files, picture};
 
 use super::finish::Finish;
 
-/// Decodes the tokens `[N, E]` of one image and writes the image.
-///
-/// # Errors
-/// If the engine fails, a pixel is not finite, or the file cannot be written.
-pub fn decode_to(
-    engine: &dyn Engine,
-    tokens: ArrayView2<f32>,
-    tiling: Option<Tiling>,
-    finish: &Finish,
-    path: &Path,
-    time: &mut Duration,
-) -> Result<()> {
-    let (width, height) = engine.config().image_size(tokens.dim().0);
-    let Some(tiling) = tiling else {
-        let image = timed(time, || engine.decode_tokens(tokens.insert_axis(Axis(0))))?.index_axis_move(Axis(0), 0);
-        if image.iter().any(|value| !value.is_finite()) {
-            let path = path.display();
-            let problem = format!("the image for {path} has values that are not finite: its precision does not fit");
-            return Err(Error::run(engine.name(), problem));
+/// An image that is written when its last strip arrives.
+pub struct ImageWriter {
+    path: PathBuf,
+    finish: Finish,
+    /// Width and height in pixels.
+    size: (usize, usize),
+    /// The strips of an image of several tiles, in a temporary folder.
+    canvas: Option<(Temporary, Canvas)>,
+}
+
+impl ImageWriter {
+    /// An image of `size` pixels at `path`.
+    pub fn new(path: PathBuf, finish: Finish, size: (usize, usize)) -> Self {
+        Self { path, finish, size, canvas: None }
+    }
+
+    /// Path of the image.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Takes the next strip. Writes the image if it is complete, and returns whether it is.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn write(&mut self, strip: Strip) -> Result<bool> {
+        let (width, height) = self.size;
+        let is_last = strip.x + strip.pixels.dim().2 == width;
+        if is_last && strip.x == 0 {
+            picture::write_png(&self.path, self.finish.columns(0, strip.pixels, width).1.view())?;
+            return Ok(true);
         }
-        return picture::write_png(path, finish.columns(0, image, width).1.view());
-    };
-    let beside = Temporary::new(files::folder(path), 0o700).or_run(path.display())?;
-    let mut canvas = Canvas::open(&beside.path().join("pixels.rgb"), width, height)?;
-    let write = |strip: Strip| {
-        let (x, pixels) = finish.columns(strip.x, strip.pixels, width);
-        canvas.write(x, pixels.view())
-    };
-    timed(time, || decode_tiles(engine, tiling, tokens, write))?;
-    canvas.write_png(path)
+        if self.canvas.is_none() {
+            let beside = Temporary::new(files::folder(&self.path), 0o700).or_run(self.path.display())?;
+            let canvas = Canvas::open(&beside.path().join("pixels.rgb"), width, height)?;
+            self.canvas = Some((beside, canvas));
+        }
+        let Some((_, canvas)) = &mut self.canvas else { return Ok(false) };
+        let (x, pixels) = self.finish.columns(strip.x, strip.pixels, width);
+        canvas.write(x, pixels.view())?;
+        if is_last {
+            canvas.write_png(&self.path)?;
+        }
+        Ok(is_last)
+    }
 }

@@ -2,28 +2,28 @@
 //! in the batch.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use eqim::bundle::{Bundle, Int8Target};
 use eqim::digest::sha256_of;
 use eqim::engine::Engine;
-use eqim::generate::batch::{Sequence, generate_all};
+use eqim::generate::batch::Sequence;
 use eqim::generate::memory::check_memory;
-use eqim::generate::tiles::Tiling;
+use eqim::generate::scheduler::{Capacity, Event, Order, Scheduler};
+use eqim::generate::tiles::{Strip, Tiling};
 use eqim::picture::Side;
 use eqim::request::condition::ClassSchedule;
 use eqim::request::jobs::{self, Line, check_id};
-use eqim::request::{PreparedRequest, Request, Sampling};
-use eqim::{Error, Result, ResultExt, files};
+use eqim::request::{PreparedRequest, Request};
+use eqim::{Error, Result, ResultExt, files, limits};
 use eqim_cli::Progress;
-use ndarray::{Array2, Array3};
+use ndarray::Array3;
 use serde_json::json;
 
 use super::arguments::Arguments;
-use super::decode::decode_to;
-use super::finish::Finish;
+use super::decode::ImageWriter;
 use super::inputs::{self, Prefix};
 use super::job::Job;
 use super::outputs;
@@ -60,9 +60,13 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     let before = runner.done;
     if !groups.is_empty() {
         let engine = eqim_engines::open(&bundle, &arguments.options()?)?;
-        let mut batches =
-            Batches { engine: engine.as_ref(), runner: &mut runner, beginning: None, active: HashMap::new() };
-        groups.into_iter().try_for_each(|group| batches.run(group))?;
+        let jobs = Jobs {
+            engine: engine.as_ref(),
+            runner: RefCell::new(&mut runner),
+            beginning: RefCell::default(),
+            fatal: RefCell::default(),
+        };
+        jobs.run(groups)?;
     }
     let JobRunner { done, failed, progress, .. } = runner;
     drop(progress);
@@ -190,67 +194,88 @@ struct Beginning {
     tokens: Array3<f32>,
 }
 
-/// The batches of all jobs.
-struct Batches<'a, 'b> {
+/// The jobs that are being generated.
+struct Jobs<'a, 'b> {
     engine: &'a dyn Engine,
-    runner: &'a mut JobRunner<'b>,
-    /// Prefix of the last job that was admitted.
-    beginning: Option<Beginning>,
-    /// Jobs that are in the batch, by the numbers of their lines.
-    active: HashMap<usize, (Job, Finish)>,
+    runner: RefCell<&'a mut JobRunner<'b>>,
+    /// Prefix of the last job that was submitted.
+    beginning: RefCell<Option<Beginning>>,
+    /// Why the run has to end.
+    fatal: RefCell<Option<Error>>,
 }
 
-impl Batches<'_, '_> {
-    /// Runs jobs that can share a batch.
-    fn run(&mut self, group: Group) -> Result<()> {
-        let (engine, most) = (self.engine, self.runner.arguments.max_batch);
-        let classes = vec![ClassSchedule::Constant(None); most.min(group.lines.len())];
-        check_memory(&Request { classes, ..group.request.clone() }, engine.config(), group.tiling)
-            .map_err(|error| error.about("max_batch").with_field("max_batch"))?;
-        let sampling = Sampling::new(engine.config(), &group.request);
-        let shared = RefCell::new(self);
-        let images = group.lines.iter().filter_map(|line| shared.borrow_mut().admit(line).transpose());
-        generate_all(engine, sampling, images, most, |(number, tokens)| shared.borrow_mut().finish(number, tokens))
+/// Receives the events of a job.
+type Events<'a> = Box<dyn FnMut(Event) -> ControlFlow<()> + 'a>;
+
+impl<'a> Jobs<'a, '_> {
+    /// Runs all jobs. Jobs that can share a batch are next to each other.
+    fn run(&'a self, groups: Vec<Group>) -> Result<()> {
+        let images = self.runner.borrow().arguments.max_batch;
+        let mut scheduler = Scheduler::new(self.engine, Capacity { images, bytes: limits::memory() / 2 });
+        for group in groups {
+            let classes = vec![ClassSchedule::Constant(None); images.min(group.lines.len())];
+            check_memory(&Request { classes, ..group.request.clone() }, self.engine.config(), group.tiling)
+                .map_err(|error| error.about("max_batch").with_field("max_batch"))?;
+            for line in group.lines {
+                while scheduler.room() == 0 {
+                    self.turn(&mut scheduler)?;
+                }
+                if let Some(order) = self.order(&line)? {
+                    scheduler.submit(order)?;
+                }
+            }
+        }
+        while self.turn(&mut scheduler)? {}
+        Ok(())
     }
 
-    /// Prepares the job of a line for the batch. A job that cannot be prepared is reported as failed; the result is
-    /// then `None`.
-    fn admit(&mut self, line: &Line) -> Result<Option<(usize, Sequence)>> {
+    /// Takes a turn of the scheduler. Returns whether there was anything to do.
+    fn turn(&self, scheduler: &mut Scheduler<Events>) -> Result<bool> {
+        let busy = scheduler.turn()?;
+        self.fatal.take().map_or(Ok(busy), Err)
+    }
+
+    /// The image of a line. A job that cannot be prepared is reported as failed; the result is then `None`.
+    fn order(&'a self, line: &Line) -> Result<Option<Order<Events<'a>>>> {
         let (id, settings) = line.read()?;
-        match self.prepare(&id, Job::new(self.runner.arguments, self.runner.bundle, id.clone(), settings)) {
-            Ok((job, finish, sequence)) => {
-                self.active.insert(line.number, (job, finish));
-                Ok(Some((line.number, sequence)))
-            }
+        let (arguments, bundle) = (self.runner.borrow().arguments, self.runner.borrow().bundle);
+        match self.prepare(line.number, Job::new(arguments, bundle, id.clone(), settings)) {
+            Ok(order) => Ok(Some(order)),
             Err(error) => {
-                let error = self.runner.about(line, error);
-                self.runner.finish(&id, Err(error)).map(|()| None)
+                let error = self.runner.borrow().about(line, error);
+                self.runner.borrow_mut().finish(&id, Err(error)).map(|()| None)
             }
         }
     }
 
     /// Reads and encodes the prefix of a job, and draws its noise.
-    fn prepare(&mut self, id: &str, job: Result<Job>) -> Result<(Job, Finish, Sequence)> {
+    fn prepare(&'a self, number: usize, job: Result<Job>) -> Result<Order<Events<'a>>> {
         let (mut job, config) = (job?, self.engine.config());
-        let beginning = self.beginning(&job)?;
+        let mut last = self.beginning.borrow_mut();
+        let beginning = self.beginning(&mut last, &job)?;
         let finish = inputs::finish(&job.origin.settings, beginning.map(|known| &known.prefix), config)?;
         if let Some(known) = beginning {
             job.origin.prefix_sha256 = Some(known.sha256.clone());
             job.request.prefix = Some(known.tokens.clone());
         }
         let prepared = PreparedRequest::new(config, &job.request)?;
-        let sequence = Sequence::of_batch(&prepared).pop().ok_or_else(|| Error::run(id, "has no image"))?;
-        Ok((job, finish, sequence))
+        let sequence = Sequence::of_batch(&prepared).pop().ok_or_else(|| Error::run(&job.id, "has no image"))?;
+        let tokens = job.request.tokens;
+        let tiling = Some(job.tiling.unwrap_or(Tiling::whole(tokens)));
+        let path = job.image_path(self.runner.borrow().folder);
+        let image = ImageWriter::new(path, finish, config.image_size(tokens));
+        let events = self.events(job, image);
+        Ok(Order { number, priority: 0, sequence, sampling: prepared.sampling, tiling, events })
     }
 
     /// The prefix of a job. It is read and encoded if it is not that of the last job.
-    fn beginning(&mut self, job: &Job) -> Result<Option<&Beginning>> {
+    fn beginning<'k>(&self, last: &'k mut Option<Beginning>, job: &Job) -> Result<Option<&'k Beginning>> {
         let settings = &job.origin.settings;
         let Some(path) = &settings.prefix else { return Ok(None) };
         let (side, config) = (settings.direction.unwrap_or_default(), self.engine.config());
-        let is_known = self.beginning.as_ref().is_some_and(|known| known.path == *path && known.side == side);
+        let is_known = last.as_ref().is_some_and(|known| known.path == *path && known.side == side);
         if !is_known {
-            self.beginning = None;
+            *last = None;
             let sha256 = hash_of(path)?;
             let prefix = Prefix::read(path, &job.request, side, config)?;
             if hash_of(path)? != sha256 {
@@ -258,27 +283,39 @@ impl Batches<'_, '_> {
                 return Err(inputs::about("prefix")(Error::input(path.display(), problem)));
             }
             let tokens = prefix.encode(self.engine, 1)?;
-            self.beginning = Some(Beginning { path: path.clone(), side, sha256, prefix, tokens });
+            *last = Some(Beginning { path: path.clone(), side, sha256, prefix, tokens });
         }
-        let given = self.beginning.as_ref().map_or(0, |known| known.prefix.tokens(config));
+        let given = last.as_ref().map_or(0, |known| known.prefix.tokens(config));
         inputs::check_length(path, given, job.request.tokens)?;
-        Ok(self.beginning.as_ref())
+        Ok(last.as_ref())
     }
 
-    /// Writes and reports the image of a job that has left the batch.
-    fn finish(&mut self, number: usize, tokens: Result<Array2<f32>>) -> Result<()> {
-        let Some((job, finish)) = self.active.remove(&number) else { return Ok(()) };
-        let written = tokens.and_then(|tokens| self.write(&job, &finish, tokens));
-        self.runner.finish(&job.id, written)
+    /// Writes and reports the image of a job.
+    fn events(&'a self, job: Job, mut image: ImageWriter) -> Events<'a> {
+        Box::new(move |event| {
+            let result = match event {
+                Event::Token(..) => return ControlFlow::Continue(()),
+                Event::Strip(strip) => match self.write(&job, &mut image, strip) {
+                    Ok(()) => return ControlFlow::Continue(()),
+                    Err(error) => Err(error),
+                },
+                Event::Done => Ok(image.path().to_path_buf()),
+                Event::Failed(error) => Err(error),
+            };
+            if let Err(error) = self.runner.borrow_mut().finish(&job.id, result) {
+                self.fatal.replace(Some(error));
+            }
+            ControlFlow::Break(())
+        })
     }
 
-    /// Decodes the tokens `[N, E]` of a job, and writes the image and its record.
-    fn write(&self, job: &Job, finish: &Finish, tokens: Array2<f32>) -> Result<PathBuf> {
-        let folder = self.runner.folder;
-        let path = job.image_path(folder);
-        job.remove_record(folder)?;
-        decode_to(self.engine, tokens.view(), job.tiling, finish, &path, &mut Duration::default())?;
-        job.write_record(folder)?;
-        Ok(path)
+    /// Writes a strip of an image, and the record of the image if the strip is the last one.
+    fn write(&self, job: &Job, image: &mut ImageWriter, strip: Strip) -> Result<()> {
+        let folder = self.runner.borrow().folder;
+        if strip.index == 0 {
+            job.remove_record(folder)?;
+        }
+        let is_last = image.write(strip)?;
+        if is_last { job.write_record(folder) } else { Ok(()) }
     }
 }

@@ -7,7 +7,7 @@ use eqim::bundle::Bundle;
 use eqim::checkpoint::tensors;
 use eqim::engine::{Engine, candle};
 use eqim::generate::generate;
-use eqim::generate::tiles::Tiling;
+use eqim::generate::tiles::{TileDecoder, Tiling};
 use eqim::long::{self, Work};
 use eqim::request::timing::{StageTimes, timed};
 use eqim::request::{Generated, PreparedRequest, Request};
@@ -16,7 +16,7 @@ use eqim_cli::Progress;
 use ndarray::{Axis, concatenate};
 
 use super::arguments::Arguments;
-use super::decode::decode_to;
+use super::decode::ImageWriter;
 use super::finish::Finish;
 use super::inputs::{self, Inputs, Prefix};
 use super::outputs::{self, Outputs};
@@ -139,7 +139,15 @@ fn decode(
 ) -> Result<()> {
     let mut progress = Progress::new("decoded", paths.len(), "images");
     for (row, path) in paths.iter().enumerate() {
-        decode_to(engine, generated.tokens.index_axis(Axis(0), row), None, finish, path, time)?;
+        let tokens = generated.tokens.index_axis(Axis(0), row);
+        let count = tokens.dim().0;
+        let mut image = ImageWriter::new(path.clone(), finish.clone(), engine.config().image_size(count));
+        let mut decoder = TileDecoder::new(engine, Tiling::whole(count), count);
+        for token in tokens.rows() {
+            if let Some(strip) = timed(time, || decoder.push(token))? {
+                image.write(strip)?;
+            }
+        }
         progress.at(row + 1);
     }
     Ok(())

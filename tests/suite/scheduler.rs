@@ -1,0 +1,346 @@
+//! The scheduler: whatever is in the batch and whoever cancels, an image is the one that it is alone.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::rc::Rc;
+
+use eqim::checkpoint::WeightSet;
+use eqim::close::Tolerance;
+use eqim::engine::candle::CandleEngine;
+use eqim::engine::{Engine, Row, Session};
+use eqim::generate::batch::Sequence;
+use eqim::generate::generate;
+use eqim::generate::memory;
+use eqim::generate::scheduler::{Capacity, Event, Order, Scheduler};
+use eqim::generate::tiles::{Strip, Tiling, decode_tiles};
+use eqim::request::condition::ClassSchedule;
+use eqim::request::solver::{Solver, Tableau};
+use eqim::request::{Noise, PreparedRequest, Request};
+use eqim::{Config, Error, Result};
+use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, Axis};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::common::{Fixture, assert_close, fixtures};
+
+const TILING: Tiling = Tiling { tile: 4, overlap: 2 };
+const ANY: Capacity = Capacity { images: 4, bytes: u64::MAX };
+
+fn engine() -> CandleEngine {
+    Fixture::open(fixtures()).engine(WeightSet::Ema)
+}
+
+/// What an image has sent.
+#[derive(Default)]
+struct Received {
+    tokens: Vec<Vec<f32>>,
+    strips: Vec<Strip>,
+    done: bool,
+    failed: Option<String>,
+}
+
+type Results = Rc<RefCell<BTreeMap<usize, Received>>>;
+type Events = Box<dyn FnMut(Event) -> ControlFlow<()>>;
+
+/// Keeps the events of image `number`. Breaks after `most` tokens.
+fn keep(results: &Results, number: usize, most: usize) -> Events {
+    let results = Rc::clone(results);
+    Box::new(move |event| {
+        let mut results = results.borrow_mut();
+        let received = results.entry(number).or_default();
+        assert!(!received.done && received.failed.is_none(), "image {number}: {event:?} after its end");
+        match event {
+            Event::Token(index, token) => {
+                assert_eq!(index, received.tokens.len(), "image {number}");
+                received.tokens.push(token.to_vec());
+            }
+            Event::Strip(strip) => {
+                assert_eq!(strip.index, received.strips.len(), "image {number}");
+                received.strips.push(strip);
+            }
+            Event::Done => received.done = true,
+            Event::Failed(error) => received.failed = Some(error.to_string()),
+        }
+        if received.tokens.len() >= most { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })
+}
+
+fn request(config: &Config, seed: u64, class: Option<usize>, tokens: usize, guided: bool) -> Request {
+    Request {
+        cfg: if guided { 1.5 + seed as f32 % 3.0 } else { 1.0 },
+        solver: Solver::Ab2,
+        steps: 2,
+        noise: Noise::Seed(seed),
+        ..Request::new(config, [class], tokens)
+    }
+}
+
+fn order(config: &Config, number: usize, request: &Request, events: Events) -> Order<Events> {
+    let prepared = PreparedRequest::new(config, request).unwrap();
+    let sequence = Sequence::of_batch(&prepared).remove(0);
+    let tiling = request.tokens.is_multiple_of(2).then_some(TILING);
+    Order { number, priority: 0, sequence, sampling: prepared.sampling, tiling, events }
+}
+
+/// Asserts that an image is the one that the request makes alone.
+fn is_alone(engine: &dyn Engine, request: &Request, received: &Received) {
+    let alone = generate(engine, request, |_| {}).unwrap().tokens.index_axis_move(Axis(0), 0);
+    assert!(received.done && received.tokens.len() == request.tokens);
+    let found: Vec<f32> = received.tokens.concat();
+    // Products of a batch are summed in another order than products of one row.
+    assert_close(format_args!("{:?}", request.classes), &found, &alone, Tolerance::ACTIVATION);
+    if request.tokens.is_multiple_of(2) {
+        let tokens = Array2::from_shape_vec(alone.dim(), found).unwrap();
+        let mut strips = received.strips.iter();
+        decode_tiles(engine, TILING, tokens.view(), |expected| {
+            let found = strips.next().unwrap();
+            assert_eq!((found.x, &found.pixels), (expected.x, &expected.pixels));
+            Ok(())
+        })
+        .unwrap();
+        assert!(strips.next().is_none());
+    } else {
+        assert!(received.strips.is_empty());
+    }
+}
+
+/// 200 images of two ways of sampling arrive at random, a quarter is cancelled, a quarter gets another class.
+#[test]
+fn images_are_alone_whoever_comes_and_goes() {
+    const IMAGES: usize = 200;
+    let (engine, results, random) = (engine(), Results::default(), &mut ChaCha8Rng::seed_from_u64(7));
+    let config = engine.config();
+    let classes = config.generator.class_num;
+    let mut scheduler = Scheduler::new(&engine, Capacity { images: 8, ..ANY });
+    let mut requests: Vec<Request> = vec![];
+    let (mut cancelled, mut amended) = (vec![], 0);
+    loop {
+        while requests.len() < IMAGES && random.random_bool(0.5) {
+            let number = requests.len();
+            let class = Some(random.random_range(0..=classes)).filter(|&class| class < classes);
+            let (tokens, guided) = (random.random_range(2..14), random.random_bool(0.6));
+            let request = request(config, number as u64, class, tokens, guided);
+            // One in eight is no longer wanted after some tokens.
+            let most = if random.random_bool(0.125) { random.random_range(1..4) } else { usize::MAX };
+            let order = order(config, number, &request, keep(&results, number, most));
+            scheduler.submit(Order { priority: random.random_range(0..3), ..order }).unwrap();
+            requests.push(request);
+        }
+        if !requests.is_empty() && random.random_bool(0.25) {
+            let number = random.random_range(requests.len().saturating_sub(20)..requests.len());
+            if scheduler.cancel(number).unwrap() {
+                cancelled.push(number);
+            }
+        }
+        if !requests.is_empty() && random.random_bool(0.4) {
+            let number = random.random_range(requests.len().saturating_sub(20)..requests.len());
+            let known = results.borrow().get(&number).map_or(0, |received| received.tokens.len());
+            let class = ClassSchedule::Constant(Some(random.random_range(0..classes)));
+            if let Some((first, classes)) = scheduler.amend(number, &class) {
+                assert!(first == 0 && known == 0 || first > known, "{first} after {known} tokens");
+                classes.check(requests[number].tokens).unwrap();
+                requests[number].classes = vec![classes];
+                amended += 1;
+            }
+        }
+        let metrics = scheduler.metrics();
+        assert!(metrics.batches.iter().sum::<usize>() <= 8 && metrics.batches.len() <= 2, "{metrics:?}");
+        if !scheduler.turn().unwrap() && requests.len() == IMAGES {
+            break;
+        }
+    }
+    let results = results.borrow();
+    let mut complete = 0;
+    for (number, request) in requests.iter().enumerate() {
+        match results.get(&number) {
+            Some(received) if received.done => {
+                is_alone(&engine, request, received);
+                complete += 1;
+            }
+            Some(received) => assert!(cancelled.contains(&number) || received.tokens.len() < 4),
+            None => assert!(cancelled.contains(&number), "image {number} was lost"),
+        }
+    }
+    let metrics = scheduler.metrics();
+    assert_eq!((metrics.done, metrics.done + metrics.cancelled), (complete, IMAGES as u64));
+    assert!(complete > 100 && cancelled.len() > 20 && amended > 40, "{complete} {} {amended}", cancelled.len());
+    assert!(metrics.batches.is_empty() && metrics.waiting == 0);
+}
+
+#[test]
+fn higher_priorities_begin_first_and_batches_take_turns() {
+    let (engine, results) = (engine(), Results::default());
+    let config = engine.config();
+    let mut scheduler = Scheduler::new(&engine, Capacity { images: 2, ..ANY });
+    for (number, priority, guided) in [(0, 0, false), (1, 5, true), (2, 5, false), (3, 1, true)] {
+        let order = order(config, number, &request(config, 1, Some(0), 5, guided), keep(&results, number, usize::MAX));
+        scheduler.submit(Order { priority, ..order }).unwrap();
+    }
+    let tokens = |number: usize| results.borrow().get(&number).map_or(0, |received| received.tokens.len());
+    for turn in 1..=10 {
+        scheduler.turn().unwrap();
+        assert_eq!([0, 3].map(tokens), [0, 0], "turn {turn}");
+        assert!(tokens(1).abs_diff(tokens(2)) <= 1 && tokens(1) + tokens(2) == turn, "turn {turn}");
+    }
+    scheduler.finish().unwrap();
+    assert!((0..4).all(|number| results.borrow()[&number].done));
+}
+
+#[test]
+fn a_tile_does_not_wait_for_all_tiles() {
+    let (engine, results) = (engine(), Results::default());
+    let config = engine.config();
+    let mut scheduler = Scheduler::new(&engine, ANY);
+    for number in 0..4 {
+        let request = request(config, number as u64, Some(0), 12, false);
+        scheduler.submit(order(config, number, &request, keep(&results, number, usize::MAX))).unwrap();
+    }
+    let decoded = || results.borrow().values().map(|received| received.strips.len()).sum::<usize>();
+    let tokens = || results.borrow().values().map(|received| received.tokens.len()).sum::<usize>();
+    let mut before = (0, 0);
+    while scheduler.turn().unwrap() {
+        let now = (decoded(), tokens());
+        assert!(now.0 - before.0 <= 1, "two tiles in one turn");
+        // All images get a token in every turn, also in those with a tile.
+        assert!(now.1 == before.1 + 4 || now.1 == 4 * 12, "{now:?} after {before:?}");
+        before = now;
+    }
+    assert_eq!(before, (4 * TILING.count(12), 4 * 12));
+}
+
+#[test]
+fn memory_is_bounded_before_an_image_begins() {
+    let (engine, results) = (engine(), Results::default());
+    let config = engine.config();
+    let request = |guided| request(config, 1, Some(0), 5, guided);
+    let evaluations = Solver::Ab2.evaluations(2);
+    let bytes = memory::of_image(config, evaluations, true);
+    assert!(bytes == 2 * memory::of_image(config, evaluations, false));
+    let mut scheduler = Scheduler::new(&engine, Capacity { images: 4, bytes: bytes + bytes / 2 });
+    for number in 0..3 {
+        scheduler.submit(order(config, number, &request(number != 1), keep(&results, number, usize::MAX))).unwrap();
+    }
+    let mut most = 0;
+    while scheduler.turn().unwrap() {
+        most = most.max(scheduler.metrics().batches.iter().sum::<usize>());
+    }
+    // One with guidance and one without fit, but not two with guidance.
+    assert_eq!(most, 2);
+    assert!((0..3).all(|number| results.borrow()[&number].done));
+
+    let mut scheduler = Scheduler::new(&engine, Capacity { images: 4, bytes: bytes - 1 });
+    let refused = scheduler.submit(order(config, 4, &request(true), keep(&results, 4, usize::MAX))).unwrap_err();
+    assert!(refused.is_input() && refused.to_string().starts_with("steps is too large"), "{refused}");
+}
+
+/// An engine whose sampler fails once.
+struct Failing {
+    engine: CandleEngine,
+    calls: Cell<usize>,
+    fails_at: usize,
+}
+
+impl Engine for Failing {
+    fn config(&self) -> &Config {
+        self.engine.config()
+    }
+
+    fn name(&self) -> &str {
+        "failing"
+    }
+
+    fn session(&self) -> Result<Box<dyn Session + '_>> {
+        self.engine.session()
+    }
+
+    fn sample(
+        &self,
+        z: ArrayView2<f32>,
+        noise: ArrayView2<f32>,
+        guidance: &[f32],
+        tableau: &Tableau,
+    ) -> Result<Array2<f32>> {
+        self.calls.set(self.calls.get() + 1);
+        if self.calls.get() == self.fails_at {
+            return Err(Error::run("sampler", "no memory"));
+        }
+        self.engine.sample(z, noise, guidance, tableau)
+    }
+
+    fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>> {
+        self.engine.decode(latents)
+    }
+
+    fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>> {
+        self.engine.encode(images)
+    }
+}
+
+#[test]
+fn an_engine_that_fails_once_generates_what_comes_after() {
+    let engine = Failing { engine: engine(), calls: Cell::new(0), fails_at: 3 };
+    let (config, results) = (engine.config().clone(), Results::default());
+    let mut scheduler = Scheduler::new(&engine, ANY);
+    let request = |number: usize| request(&config, number as u64, Some(0), 6, false);
+    for number in 0..2 {
+        scheduler.submit(order(&config, number, &request(number), keep(&results, number, usize::MAX))).unwrap();
+    }
+    let error = scheduler.finish().unwrap_err();
+    assert!(!error.is_input() && error.to_string().contains("no memory"), "{error}");
+    for number in 0..2 {
+        let failed = results.borrow()[&number].failed.clone().unwrap();
+        assert!(failed.contains("no memory"), "{failed}");
+    }
+    assert_eq!(scheduler.metrics().failed, 2);
+    scheduler.submit(order(&config, 2, &request(2), keep(&results, 2, usize::MAX))).unwrap();
+    scheduler.finish().unwrap();
+    is_alone(&engine.engine, &request(2), &results.borrow()[&2]);
+}
+
+/// A session that cannot be arranged, so that no image can begin or leave.
+struct Stuck;
+
+impl Session for Stuck {
+    fn arrange(&mut self, _rows: &[Row]) -> Result<Array2<f32>> {
+        Err(Error::run("session", "no memory"))
+    }
+
+    fn step(&mut self, _tokens: ArrayView2<f32>, _positions: &[i64]) -> Result<Array2<f32>> {
+        Err(Error::run("session", "no memory"))
+    }
+}
+
+#[test]
+fn images_that_cannot_begin_fail() {
+    struct Full(CandleEngine);
+    impl Engine for Full {
+        fn config(&self) -> &Config {
+            self.0.config()
+        }
+        fn name(&self) -> &str {
+            "full"
+        }
+        fn session(&self) -> Result<Box<dyn Session + '_>> {
+            Ok(Box::new(Stuck))
+        }
+        fn sample(&self, _: ArrayView2<f32>, _: ArrayView2<f32>, _: &[f32], _: &Tableau) -> Result<Array2<f32>> {
+            unreachable!("no image has begun")
+        }
+        fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>> {
+            self.0.decode(latents)
+        }
+        fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>> {
+            self.0.encode(images)
+        }
+    }
+    let engine = Full(engine());
+    let (config, results) = (engine.config().clone(), Results::default());
+    let mut scheduler = Scheduler::new(&engine, ANY);
+    scheduler
+        .submit(order(&config, 0, &request(&config, 0, Some(0), 5, false), keep(&results, 0, usize::MAX)))
+        .unwrap();
+    assert!(scheduler.turn().unwrap_err().to_string().contains("no memory"));
+    assert!(results.borrow()[&0].failed.is_some());
+    assert!(!scheduler.turn().unwrap(), "nothing is left");
+}
