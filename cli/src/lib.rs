@@ -35,6 +35,16 @@ const LOGGED: &str = "error,eqim=warn";
 pub fn main(run: impl FnOnce() -> Result<()>) -> ExitCode {
     let result = start_logging().and_then(|()| interrupt::start()).and_then(|()| run());
     interrupt::wait_if_interrupted();
+    exit_code(result)
+}
+
+/// Runs a program as [`main`] does, but leaves the signals to the program.
+pub fn service(run: impl FnOnce() -> Result<()>) -> ExitCode {
+    exit_code(start_logging().and_then(|()| run()))
+}
+
+/// Writes an error to standard error, and converts a result to the exit code of the process.
+fn exit_code(result: Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

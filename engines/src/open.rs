@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
 use eqim::engine::Engine;
 use eqim::engine::candle::{self, CandleEngine};
 use eqim::{Error, Result};
+use eqim_cli::flags::within;
 
 use crate::native;
 use crate::onnxruntime::{OrtEngine, Providers};
@@ -27,19 +28,32 @@ pub enum Backend {
     Candle,
 }
 
-/// Options for running a bundle.
-#[derive(Clone, Debug, Default)]
+/// How to run a bundle: the flags of all programs that run bundles.
+#[derive(Args, Clone, Debug, Default)]
 pub struct Options {
-    /// The backend.
+    /// Backend that runs the model
+    #[arg(long, value_enum, value_name = "BACKEND", default_value_t)]
     pub backend: Backend,
-    /// Maximum number of threads of ONNX Runtime. The default is all cores.
+
+    /// Number of threads of ONNX Runtime [default: all cores]
+    #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
-    /// Execution providers of ONNX Runtime. With them, the backend is ONNX Runtime.
+
+    /// Execution providers of ONNX Runtime. With them, the backend is ONNX Runtime
+    #[command(flatten)]
     pub providers: Providers,
-    /// Device of Candle: `cpu` or `cuda:N`. With it, the backend is Candle.
+
+    /// Device of --backend candle: cpu, or cuda:N if built with the feature cuda [default: cpu]
+    #[arg(long, value_name = "DEVICE")]
     pub device: Option<String>,
-    /// Whether TensorRT captures the transformer step as a CUDA graph.
+
+    /// Capture the transformer step as a CUDA graph; needs --backend trt
+    #[arg(long)]
     pub cuda_graph: bool,
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    within(text, 1..=1024)
 }
 
 /// Creates an engine for a bundle.
@@ -49,6 +63,9 @@ pub struct Options {
 /// or stale; [`Error::run`] if the library or the GPU of the backend is not found.
 pub fn open(bundle: &Bundle, options: &Options) -> Result<Box<dyn Engine>> {
     let &Options { backend, threads, ref providers, ref device, cuda_graph } = options;
+    if cuda_graph && backend != Backend::Trt {
+        return Err(Error::setting("cuda_graph", "needs --backend trt: only a GPU captures graphs"));
+    }
     let candle = || candle(bundle, threads, device.as_deref().unwrap_or("cpu"));
     let ort = || onnxruntime(bundle, &native::find_onnxruntime()?, threads, providers);
     match backend {

@@ -1,9 +1,12 @@
 //! The autoregressive loop, which generates one column after another with any [`Engine`].
 
 pub mod batch;
+pub mod finish;
 pub mod memory;
+pub mod plan;
 pub mod scheduler;
 pub mod tiles;
+pub mod worker;
 
 use ndarray::{Array3, s};
 

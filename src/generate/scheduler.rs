@@ -160,19 +160,19 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
         Metrics { waiting: self.queue.len(), batches, ..self.metrics.clone() }
     }
 
-    /// Adds an image. It begins when there is room for it.
-    ///
-    /// # Errors
-    /// [`Error::setting`] if the image alone needs more memory than the scheduler has.
-    pub fn submit(&mut self, order: Order<S>) -> Result<()> {
+    /// Adds an image. It begins when there is room for it. It fails at once, with an [`Error::setting`], if it alone needs
+    /// more memory than the scheduler has.
+    pub fn submit(&mut self, mut order: Order<S>) {
         let bytes = self.bytes(&order);
         if bytes > self.capacity.bytes {
             let (needed, most) = (bytes / 1_000_000, self.capacity.bytes / 1_000_000);
-            return Err(Error::setting("steps", format!("is too large: the image needs {needed} MB of {most} MB")));
+            let error = Error::setting("steps", format!("is too large: the image needs {needed} MB of {most} MB"));
+            self.metrics.failed += 1;
+            let _ = (order.events)(Event::Failed(error));
+            return;
         }
         let place = self.queue.partition_point(|other| other.priority >= order.priority);
         self.queue.insert(place, order);
-        Ok(())
     }
 
     /// Removes an image, which gets no more events. Returns whether the scheduler had it.

@@ -59,10 +59,35 @@ pub fn write_png(path: &Path, image: ArrayView3<f32>) -> Result<()> {
 pub fn write_rgb(path: &Path, pixels: &[u8], (width, height): (u32, u32)) -> Result<()> {
     // The PNG is encoded in memory first. If it were encoded to a file and the disk became full, the end of the picture
     // could be lost without an error.
+    let file = encode(pixels, (width, height), Format::Png).map_err(|error| error.about(path.display()))?;
+    files::write(path, &file)
+}
+
+/// Formats of pictures that are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// PNG, without loss.
+    Png,
+    /// JPEG.
+    Jpeg,
+    /// WebP, without loss.
+    WebP,
+}
+
+/// Encodes pixels as a file. They are given row by row, in the order red, green, blue.
+///
+/// # Errors
+/// [`Error::run`] if the format does not have pictures of this size.
+pub fn encode(pixels: &[u8], (width, height): (u32, u32), format: Format) -> Result<Vec<u8>> {
+    let format = match format {
+        Format::Png => ImageFormat::Png,
+        Format::Jpeg => ImageFormat::Jpeg,
+        Format::WebP => ImageFormat::WebP,
+    };
     let mut file = Cursor::new(vec![]);
-    image::write_buffer_with_format(&mut file, pixels, width, height, ExtendedColorType::Rgb8, ImageFormat::Png)
-        .map_err(|error| Error::run(path.display(), "cannot be written").because(error))?;
-    files::write(path, file.get_ref())
+    image::write_buffer_with_format(&mut file, pixels, width, height, ExtendedColorType::Rgb8, format)
+        .map_err(|error| Error::run(format!("{width}×{height} pixels"), "cannot be encoded").because(error))?;
+    Ok(file.into_inner())
 }
 
 /// A side of a picture.

@@ -112,6 +112,13 @@ pub enum ClassName {
     Name(String),
 }
 
+impl ClassName {
+    /// The number of a class, or `none`.
+    pub fn of(class: Option<usize>) -> Self {
+        class.map_or_else(|| Self::Name("none".into()), Self::Number)
+    }
+}
+
 impl FromStr for ClassName {
     type Err = Error;
 
@@ -136,6 +143,13 @@ impl fmt::Display for ClassName {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
 pub struct ClassCourse(pub Vec<(ClassName, usize, Option<usize>)>);
+
+impl ClassCourse {
+    /// Spans of classes, by the numbers of the classes.
+    pub fn of(spans: &[ClassSpan]) -> Self {
+        Self(spans.iter().map(|span| (ClassName::of(span.class), span.begin, span.end)).collect())
+    }
+}
 
 impl FromStr for ClassCourse {
     type Err = Error;
@@ -384,13 +398,9 @@ impl Settings {
     /// All settings of one image of a request that was made from these settings. Missing values are filled in, and
     /// classes are given by number.
     pub fn resolved(&self, request: &Request, row: usize) -> Self {
-        let number = |class: Option<usize>| class.map_or_else(|| ClassName::Name("none".into()), ClassName::Number);
         let (class, classes) = match &request.classes[row] {
-            ClassSchedule::Constant(class) => (vec![number(*class)], None),
-            ClassSchedule::Spans(spans) => {
-                let spans = spans.iter().map(|span| (number(span.class), span.begin, span.end)).collect();
-                (vec![], Some(ClassCourse(spans)))
-            }
+            ClassSchedule::Constant(class) => (vec![ClassName::of(*class)], None),
+            ClassSchedule::Spans(spans) => (vec![], Some(ClassCourse::of(spans))),
         };
         let seed = match request.noise {
             Noise::Seed(seed) => Some(seed),

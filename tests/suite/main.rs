@@ -20,6 +20,7 @@ mod parity;
 mod properties;
 mod providers;
 mod scheduler;
+mod serve;
 mod tensorrt;
 mod texts;
 mod tiles;

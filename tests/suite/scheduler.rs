@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::rc::Rc;
+use std::sync::mpsc;
 
 use eqim::checkpoint::WeightSet;
 use eqim::close::Tolerance;
@@ -12,8 +13,9 @@ use eqim::engine::{Engine, Row, Session};
 use eqim::generate::batch::Sequence;
 use eqim::generate::generate;
 use eqim::generate::memory;
-use eqim::generate::scheduler::{Capacity, Event, Order, Scheduler};
+use eqim::generate::scheduler::{Capacity, Event, Metrics, Order, Scheduler};
 use eqim::generate::tiles::{Strip, Tiling, decode_tiles};
+use eqim::generate::worker::{self, Command};
 use eqim::request::condition::ClassSchedule;
 use eqim::request::solver::{Solver, Tableau};
 use eqim::request::{Noise, PreparedRequest, Request};
@@ -124,7 +126,7 @@ fn images_are_alone_whoever_comes_and_goes() {
             // One in eight is no longer wanted after some tokens.
             let most = if random.random_bool(0.125) { random.random_range(1..4) } else { usize::MAX };
             let order = order(config, number, &request, keep(&results, number, most));
-            scheduler.submit(Order { priority: random.random_range(0..3), ..order }).unwrap();
+            scheduler.submit(Order { priority: random.random_range(0..3), ..order });
             requests.push(request);
         }
         if !requests.is_empty() && random.random_bool(0.25) {
@@ -175,7 +177,7 @@ fn higher_priorities_begin_first_and_batches_take_turns() {
     let mut scheduler = Scheduler::new(&engine, Capacity { images: 2, ..ANY });
     for (number, priority, guided) in [(0, 0, false), (1, 5, true), (2, 5, false), (3, 1, true)] {
         let order = order(config, number, &request(config, 1, Some(0), 5, guided), keep(&results, number, usize::MAX));
-        scheduler.submit(Order { priority, ..order }).unwrap();
+        scheduler.submit(Order { priority, ..order });
     }
     let tokens = |number: usize| results.borrow().get(&number).map_or(0, |received| received.tokens.len());
     for turn in 1..=10 {
@@ -194,7 +196,7 @@ fn a_tile_does_not_wait_for_all_tiles() {
     let mut scheduler = Scheduler::new(&engine, ANY);
     for number in 0..4 {
         let request = request(config, number as u64, Some(0), 12, false);
-        scheduler.submit(order(config, number, &request, keep(&results, number, usize::MAX))).unwrap();
+        scheduler.submit(order(config, number, &request, keep(&results, number, usize::MAX)));
     }
     let decoded = || results.borrow().values().map(|received| received.strips.len()).sum::<usize>();
     let tokens = || results.borrow().values().map(|received| received.tokens.len()).sum::<usize>();
@@ -219,7 +221,7 @@ fn memory_is_bounded_before_an_image_begins() {
     assert!(bytes == 2 * memory::of_image(config, evaluations, false));
     let mut scheduler = Scheduler::new(&engine, Capacity { images: 4, bytes: bytes + bytes / 2 });
     for number in 0..3 {
-        scheduler.submit(order(config, number, &request(number != 1), keep(&results, number, usize::MAX))).unwrap();
+        scheduler.submit(order(config, number, &request(number != 1), keep(&results, number, usize::MAX)));
     }
     let mut most = 0;
     while scheduler.turn().unwrap() {
@@ -230,8 +232,9 @@ fn memory_is_bounded_before_an_image_begins() {
     assert!((0..3).all(|number| results.borrow()[&number].done));
 
     let mut scheduler = Scheduler::new(&engine, Capacity { images: 4, bytes: bytes - 1 });
-    let refused = scheduler.submit(order(config, 4, &request(true), keep(&results, 4, usize::MAX))).unwrap_err();
-    assert!(refused.is_input() && refused.to_string().starts_with("steps is too large"), "{refused}");
+    scheduler.submit(order(config, 4, &request(true), keep(&results, 4, usize::MAX)));
+    let refused = results.borrow()[&4].failed.clone().unwrap();
+    assert!(refused.starts_with("steps is too large") && !scheduler.turn().unwrap(), "{refused}");
 }
 
 /// An engine whose sampler fails once.
@@ -284,7 +287,7 @@ fn an_engine_that_fails_once_generates_what_comes_after() {
     let mut scheduler = Scheduler::new(&engine, ANY);
     let request = |number: usize| request(&config, number as u64, Some(0), 6, false);
     for number in 0..2 {
-        scheduler.submit(order(&config, number, &request(number), keep(&results, number, usize::MAX))).unwrap();
+        scheduler.submit(order(&config, number, &request(number), keep(&results, number, usize::MAX)));
     }
     let error = scheduler.finish().unwrap_err();
     assert!(!error.is_input() && error.to_string().contains("no memory"), "{error}");
@@ -293,7 +296,7 @@ fn an_engine_that_fails_once_generates_what_comes_after() {
         assert!(failed.contains("no memory"), "{failed}");
     }
     assert_eq!(scheduler.metrics().failed, 2);
-    scheduler.submit(order(&config, 2, &request(2), keep(&results, 2, usize::MAX))).unwrap();
+    scheduler.submit(order(&config, 2, &request(2), keep(&results, 2, usize::MAX)));
     scheduler.finish().unwrap();
     is_alone(&engine.engine, &request(2), &results.borrow()[&2]);
 }
@@ -337,10 +340,61 @@ fn images_that_cannot_begin_fail() {
     let engine = Full(engine());
     let (config, results) = (engine.config().clone(), Results::default());
     let mut scheduler = Scheduler::new(&engine, ANY);
-    scheduler
-        .submit(order(&config, 0, &request(&config, 0, Some(0), 5, false), keep(&results, 0, usize::MAX)))
-        .unwrap();
+    let request = request(&config, 0, Some(0), 5, false);
+    scheduler.submit(order(&config, 0, &request, keep(&results, 0, usize::MAX)));
     assert!(scheduler.turn().unwrap_err().to_string().contains("no memory"));
     assert!(results.borrow()[&0].failed.is_some());
     assert!(!scheduler.turn().unwrap(), "nothing is left");
+}
+
+/// Several threads ask one worker. It ends when all of them are gone, after all images.
+#[test]
+fn a_worker_serves_threads() {
+    let (send, receive) = mpsc::channel();
+    let worker = std::thread::spawn(move || {
+        let (engine, mut turns) = (engine(), 0);
+        let mut last = Metrics::default();
+        worker::run(&engine, ANY, &receive, |metrics, failure| {
+            assert!(failure.is_none(), "{failure:?}");
+            (turns, last) = (turns + 1, metrics);
+        });
+        last
+    });
+    let config = engine().config().clone();
+    let (one, two) = (request(&config, 1, Some(0), 6, true), request(&config, 2, Some(1), 900, false));
+    let (events, received) = mpsc::channel();
+    let generate = |number: usize, request: &Request, events: &mpsc::Sender<(usize, Event)>| {
+        let (prepared, events) = (PreparedRequest::new(&config, request).unwrap(), events.clone());
+        let (sequence, sampling) = (Sequence::of_batch(&prepared).remove(0), prepared.sampling);
+        let send_on = move |event| match events.send((number, event)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        };
+        let events: worker::Events = Box::new(send_on);
+        let order = Order { number, priority: 0, sequence, sampling, tiling: None, events };
+        send.send(Command::Generate(Box::new(order))).unwrap();
+    };
+    generate(1, &one, &events);
+    // The receiver of the second image goes away after its first event.
+    let (gone, first) = mpsc::channel();
+    generate(2, &two, &gone);
+    drop(gone);
+    assert!(matches!(first.recv().unwrap(), (2, Event::Token(0, _))));
+    drop(first);
+    // The third one is cancelled, and gets new classes before.
+    generate(3, &two, &events);
+    let (reply, amended) = mpsc::channel();
+    let amended_to = Box::new(move |found| reply.send(found).unwrap());
+    send.send(Command::Amend(3, ClassSchedule::Constant(Some(2)), amended_to)).unwrap();
+    assert!(amended.recv().unwrap().is_some());
+    send.send(Command::Cancel(3)).unwrap();
+    let (reply, called) = mpsc::channel();
+    send.send(Command::Call(Box::new(move |engine| reply.send(engine.name().to_string()).unwrap()))).unwrap();
+    assert_eq!(called.recv().unwrap(), "Candle");
+    drop((send, events));
+    let metrics = worker.join().unwrap();
+    assert_eq!((metrics.done, metrics.cancelled, metrics.failed), (1, 2, 0));
+    let of_one: Vec<Event> = received.iter().filter(|(number, _)| *number == 1).map(|(_, event)| event).collect();
+    assert_eq!(of_one.len(), 7);
+    assert!(matches!(of_one.last(), Some(Event::Done)));
 }

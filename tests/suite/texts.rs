@@ -26,6 +26,11 @@ fn help_of_eqim_export() {
 }
 
 #[test]
+fn help_of_eqim_serve() {
+    insta::assert_snapshot!(help("eqim-serve"));
+}
+
+#[test]
 fn help_of_eqim_train() {
     let commands = ["eqim-train", "eqim-train tokenizer", "eqim-train generator"];
     insta::assert_snapshot!(commands.map(help).join("\n"));

@@ -45,6 +45,7 @@ pub fn demo(root: &Path) -> Result<()> {
     for (what, file, _) in PICTURES {
         println!("{what}: {}", root.join("demo").join(file).display());
     }
+    println!("to serve the model over HTTP: target/release/eqim-serve --engine demo/bundle");
     Ok(())
 }
 

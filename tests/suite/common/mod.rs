@@ -120,7 +120,7 @@ pub fn together(engine: &dyn Engine, images: &[PreparedRequest], most: usize) ->
             ControlFlow::Continue(())
         };
         let (sequence, sampling) = (Sequence::of_batch(image).remove(0), image.sampling.clone());
-        scheduler.submit(Order { number, priority: 0, sequence, sampling, tiling: None, events }).unwrap();
+        scheduler.submit(Order { number, priority: 0, sequence, sampling, tiling: None, events });
     }
     scheduler.finish().unwrap();
     results.into_inner()

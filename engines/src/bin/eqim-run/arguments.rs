@@ -4,12 +4,8 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use eqim::request::settings::Settings;
-use eqim::{Error, Result};
 use eqim_cli::flags::within;
 use eqim_engines::Options;
-use eqim_engines::onnxruntime::Providers;
-
-use eqim_engines::Backend;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -75,25 +71,9 @@ pub struct Arguments {
     #[arg(long, value_name = "I/N", value_parser = Shard::parse, requires = "jobs")]
     pub shard: Option<Shard>,
 
-    /// Backend that runs the model
-    #[arg(long, value_enum, value_name = "BACKEND", default_value_t)]
-    pub backend: Backend,
-
-    /// Number of threads of ONNX Runtime [default: all cores]
-    #[arg(long, value_name = "N", value_parser = threads)]
-    pub threads: Option<usize>,
-
-    /// Execution providers of ONNX Runtime
+    /// How to run the bundle.
     #[command(flatten)]
-    pub providers: Providers,
-
-    /// Device of --backend candle: cpu, or cuda:N if built with the feature cuda [default: cpu]
-    #[arg(long, value_name = "DEVICE")]
-    pub device: Option<String>,
-
-    /// Capture the transformer step as a CUDA graph; needs --backend trt
-    #[arg(long)]
-    pub cuda_graph: bool,
+    pub options: Options,
 
     /// Print the report as JSON, and nothing else, to standard output
     #[arg(long)]
@@ -104,18 +84,6 @@ impl Arguments {
     /// Number of images that a run generates.
     pub fn images(&self) -> usize {
         if self.settings.classes.is_some() { 1 } else { self.settings.class.len().max(1) }
-    }
-
-    /// Options of the engine.
-    ///
-    /// # Errors
-    /// [`Error::input`] if flags do not fit together.
-    pub fn options(&self) -> Result<Options> {
-        let &Self { backend, threads, ref providers, ref device, cuda_graph, .. } = self;
-        if cuda_graph && backend != Backend::Trt {
-            return Err(Error::input("--cuda-graph", "needs --backend trt: only a GPU captures graphs"));
-        }
-        Ok(Options { backend, threads, providers: providers.clone(), device: device.clone(), cuda_graph })
     }
 }
 
@@ -148,10 +116,6 @@ impl Shard {
 
 fn batch(text: &str) -> Result<usize, String> {
     within(text, 1..=4096)
-}
-
-fn threads(text: &str) -> Result<usize, String> {
-    within(text, 1..=1024)
 }
 
 #[cfg(test)]

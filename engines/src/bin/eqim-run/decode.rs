@@ -2,12 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
+use eqim::generate::finish::Finish;
 use eqim::generate::tiles::Strip;
 use eqim::picture::canvas::Canvas;
 use eqim::temporary::Temporary;
 use eqim::{Result, ResultExt, files, picture};
-
-use super::finish::Finish;
 
 /// An image that is written when its last strip arrives.
 pub struct ImageWriter {

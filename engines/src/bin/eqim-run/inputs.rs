@@ -6,20 +6,15 @@ use candle_core::DType;
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::engine::Engine;
 use eqim::engine::candle;
-use eqim::generate::memory::check_memory;
+use eqim::generate::finish::Finish;
+use eqim::generate::plan;
 use eqim::generate::tiles::Tiling;
 use eqim::long::is_folder;
 use eqim::picture::{self, Side};
-use eqim::request::settings::{Settings, TileSize};
+use eqim::request::settings::Settings;
 use eqim::request::{Noise, Request};
 use eqim::{Config, Error, Result};
 use ndarray::{Array3, Axis, Ix3};
-
-use super::finish::Finish;
-
-/// Largest number of tokens that is decoded as a whole by default. For longer images, attention soon costs more than
-/// everything else.
-const MOST_WHOLE: usize = 256;
 
 /// Beginning of the images.
 #[derive(Debug)]
@@ -48,7 +43,7 @@ pub struct Inputs {
 /// # Errors
 /// [`Error::setting`] if a setting does not fit the model; [`Error::input`] if a file does not fit the model.
 pub fn read(settings: &Settings, noise: Option<&Path>, output: Option<&Path>, config: &Config) -> Result<Inputs> {
-    let (mut request, tiling) = check(settings, output, config)?;
+    let (mut request, tiling) = plan::check(settings, output.is_some_and(is_folder), config)?;
     let prefix = settings.prefix.as_ref();
     let prefix = prefix.map(|path| Prefix::read(path, &request, settings.direction.unwrap_or_default(), config));
     let prefix = prefix.transpose()?;
@@ -64,21 +59,6 @@ pub fn read(settings: &Settings, noise: Option<&Path>, output: Option<&Path>, co
         request.noise = Noise::Given(read_tokens("noise", file, "noise", &[request.classes.len()], config, fits)?);
     }
     Ok(Inputs { request, prefix, finish, tiling })
-}
-
-/// Checks the settings without reading a file. Returns the request, without prefix and noise that are read from files,
-/// and the tiling of the decoder.
-///
-/// # Errors
-/// [`Error::setting`] if a setting does not fit the model.
-pub fn check(settings: &Settings, output: Option<&Path>, config: &Config) -> Result<(Request, Option<Tiling>)> {
-    let request = settings.request(config)?;
-    let tiling = tiling(settings, output, request.tokens)?;
-    check_memory(&request, config, tiling)?;
-    if settings.prefix.is_none() && settings.direction == Some(Side::Left) {
-        return Err(Error::setting("direction", "is left, which requires a prefix to continue"));
-    }
-    Ok((request, tiling))
 }
 
 /// Checks that a prefix of `given` tokens, read from `path`, leaves a token of the image to generate.
@@ -110,22 +90,6 @@ pub fn finish(settings: &Settings, prefix: Option<&Prefix>, config: &Config) -> 
     };
     let side = settings.direction.unwrap_or_default();
     Ok(Finish { kept, side, token_width: config.tokenizer.token_width() })
-}
-
-/// Tiling for images of `tokens` tokens; `None` decodes them as a whole.
-fn tiling(settings: &Settings, output: Option<&Path>, tokens: usize) -> Result<Option<Tiling>> {
-    let tile = match settings.tile {
-        Some(TileSize::Tokens(tile)) => tile,
-        Some(TileSize::Whole) if output.is_some_and(is_folder) => {
-            let problem = "is none, but an output folder requires tiles: name a PNG as the output, or omit tile";
-            return Err(Error::setting("tile", problem));
-        }
-        None if tokens > MOST_WHOLE || output.is_some_and(is_folder) => Tiling::default().tile,
-        Some(TileSize::Whole) | None => return Ok(None),
-    };
-    let tiling = Tiling { tile, overlap: settings.overlap.unwrap_or(tile / 4) };
-    tiling.check()?;
-    Ok(Some(tiling))
 }
 
 impl Prefix {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use eqim::bundle::{Bundle, FileRecord};
 use eqim::digest::sha256_of;
+use eqim::generate::plan;
 use eqim::generate::tiles::Tiling;
 use eqim::request::Request;
 use eqim::request::settings::{Settings, TileSize};
@@ -57,7 +58,7 @@ impl Job {
     pub fn new(arguments: &Arguments, bundle: &Bundle, id: String, settings: Settings) -> Result<Self> {
         let settings = settings.over(&arguments.settings);
         // The folder of all images is not a folder of tiles, so it is not passed as the output.
-        let (request, tiling) = inputs::check(&settings, None, &bundle.manifest.model)?;
+        let (request, tiling) = plan::check(&settings, false, &bundle.manifest.model)?;
         if request.classes.len() > 1 {
             return Err(Error::setting("class", format!("names {} classes, expected one", request.classes.len())));
         }

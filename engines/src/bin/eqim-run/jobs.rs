@@ -59,7 +59,7 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     let groups = runner.left(&mine)?;
     let before = runner.done;
     if !groups.is_empty() {
-        let engine = eqim_engines::open(&bundle, &arguments.options()?)?;
+        let engine = eqim_engines::open(&bundle, &arguments.options)?;
         let jobs = Jobs {
             engine: engine.as_ref(),
             runner: RefCell::new(&mut runner),
@@ -221,7 +221,7 @@ impl<'a> Jobs<'a, '_> {
                     self.turn(&mut scheduler)?;
                 }
                 if let Some(order) = self.order(&line)? {
-                    scheduler.submit(order)?;
+                    scheduler.submit(order);
                 }
             }
         }

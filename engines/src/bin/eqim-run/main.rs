@@ -2,7 +2,6 @@
 
 mod arguments;
 mod decode;
-mod finish;
 mod inputs;
 mod job;
 mod jobs;

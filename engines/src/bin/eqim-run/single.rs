@@ -6,6 +6,7 @@ use std::time::Duration;
 use eqim::bundle::Bundle;
 use eqim::checkpoint::tensors;
 use eqim::engine::{Engine, candle};
+use eqim::generate::finish::Finish;
 use eqim::generate::generate;
 use eqim::generate::tiles::{TileDecoder, Tiling};
 use eqim::long::{self, Work};
@@ -17,7 +18,6 @@ use ndarray::{Axis, concatenate};
 
 use super::arguments::Arguments;
 use super::decode::ImageWriter;
-use super::finish::Finish;
 use super::inputs::{self, Inputs, Prefix};
 use super::outputs::{self, Outputs};
 use super::report::{RunReport, Seconds, Tiles};
@@ -46,7 +46,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if tiling.is_some() {
         outputs.images.iter().try_for_each(|path| long::check_owner(path))?;
     }
-    let engine = timed(&mut load, || eqim_engines::open(&bundle, &arguments.options()?))?;
+    let engine = timed(&mut load, || eqim_engines::open(&bundle, &arguments.options))?;
     let encoded = matches!(prefix, Some(Prefix::Picture(_)));
     if let Some(prefix) = prefix {
         request.prefix = Some(timed(&mut encoder, || prefix.encode(engine.as_ref(), request.classes.len()))?);
@@ -75,7 +75,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
             let context = Context {
                 engine: engine.as_ref(),
                 weights: &bundle.manifest.weights.sha256,
-                threads: arguments.threads,
+                threads: arguments.options.threads,
                 tiling,
                 finish: &finish,
                 keep_tokens: outputs.tokens.is_some(),

@@ -7,6 +7,7 @@ use std::time::Duration;
 use eqim::digest::Hash;
 use eqim::engine::Engine;
 use eqim::generate::batch::{Batch, Sequence};
+use eqim::generate::finish::Finish;
 use eqim::generate::tiles::{Strip, TileDecoder, Tiling};
 use eqim::long::{Layout, Record, Sink, Verified, Work, is_folder};
 use eqim::request::settings::{Settings, TileSize};
@@ -15,7 +16,6 @@ use eqim::request::{Noise, Request, Sampling};
 use eqim::{Error, Result, ResultExt};
 use ndarray::{Array1, Array2, ArrayView3, Axis, concatenate, s};
 
-use super::finish::Finish;
 use super::outputs;
 
 /// Inputs of a run in addition to the request.

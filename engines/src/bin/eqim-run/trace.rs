@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use eqim::engine::Engine;
+use eqim::generate::finish::Finish;
 use eqim::picture::animation;
 use eqim::picture::{self, Side};
 use eqim::request::random::TorchRng;
@@ -15,7 +16,6 @@ use eqim::{Error, Result, ResultExt, files};
 use ndarray::{Array2, Array3, ArrayView1, ArrayView2, Axis, s};
 use serde::Serialize;
 
-use super::finish::Finish;
 use eqim_cli::Progress;
 
 /// Content of `trace.json`.

@@ -1,9 +1,10 @@
 //! Postprocessing of decoded columns: the columns of a photograph replace decoded columns, and images that grew to the
 //! left are mirrored back.
 
-use eqim::generate::tiles;
-use eqim::picture::Side;
 use ndarray::{Array3, Axis, s};
+
+use super::tiles;
+use crate::picture::Side;
 
 /// Number of tokens over which the columns of a photograph fade into decoded columns.
 const EDGE: usize = 2;

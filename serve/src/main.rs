@@ -1,0 +1,101 @@
+//! `eqim-serve`: bundles over HTTP, with OpenAI's images API.
+
+mod app;
+mod arguments;
+mod failure;
+mod images;
+mod model;
+mod picture;
+mod watch;
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use clap::Parser;
+use eqim::{Error, Result};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+
+use app::{App, router};
+use arguments::Arguments;
+use model::Model;
+use watch::Metrics;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    eqim_cli::service(|| {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        runtime.map_err(|error| Error::run_caused("threads", error))?.block_on(serve(&arguments))
+    })
+}
+
+/// Serves until a signal arrives, and then until all requests are done.
+async fn serve(arguments: &Arguments) -> Result<()> {
+    let keys = arguments.keys()?;
+    let address = arguments.address();
+    let mut models = vec![];
+    let mut opening = vec![];
+    for (name, folder) in arguments.bundles()? {
+        let (send, opened) = oneshot::channel();
+        let limits = (arguments.max_batch, arguments.max_queue);
+        models.push(Arc::new(Model::open(&name, &folder, arguments.options.clone(), limits, send)?));
+        opening.push((name, opened));
+    }
+    let bound = TcpListener::bind(address).await;
+    let listener = bound.map_err(|error| Error::input_caused(format!("--host and --port: {address}"), error))?;
+    let local = listener.local_addr().map_err(|error| Error::run_caused(address, error))?;
+    let app = Arc::new(App {
+        models,
+        keys,
+        max_tokens: arguments.max_tokens,
+        request_timeout: arguments.request_timeout(),
+        is_draining: false.into(),
+        metrics: Metrics::new().map_err(|error| Error::run_caused("metrics", error))?,
+        images: Default::default(),
+    });
+    let (drain, drained) = oneshot::channel::<()>();
+    let stop = async {
+        // The sender is dropped if the service fails.
+        let _ = drained.await;
+    };
+    let server = axum::serve(listener, router(Arc::clone(&app))).with_graceful_shutdown(stop);
+    let server = tokio::spawn(server.into_future());
+    for (name, opened) in opening {
+        opened.await.map_err(|_| Error::run(&name, "its thread has ended"))??;
+    }
+    eqim_cli::say(format_args!("serving {} at http://{local}", names(&app)));
+    signal().await?;
+    app.is_draining.store(true, Ordering::SeqCst);
+    eqim_cli::note("finishing what runs; new requests are refused");
+    let _ = drain.send(());
+    let limit = Duration::from_secs(arguments.drain_timeout);
+    match tokio::time::timeout(limit, server).await {
+        Ok(ended) => ended
+            .map_err(|error| Error::run_caused("server", error))?
+            .map_err(|error| Error::run_caused("server", error)),
+        Err(_) => Err(Error::run("--drain-timeout", format!("requests ran longer than {} s", limit.as_secs()))),
+    }
+}
+
+/// Names of all models.
+fn names(app: &App) -> String {
+    app.models.iter().map(|model| model.name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
+/// Waits for SIGINT (Ctrl-C) or SIGTERM.
+async fn signal() -> Result<()> {
+    let failed = |error| Error::run_caused("signals", error);
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut terminated = signal(SignalKind::terminate()).map_err(failed)?;
+        tokio::select! {
+            interrupted = tokio::signal::ctrl_c() => interrupted.map_err(failed),
+            _ = terminated.recv() => Ok(()),
+        }
+    }
+    #[cfg(not(unix))]
+    tokio::signal::ctrl_c().await.map_err(failed)
+}

@@ -1,0 +1,73 @@
+//! The pixels of an image that arrives in strips, and its formats.
+
+use axum::http::StatusCode;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use eqim::generate::tiles::Strip;
+use eqim::picture::{self, Format};
+use ndarray::ArrayView3;
+use serde::{Deserialize, Serialize};
+
+use crate::failure::Failure;
+
+/// Formats of images in responses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OutputFormat {
+    /// PNG, without loss.
+    #[default]
+    Png,
+    /// JPEG.
+    Jpeg,
+    /// WebP, without loss.
+    Webp,
+}
+
+impl OutputFormat {
+    /// An image `[height, width, 3]` as a file in base64.
+    ///
+    /// # Errors
+    /// If the format does not have images of this size.
+    pub fn encode(self, pixels: &[u8], (width, height): (usize, usize)) -> Result<String, Failure> {
+        let format = match self {
+            Self::Png => Format::Png,
+            Self::Jpeg => Format::Jpeg,
+            Self::Webp => Format::WebP,
+        };
+        let file = picture::encode(pixels, (width as u32, height as u32), format);
+        let file = file.map_err(|error| Failure {
+            param: Some("output_format".into()),
+            ..Failure::new(StatusCode::BAD_REQUEST, "invalid_value", error.to_string())
+        })?;
+        Ok(STANDARD.encode(file))
+    }
+}
+
+/// An image that arrives in strips.
+pub struct Pixels {
+    /// Width and height in pixels.
+    pub size: (usize, usize),
+    /// Bytes, `[height, width, 3]`.
+    pub bytes: Vec<u8>,
+}
+
+impl Pixels {
+    /// A black image.
+    pub fn new(size: (usize, usize)) -> Self {
+        Self { size, bytes: vec![0; 3 * size.0 * size.1] }
+    }
+
+    /// Writes a strip.
+    pub fn write(&mut self, strip: &Strip) {
+        self.columns(strip.x, strip.pixels.view());
+    }
+
+    /// Writes columns `[3, height, width]` at pixel `x`.
+    fn columns(&mut self, x: usize, columns: ArrayView3<f32>) {
+        let count = columns.dim().2;
+        for (y, row) in picture::bytes(columns).chunks(3 * count).enumerate() {
+            let start = 3 * (y * self.size.0 + x);
+            self.bytes[start..start + 3 * count].copy_from_slice(row);
+        }
+    }
+}
