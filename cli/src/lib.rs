@@ -30,17 +30,22 @@ pub const LOG_VARIABLE: &str = "EQIM_LOG";
 /// Default log filter: warnings and errors of eqim, and only errors of ONNX Runtime and other libraries.
 const LOGGED: &str = "error,eqim=warn";
 
+/// Default log filter of services, which also log their requests.
+const LOGGED_BY_SERVICES: &str = "error,eqim=warn,eqim_serve=info";
+
 /// Runs a program and converts its result to the exit code of the process: 0 on success, 2 for bad input, 1 for a
 /// failed run, 130 and 143 after the signals SIGINT and SIGTERM. Its temporary files are removed in all of these cases.
 pub fn main(run: impl FnOnce() -> Result<()>) -> ExitCode {
-    let result = start_logging().and_then(|()| interrupt::start()).and_then(|()| run());
+    let result = start_logging(&Logs::Messages).and_then(|()| interrupt::start()).and_then(|()| run());
     interrupt::wait_if_interrupted();
     exit_code(result)
 }
 
-/// Runs a program as [`main`] does, but leaves the signals to the program.
-pub fn service(run: impl FnOnce() -> Result<()>) -> ExitCode {
-    exit_code(start_logging().and_then(|()| run()))
+/// Runs a program as [`main`] does, but leaves the signals to the program, and logs with times: as text, or as one JSON object
+/// per line.
+pub fn service(in_json: bool, run: impl FnOnce() -> Result<()>) -> ExitCode {
+    let logs = if in_json { Logs::Json } else { Logs::Text };
+    exit_code(start_logging(&logs).and_then(|()| run()))
 }
 
 /// Writes an error to standard error, and converts a result to the exit code of the process.
@@ -65,13 +70,29 @@ fn with_flag(error: &Error) -> String {
     }
 }
 
-fn start_logging() -> Result<()> {
-    let directives = std::env::var(LOG_VARIABLE).unwrap_or_else(|_| LOGGED.into());
+/// Formats of log lines.
+enum Logs {
+    /// Messages to the user of a program.
+    Messages,
+    /// Lines with times, for a service.
+    Text,
+    /// JSON objects, for a service.
+    Json,
+}
+
+fn start_logging(logs: &Logs) -> Result<()> {
+    let usual = if matches!(logs, Logs::Messages) { LOGGED } else { LOGGED_BY_SERVICES };
+    let directives = std::env::var(LOG_VARIABLE).unwrap_or_else(|_| usual.into());
     let filter = EnvFilter::try_new(directives).or_input(LOG_VARIABLE)?;
     // A log line that cannot be written would end the process.
-    let subscriber = tracing_subscriber::fmt().log_internal_errors(false);
-    let subscriber = subscriber.with_env_filter(filter).with_writer(io::stderr).event_format(Plain);
-    subscriber.try_init().map_err(|error| Error::run("logging", error))
+    let subscriber =
+        tracing_subscriber::fmt().log_internal_errors(false).with_env_filter(filter).with_writer(io::stderr);
+    let started = match logs {
+        Logs::Messages => subscriber.event_format(Plain).try_init(),
+        Logs::Text => subscriber.with_ansi(false).try_init(),
+        Logs::Json => subscriber.json().try_init(),
+    };
+    started.map_err(|error| Error::run("logging", error))
 }
 
 /// Format of log lines. It is the same as in other messages of the programs: `warning: …`.

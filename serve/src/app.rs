@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
@@ -12,6 +12,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use subtle::ConstantTimeEq;
+use tracing::Instrument;
 
 use crate::failure::Failure;
 use crate::images;
@@ -20,6 +21,8 @@ use crate::watch::{self, Metrics};
 
 /// Largest body of a request in bytes.
 const MOST_BYTES: usize = 1 << 20;
+/// Largest body of a request with a picture in bytes.
+const MOST_BYTES_OF_PICTURE: usize = 32 << 20;
 /// Name of the header with the identifier of a request.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -96,6 +99,7 @@ impl App {
 pub fn router(app: Arc<App>) -> Router {
     let api = Router::new()
         .route("/v1/images/generations", post(images::generations))
+        .route("/v1/images/edits", post(images::edits).layer(DefaultBodyLimit::max(MOST_BYTES_OF_PICTURE)))
         .route("/v1/images/generations/{id}/classes", post(images::amend))
         .route("/v1/models", get(watch::models))
         .route("/v1/models/{id}", get(watch::model))
@@ -131,19 +135,23 @@ async fn authorized(State(app): State<Arc<App>>, request: Request, next: Next) -
     next.run(request).await
 }
 
-/// Counts and logs a request, puts its identifier in the response, and puts errors of the framework in the envelope.
+/// Counts and logs a request, puts its identifier in the response, and puts errors of the framework in the envelope. No line
+/// has the body or the headers of a request.
 async fn observed(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let id = uuid::Uuid::new_v4().simple().to_string();
     let route = request.extensions().get::<MatchedPath>().map_or("none", |path| path.as_str()).to_string();
     let method = request.method().clone();
-    let mut response = next.run(request).await;
+    let span = tracing::info_span!("request", id, %method, route);
+    let begun = Instant::now();
+    let mut response = next.run(request).instrument(span.clone()).await;
     let status = response.status();
     if status == StatusCode::PAYLOAD_TOO_LARGE {
-        let message = format!("the body is too large, expected at most {MOST_BYTES} bytes");
+        let [most, of_picture] = [MOST_BYTES, MOST_BYTES_OF_PICTURE].map(|bytes| bytes >> 20);
+        let message = format!("the body is too large, expected at most {most} MiB, or {of_picture} MiB with a picture");
         response = Failure::new(status, "body_too_large", message).into_response();
     }
     app.metrics.requests.with_label_values(&[route.as_str(), status.as_str()]).inc();
-    tracing::info!(request = id, %method, route, status = status.as_u16(), "request");
+    span.in_scope(|| tracing::info!(status = status.as_u16(), seconds = begun.elapsed().as_secs_f64(), "answered"));
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }

@@ -66,6 +66,10 @@ pub struct Arguments {
     #[arg(long, value_name = "S", default_value_t = 60, value_parser = seconds)]
     pub drain_timeout: u64,
 
+    /// Log one JSON object per line
+    #[arg(long)]
+    pub log_json: bool,
+
     /// How to run the bundles.
     #[command(flatten)]
     pub options: Options,

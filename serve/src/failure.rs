@@ -58,6 +58,7 @@ fn param_of(field: &str) -> &str {
         "cfg" => "guidance_scale",
         "steps" => "num_inference_steps",
         "tokens" | "width" => "size",
+        "prefix" => "image",
         other => other,
     }
 }

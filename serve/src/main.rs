@@ -3,9 +3,11 @@
 mod app;
 mod arguments;
 mod failure;
+mod image;
 mod images;
 mod model;
-mod picture;
+mod output;
+mod request;
 mod watch;
 
 use std::process::ExitCode;
@@ -25,7 +27,7 @@ use watch::Metrics;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    eqim_cli::service(|| {
+    eqim_cli::service(arguments.log_json, || {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
         runtime.map_err(|error| Error::run_caused("threads", error))?.block_on(serve(&arguments))
     })

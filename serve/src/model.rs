@@ -153,19 +153,34 @@ impl Model {
         images.into_iter().map(submit).collect()
     }
 
+    /// Calls a function with the engine, between two tokens.
+    ///
+    /// # Errors
+    /// Those of the function; if the thread has ended.
+    pub async fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&dyn Engine) -> Result<T> + Send + 'static,
+    ) -> std::result::Result<T, Failure> {
+        let (send, result) = oneshot::channel();
+        let call = move |engine: &dyn Engine| {
+            let _ = send.send(work(engine));
+        };
+        self.send(Command::Call(Box::new(call)))?;
+        Ok(result.await.map_err(|_| self.stopped())??)
+    }
+
+    /// The error of a model whose thread has ended.
+    fn stopped(&self) -> Failure {
+        let message = format!("the model {} has stopped", self.name);
+        Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "engine_failed", message)
+    }
+
     /// Sends a command to the thread of the model.
     ///
     /// # Errors
     /// If the thread has ended.
     pub fn send(&self, command: Command) -> std::result::Result<(), Failure> {
-        let stopped = |_| {
-            Failure::new(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                "engine_failed",
-                format!("the model {} has stopped", self.name),
-            )
-        };
-        self.commands.send(command).map_err(stopped)
+        self.commands.send(command).map_err(|_| self.stopped())
     }
 
     /// Takes places in the queue.

@@ -80,6 +80,14 @@ pub trait Engine {
     /// If the backend fails.
     fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>>;
 
+    /// Encodes images to tokens `[B, N, E]`, which are latents times the model's `vae_norm`.
+    ///
+    /// # Errors
+    /// Errors of [`Engine::encode`].
+    fn encode_tokens(&self, images: ArrayView4<f32>) -> Result<Array3<f32>> {
+        Ok(self.encode(images)? * self.config().generator.vae_norm as f32)
+    }
+
     /// Generates all tokens of a batch, `[B, N, E]`, the prefix included, in a loop of the engine that keeps all data
     /// on its device. Returns `None` if the engine has no loop for this request. `progress` receives the number of
     /// tokens known so far.

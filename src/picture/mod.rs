@@ -14,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 
 use image::imageops::{self, FilterType};
 use image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, RgbImage};
-use ndarray::{Array3, ArrayView3};
+use ndarray::{Array3, ArrayView3, Axis};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, ResultExt, files, kind};
@@ -232,6 +232,19 @@ pub fn scale(path: &Path, image: RgbImage, height: usize, multiple: usize, kept:
         f32::from(pixel[channel]) / 127.5 - 1.0
     });
     Ok(Picture { pixels, original, scaled })
+}
+
+/// Makes the picture at `path` the beginning of an image that continues it on `side`: [scaled](scale), with that side kept,
+/// and its columns in the order of generation, so mirrored if the image grows to the left.
+///
+/// # Errors
+/// Those of [`scale`].
+pub fn beginning(path: &Path, image: RgbImage, height: usize, multiple: usize, side: Side) -> Result<Picture> {
+    let mut picture = scale(path, image, height, multiple, side)?;
+    if side == Side::Left {
+        picture.pixels.invert_axis(Axis(2));
+    }
+    Ok(picture)
 }
 
 /// Whether a file begins like a PNG or JPEG.

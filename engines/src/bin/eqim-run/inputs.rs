@@ -113,7 +113,8 @@ impl Prefix {
     fn read_picture(path: &Path, config: &Config, side: Side) -> Result<Self> {
         let token_width = config.tokenizer.token_width();
         let height = config.tokenizer.image_height();
-        let mut read = picture::read(path, height, token_width, side).map_err(about("prefix"))?;
+        let beginning = |image| picture::beginning(path, image, height, token_width, side);
+        let read = picture::load(path).and_then(beginning).map_err(about("prefix"))?;
         let (width, height) = read.original;
         let (_, scaled_height, kept) = read.pixels.dim();
         eqim_cli::note(format_args!(
@@ -124,9 +125,6 @@ impl Prefix {
             if side == Side::Right { "left" } else { "right" },
             kept / token_width,
         ));
-        if side == Side::Left {
-            read.pixels.invert_axis(Axis(2));
-        }
         Ok(Self::Picture(read.pixels))
     }
 
@@ -148,7 +146,7 @@ impl Prefix {
             Self::Tokens(tokens) => tokens,
             Self::Picture(pixels) => {
                 let pixels = pixels.view().insert_axis(Axis(0));
-                encoded = engine.encode(pixels)? * engine.config().generator.vae_norm as f32;
+                encoded = engine.encode_tokens(pixels)?;
                 &encoded
             }
         };

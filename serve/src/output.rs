@@ -1,9 +1,8 @@
-//! The pixels of an image that arrives in strips, and its formats.
+//! Images in responses: their pixels and formats.
 
 use axum::http::StatusCode;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use eqim::generate::tiles::Strip;
 use eqim::picture::{self, Format};
 use ndarray::ArrayView3;
 use serde::{Deserialize, Serialize};
@@ -57,17 +56,23 @@ impl Pixels {
         Self { size, bytes: vec![0; 3 * size.0 * size.1] }
     }
 
-    /// Writes a strip.
-    pub fn write(&mut self, strip: &Strip) {
-        self.columns(strip.x, strip.pixels.view());
-    }
-
     /// Writes columns `[3, height, width]` at pixel `x`.
-    fn columns(&mut self, x: usize, columns: ArrayView3<f32>) {
+    pub fn write(&mut self, x: usize, columns: ArrayView3<f32>) {
         let count = columns.dim().2;
         for (y, row) in picture::bytes(columns).chunks(3 * count).enumerate() {
             let start = 3 * (y * self.size.0 + x);
             self.bytes[start..start + 3 * count].copy_from_slice(row);
         }
     }
+}
+
+/// Runs work that takes long on a thread for it.
+///
+/// # Errors
+/// Those of the work.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let panicked = |error| Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", format!("{error}"));
+    tokio::task::spawn_blocking(work).await.map_err(panicked)?
 }

@@ -1,0 +1,248 @@
+//! What a request asks for: its parameters, checked against the model.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use axum::body::Bytes;
+use axum::extract::Multipart;
+use axum::extract::multipart::MultipartError;
+use axum::http::StatusCode;
+use eqim::engine::Engine;
+use eqim::generate::finish::Finish;
+use eqim::generate::plan;
+use eqim::generate::tiles::Tiling;
+use eqim::picture::{self, Side};
+use eqim::request::Request;
+use eqim::request::settings::{ClassCourse, ClassName, DEFAULT_TOKENS, SamplingSettings, Settings};
+use eqim::request::solver::Solver;
+use ndarray::{Array3, Axis};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::app::App;
+use crate::failure::Failure;
+use crate::model::Model;
+use crate::output::{OutputFormat, blocking};
+
+/// Name of the parameter with the picture that images continue.
+const PICTURE: &str = "image";
+/// Largest number of images of a request.
+const MOST_IMAGES: usize = 10;
+/// The body of a request.
+#[derive(Debug, Deserialize)]
+pub struct Body {
+    model: Option<String>,
+    prompt: Prompt,
+    n: Option<usize>,
+    size: Option<String>,
+    #[serde(rename = "response_format")]
+    _response_format: Option<ResponseFormat>,
+    output_format: Option<OutputFormat>,
+    stream: Option<bool>,
+    partial_images: Option<usize>,
+    seed: Option<u64>,
+    guidance_scale: Option<f32>,
+    num_inference_steps: Option<usize>,
+    solver: Option<Solver>,
+    direction: Option<Side>,
+    keep_prefix_pixels: Option<bool>,
+    #[serde(rename = "user")]
+    _user: Option<String>,
+    /// Other parameters of OpenAI's API.
+    #[serde(flatten)]
+    others: Map<String, Value>,
+}
+
+/// A class by number or name, or classes along the tokens.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub enum Prompt {
+    /// A number.
+    Number(usize),
+    /// A name, or several classes.
+    Text(String),
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum ResponseFormat {
+    B64Json,
+}
+
+/// Images that a request asks for.
+pub struct Wanted {
+    /// The model that makes them.
+    pub model: Arc<Model>,
+    /// One request per image.
+    pub requests: Vec<Request>,
+    /// How they are decoded; `None` is as a whole.
+    pub tiling: Option<Tiling>,
+    /// What happens to decoded columns.
+    pub finish: Finish,
+    /// Format of the images.
+    pub format: OutputFormat,
+    /// Whether the images are streamed.
+    pub is_streamed: bool,
+    /// Whether strips are streamed too.
+    pub strips: bool,
+}
+
+impl Prompt {
+    /// Sets the classes: `forest:0-40,water:40-` are several, everything else is one.
+    pub fn set(&self, settings: &mut Settings) {
+        match self {
+            Self::Number(number) => settings.class = vec![ClassName::Number(*number)],
+            Self::Text(text) => match text.parse::<ClassCourse>() {
+                Ok(course) => settings.classes = Some(course),
+                Err(_) => settings.class = vec![text.parse().unwrap_or_else(|_| ClassName::Name(text.clone()))],
+            },
+        }
+    }
+}
+
+/// Reads the body of a request.
+///
+/// # Errors
+/// If it is not the JSON of a `T`. The message says where.
+pub fn parse<T: for<'a> Deserialize<'a>>(body: &[u8]) -> Result<T, Failure> {
+    let bad = |error: serde_json::Error| {
+        Failure::new(StatusCode::BAD_REQUEST, "invalid_json", format!("the body cannot be read: {error}"))
+    };
+    serde_json::from_slice(body).map_err(bad)
+}
+
+impl Wanted {
+    /// Checks a request. `photo` is the file of the picture that the images continue.
+    ///
+    /// # Errors
+    /// If a parameter does not fit the model, or the picture cannot be read.
+    pub async fn new(app: &App, body: Body, photo: Option<Bytes>) -> Result<Self, Failure> {
+        let Body { model, prompt, n, size, stream, partial_images, others, direction, keep_prefix_pixels, .. } = body;
+        let model = app.model(model.as_deref())?;
+        if let Some((name, value)) = others.iter().find(|(_, value)| !value.is_null() && *value != "auto") {
+            return Err(Failure::param(
+                name,
+                format!("{name} is {value}, which this service does not support: leave it out"),
+            ));
+        }
+        let n = n.unwrap_or(1);
+        if !(1..=MOST_IMAGES).contains(&n) {
+            return Err(Failure::param("n", format!("n is {n}, expected 1 to {MOST_IMAGES}")));
+        }
+        let config = &model.manifest.model;
+        let side = direction.unwrap_or_default();
+        let beginning = match photo {
+            Some(photo) => Some(beginning(&model, photo, side).await?),
+            None => None,
+        };
+        let given = beginning.as_ref().map_or(0, |pixels| pixels.dim().2 / config.tokenizer.token_width());
+        let mut settings = Settings {
+            width: size.as_deref().map(|size| width(size, config.tokenizer.image_height())).transpose()?.flatten(),
+            sampling: SamplingSettings {
+                seed: Some(body.seed.unwrap_or_else(rand::random)),
+                cfg: Some(body.guidance_scale.unwrap_or(1.0)),
+                solver: body.solver,
+                steps: body.num_inference_steps,
+                ..SamplingSettings::default()
+            },
+            // The picture is in the request, not in a file.
+            prefix: beginning.is_some().then(|| PICTURE.into()),
+            direction,
+            ..Settings::default()
+        };
+        if settings.width.is_none() {
+            settings.tokens = Some(given + DEFAULT_TOKENS);
+        }
+        prompt.set(&mut settings);
+        let (mut first, tiling) = plan::check(&settings, false, config)?;
+        if first.tokens > app.max_tokens {
+            let (tokens, most) = (first.tokens, app.max_tokens);
+            return Err(Failure::param("size", format!("size is {tokens} tokens wide, expected at most {most}")));
+        }
+        let keeps = keep_prefix_pixels.unwrap_or_default();
+        if keeps && beginning.is_none() {
+            return Err(Failure::param(
+                "keep_prefix_pixels",
+                "keep_prefix_pixels is true, which needs an image to continue",
+            ));
+        }
+        if given >= first.tokens {
+            let tokens = first.tokens;
+            let problem = format!("size is {tokens} tokens wide, and the image already has {given}: make it wider");
+            return Err(Failure::param("size", problem));
+        }
+        if let Some(pixels) = beginning.clone() {
+            let encode = move |engine: &dyn Engine| engine.encode_tokens(pixels.view().insert_axis(Axis(0)));
+            first.prefix = Some(model.call(encode).await?);
+        }
+        let finish = Finish { kept: beginning.filter(|_| keeps), side, token_width: config.tokenizer.token_width() };
+        let with_seed = |index: usize| {
+            let seed = settings.sampling.seed.unwrap_or_default().wrapping_add(index as u64);
+            let sampling = SamplingSettings { seed: Some(seed), ..settings.sampling.clone() };
+            sampling.apply(first.clone())
+        };
+        Ok(Self {
+            requests: (0..n).map(with_seed).collect(),
+            tiling,
+            finish,
+            format: body.output_format.unwrap_or_default(),
+            is_streamed: stream.unwrap_or_default(),
+            strips: partial_images != Some(0),
+            model,
+        })
+    }
+}
+
+/// The width in a size: `auto` or `WIDTHxHEIGHT`.
+fn width(size: &str, expected: usize) -> Result<Option<usize>, Failure> {
+    if size == "auto" {
+        return Ok(None);
+    }
+    let sizes =
+        size.split_once('x').and_then(|(width, height)| Some((width.parse().ok()?, height.parse::<usize>().ok()?)));
+    match sizes {
+        Some((width, height)) if height == expected => Ok(Some(width)),
+        _ => Err(Failure::param(
+            "size",
+            format!("size is {size}, expected auto or WIDTHx{expected}: this model's height"),
+        )),
+    }
+}
+
+/// Reads a picture that images continue, `[3, height, width]` in the order of generation.
+async fn beginning(model: &Arc<Model>, photo: Bytes, side: Side) -> Result<Array3<f32>, Failure> {
+    let tokenizer = &model.manifest.model.tokenizer;
+    let (height, multiple) = (tokenizer.image_height(), tokenizer.token_width());
+    let read = move || {
+        let path = Path::new(PICTURE);
+        Ok(picture::beginning(path, picture::decode(path, &photo)?, height, multiple, side)?.pixels)
+    };
+    blocking(read).await.map_err(|failure| Failure { param: Some(PICTURE.into()), ..failure })
+}
+
+/// Reads a form: the file of the picture, and the other fields as the body of a request.
+///
+/// # Errors
+/// If the form cannot be read, or a field does not fit.
+pub async fn form(mut form: Multipart) -> Result<(Body, Bytes), Failure> {
+    let bad = |error: MultipartError| Failure::new(error.status(), "invalid_form", error.body_text());
+    let (mut photo, mut fields) = (None, Map::new());
+    while let Some(field) = form.next_field().await.map_err(bad)? {
+        let name = field.name().unwrap_or_default().to_string();
+        if matches!(name.as_str(), PICTURE | "image[]") {
+            if photo.replace(field.bytes().await.map_err(bad)?).is_some() {
+                return Err(Failure::param(PICTURE, "image is given twice, expected one picture to continue"));
+            }
+            continue;
+        }
+        let text = field.text().await.map_err(bad)?;
+        let is_text = ["model", "prompt", "size", "response_format", "output_format", "solver", "direction", "user"];
+        let value = if is_text.contains(&name.as_str()) { None } else { serde_json::from_str(&text).ok() };
+        fields.insert(name, value.unwrap_or(Value::String(text)));
+    }
+    let missing = || Failure::param(PICTURE, "image is missing: give the picture to continue as a file");
+    let bad = |error: serde_json::Error| {
+        Failure::new(StatusCode::BAD_REQUEST, "invalid_form", format!("the form cannot be read: {error}"))
+    };
+    Ok((serde_json::from_value(fields.into()).map_err(bad)?, photo.ok_or_else(missing)?))
+}
