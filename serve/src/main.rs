@@ -5,9 +5,11 @@ mod arguments;
 mod failure;
 mod image;
 mod images;
+mod metrics;
 mod model;
 mod output;
 mod request;
+mod routes;
 mod watch;
 
 use std::process::ExitCode;
@@ -20,10 +22,11 @@ use eqim::{Error, Result};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 
-use app::{App, router};
+use app::App;
 use arguments::Arguments;
+use metrics::Metrics;
 use model::Model;
-use watch::Metrics;
+use routes::router;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
