@@ -7,6 +7,7 @@ use axum::body::Bytes;
 use axum::extract::Multipart;
 use axum::extract::multipart::MultipartError;
 use axum::http::StatusCode;
+use eqim::Config;
 use eqim::engine::Engine;
 use eqim::generate::finish::Finish;
 use eqim::generate::plan;
@@ -28,6 +29,7 @@ use crate::output::{OutputFormat, blocking};
 const PICTURE: &str = "image";
 /// Largest number of images of a request.
 const MOST_IMAGES: usize = 10;
+
 /// The body of a request.
 #[derive(Debug, Deserialize)]
 pub struct Body {
@@ -111,55 +113,66 @@ pub fn parse<T: for<'a> Deserialize<'a>>(body: &[u8]) -> Result<T, Failure> {
     serde_json::from_slice(body).map_err(bad)
 }
 
+impl Body {
+    /// The number of images, if there are no parameters that the service does not have.
+    fn images(&self) -> Result<usize, Failure> {
+        let meaningful = |(_, value): &(&String, &Value)| !value.is_null() && *value != "auto";
+        if let Some((name, value)) = self.others.iter().find(meaningful) {
+            let message = format!("{name} is {value}, which this service does not support: leave it out");
+            return Err(Failure::param(name, message));
+        }
+        match self.n.unwrap_or(1) {
+            n if (1..=MOST_IMAGES).contains(&n) => Ok(n),
+            n => Err(Failure::param("n", format!("n is {n}, expected 1 to {MOST_IMAGES}"))),
+        }
+    }
+
+    /// The settings of the first image, which continues a picture of `given` tokens if that is not 0.
+    fn settings(&self, config: &Config, given: usize) -> Result<Settings, Failure> {
+        let width =
+            self.size.as_deref().map(|size| width(size, config.tokenizer.image_height())).transpose()?.flatten();
+        let mut settings = Settings {
+            width,
+            tokens: width.is_none().then_some(given + DEFAULT_TOKENS),
+            sampling: SamplingSettings {
+                seed: Some(self.seed.unwrap_or_else(rand::random)),
+                cfg: Some(self.guidance_scale.unwrap_or(1.0)),
+                solver: self.solver,
+                steps: self.num_inference_steps,
+                ..SamplingSettings::default()
+            },
+            // The picture is in the request, not in a file.
+            prefix: (given > 0).then(|| PICTURE.into()),
+            direction: self.direction,
+            ..Settings::default()
+        };
+        self.prompt.set(&mut settings);
+        Ok(settings)
+    }
+}
+
 impl Wanted {
     /// Checks a request. `photo` is the file of the picture that the images continue.
     ///
     /// # Errors
     /// If a parameter does not fit the model, or the picture cannot be read.
     pub async fn new(app: &App, body: Body, photo: Option<Bytes>) -> Result<Self, Failure> {
-        let Body { model, prompt, n, size, stream, partial_images, others, direction, keep_prefix_pixels, .. } = body;
-        let model = app.model(model.as_deref())?;
-        if let Some((name, value)) = others.iter().find(|(_, value)| !value.is_null() && *value != "auto") {
-            return Err(Failure::param(
-                name,
-                format!("{name} is {value}, which this service does not support: leave it out"),
-            ));
-        }
-        let n = n.unwrap_or(1);
-        if !(1..=MOST_IMAGES).contains(&n) {
-            return Err(Failure::param("n", format!("n is {n}, expected 1 to {MOST_IMAGES}")));
-        }
+        let model = app.model(body.model.as_deref())?;
+        let n = body.images()?;
         let config = &model.manifest.model;
-        let side = direction.unwrap_or_default();
+        let side = body.direction.unwrap_or_default();
         let beginning = match photo {
             Some(photo) => Some(beginning(&model, photo, side).await?),
             None => None,
         };
         let given = beginning.as_ref().map_or(0, |pixels| pixels.dim().2 / config.tokenizer.token_width());
-        let mut settings = Settings {
-            width: size.as_deref().map(|size| width(size, config.tokenizer.image_height())).transpose()?.flatten(),
-            sampling: SamplingSettings {
-                seed: Some(body.seed.unwrap_or_else(rand::random)),
-                cfg: Some(body.guidance_scale.unwrap_or(1.0)),
-                solver: body.solver,
-                steps: body.num_inference_steps,
-                ..SamplingSettings::default()
-            },
-            // The picture is in the request, not in a file.
-            prefix: beginning.is_some().then(|| PICTURE.into()),
-            direction,
-            ..Settings::default()
-        };
-        if settings.width.is_none() {
-            settings.tokens = Some(given + DEFAULT_TOKENS);
-        }
-        prompt.set(&mut settings);
+        let settings = body.settings(config, given)?;
         let (mut first, tiling) = plan::check(&settings, false, config)?;
         if first.tokens > app.max_tokens {
             let (tokens, most) = (first.tokens, app.max_tokens);
             return Err(Failure::param("size", format!("size is {tokens} tokens wide, expected at most {most}")));
         }
-        let keeps = keep_prefix_pixels.unwrap_or_default();
+        let keeps = body.keep_prefix_pixels.unwrap_or_default();
         if keeps && beginning.is_none() {
             return Err(Failure::param(
                 "keep_prefix_pixels",
@@ -186,8 +199,8 @@ impl Wanted {
             tiling,
             finish,
             format: body.output_format.unwrap_or_default(),
-            is_streamed: stream.unwrap_or_default(),
-            strips: partial_images != Some(0),
+            is_streamed: body.stream.unwrap_or_default(),
+            strips: body.partial_images != Some(0),
             model,
         })
     }
