@@ -7,7 +7,7 @@ use axum::http::StatusCode;
 use eqim::engine::Engine;
 use eqim::generate::finish::Finish;
 use eqim::generate::scheduler::Event;
-use eqim::picture;
+use eqim::picture::{self, Format};
 use eqim::request::{Noise, Request};
 use ndarray::{Array2, Array3, Axis};
 use serde_json::{Value, json};
@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::app::App;
 use crate::failure::Failure;
 use crate::model::{Model, Received};
-use crate::output::{OutputFormat, Pixels, blocking};
+use crate::output::{Pixels, blocking, encode};
 use crate::request::Wanted;
 
 /// Seconds since 1970.
@@ -31,7 +31,7 @@ pub struct Image {
     received: Received,
     pixels: Pixels,
     finish: Finish,
-    format: OutputFormat,
+    format: Format,
     seed: u64,
     /// The tokens so far, if the image is decoded as a whole in the end.
     tokens: Option<Array2<f32>>,
@@ -106,11 +106,11 @@ impl Image {
             }
         }
         if let Some(tokens) = self.tokens.take() {
-            self.pixels = self.whole(tokens).await?;
+            self.replace(tokens).await?;
         }
         let (format, size) = (self.format, self.pixels.size);
         let bytes = std::mem::take(&mut self.pixels.bytes);
-        let b64_json = blocking(move || format.encode(&bytes, size)).await?;
+        let b64_json = blocking(move || encode(format, &bytes, size)).await?;
         metrics.image.observe(self.begun.elapsed().as_secs_f64());
         Ok(json!({
             "id": self.id, "b64_json": b64_json, "seed": self.seed, "size": shown(size), "output_format": self.format,
@@ -121,20 +121,19 @@ impl Image {
     async fn partial(&self, index: usize, x: usize, columns: Array3<f32>) -> Result<Value, Failure> {
         let size = (columns.dim().2, self.pixels.size.1);
         let format = self.format;
-        let b64_json = blocking(move || format.encode(&picture::bytes(columns.view()), size)).await?;
+        let b64_json = blocking(move || encode(format, &picture::bytes(columns.view()), size)).await?;
         Ok(json!({
             "type": "image_generation.partial_image", "id": self.id, "partial_image_index": index, "created_at": now(),
             "b64_json": b64_json, "column": x, "size": shown(size), "output_format": format,
         }))
     }
 
-    /// Decodes all tokens as a whole.
-    async fn whole(&self, tokens: Array2<f32>) -> Result<Pixels, Failure> {
+    /// Replaces the strips by all tokens, decoded as a whole.
+    async fn replace(&mut self, tokens: Array2<f32>) -> Result<(), Failure> {
         let decode = move |engine: &dyn Engine| engine.decode_tokens(tokens.view().insert_axis(Axis(0)));
         let image = self.model.call(decode).await?.index_axis_move(Axis(0), 0);
-        let mut pixels = Pixels::new(self.pixels.size);
-        pixels.write(0, self.finish.columns(0, image, self.pixels.size.0).1.view());
-        Ok(pixels)
+        self.pixels.write(0, self.finish.columns(0, image, self.pixels.size.0).1.view());
+        Ok(())
     }
 }
 

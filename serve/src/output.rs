@@ -1,45 +1,20 @@
-//! Images in responses: their pixels and formats.
+//! Images in responses: their pixels and files.
 
 use axum::http::StatusCode;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use eqim::picture::{self, Format};
 use ndarray::ArrayView3;
-use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
 
-/// Formats of images in responses.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum OutputFormat {
-    /// PNG, without loss.
-    #[default]
-    Png,
-    /// JPEG.
-    Jpeg,
-    /// WebP, without loss.
-    Webp,
-}
-
-impl OutputFormat {
-    /// An image `[height, width, 3]` as a file in base64.
-    ///
-    /// # Errors
-    /// If the format does not have images of this size.
-    pub fn encode(self, pixels: &[u8], (width, height): (usize, usize)) -> Result<String, Failure> {
-        let format = match self {
-            Self::Png => Format::Png,
-            Self::Jpeg => Format::Jpeg,
-            Self::Webp => Format::WebP,
-        };
-        let file = picture::encode(pixels, (width as u32, height as u32), format);
-        let file = file.map_err(|error| Failure {
-            param: Some("output_format".into()),
-            ..Failure::new(StatusCode::BAD_REQUEST, "invalid_value", error.to_string())
-        })?;
-        Ok(STANDARD.encode(file))
-    }
+/// An image `[height, width, 3]` as a file in base64.
+///
+/// # Errors
+/// If the format does not have images of this size.
+pub fn encode(format: Format, pixels: &[u8], (width, height): (usize, usize)) -> Result<String, Failure> {
+    let file = picture::encode(pixels, (width as u32, height as u32), format);
+    Ok(STANDARD.encode(file.map_err(|error| Failure::param("output_format", error.to_string()))?))
 }
 
 /// An image that arrives in strips.

@@ -12,7 +12,7 @@ use eqim::engine::Engine;
 use eqim::generate::finish::Finish;
 use eqim::generate::plan;
 use eqim::generate::tiles::Tiling;
-use eqim::picture::{self, Side};
+use eqim::picture::{self, Format, Side};
 use eqim::request::Request;
 use eqim::request::settings::{ClassCourse, ClassName, DEFAULT_TOKENS, SamplingSettings, Settings};
 use eqim::request::solver::Solver;
@@ -23,7 +23,7 @@ use serde_json::{Map, Value};
 use crate::app::App;
 use crate::failure::Failure;
 use crate::model::Model;
-use crate::output::{OutputFormat, blocking};
+use crate::output::blocking;
 
 /// Name of the parameter with the picture that images continue.
 const PICTURE: &str = "image";
@@ -39,7 +39,7 @@ pub struct Body {
     size: Option<String>,
     #[serde(rename = "response_format")]
     _response_format: Option<ResponseFormat>,
-    output_format: Option<OutputFormat>,
+    output_format: Option<Format>,
     stream: Option<bool>,
     partial_images: Option<usize>,
     seed: Option<u64>,
@@ -82,7 +82,7 @@ pub struct Wanted {
     /// What happens to decoded columns.
     pub finish: Finish,
     /// Format of the images.
-    pub format: OutputFormat,
+    pub format: Format,
     /// Whether the images are streamed.
     pub is_streamed: bool,
     /// Whether strips are streamed too.

@@ -223,18 +223,14 @@ impl<'a, E: Engine + ?Sized> Batch<'a, E> {
 
     /// Changes the classes of an image as soon as possible: see [`ClassSchedule::followed_by`]. The condition of the next
     /// token is known already, so the first token with the new classes is the one after it, or a later one. Returns the
-    /// index of this token, or `None` if the batch does not have the image, or the image ends before it.
-    pub fn amend(&mut self, number: usize, classes: &ClassSchedule) -> Option<usize> {
+    /// index of this token and all classes of the image, or `None` if the batch does not have the image, or the image
+    /// ends before it.
+    pub fn amend(&mut self, number: usize, classes: &ClassSchedule) -> Option<(usize, ClassSchedule)> {
         let active = self.images.iter_mut().find(|active| active.number == number)?;
         let tokens = active.image.guidance.len();
         let (amended, first) = active.image.label.followed_by(classes, active.next + 1, tokens)?;
-        active.image.label = amended;
-        Some(first)
-    }
-
-    /// Classes of an image that is in the batch.
-    pub fn classes(&self, number: usize) -> Option<&ClassSchedule> {
-        self.images.iter().find(|active| active.number == number).map(|active| &active.image.label)
+        active.image.label = amended.clone();
+        Some((first, amended))
     }
 
     /// Generates one token per image and runs it through the transformer. Images leave the batch if they are complete

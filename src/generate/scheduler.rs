@@ -137,11 +137,6 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
         Self { engine, capacity, queue, batches, active, ready, metrics: Metrics::default() }
     }
 
-    /// Number of images that wait.
-    pub fn waiting(&self) -> usize {
-        self.queue.len()
-    }
-
     /// Number of images that can be submitted and begin at the next token, if there is memory for them.
     pub fn room(&self) -> usize {
         let Capacity { images, .. } = self.capacity;
@@ -201,11 +196,7 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
             order.sequence.label = classes.clone();
             return Some((0, classes.clone()));
         }
-        let find = |(_, batch): &mut (Sampling, Batch<'a, dyn Engine + 'a>)| {
-            let first = batch.amend(number, classes)?;
-            Some((first, batch.classes(number)?.clone()))
-        };
-        self.batches.iter_mut().find_map(find)
+        self.batches.iter_mut().find_map(|(_, batch)| batch.amend(number, classes))
     }
 
     /// Decodes at most one tile, begins images if there is room, and generates one token of every image of one batch.
@@ -257,13 +248,15 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
                 None => new.push((sampling, vec![(number, sequence)])),
             }
         }
+        // Every image joins a batch or fails, also after an error.
+        let mut result = Ok(());
         for (sampling, images) in new {
             let numbers: Vec<usize> = images.iter().map(|(number, _)| *number).collect();
             if let Err(error) = self.join(sampling, images) {
-                return Err(self.fail_all(numbers, error));
+                result = Err(self.fail_all(numbers, error));
             }
         }
-        Ok(())
+        result
     }
 
     /// Adds images to the batch of their sampling.

@@ -64,9 +64,11 @@ pub fn write_rgb(path: &Path, pixels: &[u8], (width, height): (u32, u32)) -> Res
 }
 
 /// Formats of pictures that are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Format {
     /// PNG, without loss.
+    #[default]
     Png,
     /// JPEG.
     Jpeg,

@@ -237,11 +237,12 @@ fn memory_is_bounded_before_an_image_begins() {
     assert!(refused.starts_with("steps is too large") && !scheduler.turn().unwrap(), "{refused}");
 }
 
-/// An engine whose sampler fails once.
+/// An engine whose sampler fails once, or whose sessions always fail.
 struct Failing {
     engine: CandleEngine,
     calls: Cell<usize>,
     fails_at: usize,
+    is_stuck: bool,
 }
 
 impl Engine for Failing {
@@ -254,7 +255,7 @@ impl Engine for Failing {
     }
 
     fn session(&self) -> Result<Box<dyn Session + '_>> {
-        self.engine.session()
+        if self.is_stuck { Ok(Box::new(Stuck)) } else { self.engine.session() }
     }
 
     fn sample(
@@ -282,7 +283,7 @@ impl Engine for Failing {
 
 #[test]
 fn an_engine_that_fails_once_generates_what_comes_after() {
-    let engine = Failing { engine: engine(), calls: Cell::new(0), fails_at: 3 };
+    let engine = Failing { engine: engine(), calls: Cell::new(0), fails_at: 3, is_stuck: false };
     let (config, results) = (engine.config().clone(), Results::default());
     let mut scheduler = Scheduler::new(&engine, ANY);
     let request = |number: usize| request(&config, number as u64, Some(0), 6, false);
@@ -316,35 +317,18 @@ impl Session for Stuck {
 
 #[test]
 fn images_that_cannot_begin_fail() {
-    struct Full(CandleEngine);
-    impl Engine for Full {
-        fn config(&self) -> &Config {
-            self.0.config()
-        }
-        fn name(&self) -> &str {
-            "full"
-        }
-        fn session(&self) -> Result<Box<dyn Session + '_>> {
-            Ok(Box::new(Stuck))
-        }
-        fn sample(&self, _: ArrayView2<f32>, _: ArrayView2<f32>, _: &[f32], _: &Tableau) -> Result<Array2<f32>> {
-            unreachable!("no image has begun")
-        }
-        fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>> {
-            self.0.decode(latents)
-        }
-        fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>> {
-            self.0.encode(images)
-        }
-    }
-    let engine = Full(engine());
+    let engine = Failing { engine: engine(), calls: Cell::new(0), fails_at: 0, is_stuck: true };
     let (config, results) = (engine.config().clone(), Results::default());
     let mut scheduler = Scheduler::new(&engine, ANY);
-    let request = request(&config, 0, Some(0), 5, false);
-    scheduler.submit(order(&config, 0, &request, keep(&results, 0, usize::MAX)));
+    // They are sampled in different ways, so that they would begin in two batches.
+    for (number, guided) in [(0, false), (1, true)] {
+        let request = request(&config, 0, Some(0), 5, guided);
+        scheduler.submit(order(&config, number, &request, keep(&results, number, usize::MAX)));
+    }
     assert!(scheduler.turn().unwrap_err().to_string().contains("no memory"));
-    assert!(results.borrow()[&0].failed.is_some());
+    assert!(results.borrow()[&0].failed.is_some() && results.borrow()[&1].failed.is_some());
     assert!(!scheduler.turn().unwrap(), "nothing is left");
+    assert_eq!(engine.calls.get(), 0, "no image has begun");
 }
 
 /// Several threads ask one worker. It ends when all of them are gone, after all images.

@@ -112,8 +112,7 @@ fn write_row(traced: &Traced, row: usize, folder: &Path) -> Result<()> {
         Some(tokens) => ("the picture of --prefix", tokens.to_owned()),
         None => {
             let image = engine.decode_tokens(tokens.insert_axis(Axis(0)))?.mapv(|value| value.clamp(-1.0, 1.0));
-            let latent = engine.encode(image.view())?.index_axis_move(Axis(0), 0);
-            ("the generated image", latent * engine.config().generator.vae_norm as f32)
+            ("the generated image", engine.encode_tokens(image.view())?.index_axis_move(Axis(0), 0))
         }
     };
     let trace = Trace {

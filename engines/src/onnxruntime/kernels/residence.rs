@@ -4,8 +4,8 @@ use super::linear::Linear;
 #[cfg(target_os = "linux")]
 use crate::pages::LargePages;
 
-/// Number of reads after which a copy saves more time than it takes: a read from large pages is a tenth faster than one from
-/// the file, and a copy takes as long as ten reads.
+/// Number of reads after which weights are copied. A copy takes as long as many reads, so the step of a short image reads
+/// the file, and the sampler, which reads its weights in every evaluation, reads the copy after a few tokens.
 const OFTEN: usize = 128;
 /// Number of reads between the copies of two kernels, so that no token waits for all copies.
 const APART: usize = 2;

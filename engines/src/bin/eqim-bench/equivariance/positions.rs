@@ -94,8 +94,8 @@ fn views(subject: &Subject, photo: &Photo) -> Result<Array3<f32>> {
             let place = (begin + x) % (2 * width);
             photo.pixels[[c, y, if place < width { place } else { 2 * width - 1 - place }]]
         });
-        let latents = subject.engine.encode(pixels.view().insert_axis(Axis(0)))?;
-        Ok(latents.slice(s![.., ..subject.positions, ..]).to_owned() * config.generator.vae_norm as f32)
+        let tokens = subject.engine.encode_tokens(pixels.view().insert_axis(Axis(0)))?;
+        Ok(tokens.slice_move(s![.., ..subject.positions, ..]))
     };
     let views = (0..VIEWS).map(view).collect::<Result<Vec<_>>>()?;
     let views: Vec<_> = views.iter().map(|view| view.view()).collect();
