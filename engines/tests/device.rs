@@ -337,7 +337,7 @@ fn rows_begin_and_end_at_any_time() -> Result<()> {
             ControlFlow::Continue(())
         };
         let (sequence, sampling) = (Sequence::of_batch(prepared).remove(0), prepared.sampling.clone());
-        scheduler.submit(Order { number, priority: 0, sequence, sampling, tiling: None, events });
+        scheduler.submit(Order { number, priority: 0, sequence, sampling, tiling: None, previewed: false, events });
     }
     scheduler.finish()?;
     assert_eq!(scheduler.metrics().done, 4);

@@ -5,11 +5,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use axum::http::StatusCode;
+use axum::http::{HeaderValue, StatusCode};
+use tokio::sync::Semaphore;
 
 use crate::failure::Failure;
 use crate::metrics::Metrics;
 use crate::model::Model;
+
+/// Largest number of pictures that are read at a time.
+pub const MOST_PICTURES: usize = 4;
 
 /// What all requests share.
 pub struct App {
@@ -17,10 +21,14 @@ pub struct App {
     pub models: Vec<Arc<Model>>,
     /// Keys of clients. Empty if anyone is served.
     pub keys: Vec<String>,
+    /// Origins of pages that can use the service in a browser, in addition to its own page.
+    pub origins: Vec<HeaderValue>,
     /// Largest length of an image in tokens.
     pub max_tokens: usize,
     /// Largest time of a request.
     pub request_timeout: Duration,
+    /// Turns of requests that read a picture: together they would take much memory.
+    pub pictures: Semaphore,
     /// Whether the service is about to end.
     pub is_draining: AtomicBool,
     /// Metrics of requests.

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use clap::Parser;
 use eqim::{Error, Result, files};
 use eqim_cli::flags::within;
@@ -45,6 +46,11 @@ pub struct Arguments {
     /// Serve without keys on an address that other machines reach
     #[arg(long)]
     pub insecure: bool,
+
+    /// Origin of pages that browsers let use this service, for example https://example.org; can be given several times.
+    /// By default only the service's own page can
+    #[arg(long, value_name = "ORIGIN")]
+    pub cors_origin: Vec<HeaderValue>,
 
     /// Maximum number of images in a batch
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = images)]

@@ -3,7 +3,8 @@
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
+
+use crate::api::{Envelope, Problem};
 
 /// An error that a client gets.
 #[derive(Clone, Debug)]
@@ -29,6 +30,16 @@ impl Failure {
         Self { param: Some(param.into()), ..Self::new(StatusCode::BAD_REQUEST, "invalid_value", message) }
     }
 
+    /// Something that should not happen.
+    pub fn internal(error: impl ToString) -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", error.to_string())
+    }
+
+    /// The request took too long.
+    pub fn late() -> Self {
+        Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout", "the request took too long, and was cancelled")
+    }
+
     /// The service has too much to do.
     pub fn busy(message: impl Into<String>) -> Self {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", message)
@@ -45,9 +56,10 @@ impl Failure {
     }
 
     /// The body of the response.
-    pub fn body(&self) -> serde_json::Value {
+    pub fn body(self) -> Envelope {
+        let r#type = self.kind();
         let Self { message, param, code, .. } = self;
-        json!({ "error": { "message": message, "type": self.kind(), "param": param, "code": code } })
+        Envelope { error: Problem { message, r#type, param, code } }
     }
 }
 
@@ -78,8 +90,9 @@ impl From<eqim::Error> for Failure {
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let mut response = (self.status, Json(self.body())).into_response();
-        if matches!(self.status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
+        let status = self.status;
+        let mut response = (status, Json(self.body())).into_response();
+        if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::body::Bytes;
@@ -9,126 +10,143 @@ use axum::extract::{Multipart, Path, State};
 use axum::http::StatusCode;
 use axum::response::sse::{self, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use eqim::generate::tiles::Tiling;
 use eqim::generate::worker::Command;
 use eqim::request::condition::ClassSchedule;
 use eqim::request::settings::{ClassCourse, ClassName, Settings};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
+use crate::api::{Amended, Body, Classes, Dated, Edit, Envelope, Event, Images};
 use crate::app::App;
 use crate::failure::Failure;
 use crate::image::{Image, now};
-use crate::request::{Prompt, Wanted, form, parse};
+use crate::request::{Wanted, form, parse};
 
-/// Tiling of the strips of an image that is decoded as a whole in the end.
-const PREVIEW: Tiling = Tiling { tile: 16, overlap: 4 };
+/// Largest time for a picture to arrive.
+const MOST_TIME_OF_PICTURE: Duration = Duration::from_secs(60);
 
-/// `POST /v1/images/generations`.
+/// Sends the events of a stream.
+type Sender = mpsc::UnboundedSender<Result<sse::Event, Infallible>>;
+
+/// Generates images.
+///
+/// With `"stream": true` the answer is a stream of server-sent events: strips from left to right, and at last the image.
 ///
 /// # Errors
 /// If the request cannot be served.
+#[utoipa::path(
+    post, path = "/v1/images/generations", tag = "images", request_body = Body,
+    responses((status = 200, body = Images), (status = "4XX", body = Envelope), (status = "5XX", body = Envelope))
+)]
 pub async fn generations(State(app): State<Arc<App>>, body: Bytes) -> Result<Response, Failure> {
     app.accepts()?;
-    let wanted = Wanted::new(&app, parse(&body)?, None).await?;
+    let wanted = Wanted::generated(&app, parse(&body)?).await?;
     respond(app, wanted).await
 }
 
-/// `POST /v1/images/edits`: continues a picture.
+/// Continues a picture.
 ///
 /// # Errors
 /// If the request cannot be served.
+#[utoipa::path(
+    post, path = "/v1/images/edits", tag = "images", request_body(content = Edit, content_type = "multipart/form-data"),
+    responses((status = 200, body = Images), (status = "4XX", body = Envelope), (status = "5XX", body = Envelope))
+)]
 pub async fn edits(State(app): State<Arc<App>>, multipart: Multipart) -> Result<Response, Failure> {
     app.accepts()?;
-    let (body, photo) = form(multipart).await?;
-    let wanted = Wanted::new(&app, body, Some(photo)).await?;
+    let turn = app.pictures.acquire().await.map_err(Failure::internal)?;
+    let edit = tokio::time::timeout(MOST_TIME_OF_PICTURE, form(multipart)).await.unwrap_or_else(|_| {
+        Err(Failure::new(StatusCode::REQUEST_TIMEOUT, "timeout", "the picture took too long to arrive: send it again"))
+    });
+    let wanted = Wanted::edited(&app, edit?).await?;
+    drop(turn);
     respond(app, wanted).await
 }
 
 /// Generates images, and sends them.
 async fn respond(app: Arc<App>, wanted: Wanted) -> Result<Response, Failure> {
-    // A streamed image is decoded in strips, and once more as a whole if that is how it is decoded without strips.
-    let tokens = wanted.requests[0].tokens;
-    let whole = Tiling::whole(tokens);
-    let previewed = wanted.is_streamed && wanted.strips && wanted.tiling.is_none() && tokens > PREVIEW.tile;
-    let tiling = if previewed { PREVIEW } else { wanted.tiling.unwrap_or(whole) };
-    let received = wanted.model.generate(&wanted.requests, tiling)?;
+    let previewed = wanted.is_streamed && wanted.strips;
+    let received = wanted.model.generate(&wanted.requests, wanted.tiling, previewed)?;
     let images: Vec<Image> = received
         .into_iter()
         .zip(&wanted.requests)
-        .map(|((number, received), request)| Image::new(&app, &wanted, number, received, request, previewed))
+        .map(|((number, received), request)| Image::new(&app, &wanted, number, received, request))
         .collect();
     if wanted.is_streamed {
-        return Ok(stream(app, images, wanted.strips));
+        return Ok(stream(app, images, wanted.strips, wanted.is_edit));
     }
     let mut data = vec![];
-    let work = async {
-        for image in images {
-            data.push(image.finish(None::<fn(Value)>).await?);
-        }
-        Ok(json!({ "created": now(), "data": data, "output_format": wanted.format }))
-    };
-    tokio::time::timeout(app.request_timeout, work)
-        .await
-        .unwrap_or_else(|_| Err(late()))
-        .map(|body| Json(body).into_response())
+    for image in images {
+        data.push(image.finish(None::<fn(_)>).await?);
+    }
+    Ok(Json(Images { created: now(), data, output_format: wanted.format }).into_response())
 }
 
-/// The error of a request that took too long.
-fn late() -> Failure {
-    Failure::new(StatusCode::GATEWAY_TIMEOUT, "timeout", "the request took too long, and was cancelled")
-}
-
-/// Sends the events of images, one image after the other.
-fn stream(app: Arc<App>, images: Vec<Image>, strips: bool) -> Response {
-    let (send, receive) = mpsc::unbounded_channel::<Result<sse::Event, Infallible>>();
-    let timeout = app.request_timeout;
+/// Sends the events of images, as they come.
+fn stream(app: Arc<App>, images: Vec<Image>, strips: bool, is_edit: bool) -> Response {
+    let (send, receive) = mpsc::unbounded_channel();
     tokio::spawn(async move {
-        let emit = |name: &str, data: Value| {
-            let _ = send.send(Ok(sse::Event::default().event(name).data(data.to_string())));
-        };
-        let work = async {
-            for image in images {
-                let partial = strips.then_some(|data| emit("image_generation.partial_image", data));
-                // If the client goes away, the image is dropped, and cancelled with it.
-                let done = tokio::select! {
-                    done = image.finish(partial) => done?,
-                    () = send.closed() => return Ok(()),
-                };
-                let mut data = json!({ "type": "image_generation.completed", "created_at": now() });
-                merge(&mut data, done);
-                emit("image_generation.completed", data);
+        let mut working: JoinSet<Result<(), Failure>> = JoinSet::new();
+        for image in images {
+            working.spawn(stream_image(image, send.clone(), strips, is_edit));
+        }
+        let all = async {
+            while let Some(done) = working.join_next().await {
+                done.map_err(Failure::internal)??;
             }
             Ok(())
         };
-        let result = tokio::time::timeout(timeout, work).await.unwrap_or_else(|_| Err(late()));
+        // If the client goes away, the images are dropped, and cancelled with it.
+        let result = tokio::select! {
+            result = tokio::time::timeout(app.request_timeout, all) => result.unwrap_or_else(|_| Err(Failure::late())),
+            () = send.closed() => return,
+        };
         if let Err(failure) = result {
-            emit("error", failure.body());
+            emit(&send, "error", &failure.body());
         }
     });
     Sse::new(UnboundedReceiverStream::new(receive)).keep_alive(KeepAlive::default()).into_response()
 }
 
-/// Adds the fields of an object to another.
-fn merge(object: &mut Value, fields: Value) {
-    if let (Value::Object(object), Value::Object(fields)) = (object, fields) {
-        object.extend(fields);
+/// Sends the events of one image.
+async fn stream_image(image: Image, send: Sender, strips: bool, is_edit: bool) -> Result<(), Failure> {
+    let partial = |strip| {
+        let strip = Dated { created_at: now(), made: strip };
+        if is_edit {
+            emit(&send, "image_edit.partial_image", &Event::EditPartial(strip));
+        } else {
+            emit(&send, "image_generation.partial_image", &Event::Partial(strip));
+        }
+    };
+    let image = Dated { created_at: now(), made: image.finish(strips.then_some(partial)).await? };
+    if is_edit {
+        emit(&send, "image_edit.completed", &Event::EditCompleted(image));
+    } else {
+        emit(&send, "image_generation.completed", &Event::Completed(image));
     }
+    Ok(())
 }
 
-/// The body of `POST /v1/images/generations/{id}/classes`.
-#[derive(Debug, Deserialize)]
-struct Classes {
-    prompt: Prompt,
+/// Sends an event, unless the client is gone.
+fn emit(send: &Sender, name: &str, data: &impl Serialize) {
+    match sse::Event::default().event(name).json_data(data) {
+        Ok(event) => drop(send.send(Ok(event))),
+        Err(error) => tracing::error!("an event could not be written: {error}"),
+    }
 }
 
 /// Changes the classes of an image that is being generated, as soon as possible.
 ///
 /// # Errors
 /// If there is no such image, or the classes do not fit the model.
-pub async fn amend(State(app): State<Arc<App>>, Path(id): Path<String>, body: Bytes) -> Result<Json<Value>, Failure> {
+#[utoipa::path(
+    post, path = "/v1/images/generations/{id}/classes", tag = "images", request_body = Classes,
+    params(("id" = String, Path, description = "Identifier of the image: its events have it")),
+    responses((status = 200, body = Amended), (status = "4XX", body = Envelope), (status = "5XX", body = Envelope))
+)]
+pub async fn amend(State(app): State<Arc<App>>, Path(id): Path<String>, body: Bytes) -> Result<Json<Amended>, Failure> {
     let unknown =
         || Failure::new(StatusCode::NOT_FOUND, "image_not_found", format!("no image {id} is being generated"));
     let Classes { prompt } = parse(&body)?;
@@ -141,10 +159,10 @@ pub async fn amend(State(app): State<Arc<App>>, Path(id): Path<String>, body: By
         let _ = send.send(found);
     };
     model.send(Command::Amend(number, classes, Box::new(reply)))?;
-    let (first, classes) = receive.await.ok().flatten().ok_or_else(unknown)?;
+    let (first_token, classes) = receive.await.ok().flatten().ok_or_else(unknown)?;
     let classes = match classes {
         ClassSchedule::Constant(class) => ClassName::of(class).to_string(),
         ClassSchedule::Spans(spans) => ClassCourse::of(&spans).to_string(),
     };
-    Ok(Json(json!({ "id": id, "first_token": first, "classes": classes })))
+    Ok(Json(Amended { id, first_token, classes }))
 }

@@ -1,13 +1,17 @@
 //! `eqim-serve`: bundles over HTTP, with OpenAI's images API.
 
+mod api;
 mod app;
 mod arguments;
+mod body;
+mod connections;
 mod failure;
 mod image;
 mod images;
 mod metrics;
 mod model;
 mod output;
+mod page;
 mod request;
 mod routes;
 mod watch;
@@ -20,7 +24,7 @@ use std::time::Duration;
 use clap::Parser;
 use eqim::{Error, Result};
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 
 use app::App;
 use arguments::Arguments;
@@ -54,8 +58,10 @@ async fn serve(arguments: &Arguments) -> Result<()> {
     let app = Arc::new(App {
         models,
         keys,
+        origins: arguments.cors_origin.clone(),
         max_tokens: arguments.max_tokens,
         request_timeout: arguments.request_timeout(),
+        pictures: Semaphore::new(app::MOST_PICTURES),
         is_draining: false.into(),
         metrics: Metrics::new().map_err(|error| Error::run_caused("metrics", error))?,
         images: Default::default(),
@@ -65,8 +71,8 @@ async fn serve(arguments: &Arguments) -> Result<()> {
         // The sender is dropped if the service fails.
         let _ = drained.await;
     };
-    let server = axum::serve(listener, router(Arc::clone(&app))).with_graceful_shutdown(stop);
-    let server = tokio::spawn(server.into_future());
+    connections::allow_many();
+    let server = tokio::spawn(connections::serve(listener, router(Arc::clone(&app)), stop));
     for (name, opened) in opening {
         opened.await.map_err(|_| Error::run(&name, "its thread has ended"))??;
     }
@@ -77,9 +83,7 @@ async fn serve(arguments: &Arguments) -> Result<()> {
     let _ = drain.send(());
     let limit = Duration::from_secs(arguments.drain_timeout);
     match tokio::time::timeout(limit, server).await {
-        Ok(ended) => ended
-            .map_err(|error| Error::run_caused("server", error))?
-            .map_err(|error| Error::run_caused("server", error)),
+        Ok(ended) => ended.map_err(|error| Error::run_caused("server", error)),
         Err(_) => Err(Error::run("--drain-timeout", format!("requests ran longer than {} s", limit.as_secs()))),
     }
 }

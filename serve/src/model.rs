@@ -13,7 +13,7 @@ use eqim::generate::batch::Sequence;
 use eqim::generate::generate;
 use eqim::generate::scheduler::{Capacity, Event, Metrics, Order};
 use eqim::generate::tiles::Tiling;
-use eqim::generate::worker::{self, Command};
+use eqim::generate::worker::{self, Command, Events};
 use eqim::request::{PreparedRequest, Request};
 use eqim::{Error, Result, limits};
 use eqim_engines::Options;
@@ -116,7 +116,7 @@ impl Model {
         self.pending.load(Ordering::SeqCst)
     }
 
-    /// Generates images, each of a request with one class. Returns the number and the events of each. An image is cancelled
+    /// Generates images, each of a request with one class, and decodes them with a tiling or, without one, as a whole. Returns the number and the events of each. An image is cancelled
     /// as soon as its events are dropped.
     ///
     /// # Errors
@@ -124,7 +124,8 @@ impl Model {
     pub fn generate(
         &self,
         requests: &[Request],
-        tiling: Tiling,
+        tiling: Option<Tiling>,
+        previewed: bool,
     ) -> std::result::Result<Vec<(usize, Received)>, Failure> {
         let places = self.places(requests.len())?;
         let images = requests.iter().zip(places).map(|(request, place)| {
@@ -141,8 +142,9 @@ impl Model {
                 }
             };
             let sampling = prepared.sampling;
-            let order =
-                Order { number, priority: 0, sequence, sampling, tiling: Some(tiling), events: Box::new(events) as _ };
+            let tiling = Some(tiling.unwrap_or(Tiling::whole(request.tokens)));
+            let events: Events = Box::new(events);
+            let order = Order { number, priority: 0, sequence, sampling, tiling, previewed, events };
             Ok((number, order, received))
         });
         let images = images.collect::<Result<Vec<_>>>()?;

@@ -1,6 +1,5 @@
 //! Images in responses: their pixels and files.
 
-use axum::http::StatusCode;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use eqim::picture::{self, Format};
@@ -48,6 +47,5 @@ impl Pixels {
 pub async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Failure> {
-    let panicked = |error| Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", format!("{error}"));
-    tokio::task::spawn_blocking(work).await.map_err(panicked)?
+    tokio::task::spawn_blocking(work).await.map_err(Failure::internal)?
 }

@@ -14,12 +14,12 @@ use eqim::generate::plan;
 use eqim::generate::tiles::Tiling;
 use eqim::picture::{self, Format, Side};
 use eqim::request::Request;
-use eqim::request::settings::{ClassCourse, ClassName, DEFAULT_TOKENS, SamplingSettings, Settings};
-use eqim::request::solver::Solver;
+use eqim::request::settings::{DEFAULT_TOKENS, SamplingSettings, Settings};
 use ndarray::{Array3, Axis};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::api::{Body, Edit};
 use crate::app::App;
 use crate::failure::Failure;
 use crate::model::Model;
@@ -29,47 +29,6 @@ use crate::output::blocking;
 const PICTURE: &str = "image";
 /// Largest number of images of a request.
 const MOST_IMAGES: usize = 10;
-
-/// The body of a request.
-#[derive(Debug, Deserialize)]
-pub struct Body {
-    model: Option<String>,
-    prompt: Prompt,
-    n: Option<usize>,
-    size: Option<String>,
-    #[serde(rename = "response_format")]
-    _response_format: Option<ResponseFormat>,
-    output_format: Option<Format>,
-    stream: Option<bool>,
-    partial_images: Option<usize>,
-    seed: Option<u64>,
-    guidance_scale: Option<f32>,
-    num_inference_steps: Option<usize>,
-    solver: Option<Solver>,
-    direction: Option<Side>,
-    keep_prefix_pixels: Option<bool>,
-    #[serde(rename = "user")]
-    _user: Option<String>,
-    /// Other parameters of OpenAI's API.
-    #[serde(flatten)]
-    others: Map<String, Value>,
-}
-
-/// A class by number or name, or classes along the tokens.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-pub enum Prompt {
-    /// A number.
-    Number(usize),
-    /// A name, or several classes.
-    Text(String),
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum ResponseFormat {
-    B64Json,
-}
 
 /// Images that a request asks for.
 pub struct Wanted {
@@ -87,19 +46,8 @@ pub struct Wanted {
     pub is_streamed: bool,
     /// Whether strips are streamed too.
     pub strips: bool,
-}
-
-impl Prompt {
-    /// Sets the classes: `forest:0-40,water:40-` are several, everything else is one.
-    pub fn set(&self, settings: &mut Settings) {
-        match self {
-            Self::Number(number) => settings.class = vec![ClassName::Number(*number)],
-            Self::Text(text) => match text.parse::<ClassCourse>() {
-                Ok(course) => settings.classes = Some(course),
-                Err(_) => settings.class = vec![text.parse().unwrap_or_else(|_| ClassName::Name(text.clone()))],
-            },
-        }
-    }
+    /// Whether the images continue a picture.
+    pub is_edit: bool,
 }
 
 /// Reads the body of a request.
@@ -152,11 +100,24 @@ impl Body {
 }
 
 impl Wanted {
-    /// Checks a request. `photo` is the file of the picture that the images continue.
+    /// Checks a request for generated images.
+    ///
+    /// # Errors
+    /// If a parameter does not fit the model.
+    pub async fn generated(app: &App, body: Body) -> Result<Self, Failure> {
+        Self::new(app, body, None).await
+    }
+
+    /// Checks a request for a continued picture.
     ///
     /// # Errors
     /// If a parameter does not fit the model, or the picture cannot be read.
-    pub async fn new(app: &App, body: Body, photo: Option<Bytes>) -> Result<Self, Failure> {
+    pub async fn edited(app: &App, Edit { image, body }: Edit) -> Result<Self, Failure> {
+        Self::new(app, body, Some(image)).await
+    }
+
+    /// Checks a request. `photo` is the file of the picture that the images continue.
+    async fn new(app: &App, body: Body, photo: Option<Bytes>) -> Result<Self, Failure> {
         let model = app.model(body.model.as_deref())?;
         let n = body.images()?;
         let config = &model.manifest.model;
@@ -201,6 +162,7 @@ impl Wanted {
             format: body.output_format.unwrap_or_default(),
             is_streamed: body.stream.unwrap_or_default(),
             strips: body.partial_images != Some(0),
+            is_edit: given > 0,
             model,
         })
     }
@@ -233,12 +195,16 @@ async fn beginning(model: &Arc<Model>, photo: Bytes, side: Side) -> Result<Array
     blocking(read).await.map_err(|failure| Failure { param: Some(PICTURE.into()), ..failure })
 }
 
-/// Reads a form: the file of the picture, and the other fields as the body of a request.
+/// Reads a form.
 ///
 /// # Errors
 /// If the form cannot be read, or a field does not fit.
-pub async fn form(mut form: Multipart) -> Result<(Body, Bytes), Failure> {
-    let bad = |error: MultipartError| Failure::new(error.status(), "invalid_form", error.body_text());
+pub async fn form(mut form: Multipart) -> Result<Edit, Failure> {
+    // A body that ends early is the fault of the client too.
+    let bad = |error: MultipartError| match error.status() {
+        status @ StatusCode::PAYLOAD_TOO_LARGE => Failure::new(status, "body_too_large", error.body_text()),
+        _ => Failure::new(StatusCode::BAD_REQUEST, "invalid_form", error.body_text()),
+    };
     let (mut photo, mut fields) = (None, Map::new());
     while let Some(field) = form.next_field().await.map_err(bad)? {
         let name = field.name().unwrap_or_default().to_string();
@@ -257,5 +223,5 @@ pub async fn form(mut form: Multipart) -> Result<(Body, Bytes), Failure> {
     let bad = |error: serde_json::Error| {
         Failure::new(StatusCode::BAD_REQUEST, "invalid_form", format!("the form cannot be read: {error}"))
     };
-    Ok((serde_json::from_value(fields.into()).map_err(bad)?, photo.ok_or_else(missing)?))
+    Ok(Edit { image: photo.ok_or_else(missing)?, body: serde_json::from_value(fields.into()).map_err(bad)? })
 }

@@ -6,27 +6,41 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde_json::{Value, json};
 
+use crate::api::{Envelope, Model, Models};
 use crate::app::App;
 use crate::failure::Failure;
-use crate::model::Model;
 
-/// `GET /metrics`, in the format of Prometheus.
+/// Metrics in the format of Prometheus.
 ///
 /// # Errors
 /// If the metrics cannot be written as text.
+#[utoipa::path(
+    get, path = "/metrics", tag = "service",
+    responses((status = 200, body = String, content_type = "text/plain"), (status = "4XX", body = Envelope))
+)]
 pub async fn metrics(State(app): State<Arc<App>>) -> Result<Response, Failure> {
-    let failed =
-        |error: prometheus::Error| Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", error.to_string());
-    let text = app.metrics.text(&app.models).map_err(failed)?;
+    let text = app.metrics.text(&app.models).map_err(Failure::internal)?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }
 
-/// `GET /health/ready`: whether all models have generated an image, and requests are accepted.
+/// Whether the process answers.
+#[utoipa::path(
+    get, path = "/health/live", tag = "service", security(()),
+    responses((status = 200, body = String, content_type = "text/plain"))
+)]
+pub async fn live() -> &'static str {
+    "live\n"
+}
+
+/// Whether all models have generated an image, and requests are accepted.
 ///
 /// # Errors
 /// If they have not, or are not.
+#[utoipa::path(
+    get, path = "/health/ready", tag = "service", security(()),
+    responses((status = 200, body = String, content_type = "text/plain"), (status = 503, body = Envelope))
+)]
 pub async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, Failure> {
     app.accepts()?;
     match app.models.iter().find(|model| !model.state().is_ready) {
@@ -38,37 +52,25 @@ pub async fn ready(State(app): State<Arc<App>>) -> Result<&'static str, Failure>
     }
 }
 
-/// `GET /v1/models`.
-pub async fn models(State(app): State<Arc<App>>) -> Json<Value> {
-    let data: Vec<Value> = app.models.iter().map(|model| described(model)).collect();
-    Json(json!({ "object": "list", "data": data }))
+/// Lists the models.
+#[utoipa::path(
+    get, path = "/v1/models", tag = "models",
+    responses((status = 200, body = Models), (status = "4XX", body = Envelope))
+)]
+pub async fn models(State(app): State<Arc<App>>) -> Json<Models> {
+    let data = app.models.iter().map(|model| Model::of(&model.name, &model.manifest, app.max_tokens)).collect();
+    Json(Models { object: "list", data })
 }
 
-/// `GET /v1/models/{id}`.
+/// Describes a model.
 ///
 /// # Errors
 /// If there is no such model.
-pub async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>, Failure> {
-    Ok(Json(described(app.model(Some(&id))?.as_ref())))
-}
-
-fn described(model: &Model) -> Value {
-    let (manifest, config) = (&model.manifest, &model.manifest.model);
-    let precision = match &manifest.quantization {
-        Some(_) => json!("int8"),
-        None => json!(manifest.precision),
-    };
-    json!({
-        "id": model.name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "eqim",
-        "precision": precision,
-        "height": config.tokenizer.image_height(),
-        "token_width": config.tokenizer.token_width(),
-        "classes": config.generator.class_num,
-        "class_names": config.generator.class_names,
-        "steps": config.generator.steps,
-        "fingerprint": manifest.weights.sha256,
-    })
+#[utoipa::path(
+    get, path = "/v1/models/{id}", tag = "models", params(("id" = String, Path, description = "Name of the model")),
+    responses((status = 200, body = Model), (status = "4XX", body = Envelope))
+)]
+pub async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Model>, Failure> {
+    let model = app.model(Some(&id))?;
+    Ok(Json(Model::of(&model.name, &model.manifest, app.max_tokens)))
 }

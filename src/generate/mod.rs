@@ -4,6 +4,7 @@ pub mod batch;
 pub mod finish;
 pub mod memory;
 pub mod plan;
+pub mod preview;
 pub mod scheduler;
 pub mod tiles;
 pub mod worker;

@@ -10,6 +10,7 @@ use ndarray::Array1;
 
 use super::batch::{Batch, Sequence};
 use super::memory;
+use super::preview::Preview;
 use super::tiles::{Strip, TileDecoder, Tiling};
 use crate::engine::Engine;
 use crate::request::Sampling;
@@ -24,6 +25,8 @@ pub enum Event {
     Token(usize, Array1<f32>),
     /// Columns of the image are decoded.
     Strip(Strip),
+    /// Columns of the image that a strip will replace.
+    Preview(Strip),
     /// The image is done: all of its tokens and strips were sent.
     Done,
     /// The image failed, and has left the scheduler.
@@ -42,6 +45,8 @@ pub struct Order<S> {
     pub sampling: Sampling,
     /// How it is decoded; `None` if only its tokens are wanted.
     pub tiling: Option<Tiling>,
+    /// Whether columns are also decoded before their tile is complete.
+    pub previewed: bool,
     /// Receives all events of the image. If it breaks, the image is cancelled.
     pub events: S,
 }
@@ -108,6 +113,8 @@ pub struct Scheduler<'a, S> {
     active: HashMap<usize, Active<'a, S>>,
     /// Images with a tile to decode, in the order in which their tokens were known.
     ready: VecDeque<usize>,
+    /// Images with a preview to decode.
+    due: VecDeque<usize>,
     metrics: Metrics,
 }
 
@@ -121,6 +128,7 @@ struct Active<'a, S> {
     /// What its caches and its sampling take.
     bytes: u64,
     decoder: Option<TileDecoder<'a>>,
+    preview: Option<Preview<'a>>,
 }
 
 impl<S> Active<'_, S> {
@@ -133,8 +141,8 @@ impl<S> Active<'_, S> {
 impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
     /// A scheduler without images.
     pub fn new(engine: &'a dyn Engine, capacity: Capacity) -> Self {
-        let (queue, batches, active, ready) = Default::default();
-        Self { engine, capacity, queue, batches, active, ready, metrics: Metrics::default() }
+        let (queue, batches, active, ready, due) = Default::default();
+        Self { engine, capacity, queue, batches, active, ready, due, metrics: Metrics::default() }
     }
 
     /// Number of images that can be submitted and begin at the next token, if there is memory for them.
@@ -181,12 +189,19 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
             return Ok(false);
         }
         self.metrics.cancelled += 1;
+        self.free(number)?;
+        Ok(true)
+    }
+
+    /// Frees the row of an image that is no longer active, and its places among those that are decoded.
+    fn free(&mut self, number: usize) -> Result<()> {
         self.ready.retain(|&other| other != number);
+        self.due.retain(|&other| other != number);
         for (_, batch) in &mut self.batches {
             batch.cancel(number)?;
         }
         self.batches.retain(|(_, batch)| !batch.is_empty());
-        Ok(true)
+        Ok(())
     }
 
     /// Changes the classes of an image as soon as possible, as [`Batch::amend`] does. Returns the first token with the new
@@ -239,10 +254,13 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
             }
             generating += 1;
             used += needed;
-            let Some(Order { number, sequence, sampling, tiling, events, .. }) = self.queue.pop_front() else { break };
+            let Some(order) = self.queue.pop_front() else { break };
+            let Order { number, sequence, sampling, tiling, previewed, events, .. } = order;
             let tokens = sequence.guidance.len();
             let decoder = tiling.map(|tiling| TileDecoder::new(self.engine, tiling, tokens));
-            self.active.insert(number, Active { events, next: sequence.begin, tokens, bytes: needed, decoder });
+            let preview = previewed.then(|| Preview::new(self.engine, tokens));
+            let active = Active { events, next: sequence.begin, tokens, bytes: needed, decoder, preview };
+            self.active.insert(number, active);
             match new.iter_mut().find(|(other, _)| *other == sampling) {
                 Some((_, images)) => images.push((number, sequence)),
                 None => new.push((sampling, vec![(number, sequence)])),
@@ -270,9 +288,9 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
         Ok(())
     }
 
-    /// Decodes the tile that waits longest. Returns whether there was one.
+    /// Decodes the tile that waits longest or, if there is none, a preview. Returns whether there was one.
     fn decode(&mut self) -> bool {
-        let Some(number) = self.ready.pop_front() else { return false };
+        let Some(number) = self.ready.pop_front() else { return self.decode_preview() };
         let Some(active) = self.active.get_mut(&number) else { return true };
         let Some(decoder) = &mut active.decoder else { return true };
         let strip = timed(&mut self.metrics.decoder.time, || decoder.decode());
@@ -280,8 +298,30 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
         if decoder.is_ready() {
             self.ready.push_back(number);
         }
+        if let Some(preview) = &mut active.preview {
+            preview.skip(decoder.done());
+        }
         match strip {
             Ok(strip) => self.send(number, Event::Strip(strip)),
+            Err(error) => self.fail(number, error),
+        }
+        true
+    }
+
+    /// Decodes the preview that waits longest. Returns whether there was one.
+    fn decode_preview(&mut self) -> bool {
+        let Some(number) = self.due.pop_front() else { return false };
+        let Some(preview) = self.active.get_mut(&number).and_then(|active| active.preview.as_mut()) else {
+            return true;
+        };
+        // A tile may have shown the tokens.
+        if !preview.is_due() {
+            return true;
+        }
+        let strip = timed(&mut self.metrics.decoder.time, || preview.decode());
+        self.metrics.decoder.count += 1;
+        match strip {
+            Ok(strip) => self.send(number, Event::Preview(strip)),
             Err(error) => self.fail(number, error),
         }
         true
@@ -323,6 +363,12 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
                 self.ready.push_back(number);
             }
         }
+        if let Some(preview) = &mut active.preview {
+            preview.keep(token.view());
+            if preview.is_due() && !self.due.contains(&number) {
+                self.due.push_back(number);
+            }
+        }
         self.send(number, Event::Token(index, token));
     }
 
@@ -345,12 +391,14 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
         }
     }
 
-    /// Removes an image that failed.
+    /// Removes an image that failed. If the engine fails again, the next turn reports it.
     fn fail(&mut self, number: usize, error: Error) {
-        self.ready.retain(|&other| other != number);
         if let Some(mut active) = self.active.remove(&number) {
             self.metrics.failed += 1;
             let _ = (active.events)(Event::Failed(error));
+        }
+        if let Err(error) = self.free(number) {
+            tracing::error!("an image could not be removed: {error}");
         }
     }
 

@@ -125,6 +125,11 @@ impl<'a> TileDecoder<'a> {
         self.kept.push_back(token.to_owned());
     }
 
+    /// Number of tokens whose columns are final.
+    pub fn done(&self) -> usize {
+        if self.is_done() { self.tokens } else { self.index * self.tiling.step() }
+    }
+
     /// Whether the tokens of the next tile are known.
     pub fn is_ready(&self) -> bool {
         !self.is_done() && self.first + self.kept.len() >= self.tiling.end(self.index, self.tokens)
@@ -141,14 +146,7 @@ impl<'a> TileDecoder<'a> {
     /// If the engine fails or a pixel is not finite.
     pub fn decode(&mut self) -> Result<Strip> {
         let (begin, end) = (self.tiling.begin(self.index, self.tokens), self.tiling.end(self.index, self.tokens));
-        let rows = self.kept.range(begin - self.first..end - self.first);
-        let rows: Vec<_> = rows.map(|token| token.view().insert_axis(Axis(0))).collect();
-        let tile: Array2<f32> = concatenate(Axis(0), &rows).or_run("tile")?;
-        let pixels = self.engine.decode_tokens(tile.insert_axis(Axis(0)).view())?.index_axis_move(Axis(0), 0);
-        if pixels.iter().any(|value| !value.is_finite()) {
-            let problem = "a pixel is not finite: the precision does not fit the model";
-            return Err(Error::run(self.engine.name(), problem));
-        }
+        let pixels = decode(self.engine, self.kept.range(begin - self.first..end - self.first))?;
         let width = self.engine.config().tokenizer.token_width();
         let first = self.index * self.tiling.step();
         let mut pixels = pixels.slice_move(s![.., .., (first - begin) * width..]);
@@ -170,6 +168,21 @@ impl<'a> TileDecoder<'a> {
         self.first = next;
         Ok(strip)
     }
+}
+
+/// Decodes tokens `[E]` as an image `[3, height, width]`.
+///
+/// # Errors
+/// If the engine fails or a pixel is not finite.
+pub fn decode<'a>(engine: &dyn Engine, tokens: impl Iterator<Item = &'a Array1<f32>>) -> Result<Array3<f32>> {
+    let rows: Vec<_> = tokens.map(|token| token.view().insert_axis(Axis(0))).collect();
+    let tokens: Array2<f32> = concatenate(Axis(0), &rows).or_run("tile")?;
+    let pixels = engine.decode_tokens(tokens.insert_axis(Axis(0)).view())?.index_axis_move(Axis(0), 0);
+    if pixels.iter().any(|value| !value.is_finite()) {
+        let problem = "a pixel is not finite: the precision does not fit the model";
+        return Err(Error::run(engine.name(), problem));
+    }
+    Ok(pixels)
 }
 
 /// Weights of the right one of two tiles in their overlap: half a period of a cosine. The end of a tile, where its

@@ -66,6 +66,7 @@ pub fn write_rgb(path: &Path, pixels: &[u8], (width, height): (u32, u32)) -> Res
 /// Formats of pictures that are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub enum Format {
     /// PNG, without loss.
     #[default]
@@ -96,6 +97,7 @@ pub fn encode(pixels: &[u8], (width, height): (u32, u32), format: Format) -> Res
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub enum Side {
     /// The first columns.
     Left,

@@ -20,7 +20,7 @@ use eqim::request::condition::ClassSchedule;
 use eqim::request::solver::{Solver, Tableau};
 use eqim::request::{Noise, PreparedRequest, Request};
 use eqim::{Config, Error, Result};
-use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, Axis};
+use ndarray::{Array2, Array3, Array4, ArrayView2, ArrayView3, ArrayView4, Axis, s};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -38,6 +38,8 @@ fn engine() -> CandleEngine {
 struct Received {
     tokens: Vec<Vec<f32>>,
     strips: Vec<Strip>,
+    /// Previews, with the number of tokens that were known and the number of final columns.
+    previews: Vec<(usize, usize, Strip)>,
     done: bool,
     failed: Option<String>,
 }
@@ -61,6 +63,11 @@ fn keep(results: &Results, number: usize, most: usize) -> Events {
                 assert_eq!(strip.index, received.strips.len(), "image {number}");
                 received.strips.push(strip);
             }
+            Event::Preview(strip) => {
+                let done = received.strips.last().map_or(0, |last| last.x + last.pixels.dim().2);
+                assert!(strip.x >= done, "image {number}: a preview at {} of final columns to {done}", strip.x);
+                received.previews.push((received.tokens.len(), done, strip));
+            }
             Event::Done => received.done = true,
             Event::Failed(error) => received.failed = Some(error.to_string()),
         }
@@ -82,7 +89,7 @@ fn order(config: &Config, number: usize, request: &Request, events: Events) -> O
     let prepared = PreparedRequest::new(config, request).unwrap();
     let sequence = Sequence::of_batch(&prepared).remove(0);
     let tiling = request.tokens.is_multiple_of(2).then_some(TILING);
-    Order { number, priority: 0, sequence, sampling: prepared.sampling, tiling, events }
+    Order { number, priority: 0, sequence, sampling: prepared.sampling, tiling, previewed: false, events }
 }
 
 /// Asserts that an image is the one that the request makes alone.
@@ -107,6 +114,44 @@ fn is_alone(engine: &dyn Engine, request: &Request, received: &Received) {
     }
 }
 
+/// What is shown before the tiles are decoded: from the first token on, the newest columns, and all of them.
+#[test]
+fn previews_show_the_newest_tokens() {
+    let engine = engine();
+    let config = engine.config();
+    let width = config.tokenizer.token_width();
+    let request = request(config, 1, Some(1), 40, false);
+    // A tile that is ready comes instead of a preview.
+    let tiles = Tiling { tile: 16, overlap: 4 };
+    for (tiling, expected) in [(Tiling::whole(40), &[1, 2, 4, 8, 16, 24, 32][..]), (tiles, &[1, 2, 4, 8, 20, 32])] {
+        let results = Results::default();
+        let mut scheduler = Scheduler::new(&engine, ANY);
+        let order = order(config, 0, &request, keep(&results, 0, usize::MAX));
+        scheduler.submit(Order { tiling: Some(tiling), previewed: true, ..order });
+        scheduler.finish().unwrap();
+        let received = results.borrow_mut().remove(&0).unwrap();
+        let tokens = Array2::from_shape_vec((40, received.tokens[0].len()), received.tokens.concat()).unwrap();
+        let mut shown = 0;
+        for (index, (known, done, preview)) in received.previews.iter().enumerate() {
+            let (begin, end) = (preview.x / width, (preview.x + preview.pixels.dim().2) / width);
+            assert_eq!((preview.index, end), (index, *known), "the newest token is shown at once");
+            shown = shown.max(done / width);
+            assert!(begin <= shown && end > shown, "tokens {begin} to {end} are shown after {shown}");
+            shown = end;
+            let from = begin.saturating_sub(2);
+            // A single token is its own neighbour.
+            let decoded: Vec<usize> = if end == 1 { vec![0, 0] } else { (from..end).collect() };
+            let alone = engine.decode_tokens(tokens.select(Axis(0), &decoded).insert_axis(Axis(0)).view()).unwrap();
+            let columns = alone.slice(s![0, .., .., (begin - from) * width..(end - from) * width]);
+            assert_close(format_args!("preview {index}"), &preview.pixels, &columns, Tolerance::ACTIVATION);
+        }
+        let known: Vec<usize> = received.previews.iter().map(|(known, ..)| *known).collect();
+        assert_eq!(known, expected);
+        let strips: usize = received.strips.iter().map(|strip| strip.pixels.dim().2).sum();
+        assert_eq!((received.strips.len(), strips), (tiling.count(40), 40 * width));
+    }
+}
+
 /// 200 images of two ways of sampling arrive at random, a quarter is cancelled, a quarter gets another class.
 #[test]
 fn images_are_alone_whoever_comes_and_goes() {
@@ -126,7 +171,8 @@ fn images_are_alone_whoever_comes_and_goes() {
             // One in eight is no longer wanted after some tokens.
             let most = if random.random_bool(0.125) { random.random_range(1..4) } else { usize::MAX };
             let order = order(config, number, &request, keep(&results, number, most));
-            scheduler.submit(Order { priority: random.random_range(0..3), ..order });
+            let previewed = order.tiling.is_some() && random.random_bool(0.5);
+            scheduler.submit(Order { priority: random.random_range(0..3), previewed, ..order });
             requests.push(request);
         }
         if !requests.is_empty() && random.random_bool(0.25) {
@@ -237,12 +283,20 @@ fn memory_is_bounded_before_an_image_begins() {
     assert!(refused.starts_with("steps is too large") && !scheduler.turn().unwrap(), "{refused}");
 }
 
-/// An engine whose sampler fails once, or whose sessions always fail.
+/// An engine whose sampler fails once, whose decoder fails at first, or whose sessions always fail.
 struct Failing {
     engine: CandleEngine,
     calls: Cell<usize>,
     fails_at: usize,
+    /// Number of images that are not decoded.
+    undecoded: Cell<usize>,
     is_stuck: bool,
+}
+
+impl Failing {
+    fn new(fails_at: usize, undecoded: usize, is_stuck: bool) -> Self {
+        Self { engine: engine(), calls: Cell::new(0), fails_at, undecoded: Cell::new(undecoded), is_stuck }
+    }
 }
 
 impl Engine for Failing {
@@ -273,6 +327,10 @@ impl Engine for Failing {
     }
 
     fn decode(&self, latents: ArrayView3<f32>) -> Result<Array4<f32>> {
+        if let Some(left) = self.undecoded.get().checked_sub(1) {
+            self.undecoded.set(left);
+            return Err(Error::run("decoder", "no memory"));
+        }
         self.engine.decode(latents)
     }
 
@@ -283,7 +341,7 @@ impl Engine for Failing {
 
 #[test]
 fn an_engine_that_fails_once_generates_what_comes_after() {
-    let engine = Failing { engine: engine(), calls: Cell::new(0), fails_at: 3, is_stuck: false };
+    let engine = Failing::new(3, 0, false);
     let (config, results) = (engine.config().clone(), Results::default());
     let mut scheduler = Scheduler::new(&engine, ANY);
     let request = |number: usize| request(&config, number as u64, Some(0), 6, false);
@@ -302,6 +360,31 @@ fn an_engine_that_fails_once_generates_what_comes_after() {
     is_alone(&engine.engine, &request(2), &results.borrow()[&2]);
 }
 
+#[test]
+fn an_image_that_cannot_be_decoded_leaves_its_row() {
+    let engine = Failing::new(0, 1, false);
+    let (config, results) = (engine.config().clone(), Results::default());
+    for (previewed, tokens) in [(true, 1), (false, TILING.tile)] {
+        engine.undecoded.set(1);
+        results.borrow_mut().clear();
+        let mut scheduler = Scheduler::new(&engine, ANY);
+        let request = |number: usize| request(&config, number as u64, Some(0), 8, false);
+        for number in 0..2 {
+            let order = order(&config, number, &request(number), keep(&results, number, usize::MAX));
+            scheduler.submit(Order { previewed: previewed && number == 0, ..order });
+        }
+        while engine.undecoded.get() > 0 {
+            scheduler.turn().unwrap();
+        }
+        // The turn has also generated the next token of the other image.
+        assert_eq!((scheduler.metrics().batches, scheduler.metrics().failed), (vec![1], 1));
+        assert_eq!(results.borrow()[&1].tokens.len(), tokens + 1);
+        scheduler.finish().unwrap();
+        assert!(results.borrow()[&0].failed.as_ref().unwrap().contains("no memory"));
+        is_alone(&engine.engine, &request(1), &results.borrow()[&1]);
+    }
+}
+
 /// A session that cannot be arranged, so that no image can begin or leave.
 struct Stuck;
 
@@ -317,7 +400,7 @@ impl Session for Stuck {
 
 #[test]
 fn images_that_cannot_begin_fail() {
-    let engine = Failing { engine: engine(), calls: Cell::new(0), fails_at: 0, is_stuck: true };
+    let engine = Failing::new(0, 0, true);
     let (config, results) = (engine.config().clone(), Results::default());
     let mut scheduler = Scheduler::new(&engine, ANY);
     // They are sampled in different ways, so that they would begin in two batches.
@@ -355,7 +438,7 @@ fn a_worker_serves_threads() {
             Err(_) => ControlFlow::Break(()),
         };
         let events: worker::Events = Box::new(send_on);
-        let order = Order { number, priority: 0, sequence, sampling, tiling: None, events };
+        let order = Order { number, priority: 0, sequence, sampling, tiling: None, previewed: false, events };
         send.send(Command::Generate(Box::new(order))).unwrap();
     };
     generate(1, &one, &events);

@@ -185,7 +185,7 @@ fn images_are_those_of_eqim_run() {
     let (_, models) = service.get("/v1/models");
     let models: Value = serde_json::from_str(&models).unwrap();
     assert_eq!((&models["data"][0]["id"], &models["data"][0]["precision"]), (&json!("bundle"), &json!("fp32")));
-    assert_eq!(service.metric("eqim_images_total{model=\"bundle\",outcome=\"done\"}"), 11.0);
+    service.wait("eqim_images_total{model=\"bundle\",outcome=\"done\"}", 11.0);
 }
 
 #[test]
@@ -241,21 +241,39 @@ fn a_stream_brings_the_image_strip_by_strip() {
         let (last, strips) = events.split_last().unwrap();
         assert!(strips.len() > 2 && last.0 == "image_generation.completed", "{tokens}: {} strips", strips.len());
         assert_eq!(file(&last.1), file(&service.generate(&body).1["data"][0]), "{tokens}");
-        let mut width = 0;
+        let (mut known, mut done) = (0, 0);
         for (index, (name, strip)) in strips.iter().enumerate() {
             assert_eq!(
                 (name.as_str(), &strip["partial_image_index"]),
                 ("image_generation.partial_image", &json!(index))
             );
-            assert_eq!(strip["column"], width);
-            let strip = pixels(strip);
-            width += strip.width();
-            assert!(size.ends_with(&format!("x{}", strip.height())), "{size}");
+            assert_eq!((&strip["type"], &strip["image_size"]), (&json!(name), &json!(size)));
+            let (column, columns) = (strip["column"].as_u64().unwrap(), pixels(strip));
+            let end = column + u64::from(columns.width());
+            if strip["preview"] == true {
+                assert!(done <= column && column <= known && end > known, "{column} to {end} of {known}");
+                known = end;
+            } else {
+                assert_eq!(column, done);
+                done = end;
+            }
+            assert!(size.ends_with(&format!("x{}", columns.height())), "{size}");
         }
-        assert!(size.starts_with(&format!("{width}x")), "{size}");
+        // What is decoded as a whole is the completed image. The strips of a longer image are final.
+        let expected = if tokens > 256 { size.clone() } else { format!("0x{}", size.split_once('x').unwrap().1) };
+        assert!(expected.starts_with(&format!("{done}x")), "{done} of {size}");
+        assert!(known > 0 && strips.len() > 4, "{tokens}: {} strips", strips.len());
     }
     let body = json!({ "prompt": 1, "num_inference_steps": 1, "stream": true, "partial_images": 0 });
     assert_eq!(service.stream(&body).count(), 1);
+    // Two images come side by side.
+    let size = service.size(100);
+    let body = json!({ "prompt": 1, "num_inference_steps": 1, "stream": true, "n": 2, "size": size });
+    let events: Vec<_> = service.stream(&body).map(|(_, data)| data["id"].as_str().unwrap().to_string()).collect();
+    let first = |id: &String| events.iter().position(|other| other == id).unwrap();
+    let last = |id: &String| events.iter().rposition(|other| other == id).unwrap();
+    let other = events.iter().find(|id| *id != &events[0]).unwrap();
+    assert!(first(other) < last(&events[0]), "{events:?}");
 }
 
 #[test]
@@ -349,6 +367,69 @@ fn keys_are_needed_where_others_reach_the_service() {
 }
 
 #[test]
+fn the_page_and_the_description_of_the_api_load_nothing_foreign() {
+    let place = place();
+    let service = Service::start(&place, "");
+    let response = |path: &str| service.client.get(format!("{}{path}", service.url)).call().unwrap();
+    for path in ["/", "/docs/"] {
+        let mut response = response(path);
+        let policy = response.headers()["content-security-policy"].to_str().unwrap().to_string();
+        assert!(policy.starts_with("default-src 'none'; script-src 'self'; ") && !policy.contains("http"), "{policy}");
+        assert!(response.headers()["content-type"].to_str().unwrap().starts_with("text/html"), "{path}");
+        // Everything that the page names is there.
+        let text = response.body_mut().read_to_string().unwrap();
+        let names = text.split('"').skip(1).step_by(2).filter(|name| name.ends_with(".js") || name.ends_with(".css"));
+        let names: Vec<&str> = names.map(|name| name.trim_start_matches("./")).collect();
+        assert!(!names.is_empty(), "{text}");
+        for name in names {
+            assert_eq!(service.get(&format!("{path}{name}")).0, 200, "{path}{name}");
+        }
+    }
+    let api: Value = serde_json::from_str(&service.get("/openapi.json").1).unwrap();
+    let paths = api["paths"].as_object().unwrap();
+    assert_eq!(paths.len(), 8);
+    for (path, methods) in paths {
+        for method in methods.as_object().unwrap().keys() {
+            let url = format!("{}{}", service.url, path.replace("{id}", "bundle"));
+            let answer = match method.as_str() {
+                "get" => service.client.get(url).call(),
+                _ => service.client.post(url).send_empty(),
+            };
+            let text = answer.unwrap().body_mut().read_to_string().unwrap();
+            assert!(!text.contains("there is no"), "{method} {path}: {text}");
+        }
+    }
+    // Every parameter of a request is described.
+    let described = &api["components"]["schemas"]["Body"]["properties"];
+    for name in ["prompt", "size", "seed", "guidance_scale", "num_inference_steps", "solver", "stream", "user"] {
+        assert!(described[name].is_object(), "{name}: {described}");
+    }
+}
+
+#[test]
+fn only_named_origins_are_allowed() {
+    let place = place();
+    let service = Service::start(&place, "--cors-origin https://example.org");
+    let allowed = |origin: &str| {
+        let request = service.client.get(format!("{}/v1/models", service.url)).header("Origin", origin);
+        let response = request.call().unwrap();
+        response.headers().get("access-control-allow-origin").map(|value| value.to_str().unwrap().to_string())
+    };
+    assert_eq!(allowed("https://example.org").as_deref(), Some("https://example.org"));
+    assert_eq!(allowed("https://example.com"), None);
+    // A browser sends a form of any page, without asking the service before.
+    let posted = |service: &Service, origin: &str| {
+        let request = service.client.post(format!("{}/v1/images/generations", service.url)).header("Origin", origin);
+        request.send_json(json!({ "prompt": 0, "num_inference_steps": 1 })).unwrap().status().as_u16()
+    };
+    assert_eq!([&service.url, "https://example.org"].map(|origin| posted(&service, origin)), [200; 2]);
+    assert_eq!(["https://example.com", "null", "http://127.0.0.1:1"].map(|origin| posted(&service, origin)), [403; 3]);
+    let closed = Service::start(&place, "");
+    let request = closed.client.get(format!("{}/v1/models", closed.url)).header("Origin", "https://example.org");
+    assert!(request.call().unwrap().headers().get("access-control-allow-origin").is_none());
+}
+
+#[test]
 fn log_lines_have_the_identifier_of_their_request_and_no_secret() {
     let place = place();
     place.write("keys.txt", "a-secret-key\n");
@@ -405,6 +486,8 @@ fn a_request_that_takes_too_long_is_cancelled() {
 fn what_runs_is_finished_at_the_end() {
     let place = place();
     let mut service = Service::start(&place, "");
+    // A connection without a request does not hold up the end.
+    let idle = std::net::TcpStream::connect(service.url.trim_start_matches("http://")).unwrap();
     let body = json!({ "prompt": 0, "num_inference_steps": 200, "stream": true, "n": 2, "guidance_scale": 2 });
     let events = service.stream(&body);
     service.terminate();
@@ -416,6 +499,8 @@ fn what_runs_is_finished_at_the_end() {
     let names: Vec<String> = events.map(|(name, _)| name).collect();
     assert_eq!(names.iter().filter(|name| *name == "image_generation.completed").count(), 2, "{names:?}");
     assert_eq!(service.ended().code(), Some(0));
+    assert!(start.elapsed() < Duration::from_secs(20), "the service waited for a client that sends nothing");
+    drop(idle);
 
     // An image that takes longer than the time for it is given up, and the exit code tells.
     let mut service = Service::start(&place, "--drain-timeout 1 --max-tokens 100000");

@@ -2,7 +2,7 @@
 
 use std::env::{self, consts::EXE_SUFFIX};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -49,10 +49,15 @@ pub fn demo(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Runs a program of this workspace in the workspace's root.
-fn run_built(program: &str, args: &str, root: &Path) -> Result<()> {
+/// The folder of the built programs.
+pub fn programs() -> Result<PathBuf> {
     // Cargo puts all release programs, including this one, in one folder.
     let xtask = env::current_exe().context("the folder of the built programs is unknown")?;
-    let program = xtask.with_file_name(format!("{program}{EXE_SUFFIX}"));
+    Ok(xtask.with_file_name(""))
+}
+
+/// Runs a program of this workspace in the workspace's root.
+fn run_built(program: &str, args: &str, root: &Path) -> Result<()> {
+    let program = programs()?.join(format!("{program}{EXE_SUFFIX}"));
     run(Command::new(program).args(args.split_whitespace()).current_dir(root))
 }

@@ -1,5 +1,6 @@
-//! Development tasks of the workspace: `cargo xtask setup`, `demo`, `test` and `gpu`.
+//! Development tasks of the workspace: `cargo xtask setup`, `demo`, `test`, `clients` and `gpu`.
 
+mod clients;
 mod command;
 mod demo;
 mod gpu;
@@ -30,6 +31,13 @@ enum Task {
     /// Run the tests of the whole workspace.
     Test {
         /// Arguments for `cargo test`; arguments after a second `--` are passed to the test binaries.
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+    /// Test eqim-serve with OpenAI's Python package, curl, Chromium and nginx. What is missing is installed: Debian packages,
+    /// which needs root, and Python packages in .native/.
+    Clients {
+        /// Arguments for pytest.
         #[arg(last = true)]
         args: Vec<String>,
     },
@@ -67,6 +75,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Setup => Ok(()),
         Task::Demo => demo::demo(root),
         Task::Test { args } => test(root, &args),
+        Task::Clients { args } => clients::clients(root, &args),
         Task::Gpu { reference, output } => gpu::gpu(root, reference.as_deref(), &output),
     }
 }

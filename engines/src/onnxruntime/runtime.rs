@@ -60,7 +60,9 @@ impl Runtime {
             // By default, all graphs share one thread pool. With a pool per graph, the threads of one graph would
             // continue to spin after their work, while another graph needs the cores.
             let threads = GlobalThreadPoolOptions::default();
-            builder.with_name("eqim").with_global_thread_pool(threads).build().map_err(|error| error.to_string())
+            // ONNX Runtime would send statistics of its use to its makers.
+            let builder = builder.with_name("eqim").with_telemetry(false).with_global_thread_pool(threads);
+            builder.build().map_err(|error| error.to_string())
         });
         match environment {
             Ok(environment) => Ok(Self(environment)),

@@ -113,14 +113,14 @@ pub fn together(engine: &dyn Engine, images: &[PreparedRequest], most: usize) ->
         let events = move |event| {
             match event {
                 Event::Token(_, token) => tokens.push_row(token.view()).unwrap(),
-                Event::Strip(_) => panic!("no image is decoded"),
+                Event::Strip(_) | Event::Preview(_) => panic!("no image is decoded"),
                 Event::Done => results.borrow_mut().push((number, Ok(tokens.clone()))),
                 Event::Failed(error) => results.borrow_mut().push((number, Err(error))),
             }
             ControlFlow::Continue(())
         };
         let (sequence, sampling) = (Sequence::of_batch(image).remove(0), image.sampling.clone());
-        scheduler.submit(Order { number, priority: 0, sequence, sampling, tiling: None, events });
+        scheduler.submit(Order { number, priority: 0, sequence, sampling, tiling: None, previewed: false, events });
     }
     scheduler.finish().unwrap();
     results.into_inner()

@@ -265,7 +265,7 @@ impl<'a> Jobs<'a, '_> {
         let path = job.image_path(self.runner.borrow().folder);
         let image = ImageWriter::new(path, finish, config.image_size(tokens));
         let events = self.events(job, image);
-        Ok(Order { number, priority: 0, sequence, sampling: prepared.sampling, tiling, events })
+        Ok(Order { number, priority: 0, sequence, sampling: prepared.sampling, tiling, previewed: false, events })
     }
 
     /// The prefix of a job. It is read and encoded if it is not that of the last job.
@@ -294,7 +294,7 @@ impl<'a> Jobs<'a, '_> {
     fn events(&'a self, job: Job, mut image: ImageWriter) -> Events<'a> {
         Box::new(move |event| {
             let result = match event {
-                Event::Token(..) => return ControlFlow::Continue(()),
+                Event::Token(..) | Event::Preview(_) => return ControlFlow::Continue(()),
                 Event::Strip(strip) => match self.write(&job, &mut image, strip) {
                     Ok(()) => return ControlFlow::Continue(()),
                     Err(error) => Err(error),
