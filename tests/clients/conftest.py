@@ -61,8 +61,6 @@ class Service:
     def __init__(self, folder, *flags, key=None, runner=()):
         command = [*runner, PROGRAMS / "eqim-serve", "--engine", f"bundle={BUNDLE}", "--port", "0", *flags]
         environment = {name: value for name, value in os.environ.items() if name != "EQIM_API_KEY"}
-        # ONNX Runtime opens no connections and no files of its own.
-        environment["ORT_DISABLE_TELEMETRY"] = "1"
         if key is not None:
             environment["EQIM_API_KEY"] = key
         self.key, self.log = key, folder / "log.txt"

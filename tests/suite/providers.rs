@@ -147,3 +147,13 @@ fn benchmarks_run_on_a_provider() {
     let finished = run(&place, &format!("{line} --reference --export-json bench.json")).succeeded();
     assert!(finished.stdout.contains("openvino"), "{}", finished.stdout);
 }
+
+#[test]
+fn no_statistics_of_the_use_are_kept_or_sent() {
+    let place = Workplace::with_bundle(&Fixture::open(fixtures()));
+    std::fs::create_dir(place.path("home")).unwrap();
+    let home = place.path("home").display().to_string();
+    let variables = [("HOME", home.as_str()), ("XDG_CACHE_HOME", &home), ("ORT_DISABLE_TELEMETRY", "0")];
+    place.run_with("eqim-run --engine bundle --backend ort --tokens 4 --steps 1 -o out.png", &variables).succeeded();
+    assert_eq!(place.listing_of("home"), [""; 0]);
+}

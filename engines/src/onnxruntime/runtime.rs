@@ -56,13 +56,14 @@ impl Runtime {
             version::check(library)?;
         }
         let environment = ENVIRONMENT.get_or_init(|| {
+            // ONNX Runtime would store and send statistics of its use, from its start on.
+            // SAFETY: Other threads read the environment only through the standard library, which locks it.
+            unsafe { std::env::set_var("ORT_DISABLE_TELEMETRY", "1") };
             let builder = ort::init_from(library).map_err(|error| error.to_string())?;
             // By default, all graphs share one thread pool. With a pool per graph, the threads of one graph would
             // continue to spin after their work, while another graph needs the cores.
             let threads = GlobalThreadPoolOptions::default();
-            // ONNX Runtime would send statistics of its use to its makers.
-            let builder = builder.with_name("eqim").with_telemetry(false).with_global_thread_pool(threads);
-            builder.build().map_err(|error| error.to_string())
+            builder.with_name("eqim").with_global_thread_pool(threads).build().map_err(|error| error.to_string())
         });
         match environment {
             Ok(environment) => Ok(Self(environment)),
