@@ -71,6 +71,7 @@ async fn serve(arguments: &Arguments) -> Result<()> {
         // The sender is dropped if the service fails.
         let _ = drained.await;
     };
+    #[cfg(unix)]
     connections::allow_many();
     let server = tokio::spawn(connections::serve(listener, router(Arc::clone(&app)), stop));
     for (name, opened) in opening {
