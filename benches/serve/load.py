@@ -78,13 +78,15 @@ def work(count, steps):
 def percentiles(seconds):
     """The median and the times that 5 % and 1 % exceed, in milliseconds."""
     ordered = sorted(seconds)
-    return " ".join(f"{1000 * ordered[min(len(ordered) - 1, int(len(ordered) * share))]:6.0f}" for share in (0.5, 0.95, 0.99))
+    places = [min(len(ordered) - 1, int(len(ordered) * share)) for share in (0.5, 0.95, 0.99)]
+    return " ".join(f"{1000 * ordered[place]:6.0f}" for place in places)
 
 
 def report(name, times, seconds):
     """Prints a line of the table, and returns the images per second."""
     first, whole = [first for first, _ in times if first is not None], [whole for _, whole in times]
-    print(f"{name:34} {len(times) / seconds:6.2f}  {percentiles(first) if first else ' ' * 20}  {percentiles(whole)}", flush=True)
+    strips = percentiles(first) if first else " " * 20
+    print(f"{name:34} {len(times) / seconds:6.2f}  {strips}  {percentiles(whole)}", flush=True)
     return len(times) / seconds
 
 

@@ -116,8 +116,8 @@ impl Model {
         self.pending.load(Ordering::SeqCst)
     }
 
-    /// Generates images, each of a request with one class, and decodes them with a tiling or, without one, as a whole. Returns the number and the events of each. An image is cancelled
-    /// as soon as its events are dropped.
+    /// Generates images, each of a request with one class, and decodes them with a tiling or, without one, as a whole.
+    /// Returns the number and the events of each. An image is cancelled as soon as its events are dropped.
     ///
     /// # Errors
     /// If the queue has no room for all of them, or a request does not fit the model.
