@@ -54,6 +54,11 @@ impl<'a> Preview<'a> {
         known < self.tokens && known >= self.shown + self.shown.clamp(1, STEP)
     }
 
+    /// Whether nothing of the image was shown.
+    pub fn is_first(&self) -> bool {
+        self.shown == 0
+    }
+
     /// Leaves out tokens whose columns are final: the first `done`.
     pub fn skip(&mut self, done: usize) {
         self.done = done;

@@ -113,7 +113,7 @@ pub struct Scheduler<'a, S> {
     active: HashMap<usize, Active<'a, S>>,
     /// Images with a tile to decode, in the order in which their tokens were known.
     ready: VecDeque<usize>,
-    /// Images with a preview to decode.
+    /// Images with a preview to decode. Those of which nothing was shown come first.
     due: VecDeque<usize>,
     metrics: Metrics,
 }
@@ -288,8 +288,17 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
         Ok(())
     }
 
-    /// Decodes the tile that waits longest or, if there is none, a preview. Returns whether there was one.
+    /// Whether nothing of an image was shown to somebody who watches it.
+    fn is_first(&self, number: usize) -> bool {
+        self.active.get(&number).and_then(|active| active.preview.as_ref()).is_some_and(Preview::is_first)
+    }
+
+    /// Decodes the first preview of an image, or the tile that waits longest, or another preview. Returns whether there was
+    /// one. First previews are small: they hold up a tile only a little.
     fn decode(&mut self) -> bool {
+        if self.due.front().is_some_and(|&number| self.is_first(number)) {
+            return self.decode_preview();
+        }
         let Some(number) = self.ready.pop_front() else { return self.decode_preview() };
         let Some(active) = self.active.get_mut(&number) else { return true };
         let Some(decoder) = &mut active.decoder else { return true };
@@ -366,7 +375,10 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
         if let Some(preview) = &mut active.preview {
             preview.keep(token.view());
             if preview.is_due() && !self.due.contains(&number) {
-                self.due.push_back(number);
+                let is_first = preview.is_first();
+                let place =
+                    if is_first { self.due.partition_point(|&other| self.is_first(other)) } else { self.due.len() };
+                self.due.insert(place, number);
             }
         }
         self.send(number, Event::Token(index, token));

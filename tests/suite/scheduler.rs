@@ -143,13 +143,35 @@ fn previews_show_the_newest_tokens() {
             let decoded: Vec<usize> = if end == 1 { vec![0, 0] } else { (from..end).collect() };
             let alone = engine.decode_tokens(tokens.select(Axis(0), &decoded).insert_axis(Axis(0)).view()).unwrap();
             let columns = alone.slice(s![0, .., .., (begin - from) * width..(end - from) * width]);
-            assert_close(format_args!("preview {index}"), &preview.pixels, &columns, Tolerance::ACTIVATION);
+            assert_close(format_args!("preview {index}"), &preview.pixels, columns, Tolerance::ACTIVATION);
         }
         let known: Vec<usize> = received.previews.iter().map(|(known, ..)| *known).collect();
         assert_eq!(known, expected);
         let strips: usize = received.strips.iter().map(|strip| strip.pixels.dim().2).sum();
         assert_eq!((received.strips.len(), strips), (tiling.count(40), 40 * width));
     }
+}
+
+/// Somebody who watches sees the first token at once, however many tiles of others wait.
+#[test]
+fn a_first_preview_does_not_wait_for_tiles() {
+    let (engine, results) = (engine(), Results::default());
+    let config = engine.config();
+    let request = |number: usize| request(config, number as u64, Some(0), 20, false);
+    let mut scheduler = Scheduler::new(&engine, ANY);
+    // Each turn decodes one tile, and generates what three halves of a tile need.
+    for number in 0..3 {
+        scheduler.submit(order(config, number, &request(number), keep(&results, number, usize::MAX)));
+    }
+    for _ in 0..12 {
+        scheduler.turn().unwrap();
+    }
+    let order = order(config, 3, &request(3), keep(&results, 3, usize::MAX));
+    scheduler.submit(Order { previewed: true, ..order });
+    scheduler.finish().unwrap();
+    let (known, ..) = results.borrow()[&3].previews[0];
+    assert_eq!(known, 1);
+    is_alone(&engine, &request(3), &results.borrow()[&3]);
 }
 
 /// 200 images of two ways of sampling arrive at random, a quarter is cancelled, a quarter gets another class.
