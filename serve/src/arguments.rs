@@ -47,7 +47,7 @@ pub struct Arguments {
     #[arg(long)]
     pub insecure: bool,
 
-    /// Origin of pages that browsers let use this service, for example https://example.org; can be given several times.
+    /// Origin of pages that browsers let use this service, for example `https://example.org`; can be given several times.
     /// By default only the service's own page can
     #[arg(long, value_name = "ORIGIN")]
     pub cors_origin: Vec<HeaderValue>,

@@ -192,7 +192,15 @@ async fn beginning(model: &Arc<Model>, photo: Bytes, side: Side) -> Result<Array
         let path = Path::new(PICTURE);
         Ok(picture::beginning(path, picture::decode(path, &photo)?, height, multiple, side)?.pixels)
     };
-    blocking(read).await.map_err(|failure| Failure { param: Some(PICTURE.into()), ..failure })
+    blocking(read).await.map_err(|failure| Failure {
+        status: if failure.status == StatusCode::BAD_REQUEST {
+            StatusCode::UNPROCESSABLE_ENTITY
+        } else {
+            failure.status
+        },
+        param: Some(PICTURE.into()),
+        ..failure
+    })
 }
 
 /// Reads a form.

@@ -211,15 +211,15 @@ fn pictures_are_continued_as_eqim_run_continues_them() {
         assert_eq!(file(image), place.read("image.png"), "{fields:?}");
     }
     let size = service.size(2);
-    for (picture, fields, param) in [
-        (&photo[..], vec![("prompt", "1"), ("size", &size)], "size"),
-        (&photo[..40], vec![("prompt", "1")], "image"),
-        (b"GIF89a", vec![("prompt", "1")], "image"),
-        (b"", vec![("prompt", "1")], "image"),
-        (&photo[..], vec![("prompt", "1"), ("mask", "x")], "mask"),
+    for (picture, fields, expected, param) in [
+        (&photo[..], vec![("prompt", "1"), ("size", &size)], 400, "size"),
+        (&photo[..40], vec![("prompt", "1")], 422, "image"),
+        (b"GIF89a", vec![("prompt", "1")], 422, "image"),
+        (b"", vec![("prompt", "1")], 400, "image"),
+        (&photo[..], vec![("prompt", "1"), ("mask", "x")], 400, "mask"),
     ] {
         let (status, answer) = service.edit(picture, &fields);
-        assert_eq!((status, &answer["error"]["param"]), (400, &json!(param)), "{answer}");
+        assert_eq!((status, &answer["error"]["param"]), (expected, &json!(param)), "{answer}");
     }
     let (status, answer) = service.edit(&photo, &[("prompt", "1"), ("direction", "up")]);
     assert_eq!((status, &answer["error"]["code"]), (400, &json!("invalid_form")), "{answer}");
