@@ -125,7 +125,7 @@ def test_an_unknown_model_is_not_found(client):
 
 
 def test_a_file_that_is_not_a_picture_is_refused(client):
-    with pytest.raises(openai.BadRequestError) as caught:
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
         client.images.edit(image=b"not a picture", prompt="forest")
     assert caught.value.param == "image"
 
