@@ -22,6 +22,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use clap::Parser;
+use eqim::bundle::Bundle;
 use eqim::{Error, Result};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, oneshot};
@@ -44,17 +45,20 @@ fn main() -> ExitCode {
 async fn serve(arguments: &Arguments) -> Result<()> {
     let keys = arguments.keys()?;
     let address = arguments.address();
-    let mut models = vec![];
-    let mut opening = vec![];
-    for (name, folder) in arguments.bundles()? {
-        let (send, opened) = oneshot::channel();
-        let limits = (arguments.max_batch, arguments.max_queue);
-        models.push(Arc::new(Model::open(&name, &folder, arguments.options.clone(), limits, send)?));
-        opening.push((name, opened));
-    }
+    let bundles = arguments.bundles()?;
+    let bundles: Vec<(String, Bundle)> =
+        bundles.into_iter().map(|(name, folder)| Ok((name, Bundle::open(&folder)?))).collect::<Result<_>>()?;
     let bound = TcpListener::bind(address).await;
     let listener = bound.map_err(|error| Error::input_caused(format!("--host and --port: {address}"), error))?;
     let local = listener.local_addr().map_err(|error| Error::run_caused(address, error))?;
+    let mut models = vec![];
+    let mut opening = vec![];
+    for (name, bundle) in bundles {
+        let (send, opened) = oneshot::channel();
+        let limits = (arguments.max_batch, arguments.max_queue);
+        models.push(Arc::new(Model::open(&name, bundle, arguments.options.clone(), limits, send)?));
+        opening.push((name, opened));
+    }
     let app = Arc::new(App {
         models,
         keys,
@@ -74,9 +78,13 @@ async fn serve(arguments: &Arguments) -> Result<()> {
     #[cfg(unix)]
     connections::allow_many();
     let server = tokio::spawn(connections::serve(listener, router(Arc::clone(&app)), stop));
+    // All of them are waited for: a process that ends while a library is loaded can crash.
+    let mut ready = Ok(());
     for (name, opened) in opening {
-        opened.await.map_err(|_| Error::run(&name, "its thread has ended"))??;
+        let opened = opened.await.unwrap_or_else(|_| Err(Error::run(&name, "its thread has ended")));
+        ready = ready.and(opened);
     }
+    ready?;
     eqim_cli::say(format_args!("serving {} at http://{local}", names(&app)));
     signal().await?;
     app.is_draining.store(true, Ordering::SeqCst);

@@ -1,7 +1,6 @@
 //! A bundle that is served: its thread, its queue and its metrics.
 
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -64,15 +63,14 @@ impl Model {
     /// whether that succeeded.
     ///
     /// # Errors
-    /// [`Error::input`] if the folder is not a bundle; [`Error::run`] if the system has no thread left.
+    /// [`Error::run`] if the system has no thread left.
     pub fn open(
         name: &str,
-        folder: &Path,
+        bundle: Bundle,
         options: Options,
         (batch, queue): (usize, usize),
         opened: oneshot::Sender<Result<()>>,
     ) -> Result<Self> {
-        let bundle = Bundle::open(folder)?;
         let (commands, receiver) = channel();
         let (state, pending) = (Arc::<Mutex<State>>::default(), Arc::default());
         let manifest = bundle.manifest.clone();
