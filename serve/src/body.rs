@@ -1,4 +1,4 @@
-//! Bodies of requests that are answered before they are read.
+//! Bodies of requests: their limits, and what is left of them when a request is answered before they are read.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,9 +12,13 @@ use axum::middleware::Next;
 use axum::response::Response;
 use hyper::body::{Frame, SizeHint};
 
-/// Largest number of bytes that are read without a use.
-const MOST_BYTES: usize = 32 << 20;
-/// Largest time for them.
+/// Largest body of a request in bytes.
+pub const MOST_BYTES: usize = 1 << 20;
+/// Largest body of a request with a picture in bytes. Of other bodies, at most as much is read without a use.
+pub const MOST_BYTES_OF_PICTURE: usize = 32 << 20;
+/// Largest time between two pieces of a body.
+pub const MOST_TIME_OF_PIECE: Duration = Duration::from_secs(30);
+/// Largest time for what is read without a use.
 const MOST_TIME: Duration = Duration::from_secs(10);
 
 /// Reads what is left of a body before an error is sent: the connection is closed with it, and a client or a proxy that is
@@ -34,7 +38,7 @@ pub async fn read_before_errors(request: Request, next: Next) -> Response {
 
 /// Reads a body until it ends, fails, or is too long.
 async fn read(mut body: Shared) {
-    let mut left = MOST_BYTES;
+    let mut left = MOST_BYTES_OF_PICTURE;
     std::future::poll_fn(|context| {
         loop {
             let Some(Ok(frame)) = ready!(Pin::new(&mut body).poll_frame(context)) else { return Poll::Ready(()) };

@@ -5,6 +5,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
 use crate::api::{Envelope, Problem};
+use crate::body::{MOST_BYTES, MOST_BYTES_OF_PICTURE};
 
 /// An error that a client gets.
 #[derive(Clone, Debug)]
@@ -33,6 +34,13 @@ impl Failure {
     /// Something that should not happen.
     pub fn internal(error: impl ToString) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", error.to_string())
+    }
+
+    /// The body of the request is too large.
+    pub fn too_large() -> Self {
+        let [most, of_picture] = [MOST_BYTES, MOST_BYTES_OF_PICTURE].map(|bytes| bytes >> 20);
+        let message = format!("the body is too large, expected at most {most} MiB, or {of_picture} MiB with a picture");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
     }
 
     /// The request took too long.

@@ -42,7 +42,7 @@ type Sender = mpsc::UnboundedSender<Result<sse::Event, Infallible>>;
 )]
 pub async fn generations(State(app): State<Arc<App>>, body: Bytes) -> Result<Response, Failure> {
     app.accepts()?;
-    let wanted = Wanted::generated(&app, parse(&body)?).await?;
+    let wanted = Wanted::new(&app, parse(&body)?, None).await?;
     respond(app, wanted).await
 }
 
@@ -60,7 +60,8 @@ pub async fn edits(State(app): State<Arc<App>>, multipart: Multipart) -> Result<
     let edit = tokio::time::timeout(MOST_TIME_OF_PICTURE, form(multipart)).await.unwrap_or_else(|_| {
         Err(Failure::new(StatusCode::REQUEST_TIMEOUT, "timeout", "the picture took too long to arrive: send it again"))
     });
-    let wanted = Wanted::edited(&app, edit?).await?;
+    let Edit { image, body } = edit?;
+    let wanted = Wanted::new(&app, body, Some(image)).await?;
     drop(turn);
     respond(app, wanted).await
 }

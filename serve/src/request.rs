@@ -100,24 +100,11 @@ impl Body {
 }
 
 impl Wanted {
-    /// Checks a request for generated images.
-    ///
-    /// # Errors
-    /// If a parameter does not fit the model.
-    pub async fn generated(app: &App, body: Body) -> Result<Self, Failure> {
-        Self::new(app, body, None).await
-    }
-
-    /// Checks a request for a continued picture.
+    /// Checks a request. `photo` is the file of the picture that the images continue.
     ///
     /// # Errors
     /// If a parameter does not fit the model, or the picture cannot be read.
-    pub async fn edited(app: &App, Edit { image, body }: Edit) -> Result<Self, Failure> {
-        Self::new(app, body, Some(image)).await
-    }
-
-    /// Checks a request. `photo` is the file of the picture that the images continue.
-    async fn new(app: &App, body: Body, photo: Option<Bytes>) -> Result<Self, Failure> {
+    pub async fn new(app: &App, body: Body, photo: Option<Bytes>) -> Result<Self, Failure> {
         let model = app.model(body.model.as_deref())?;
         let n = body.images()?;
         let config = &model.manifest.model;
@@ -210,7 +197,7 @@ async fn beginning(model: &Arc<Model>, photo: Bytes, side: Side) -> Result<Array
 pub async fn form(mut form: Multipart) -> Result<Edit, Failure> {
     // A body that ends early is the fault of the client too.
     let bad = |error: MultipartError| match error.status() {
-        status @ StatusCode::PAYLOAD_TOO_LARGE => Failure::new(status, "body_too_large", error.body_text()),
+        StatusCode::PAYLOAD_TOO_LARGE => Failure::too_large(),
         _ => Failure::new(StatusCode::BAD_REQUEST, "invalid_form", error.body_text()),
     };
     let (mut photo, mut fields) = (None, Map::new());

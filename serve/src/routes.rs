@@ -1,7 +1,7 @@
 //! The routes of the service, and what every request passes: its limits, its key, and its line in the log.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
@@ -18,15 +18,10 @@ use utoipa::{Modify, OpenApi};
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use crate::app::App;
+use crate::body::{MOST_BYTES, MOST_BYTES_OF_PICTURE, MOST_TIME_OF_PIECE};
 use crate::failure::Failure;
 use crate::{api, body, images, page, watch};
 
-/// Largest body of a request in bytes.
-const MOST_BYTES: usize = 1 << 20;
-/// Largest body of a request with a picture in bytes.
-const MOST_BYTES_OF_PICTURE: usize = 32 << 20;
-/// Largest time between two pieces of a body.
-const MOST_SECONDS_OF_PIECE: Duration = Duration::from_secs(30);
 /// Name of the header with the identifier of a request.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -84,7 +79,7 @@ pub fn router(app: Arc<App>) -> Router {
         .layer(from_fn(body::read_before_errors))
         .layer(from_fn_with_state(Arc::clone(&app), observed))
         .layer(cross_origin)
-        .layer(RequestBodyTimeoutLayer::new(MOST_SECONDS_OF_PIECE))
+        .layer(RequestBodyTimeoutLayer::new(MOST_TIME_OF_PIECE))
         .with_state(app)
 }
 
@@ -133,9 +128,7 @@ fn is_json(response: &Response) -> bool {
 async fn in_envelope(response: Response) -> Response {
     let status = response.status();
     if status == StatusCode::PAYLOAD_TOO_LARGE {
-        let [most, of_picture] = [MOST_BYTES, MOST_BYTES_OF_PICTURE].map(|bytes| bytes >> 20);
-        let message = format!("the body is too large, expected at most {most} MiB, or {of_picture} MiB with a picture");
-        return Failure::new(status, "body_too_large", message).into_response();
+        return Failure::too_large().into_response();
     }
     let text = axum::body::to_bytes(response.into_body(), MOST_BYTES).await.unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
