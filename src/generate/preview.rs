@@ -67,9 +67,10 @@ impl<'a> Preview<'a> {
     }
 
     /// Decodes new tokens. The last one that was shown is drawn again, because its neighbour to the right is known now.
+    /// The pixels are not [checked](Strip::checked).
     ///
     /// # Errors
-    /// If the engine fails or a pixel is not finite.
+    /// If the engine fails.
     pub fn decode(&mut self) -> Result<Strip> {
         let begin = self.shown.saturating_sub(1).max(self.done);
         let end = self.known().min(self.shown + STEP);

@@ -220,7 +220,7 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
     /// # Errors
     /// If the engine fails. The images that it was working on have then failed, and have left the scheduler.
     pub fn turn(&mut self) -> Result<bool> {
-        let decoded = self.decode();
+        let decoded = self.decode()?;
         self.admit()?;
         let advanced = self.advance()?;
         Ok(decoded || advanced)
@@ -295,45 +295,45 @@ impl<'a, S: FnMut(Event) -> ControlFlow<()>> Scheduler<'a, S> {
 
     /// Decodes the first preview of an image, or the tile that waits longest, or another preview. Returns whether there was
     /// one. First previews are small: they hold up a tile only a little.
-    fn decode(&mut self) -> bool {
+    fn decode(&mut self) -> Result<bool> {
         if self.due.front().is_some_and(|&number| self.is_first(number)) {
             return self.decode_preview();
         }
         let Some(number) = self.ready.pop_front() else { return self.decode_preview() };
-        let Some(active) = self.active.get_mut(&number) else { return true };
-        let Some(decoder) = &mut active.decoder else { return true };
+        let Some(active) = self.active.get_mut(&number) else { return Ok(true) };
+        let Some(decoder) = &mut active.decoder else { return Ok(true) };
         let strip = timed(&mut self.metrics.decoder.time, || decoder.decode());
-        self.metrics.decoder.count += 1;
         if decoder.is_ready() {
             self.ready.push_back(number);
         }
         if let Some(preview) = &mut active.preview {
             preview.skip(decoder.done());
         }
-        match strip {
-            Ok(strip) => self.send(number, Event::Strip(strip)),
-            Err(error) => self.fail(number, error),
-        }
-        true
+        self.show(number, strip, Event::Strip)
     }
 
     /// Decodes the preview that waits longest. Returns whether there was one.
-    fn decode_preview(&mut self) -> bool {
-        let Some(number) = self.due.pop_front() else { return false };
+    fn decode_preview(&mut self) -> Result<bool> {
+        let Some(number) = self.due.pop_front() else { return Ok(false) };
         let Some(preview) = self.active.get_mut(&number).and_then(|active| active.preview.as_mut()) else {
-            return true;
+            return Ok(true);
         };
         // A tile may have shown the tokens.
         if !preview.is_due() {
-            return true;
+            return Ok(true);
         }
         let strip = timed(&mut self.metrics.decoder.time, || preview.decode());
+        self.show(number, strip, Event::Preview)
+    }
+
+    /// Sends a decoded strip. An image whose pixels are not finite fails alone: the engine is not the cause.
+    fn show(&mut self, number: usize, strip: Result<Strip>, event: fn(Strip) -> Event) -> Result<bool> {
         self.metrics.decoder.count += 1;
-        match strip {
-            Ok(strip) => self.send(number, Event::Preview(strip)),
+        match strip.map_err(|error| self.fail_all(vec![number], error))?.checked(self.engine) {
+            Ok(strip) => self.send(number, event(strip)),
             Err(error) => self.fail(number, error),
         }
-        true
+        Ok(true)
     }
 
     /// Generates one token of every image of the next batch. Returns whether there was a batch.

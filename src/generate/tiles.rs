@@ -83,6 +83,19 @@ pub struct Strip {
     pub pixels: Array3<f32>,
 }
 
+impl Strip {
+    /// The strip, which an engine has decoded, if all of its pixels are finite.
+    ///
+    /// # Errors
+    /// [`Error::run`] if one is not.
+    pub fn checked(self, engine: &dyn Engine) -> Result<Self> {
+        if self.pixels.iter().all(|value| value.is_finite()) {
+            return Ok(self);
+        }
+        Err(Error::run(engine.name(), "a pixel is not finite: the precision does not fit the model"))
+    }
+}
+
 /// Decodes an image whose tokens arrive one after another.
 pub struct TileDecoder<'a> {
     engine: &'a dyn Engine,
@@ -117,7 +130,7 @@ impl<'a> TileDecoder<'a> {
     /// If the engine fails or a pixel is not finite.
     pub fn push(&mut self, token: ArrayView1<f32>) -> Result<Option<Strip>> {
         self.keep(token);
-        if self.is_ready() { self.decode().map(Some) } else { Ok(None) }
+        if self.is_ready() { self.decode()?.checked(self.engine).map(Some) } else { Ok(None) }
     }
 
     /// Takes the next generated token `[E]` without decoding. Tokens are kept until their tile is decoded.
@@ -140,10 +153,10 @@ impl<'a> TileDecoder<'a> {
         self.index == self.tiling.count(self.tokens)
     }
 
-    /// Decodes the next tile, which must be [ready](Self::is_ready).
+    /// Decodes the next tile, which must be [ready](Self::is_ready). The pixels are not [checked](Strip::checked).
     ///
     /// # Errors
-    /// If the engine fails or a pixel is not finite.
+    /// If the engine fails.
     pub fn decode(&mut self) -> Result<Strip> {
         let (begin, end) = (self.tiling.begin(self.index, self.tokens), self.tiling.end(self.index, self.tokens));
         let pixels = decode(self.engine, self.kept.range(begin - self.first..end - self.first))?;
@@ -173,16 +186,11 @@ impl<'a> TileDecoder<'a> {
 /// Decodes tokens `[E]` as an image `[3, height, width]`.
 ///
 /// # Errors
-/// If the engine fails or a pixel is not finite.
+/// If the engine fails.
 pub fn decode<'a>(engine: &dyn Engine, tokens: impl Iterator<Item = &'a Array1<f32>>) -> Result<Array3<f32>> {
     let rows: Vec<_> = tokens.map(|token| token.view().insert_axis(Axis(0))).collect();
     let tokens: Array2<f32> = concatenate(Axis(0), &rows).or_run("tile")?;
-    let pixels = engine.decode_tokens(tokens.insert_axis(Axis(0)).view())?.index_axis_move(Axis(0), 0);
-    if pixels.iter().any(|value| !value.is_finite()) {
-        let problem = "a pixel is not finite: the precision does not fit the model";
-        return Err(Error::run(engine.name(), problem));
-    }
-    Ok(pixels)
+    Ok(engine.decode_tokens(tokens.insert_axis(Axis(0)).view())?.index_axis_move(Axis(0), 0))
 }
 
 /// Weights of the right one of two tiles in their overlap: half a period of a cosine. The end of a tile, where its
