@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -220,8 +221,10 @@ impl Bundle {
     pub fn open(folder: &Path) -> Result<Self> {
         let path = folder.join(CONFIG_FILE);
         let bad = |problem: String| Error::input(path.display(), problem);
-        if !folder.is_dir() {
-            return Err(Error::input(folder.display(), "is not a bundle, a folder that eqim-export onnx wrote"));
+        let not_a_bundle = || Error::input(folder.display(), "is not a bundle, a folder that eqim-export onnx wrote");
+        let metadata = folder.metadata().map_err(|error| not_a_bundle().because(error))?;
+        if !metadata.is_dir() {
+            return Err(not_a_bundle());
         }
         let text = files::read(&path)?;
         let version: Version =
@@ -239,12 +242,29 @@ impl Bundle {
         Ok(bundle)
     }
 
+    /// Sizes and times of the bundle's files, by name. They differ after a file has changed.
+    ///
+    /// # Errors
+    /// [`Error::input`] naming the file that is missing.
+    pub fn stamps(&self) -> Result<BTreeMap<String, (u64, SystemTime)>> {
+        let files = self.records().map(|record| record.file.as_str()).chain([CONFIG_FILE]);
+        let stamp = |name: &str| {
+            let path = self.folder.join(name);
+            let metadata = path.metadata().or_input(path.display())?;
+            Ok((name.to_string(), (metadata.len(), metadata.modified().or_run(path.display())?)))
+        };
+        files.map(stamp).collect()
+    }
+
+    /// The records of all files but `config.json`.
+    fn records(&self) -> impl Iterator<Item = &FileRecord> {
+        let table = self.manifest.quantization.iter().map(|quantization| &quantization.calibration);
+        self.manifest.graphs.values().map(|graph| &graph.file).chain([&self.manifest.weights]).chain(table)
+    }
+
     fn check_files(&self) -> Result<()> {
         let config = self.folder.join(CONFIG_FILE);
-        let table = self.manifest.quantization.iter().map(|quantization| &quantization.calibration);
-        let graphs = self.manifest.graphs.values().map(|graph| &graph.file);
-        let records = graphs.chain([&self.manifest.weights]).chain(table);
-        for record in records {
+        for record in self.records() {
             let plain = Path::new(&record.file).components().count() == 1 && !record.file.contains(['/', '\\']);
             if !plain || record.file.starts_with('.') {
                 return Err(Error::input(

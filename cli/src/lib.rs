@@ -14,7 +14,6 @@ pub mod table;
 
 use std::fmt::{self, Display};
 use std::io::{self, ErrorKind, Write};
-use std::process::ExitCode;
 
 use eqim::{Error, Result, ResultExt};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -35,7 +34,7 @@ const LOGGED_BY_SERVICES: &str = "error,eqim=warn,eqim_serve=info";
 
 /// Runs a program and converts its result to the exit code of the process: 0 on success, 2 for bad input, 1 for a
 /// failed run, 130 and 143 after the signals SIGINT and SIGTERM. Its temporary files are removed in all of these cases.
-pub fn main(run: impl FnOnce() -> Result<()>) -> ExitCode {
+pub fn main(run: impl FnOnce() -> Result<()>) -> u8 {
     let result = start_logging(&Logs::Messages).and_then(|()| interrupt::start()).and_then(|()| run());
     interrupt::wait_if_interrupted();
     exit_code(result)
@@ -43,18 +42,18 @@ pub fn main(run: impl FnOnce() -> Result<()>) -> ExitCode {
 
 /// Runs a program as [`main`] does, but leaves the signals to the program, and logs with times: as text, or as one JSON object
 /// per line.
-pub fn service(in_json: bool, run: impl FnOnce() -> Result<()>) -> ExitCode {
+pub fn service(in_json: bool, run: impl FnOnce() -> Result<()>) -> u8 {
     let logs = if in_json { Logs::Json } else { Logs::Text };
     exit_code(start_logging(&logs).and_then(|()| run()))
 }
 
 /// Writes an error to standard error, and converts a result to the exit code of the process.
-fn exit_code(result: Result<()>) -> ExitCode {
+fn exit_code(result: Result<()>) -> u8 {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         Err(error) => {
             note(format_args!("error: {}", with_flag(&error)));
-            ExitCode::from(error.exit_code())
+            error.exit_code()
         }
     }
 }

@@ -18,4 +18,4 @@ mod open;
 pub mod pages;
 pub mod trt;
 
-pub use open::{Backend, Options, open};
+pub use open::{Backend, MOST_THREADS, Options, open};

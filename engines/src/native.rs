@@ -1,6 +1,7 @@
 //! Locations of native libraries.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use eqim::{Error, Result};
 
@@ -10,11 +11,28 @@ pub const ORT_VARIABLE: &str = "ORT_DYLIB_PATH";
 /// Name of the environment variable with the folder of the TensorRT libraries.
 pub const TENSORRT_VARIABLE: &str = "EQIM_TENSORRT";
 
+/// Libraries that a package manager installed, for the Python package.
+static PACKAGED: OnceLock<Packaged> = OnceLock::new();
+
+/// Native libraries that a package manager installed.
+#[derive(Debug, Default)]
+pub struct Packaged {
+    /// The ONNX Runtime library.
+    pub onnxruntime: Option<PathBuf>,
+    /// Folder of the TensorRT libraries.
+    pub tensorrt: Option<PathBuf>,
+}
+
+/// Uses these libraries unless environment variables name others. Only the first call has an effect.
+pub fn use_packaged(libraries: Packaged) {
+    let _ = PACKAGED.set(libraries);
+}
+
 const INSTALLED: &str = ".native/onnxruntime";
 const TENSORRT_INSTALLED: &str = ".native/tensorrt";
 
-/// Path of the ONNX Runtime library: the file that `ORT_DYLIB_PATH` names, or the library that `cargo xtask setup`
-/// installed in the repository that contains the program or the working directory.
+/// Path of the ONNX Runtime library: the file that `ORT_DYLIB_PATH` names, or the [packaged](use_packaged) one, or the library
+/// that `cargo xtask setup` installed in the repository that contains the program or the working directory.
 ///
 /// # Errors
 /// [`Error::run`] if the library is not found. The message says how to install it.
@@ -25,14 +43,16 @@ pub fn find_onnxruntime() -> Result<PathBuf> {
         let missing = || Error::run(format!("{ORT_VARIABLE} names {}", path.display()), problem);
         return if path.is_file() { Ok(path) } else { Err(missing()) };
     }
-    installed(|folder| library_in(&folder.join(INSTALLED))).ok_or_else(|| {
-        let problem = format!("was not found: run `cargo xtask setup`, or set {ORT_VARIABLE} to its shared library");
+    let packaged = PACKAGED.get().and_then(|libraries| libraries.onnxruntime.clone());
+    packaged.or_else(|| installed(|folder| library_in(&folder.join(INSTALLED)))).ok_or_else(|| {
+        let install = if PACKAGED.get().is_some() { "pip install onnxruntime" } else { "cargo xtask setup" };
+        let problem = format!("was not found: run `{install}`, or set {ORT_VARIABLE} to its shared library");
         Error::run("ONNX Runtime", problem)
     })
 }
 
-/// Folder of the TensorRT libraries: the folder that `EQIM_TENSORRT` names, or the folder that `cargo xtask setup`
-/// installed.
+/// Folder of the TensorRT libraries: the folder that `EQIM_TENSORRT` names, or the [packaged](use_packaged) one, or the folder
+/// that `cargo xtask setup` installed.
 ///
 /// # Errors
 /// [`Error::run`] if the folder is not found. The message says how to install the libraries.
@@ -43,10 +63,12 @@ pub fn find_tensorrt() -> Result<PathBuf> {
         let missing = || Error::run(format!("{TENSORRT_VARIABLE} names {}", path.display()), problem);
         return if path.is_dir() { Ok(path) } else { Err(missing()) };
     }
-    installed(|folder| Some(folder.join(TENSORRT_INSTALLED)).filter(|folder| folder.is_dir())).ok_or_else(|| {
-        let problem = format!(
-            "was not found: run `cargo xtask setup`, or set {TENSORRT_VARIABLE} to the folder of its libraries"
-        );
+    let packaged = PACKAGED.get().and_then(|libraries| libraries.tensorrt.clone());
+    let in_repository = || installed(|folder| Some(folder.join(TENSORRT_INSTALLED)).filter(|folder| folder.is_dir()));
+    packaged.or_else(in_repository).ok_or_else(|| {
+        let install = if PACKAGED.get().is_some() { "pip install eqim[trt]" } else { "cargo xtask setup" };
+        let problem =
+            format!("was not found: run `{install}`, or set {TENSORRT_VARIABLE} to the folder of its libraries");
         Error::run("TensorRT", problem)
     })
 }

@@ -52,8 +52,11 @@ pub struct Options {
     pub cuda_graph: bool,
 }
 
+/// Largest number of threads of ONNX Runtime.
+pub const MOST_THREADS: usize = 1024;
+
 fn threads(text: &str) -> Result<usize, String> {
-    within(text, 1..=1024)
+    within(text, 1..=MOST_THREADS)
 }
 
 /// Creates an engine for a bundle.

@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     // A panic is reported with its case.
     std::panic::set_hook(Box::new(|_| {}));
-    eqim_cli::main(|| run(&arguments))
+    eqim_cli::main(|| run(&arguments)).into()
 }
 
 fn run(arguments: &Arguments) -> Result<()> {

@@ -5,7 +5,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use eqim::generate::finish::Finish;
 use eqim::generate::scheduler::Event;
-use eqim::picture::{self, Format};
+use eqim::picture::{self, Format, Pixels};
 use eqim::request::{Noise, Request};
 use ndarray::Array3;
 
@@ -13,7 +13,7 @@ use crate::api::{Made, Strip};
 use crate::app::App;
 use crate::failure::Failure;
 use crate::model::Received;
-use crate::output::{Pixels, blocking, encode};
+use crate::output::{blocking, encode};
 use crate::request::Wanted;
 
 /// Seconds since 1970.

@@ -105,7 +105,7 @@ fn stream(app: Arc<App>, images: Vec<Image>, strips: bool, is_edit: bool) -> Res
             () = send.closed() => return,
         };
         if let Err(failure) = result {
-            emit(&send, "error", &failure.body());
+            emit(&send, &failure.body());
         }
     });
     Sse::new(UnboundedReceiverStream::new(receive)).keep_alive(KeepAlive::default()).into_response()
@@ -115,24 +115,20 @@ fn stream(app: Arc<App>, images: Vec<Image>, strips: bool, is_edit: bool) -> Res
 async fn stream_image(image: Image, send: Sender, strips: bool, is_edit: bool) -> Result<(), Failure> {
     let partial = |strip| {
         let strip = Dated { created_at: now(), made: strip };
-        if is_edit {
-            emit(&send, "image_edit.partial_image", &Event::EditPartial(strip));
-        } else {
-            emit(&send, "image_generation.partial_image", &Event::Partial(strip));
-        }
+        emit(&send, &if is_edit { Event::EditPartial(strip) } else { Event::Partial(strip) });
     };
     let image = Dated { created_at: now(), made: image.finish(strips.then_some(partial)).await? };
-    if is_edit {
-        emit(&send, "image_edit.completed", &Event::EditCompleted(image));
-    } else {
-        emit(&send, "image_generation.completed", &Event::Completed(image));
-    }
+    emit(&send, &if is_edit { Event::EditCompleted(image) } else { Event::Completed(image) });
     Ok(())
 }
 
-/// Sends an event, unless the client is gone.
-fn emit(send: &Sender, name: &str, data: &impl Serialize) {
-    match sse::Event::default().event(name).json_data(data) {
+/// Sends an event under the name that its `type` is, unless the client is gone. Errors have none.
+fn emit(send: &Sender, data: &impl Serialize) {
+    let named = serde_json::to_value(data).and_then(|data| {
+        let name = data["type"].as_str().unwrap_or("error");
+        Ok(sse::Event::default().event(name).data(serde_json::to_string(&data)?))
+    });
+    match named {
         Ok(event) => drop(send.send(Ok(event))),
         Err(error) => tracing::error!("an event could not be written: {error}"),
     }

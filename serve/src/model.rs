@@ -2,19 +2,16 @@
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
-use axum::http::StatusCode;
 use eqim::bundle::{Bundle, Manifest};
 use eqim::engine::Engine;
-use eqim::generate::batch::Sequence;
 use eqim::generate::generate;
-use eqim::generate::scheduler::{Capacity, Event, Metrics, Order};
+use eqim::generate::scheduler::{Capacity, Event, Order};
 use eqim::generate::tiles::Tiling;
-use eqim::generate::worker::{self, Command, Events};
-use eqim::request::{PreparedRequest, Request};
-use eqim::{Error, Result, limits};
+use eqim::generate::worker::{self, Command, Events, State, Worker};
+use eqim::request::Request;
+use eqim::{Error, Result};
 use eqim_engines::Options;
 use tokio::sync::{mpsc, oneshot};
 
@@ -26,21 +23,11 @@ pub struct Model {
     pub name: String,
     /// Contents of the bundle's `config.json`.
     pub manifest: Manifest,
-    commands: Sender<Command>,
-    state: Arc<Mutex<State>>,
+    worker: Worker,
     /// Number of images that were accepted and have not ended.
     pending: Arc<AtomicUsize>,
     /// Largest number of images that are accepted at a time.
     most: usize,
-}
-
-/// What the thread of a model tells.
-#[derive(Default)]
-pub struct State {
-    /// Whether the first image is done, and the engine has not failed since the last image that it made.
-    pub is_ready: bool,
-    /// What the scheduler did and does.
-    pub metrics: Metrics,
 }
 
 /// The place of an image in the queue, until it is dropped.
@@ -51,9 +38,6 @@ impl Drop for Place {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
-
-/// The next number of an image. Numbers are unique in the process.
-static NUMBER: AtomicUsize = AtomicUsize::new(0);
 
 /// The events of an image.
 pub type Received = mpsc::UnboundedReceiver<Event>;
@@ -71,42 +55,22 @@ impl Model {
         (batch, queue): (usize, usize),
         opened: oneshot::Sender<Result<()>>,
     ) -> Result<Self> {
-        let (commands, receiver) = channel();
-        let (state, pending) = (Arc::<Mutex<State>>::default(), Arc::default());
         let manifest = bundle.manifest.clone();
-        let shared = Arc::clone(&state);
-        let serve = move || {
-            let engine = match eqim_engines::open(&bundle, &options)
-                .and_then(|engine| first_image(engine.as_ref()).map(|()| engine))
-            {
-                Ok(engine) => engine,
-                Err(error) => {
-                    let _ = opened.send(Err(error));
-                    return;
-                }
-            };
-            lock(&shared).is_ready = true;
-            let _ = opened.send(Ok(()));
-            let capacity = Capacity { images: batch, bytes: limits::memory() / 2 };
-            worker::run(engine.as_ref(), capacity, &receiver, |metrics, failure| {
-                let mut state = lock(&shared);
-                if let Some(error) = failure {
-                    tracing::error!("{}: {error}", bundle.folder.display());
-                    state.is_ready = false;
-                } else if metrics.done > state.metrics.done {
-                    state.is_ready = true;
-                }
-                state.metrics = metrics;
-            });
+        let open = move || {
+            let engine = eqim_engines::open(&bundle, &options)?;
+            first_image(engine.as_ref())?;
+            Ok(engine)
         };
-        let thread = std::thread::Builder::new().name(format!("model {name}"));
-        thread.spawn(serve).map_err(|error| Error::run_caused(name, error))?;
-        Ok(Self { name: name.into(), manifest, commands, state, pending, most: batch + queue })
+        let opened = |result| {
+            let _ = opened.send(result);
+        };
+        let worker = Worker::start(name, Capacity::of_machine(batch), open, opened)?;
+        Ok(Self { name: name.into(), manifest, worker, pending: Arc::default(), most: batch + queue })
     }
 
     /// What the thread of the model tells.
     pub fn state(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+        self.worker.state()
     }
 
     /// Number of images that were accepted and have not ended.
@@ -127,10 +91,6 @@ impl Model {
     ) -> std::result::Result<Vec<(usize, Received)>, Failure> {
         let places = self.places(requests.len())?;
         let images = requests.iter().zip(places).map(|(request, place)| {
-            let prepared = PreparedRequest::new(&self.manifest.model, request)?;
-            let sequence =
-                Sequence::of_batch(&prepared).pop().ok_or_else(|| Error::run(&self.name, "made no image"))?;
-            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
             let (send, received) = mpsc::unbounded_channel();
             let events = move |event| {
                 let _place = &place;
@@ -139,14 +99,12 @@ impl Model {
                     Err(_) => ControlFlow::Break(()),
                 }
             };
-            let sampling = prepared.sampling;
-            let tiling = Some(tiling.unwrap_or(Tiling::whole(request.tokens)));
-            let events: Events = Box::new(events);
-            let order = Order { number, priority: 0, sequence, sampling, tiling, previewed, events };
-            Ok((number, order, received))
+            let order = worker::order(&self.manifest.model, request, tiling, previewed, Box::new(events))?;
+            Ok((order, received))
         });
         let images = images.collect::<Result<Vec<_>>>()?;
-        let submit = |(number, order, received)| {
+        let submit = |(order, received): (Order<Events>, Received)| {
+            let number = order.number;
             self.send(Command::Generate(Box::new(order)))?;
             Ok((number, received))
         };
@@ -166,13 +124,7 @@ impl Model {
             let _ = send.send(work(engine));
         };
         self.send(Command::Call(Box::new(call)))?;
-        Ok(result.await.map_err(|_| self.stopped())??)
-    }
-
-    /// The error of a model whose thread has ended.
-    fn stopped(&self) -> Failure {
-        let message = format!("the model {} has stopped", self.name);
-        Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "engine_failed", message)
+        Ok(result.await.map_err(|_| Error::run(&self.name, "its thread has ended"))??)
     }
 
     /// Sends a command to the thread of the model.
@@ -180,7 +132,7 @@ impl Model {
     /// # Errors
     /// If the thread has ended.
     pub fn send(&self, command: Command) -> std::result::Result<(), Failure> {
-        self.commands.send(command).map_err(|_| self.stopped())
+        Ok(self.worker.send(command)?)
     }
 
     /// Takes places in the queue.
@@ -208,8 +160,4 @@ fn first_image(engine: &dyn Engine) -> Result<()> {
     let request = Request::new(engine.config(), [None], 2);
     let generated = generate(engine, &request, |_| {})?;
     engine.decode_tokens(generated.tokens.view()).map(drop)
-}
-
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
 }

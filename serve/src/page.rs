@@ -24,13 +24,13 @@ const ICON: &str = "image/svg+xml";
 /// Path, media type and contents of a file that the page loads.
 macro_rules! part {
     ($name:literal, $kind:ident) => {
-        (concat!("/page/", $name), $kind, include_str!(concat!("../../web/", $name)))
+        (concat!("/page/", $name), $kind, include_str!(concat!("../web/", $name)))
     };
 }
 
 /// The files of the page.
 const FILES: [(&str, &str, &str); 14] = [
-    ("/", HTML, include_str!("../../web/index.html")),
+    ("/", HTML, include_str!("../web/index.html")),
     part!("style.css", STYLE),
     part!("icon.svg", ICON),
     part!("classes.js", SCRIPT),

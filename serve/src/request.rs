@@ -10,11 +10,11 @@ use axum::http::StatusCode;
 use eqim::Config;
 use eqim::engine::Engine;
 use eqim::generate::finish::Finish;
-use eqim::generate::plan;
+use eqim::generate::plan::Plan;
 use eqim::generate::tiles::Tiling;
 use eqim::picture::{self, Format, Side};
 use eqim::request::Request;
-use eqim::request::settings::{DEFAULT_TOKENS, SamplingSettings, Settings};
+use eqim::request::settings::{SamplingSettings, Settings};
 use ndarray::{Array3, Axis};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -75,13 +75,12 @@ impl Body {
         }
     }
 
-    /// The settings of the first image, which continues a picture of `given` tokens if that is not 0.
-    fn settings(&self, config: &Config, given: usize) -> Result<Settings, Failure> {
+    /// The settings of the first image.
+    fn settings(&self, config: &Config) -> Result<Settings, Failure> {
         let width =
             self.size.as_deref().map(|size| width(size, config.tokenizer.image_height())).transpose()?.flatten();
         let mut settings = Settings {
             width,
-            tokens: width.is_none().then_some(given + DEFAULT_TOKENS),
             sampling: SamplingSettings {
                 seed: Some(self.seed.unwrap_or_else(rand::random)),
                 cfg: Some(self.guidance_scale.unwrap_or(1.0)),
@@ -89,9 +88,8 @@ impl Body {
                 steps: self.num_inference_steps,
                 ..SamplingSettings::default()
             },
-            // The picture is in the request, not in a file.
-            prefix: (given > 0).then(|| PICTURE.into()),
             direction: self.direction,
+            keep_prefix_pixels: self.keep_prefix_pixels,
             ..Settings::default()
         };
         self.prompt.set(&mut settings);
@@ -113,30 +111,17 @@ impl Wanted {
             Some(photo) => Some(beginning(&model, photo, side).await?),
             None => None,
         };
-        let given = beginning.as_ref().map_or(0, |pixels| pixels.dim().2 / config.tokenizer.token_width());
-        let settings = body.settings(config, given)?;
-        let (mut first, tiling) = plan::check(&settings, false, config)?;
+        let settings = body.settings(config)?;
+        let Plan { request: mut first, tiling, finish } = Plan::new(&settings, beginning.as_ref(), false, config)?;
         if first.tokens > app.max_tokens {
             let (tokens, most) = (first.tokens, app.max_tokens);
             return Err(Failure::param("size", format!("size is {tokens} tokens wide, expected at most {most}")));
         }
-        let keeps = body.keep_prefix_pixels.unwrap_or_default();
-        if keeps && beginning.is_none() {
-            return Err(Failure::param(
-                "keep_prefix_pixels",
-                "keep_prefix_pixels is true, which needs an image to continue",
-            ));
-        }
-        if given >= first.tokens {
-            let tokens = first.tokens;
-            let problem = format!("size is {tokens} tokens wide, and the image already has {given}: make it wider");
-            return Err(Failure::param("size", problem));
-        }
-        if let Some(pixels) = beginning.clone() {
+        let is_edit = beginning.is_some();
+        if let Some(pixels) = beginning {
             let encode = move |engine: &dyn Engine| engine.encode_tokens(pixels.view().insert_axis(Axis(0)));
             first.prefix = Some(model.call(encode).await?);
         }
-        let finish = Finish { kept: beginning.filter(|_| keeps), side, token_width: config.tokenizer.token_width() };
         let with_seed = |index: usize| {
             let seed = settings.sampling.seed.unwrap_or_default().wrapping_add(index as u64);
             let sampling = SamplingSettings { seed: Some(seed), ..settings.sampling.clone() };
@@ -149,7 +134,7 @@ impl Wanted {
             format: body.output_format.unwrap_or_default(),
             is_streamed: body.stream.unwrap_or_default(),
             strips: body.partial_images != Some(0),
-            is_edit: given > 0,
+            is_edit,
             model,
         })
     }

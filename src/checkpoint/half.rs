@@ -27,6 +27,15 @@ const TRAINING_ONLY: [&str; 3] = ["ema_", "loss.", "semantic_decoder."];
 const GENERATOR_STAGES: [Stage; 3] = [Stage::Prefill, Stage::Step, Stage::Flow];
 const TOKENIZER_STAGES: [Stage; 2] = [Stage::Encoder, Stage::Decoder];
 
+/// A half of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The generator.
+    Generator,
+    /// The tokenizer.
+    Tokenizer,
+}
+
 /// Selects one of the two sets of weights in a checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightSet {
@@ -119,6 +128,27 @@ impl<C> Half<C> {
 /// Whether a tensor belongs to a tokenizer.
 pub fn is_tokenizer_part(name: &str) -> bool {
     name.split('.').next().is_some_and(|part| TOKENIZER_PARTS.contains(&part))
+}
+
+/// The halves that a file has.
+///
+/// # Errors
+/// [`Error::input`] if it cannot be read or has none.
+pub fn parts(path: &Path) -> Result<Vec<Part>> {
+    let source = Source::open(path)?;
+    let anchors = [(Part::Generator, GENERATOR_ANCHOR), (Part::Tokenizer, TOKENIZER_ANCHOR)];
+    let names = source.names();
+    let has = |anchor: &str| names.iter().any(|entry| entry.stored == anchor) || !source.state_dicts(anchor).is_empty();
+    let found: Vec<Part> = anchors.into_iter().filter(|(_, anchor)| has(anchor)).map(|(part, _)| part).collect();
+    if found.is_empty() {
+        let problem = format!(
+            "is no checkpoint of a generator, which has a tensor {GENERATOR_ANCHOR}, or of a tokenizer, which has \
+             {TOKENIZER_ANCHOR} (found: {})",
+            source.contents()
+        );
+        return Err(source.bad(problem));
+    }
+    Ok(found)
 }
 
 /// Opens a file of weights for its generator.

@@ -16,7 +16,7 @@ mod torch;
 
 use std::path::Path;
 
-pub use half::{WeightSet, WeightSets};
+pub use half::{Part, WeightSet, WeightSets, parts};
 pub use infer::{Hints, Inferred, Origin, Shapes, generator as infer_generator, tokenizer as infer_tokenizer};
 pub use stored::{CONFIG_KEY, StoredConfig, stored_config, write, write_values};
 
@@ -73,6 +73,28 @@ pub fn load_described(generator: &Path, tokenizer: &Path, sets: WeightSets, hint
     generator.read(&mut weights)?;
     tokenizer.read(&mut weights)?;
     Ok(Loaded { config, weights, inferred, taken, passed_over })
+}
+
+/// Loads the weights of halves of a model from one checkpoint, and checks them.
+///
+/// # Errors
+/// Same as [`load`].
+pub fn load_parts(path: &Path, parts: &[Part], set: Option<WeightSet>, hints: &Hints) -> Result<Weights> {
+    let mut weights = Weights::default();
+    if parts.contains(&Part::Generator) {
+        let mut half = half::generator(path, set, hints)?;
+        // The check needs both configurations, so this adds one of a tokenizer that fits the generator.
+        let tokenizer = TokenizerConfig { embed: half.config.embed, ..Preset::Small.config().tokenizer };
+        let config = Config { generator: half.config.clone(), tokenizer };
+        config.check().map_err(|error| error.about(path.display()))?;
+        half.check(&config)?;
+        half.read(&mut weights)?;
+    }
+    if parts.contains(&Part::Tokenizer) {
+        let (_, tokenizer) = load_tokenizer_alone(path, set)?;
+        tokenizer.iter().try_for_each(|(name, tensor)| weights.insert(name.into(), tensor))?;
+    }
+    Ok(weights)
 }
 
 /// Loads a tokenizer without a generator, from a checkpoint in any format, and checks it.

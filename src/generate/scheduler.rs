@@ -16,7 +16,7 @@ use crate::engine::Engine;
 use crate::request::Sampling;
 use crate::request::condition::ClassSchedule;
 use crate::request::timing::{CallTimes, timed};
-use crate::{Error, Result};
+use crate::{Error, Result, limits};
 
 /// What happens to an image.
 #[derive(Debug)]
@@ -58,6 +58,13 @@ pub struct Capacity {
     pub images: usize,
     /// Memory in bytes for the caches and the sampling of the images in all batches.
     pub bytes: u64,
+}
+
+impl Capacity {
+    /// Half of the memory of the machine, for at most `images` images in all batches.
+    pub fn of_machine(images: usize) -> Self {
+        Self { images, bytes: limits::memory() / 2 }
+    }
 }
 
 /// What a scheduler did and does.

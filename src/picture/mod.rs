@@ -42,6 +42,30 @@ pub fn bytes(image: ArrayView3<f32>) -> Vec<u8> {
     image.permuted_axes([1, 2, 0]).iter().map(|&value| to_byte(value)).collect()
 }
 
+/// An image that arrives in strips.
+pub struct Pixels {
+    /// Width and height in pixels.
+    pub size: (usize, usize),
+    /// Bytes, `[height, width, 3]`.
+    pub bytes: Vec<u8>,
+}
+
+impl Pixels {
+    /// A black image.
+    pub fn new(size: (usize, usize)) -> Self {
+        Self { size, bytes: vec![0; 3 * size.0 * size.1] }
+    }
+
+    /// Writes columns `[3, height, width]` at pixel `x`.
+    pub fn write(&mut self, x: usize, columns: ArrayView3<f32>) {
+        let count = columns.dim().2;
+        for (y, row) in bytes(columns).chunks(3 * count).enumerate() {
+            let start = 3 * (y * self.size.0 + x);
+            self.bytes[start..start + 3 * count].copy_from_slice(row);
+        }
+    }
+}
+
 /// Writes `image [3, height, width]` as a PNG. `path` is replaced only once the file is complete.
 ///
 /// # Errors

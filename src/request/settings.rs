@@ -337,7 +337,7 @@ impl Settings {
     }
 
     /// Names of all settings.
-    fn names() -> Vec<String> {
+    pub fn names() -> Vec<String> {
         match serde_json::to_value(Self::default()) {
             Ok(Value::Object(fields)) => fields.into_iter().map(|(name, _)| name).collect(),
             _ => vec![],

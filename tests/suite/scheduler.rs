@@ -13,9 +13,9 @@ use eqim::engine::{Engine, Row, Session};
 use eqim::generate::batch::Sequence;
 use eqim::generate::generate;
 use eqim::generate::memory;
-use eqim::generate::scheduler::{Capacity, Event, Metrics, Order, Scheduler};
+use eqim::generate::scheduler::{Capacity, Event, Order, Scheduler};
 use eqim::generate::tiles::{Strip, Tiling, decode_tiles};
-use eqim::generate::worker::{self, Command};
+use eqim::generate::worker::{self, Command, Worker};
 use eqim::request::condition::ClassSchedule;
 use eqim::request::solver::{Solver, Tableau};
 use eqim::request::{Noise, PreparedRequest, Request};
@@ -312,12 +312,21 @@ struct Failing {
     fails_at: usize,
     /// Number of images that are not decoded.
     undecoded: Cell<usize>,
+    /// Whether pixels are not finite.
+    is_blank: Cell<bool>,
     is_stuck: bool,
 }
 
 impl Failing {
     fn new(fails_at: usize, undecoded: usize, is_stuck: bool) -> Self {
-        Self { engine: engine(), calls: Cell::new(0), fails_at, undecoded: Cell::new(undecoded), is_stuck }
+        Self {
+            engine: engine(),
+            calls: Cell::new(0),
+            fails_at,
+            undecoded: Cell::new(undecoded),
+            is_blank: Cell::new(false),
+            is_stuck,
+        }
     }
 }
 
@@ -353,7 +362,8 @@ impl Engine for Failing {
             self.undecoded.set(left);
             return Err(Error::run("decoder", "no memory"));
         }
-        self.engine.decode(latents)
+        let pixels = self.engine.decode(latents)?;
+        Ok(if self.is_blank.get() { pixels * f32::NAN } else { pixels })
     }
 
     fn encode(&self, images: ArrayView4<f32>) -> Result<Array3<f32>> {
@@ -405,6 +415,27 @@ fn an_image_that_cannot_be_decoded_leaves_its_row() {
     }
 }
 
+/// The engine has not failed: other images go on, and it stays ready.
+#[test]
+fn an_image_with_a_pixel_that_is_not_finite_fails_alone() {
+    let engine = Failing::new(0, 0, false);
+    let (config, results) = (engine.config().clone(), Results::default());
+    let mut scheduler = Scheduler::new(&engine, ANY);
+    let request = |number: usize| request(&config, number as u64, Some(0), if number == 0 { 4 } else { 8 }, false);
+    for number in 0..2 {
+        scheduler.submit(order(&config, number, &request(number), keep(&results, number, usize::MAX)));
+    }
+    engine.is_blank.set(true);
+    while scheduler.metrics().failed == 0 {
+        scheduler.turn().unwrap();
+    }
+    engine.is_blank.set(false);
+    scheduler.finish().unwrap();
+    let failed = results.borrow()[&0].failed.clone().unwrap();
+    assert!(failed.contains("a pixel is not finite"), "{failed}");
+    is_alone(&engine.engine, &request(1), &results.borrow()[&1]);
+}
+
 /// A session that cannot be arranged, so that no image can begin or leave.
 struct Stuck;
 
@@ -434,32 +465,37 @@ fn images_that_cannot_begin_fail() {
     assert_eq!(engine.calls.get(), 0, "no image has begun");
 }
 
+/// A worker whose engine is open.
+fn start(open: impl FnOnce() -> Result<Box<dyn Engine>> + Send + 'static) -> Worker {
+    let (opened, is_open) = mpsc::channel();
+    let worker = Worker::start("test", ANY, open, move |result| opened.send(result).unwrap()).unwrap();
+    is_open.recv().unwrap().unwrap();
+    assert!(worker.state().is_ready);
+    worker
+}
+
+/// Name of the engine. When it is known, the worker has told what it did before.
+fn name_of(worker: &Worker) -> String {
+    let (reply, called) = mpsc::channel();
+    worker.send(Command::Call(Box::new(move |engine| reply.send(engine.name().to_string()).unwrap()))).unwrap();
+    called.recv().unwrap()
+}
+
 /// Several threads ask one worker. It ends when all of them are gone, after all images.
 #[test]
 fn a_worker_serves_threads() {
-    let (send, receive) = mpsc::channel();
-    let worker = std::thread::spawn(move || {
-        let (engine, mut turns) = (engine(), 0);
-        let mut last = Metrics::default();
-        worker::run(&engine, ANY, &receive, |metrics, failure| {
-            assert!(failure.is_none(), "{failure:?}");
-            (turns, last) = (turns + 1, metrics);
-        });
-        last
-    });
+    let worker = start(|| Ok(Box::new(engine())));
     let config = engine().config().clone();
     let (one, two) = (request(&config, 1, Some(0), 6, true), request(&config, 2, Some(1), 900, false));
     let (events, received) = mpsc::channel();
     let generate = |number: usize, request: &Request, events: &mpsc::Sender<(usize, Event)>| {
-        let (prepared, events) = (PreparedRequest::new(&config, request).unwrap(), events.clone());
-        let (sequence, sampling) = (Sequence::of_batch(&prepared).remove(0), prepared.sampling);
+        let events = events.clone();
         let send_on = move |event| match events.send((number, event)) {
             Ok(()) => ControlFlow::Continue(()),
             Err(_) => ControlFlow::Break(()),
         };
-        let events: worker::Events = Box::new(send_on);
-        let order = Order { number, priority: 0, sequence, sampling, tiling: None, previewed: false, events };
-        send.send(Command::Generate(Box::new(order))).unwrap();
+        let order = worker::order(&config, request, Some(TILING), false, Box::new(send_on)).unwrap();
+        worker.send(Command::Generate(Box::new(Order { number, tiling: None, ..order }))).unwrap();
     };
     generate(1, &one, &events);
     // The receiver of the second image goes away after its first event.
@@ -472,16 +508,39 @@ fn a_worker_serves_threads() {
     generate(3, &two, &events);
     let (reply, amended) = mpsc::channel();
     let amended_to = Box::new(move |found| reply.send(found).unwrap());
-    send.send(Command::Amend(3, ClassSchedule::Constant(Some(2)), amended_to)).unwrap();
+    worker.send(Command::Amend(3, ClassSchedule::Constant(Some(2)), amended_to)).unwrap();
     assert!(amended.recv().unwrap().is_some());
-    send.send(Command::Cancel(3)).unwrap();
-    let (reply, called) = mpsc::channel();
-    send.send(Command::Call(Box::new(move |engine| reply.send(engine.name().to_string()).unwrap()))).unwrap();
-    assert_eq!(called.recv().unwrap(), "Candle");
-    drop((send, events));
-    let metrics = worker.join().unwrap();
-    assert_eq!((metrics.done, metrics.cancelled, metrics.failed), (1, 2, 0));
+    worker.send(Command::Cancel(3)).unwrap();
+    drop(events);
     let of_one: Vec<Event> = received.iter().filter(|(number, _)| *number == 1).map(|(_, event)| event).collect();
     assert_eq!(of_one.len(), 7);
     assert!(matches!(of_one.last(), Some(Event::Done)));
+    assert_eq!(name_of(&worker), "Candle");
+    let metrics = worker.state().metrics.clone();
+    assert_eq!((metrics.done, metrics.cancelled, metrics.failed), (1, 2, 0));
+    worker.close();
+}
+
+#[test]
+fn a_worker_is_not_ready_after_its_decoder_failed() {
+    let worker = start(|| Ok(Box::new(Failing::new(0, 1, false))));
+    let config = engine().config().clone();
+    for (is_done, seed) in [(false, 1), (true, 2)] {
+        let (events, received) = mpsc::channel();
+        let keep = move |event| {
+            events.send(event).unwrap();
+            ControlFlow::Continue(())
+        };
+        let order =
+            worker::order(&config, &request(&config, seed, None, 6, false), None, false, Box::new(keep)).unwrap();
+        worker.send(Command::Generate(Box::new(order))).unwrap();
+        match received.iter().last().unwrap() {
+            Event::Done => assert!(is_done),
+            Event::Failed(error) => assert!(!is_done && error.to_string().contains("no memory"), "{error}"),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(name_of(&worker), "failing");
+        assert_eq!(worker.state().is_ready, is_done);
+    }
+    worker.close();
 }

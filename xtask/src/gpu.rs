@@ -124,7 +124,7 @@ fn build(root: &Path, toolkit: &Path) -> Result<BTreeMap<String, PathBuf>> {
     let output = capture(
         Command::new("cargo")
             .args("build --release --target-dir target/cuda --features cuda".split(' '))
-            .args("--package eqim --package eqim-engines --package eqim-export --package eqim-training".split(' '))
+            .args("--package eqim --package eqim-programs --package eqim-training".split(' '))
             .args("--bins --test suite --test parity --message-format json-render-diagnostics".split(' '))
             .env("PATH", path)
             .env("CUDA_HOME", &toolkit)

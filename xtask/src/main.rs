@@ -1,10 +1,12 @@
-//! Development tasks of the workspace: `cargo xtask setup`, `demo`, `test`, `clients` and `gpu`.
+//! Development tasks of the workspace: `cargo xtask setup`, `demo`, `test`, `clients`, `wheel`, `fleet` and `gpu`.
 
 mod clients;
 mod command;
+mod debian;
 mod demo;
 mod gpu;
 mod setup;
+mod wheel;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -37,6 +39,20 @@ enum Task {
     /// Test eqim-serve with OpenAI's Python package, curl, Chromium and nginx. What is missing is installed: Debian packages,
     /// which needs root, and Python packages in .native/.
     Clients {
+        /// Arguments for pytest.
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+    /// Build the Python package in target/wheels, and test it in fresh virtual environments with the oldest and the newest
+    /// Python at hand.
+    Wheel {
+        /// Arguments for pytest.
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
+    /// Test the Python package on Ray and the programs on Slurm. What is missing is installed: Debian packages, which needs
+    /// root, and Python packages in .native/.
+    Fleet {
         /// Arguments for pytest.
         #[arg(last = true)]
         args: Vec<String>,
@@ -76,6 +92,8 @@ fn perform(task: Task) -> Result<()> {
         Task::Demo => demo::demo(root),
         Task::Test { args } => test(root, &args),
         Task::Clients { args } => clients::clients(root, &args),
+        Task::Wheel { args } => wheel::wheel(root, &args),
+        Task::Fleet { args } => wheel::fleet(root, &args),
         Task::Gpu { reference, output } => gpu::gpu(root, reference.as_deref(), &output),
     }
 }

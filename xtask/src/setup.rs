@@ -73,6 +73,11 @@ pub fn features() -> &'static [&'static str] {
     if has_tensorrt() { &["--features", "tensorrt"] } else { &[] }
 }
 
+/// The installed ONNX Runtime library.
+pub fn onnxruntime(root: &Path) -> Result<PathBuf> {
+    Ok(root.join(".native/onnxruntime").join(library_name()?))
+}
+
 /// Whether TensorRT's libraries exist for this system.
 fn has_tensorrt() -> bool {
     OS == "linux" && ARCH == "x86_64"

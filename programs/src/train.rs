@@ -1,0 +1,247 @@
+//! `eqim-train`: trains the tokenizer and the generator on folders of photographs.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use clap::{Args, Parser, Subcommand};
+use eqim::bundle::FileRecord;
+use eqim::checkpoint;
+use eqim::engine::candle::open_device;
+use eqim::{Error, Result, ResultExt, files, limits};
+use eqim_training::data::Photos;
+use eqim_training::dino::Dino;
+use eqim_training::generator::{self, GeneratorTask};
+use eqim_training::latents::Encoder;
+use eqim_training::perceptual::Lpips;
+use eqim_training::recipe::{Base, Recipe, TrainingPlan};
+use eqim_training::run::{Output, Task, run as run_task};
+use eqim_training::tokenizer::{self, Teachers, TokenizerTask, mean};
+use serde::Serialize;
+
+/// Runs the program with its arguments, the first of which is its name. Returns the exit code of the process.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
+    let arguments = Arguments::parse_from(arguments);
+    eqim_cli::main(|| {
+        one_thread_a_tensor()?;
+        run(&arguments)
+    })
+}
+
+/// Train the tokenizer or the generator on a folder of photographs.
+#[derive(Parser)]
+#[command(name = "eqim-train", version)]
+struct Arguments {
+    #[command(subcommand)]
+    part: Part,
+}
+
+/// The commands of `eqim-train`.
+#[derive(Subcommand)]
+enum Part {
+    /// Train the tokenizer: the autoencoder between images and latent tokens.
+    Tokenizer {
+        #[command(flatten)]
+        shared: Shared,
+        /// Tokenizer checkpoint to start from (.safetensors of eqim-train, or .ckpt).
+        #[arg(long, value_name = "FILE")]
+        from: Option<PathBuf>,
+        /// Weights of VGG16 and LPIPS (.safetensors), for the perceptual loss.
+        #[arg(long, value_name = "FILE")]
+        lpips: Option<PathBuf>,
+        /// Weights of a DINOv2 vision transformer (.safetensors), for the semantic loss.
+        #[arg(long, value_name = "FILE")]
+        dino: Option<PathBuf>,
+    },
+    /// Train the generator on the latents of a trained tokenizer.
+    Generator {
+        #[command(flatten)]
+        shared: Shared,
+        /// Checkpoint of the trained tokenizer (.safetensors of eqim-train, or .ckpt).
+        #[arg(long, value_name = "FILE")]
+        tokenizer: PathBuf,
+    },
+    /// Print a preset as TOML, to edit and pass to --recipe.
+    Recipe {
+        /// Preset to print.
+        #[arg(long, value_enum, default_value_t)]
+        preset: Base,
+    },
+}
+
+/// Arguments of both training commands.
+#[derive(Args)]
+struct Shared {
+    /// Folder of photographs (.jpg, .png), with one subfolder per class.
+    #[arg(long, value_name = "DIR")]
+    images: PathBuf,
+    /// Output folder for the model, checkpoints, metrics and samples.
+    #[arg(short, long, value_name = "DIR")]
+    output: PathBuf,
+    /// Preset of model sizes and hyperparameters.
+    #[arg(long, value_enum, default_value_t)]
+    preset: Base,
+    /// TOML file with the settings that differ from the preset.
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+    /// Device to train on: cpu, or cuda:N if built with the feature cuda.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: String,
+    /// Resume from the last checkpoint in the output folder.
+    #[arg(long)]
+    resume: bool,
+    /// Number of optimizer steps; overrides the recipe.
+    #[arg(long)]
+    steps: Option<usize>,
+    /// Images per optimizer step; overrides the recipe.
+    #[arg(long)]
+    batch_size: Option<usize>,
+    /// Random seed; overrides the recipe.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+impl Shared {
+    fn recipe(&self) -> Result<Recipe> {
+        let mut recipe = match &self.recipe {
+            Some(path) => Recipe::read(self.preset, path)?,
+            None => Recipe::new(self.preset),
+        };
+        for plan in [&mut recipe.tokenizer.plan, &mut recipe.generator.plan] {
+            plan.steps = self.steps.unwrap_or(plan.steps);
+            plan.batch_size = self.batch_size.unwrap_or(plan.batch_size);
+            plan.seed = self.seed.unwrap_or(plan.seed);
+        }
+        recipe.check()?;
+        Ok(recipe)
+    }
+
+    fn photos(&self, plan: &TrainingPlan, height: usize, token_width: usize) -> Result<Photos> {
+        let photos = Photos::open(&self.images, height, plan.tokens * token_width)?;
+        photos.skipped.iter().for_each(|problem| eqim_cli::note(format_args!("skipped: {problem}")));
+        let classes = photos.classes.join(", ");
+        let (found, skipped) = (photos.photos.len(), photos.skipped.len());
+        eqim_cli::note(format_args!("{found} photographs ({skipped} skipped), classes: {classes}"));
+        Ok(photos)
+    }
+}
+
+/// Makes Candle use one thread per operation. Batches are divided among the cores instead, and Candle's own threads
+/// would wait for one another after every operation. Candle reads the number of threads once, from the environment, so
+/// this function restarts the program with `CANDLE_NUM_THREADS=1` unless the variable is already set.
+///
+/// # Errors
+/// [`Error::run`] if the program cannot be restarted.
+fn one_thread_a_tensor() -> Result<()> {
+    const VARIABLE: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(VARIABLE).is_some() {
+        return Ok(());
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::process::CommandExt;
+        let failed = |error| Error::run("eqim-train", format!("cannot be restarted with {VARIABLE}=1: {error}"));
+        // A console script is started by an interpreter, and its name is one of the arguments.
+        let mut arguments = std::env::args_os();
+        let program = arguments.next().unwrap_or_else(|| "eqim-train".into());
+        Err(failed(Command::new(program).args(arguments).env(VARIABLE, "1").exec()))
+    }
+    #[cfg(not(unix))]
+    Ok(())
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// [`Error::input`] naming the flag, file or key that cannot be used; [`Error::run`] if the training fails.
+fn run(arguments: &Arguments) -> Result<()> {
+    match &arguments.part {
+        Part::Recipe { preset } => eqim_cli::print(Recipe::new(*preset).text()?),
+        Part::Tokenizer { shared, from, lpips, dino } => {
+            tokenizer(shared, from.as_deref(), lpips.as_deref(), dino.as_deref())
+        }
+        Part::Generator { shared, tokenizer } => generator(shared, tokenizer),
+    }
+}
+
+fn tokenizer(shared: &Shared, from: Option<&Path>, lpips: Option<&Path>, dino: Option<&Path>) -> Result<()> {
+    let mut recipe = shared.recipe()?.tokenizer;
+    let device = open_device(&shared.device)?;
+    if recipe.plan.bf16 && device.is_cpu() {
+        return Err(Error::input(
+            "tokenizer.plan.bf16",
+            "requires a GPU, since Candle has no such convolutions on a CPU: set --device",
+        ));
+    }
+    let initial = from.map(|path| checkpoint::load_tokenizer_alone(path, None)).transpose()?;
+    if let Some((model, _)) = &initial {
+        recipe.model = model.clone();
+    }
+    tokenizer::check_memory(&recipe, limits::memory())?;
+    let photos = shared.photos(&recipe.plan, recipe.model.image_height(), recipe.model.token_width())?;
+    let output = Output::open(&shared.output, shared.resume)?;
+    let teachers = Teachers {
+        lpips: lpips.map(|path| Lpips::open(path, &device)).transpose()?,
+        dino: dino.map(|path| Dino::open(path, &device)).transpose()?,
+    };
+    let mut task = TokenizerTask::new(recipe, photos, initial.map(|(_, weights)| weights), teachers, device)?;
+    train(&mut task, &output, shared.resume)?;
+    let report = ReconstructionReport::new(&task)?;
+    let text = serde_json::to_string_pretty(&report).or_run("report")?;
+    files::write(&output.file("report.json"), text.as_bytes())?;
+    eqim_cli::print(report.text())
+}
+
+fn generator(shared: &Shared, tokenizer: &Path) -> Result<()> {
+    let recipe = shared.recipe()?;
+    let device = open_device(&shared.device)?;
+    let (config, weights) = checkpoint::load_tokenizer_alone(tokenizer, None)?;
+    let name = tokenizer.file_name().unwrap_or_default().to_string_lossy();
+    let hash = FileRecord::of(files::folder(tokenizer), &name)?.sha256;
+    generator::check_memory(&recipe.generator, &config, limits::memory())?;
+    let photos = shared.photos(&recipe.generator.plan, config.image_height(), config.token_width())?;
+    let output = Output::open(&shared.output, shared.resume)?;
+    let encoder = Encoder { config, weights, hash };
+    let posterior_std = recipe.tokenizer.posterior_std;
+    let cache = output.file("latents");
+    let mut task = GeneratorTask::new(recipe.generator, posterior_std, photos, encoder, &cache, device)?;
+    train(&mut task, &output, shared.resume)?;
+    eqim_cli::print(format_args!("classes: {}", task.classes().join(", ")))
+}
+
+fn train(task: &mut impl Task, output: &Output, resume: bool) -> Result<()> {
+    let start = if resume { output.resume(task)? } else { 0 };
+    if resume {
+        eqim_cli::note(format_args!("resuming after step {start}"));
+    }
+    run_task(task, output, start)?;
+    let result = output.file(&format!("{}.safetensors", task.kind()));
+    eqim_cli::print(format_args!("the {} is {}", task.kind(), result.display()))
+}
+
+/// Quality of the tokenizer's reconstructions of the photographs.
+#[derive(Serialize)]
+struct ReconstructionReport {
+    /// Peak signal-to-noise ratio (PSNR) in dB of each training photograph, by file.
+    training: Vec<(String, f64)>,
+    /// PSNR in dB of each held-out photograph, by file.
+    held_out: Vec<(String, f64)>,
+}
+
+impl ReconstructionReport {
+    fn new(task: &TokenizerTask) -> Result<Self> {
+        let (training, held_out) = task.photos();
+        Ok(Self { training: task.psnr(training)?, held_out: task.psnr(held_out)? })
+    }
+
+    fn text(&self) -> String {
+        let line = |name: &str, photos: &[(String, f64)]| {
+            let mean = mean(photos.iter().map(|(_, psnr)| *psnr));
+            format!("reconstruction of {} {name} photographs: PSNR {mean:.2} dB", photos.len())
+        };
+        match self.held_out.is_empty() {
+            true => line("training", &self.training),
+            false => format!("{}\n{}", line("training", &self.training), line("held-out", &self.held_out)),
+        }
+    }
+}

@@ -1,0 +1,557 @@
+//! `eqim-train`, run from the command line with models and pictures that are small enough for a test.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Tensor};
+use eqim::checkpoint::tensors::{self, TensorFile};
+use eqim::close::{largest_difference, values};
+use eqim::digest::Hash;
+use image::{Rgb, RgbImage};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Recipe of a model for images 32 pixels high, with tokens 4 pixels wide.
+const MICRO: &str = r#"
+[tokenizer.model]
+rows = 8
+embed = 16
+groups = 2
+[tokenizer.model.encoder]
+z_channels = 4
+conv_in = 8
+levels = [{ channels = 8, attention = false }, { channels = 8, attention = false }, { channels = 16, attention = true }]
+[tokenizer.model.decoder]
+z_channels = 4
+conv_in = 16
+levels = [{ channels = 8, attention = false }, { channels = 8, attention = false }, { channels = 16, attention = true }]
+[tokenizer.plan]
+steps = 6
+batch_size = 3
+tokens = 4
+validation = 1
+schedule = "constant"
+base_learning_rate = 0.1
+log_every = 2
+checkpoint_every = 3
+sample_every = 6
+[generator]
+views = 3
+[generator.model]
+buffer = 2
+dim = 16
+depth = 2
+heads = 2
+mlp_dim = 32
+flow_dim = 32
+flow_depth = 2
+time_dim = 32
+[generator.plan]
+steps = 6
+batch_size = 9
+tokens = 4
+validation = 1
+schedule = "constant"
+base_learning_rate = 0.1
+log_every = 2
+checkpoint_every = 3
+sample_every = 6
+"#;
+
+/// A folder with photographs of two classes, a recipe and the outputs of runs.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let place = Self(tempfile::tempdir().unwrap());
+        fs::write(place.path("micro.toml"), MICRO).unwrap();
+        for (class, colour) in [("dusk", [200, 90, 40]), ("noon", [60, 120, 220])] {
+            fs::create_dir_all(place.path("photos").join(class)).unwrap();
+            for index in 0..3 {
+                picture(48 + 8 * index, 40, colour, index)
+                    .save(place.path(&format!("photos/{class}/{index}.png")))
+                    .unwrap();
+            }
+        }
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn command(&self, line: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_eqim-train"));
+        command.args(line.split_whitespace()).current_dir(self.0.path()).stdin(Stdio::null());
+        command
+    }
+
+    fn run(&self, line: &str) -> Output {
+        self.command(line).output().unwrap()
+    }
+
+    /// Runs a command line that has to succeed. Returns its output.
+    fn trains(&self, line: &str) -> String {
+        let output = self.run(line);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{line}: {said}");
+        said + &String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a command line that has to fail with this exit code. Returns its standard error.
+    fn fails(&self, line: &str, code: i32) -> String {
+        let output = self.run(line);
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{line}: {said}");
+        assert!(!said.contains("panicked"), "{said}");
+        said
+    }
+
+    fn tokenizer(&self, more: &str) -> String {
+        format!("tokenizer --images photos --recipe micro.toml {more}")
+    }
+
+    fn generator(&self, more: &str) -> String {
+        format!("generator --images photos --tokenizer t/tokenizer.safetensors --recipe micro.toml {more}")
+    }
+
+    fn metrics(&self, run: &str) -> Vec<Value> {
+        let text = fs::read_to_string(self.path(run).join("metrics.jsonl")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    fn recipe(&self, name: &str, from: &str, to: &str) {
+        assert!(MICRO.contains(from), "{from}");
+        fs::write(self.path(name), MICRO.replace(from, to)).unwrap();
+    }
+}
+
+/// A picture of a sky above hilly ground.
+fn picture(width: u32, height: u32, sky: [u8; 3], seed: u32) -> RgbImage {
+    RgbImage::from_fn(width, height, |x, y| {
+        let hill = f64::from(height) * (0.6 + 0.2 * (f64::from(x + 7 * seed) / 9.0).sin());
+        let shade = (y * 255 / height) as u8;
+        if f64::from(y) < hill {
+            Rgb(sky.map(|value| value.saturating_sub(shade / 3)))
+        } else {
+            Rgb([shade / 3, shade / 2, 30])
+        }
+    })
+}
+
+fn same(a: &Path, b: &Path) {
+    assert!(fs::read(a).unwrap() == fs::read(b).unwrap(), "{} and {} differ", a.display(), b.display());
+}
+
+#[test]
+fn both_halves_learn() {
+    let place = Place::new();
+    let said = place.trains(&place.tokenizer("-o t --steps 300"));
+    assert!(said.contains("6 photographs (0 skipped), classes: dusk, noon"), "{said}");
+    assert!(said.contains("PSNR"), "{said}");
+    place.trains(&place.generator("-o g --steps 300"));
+    for run in ["t", "g"] {
+        let losses: Vec<f64> = place.metrics(run).iter().map(|line| line["loss"].as_f64().unwrap()).collect();
+        let (first, last) = (losses[0], losses[losses.len() - 10..].iter().sum::<f64>() / 10.0);
+        assert!(last < 0.5 * first, "{run}: from {first} to {last}");
+        for file in ["loss.png", "samples/step-0000300.png"] {
+            let image = image::open(place.path(run).join(file)).unwrap().to_rgb8();
+            assert!(image.pixels().any(|pixel| pixel != image.get_pixel(0, 0)), "{run}/{file}");
+        }
+    }
+    let model = place.path("g/generator.safetensors");
+    let tokenizer = place.path("t/tokenizer.safetensors");
+    let (config, _) =
+        eqim::checkpoint::load(&model, &tokenizer, eqim::checkpoint::WeightSets::default(), &Default::default())
+            .unwrap();
+    assert_eq!((config.generator.class_num, config.generator.embed), (2, 16));
+    assert_eq!(config.generator.class_names, ["dusk", "noon"]);
+}
+
+#[test]
+fn products_in_bf16_learn_as_well() {
+    let place = Place::new();
+    place.trains(&place.tokenizer("-o t"));
+    fs::write(place.path("bf16.toml"), MICRO.replace("[generator.plan]", "[generator.plan]\nbf16 = true")).unwrap();
+    place.trains(&place.generator("-o whole --steps 60"));
+    place.trains(&place.generator("-o half --steps 60").replace("micro.toml", "bf16.toml"));
+    let loss = |run: &str| place.metrics(run).pop().unwrap()["loss"].as_f64().unwrap();
+    let (whole, half) = (loss("whole"), loss("half"));
+    // The eight bits of the BF16 mantissa change every product by up to 0.4 %.
+    assert!(whole != half && (half / whole - 1.0).abs() < 0.02, "{whole} and {half}");
+    fs::write(place.path("bf16.toml"), MICRO.replace("[tokenizer.plan]", "[tokenizer.plan]\nbf16 = true")).unwrap();
+    let said = place.fails(&place.tokenizer("-o x").replace("micro.toml", "bf16.toml"), 2);
+    assert!(said.contains("tokenizer.plan.bf16"), "{said}");
+}
+
+#[test]
+fn a_resumed_run_goes_on_bit_for_bit() {
+    let place = Place::new();
+    let gan = MICRO.replace(
+        "[tokenizer.model]\n",
+        "[tokenizer]\ndiscriminator_weight = 0.5\ndiscriminator_start = 2\n[tokenizer.model]\n",
+    );
+    fs::write(place.path("gan.toml"), gan.replace("tokens = 4", "tokens = 8")).unwrap();
+    let dino = Path::new(env!("CARGO_MANIFEST_DIR")).join("../training/tests/fixtures/dino.safetensors");
+    place.trains(&place.tokenizer("-o t"));
+    let lines = [
+        place.tokenizer(""),
+        place.generator(""),
+        format!("tokenizer --images photos --recipe gan.toml --dino {}", dino.display()),
+    ];
+    for (index, line) in lines.iter().enumerate() {
+        let (whole, parts) = (format!("whole{index}"), format!("parts{index}"));
+        place.trains(&format!("{line} -o {whole}"));
+        // Imitates a run that was killed after its first checkpoint: adds a later record and an incomplete line.
+        place.trains(&format!("{line} -o {parts} --steps 3"));
+        let state = place.path(&parts).join("metrics.jsonl");
+        let text = fs::read_to_string(&state).unwrap();
+        fs::write(&state, text + "{\"step\":5,\"loss\":1}\n{\"st").unwrap();
+        place.trains(&format!("{line} -o {parts} --resume"));
+        for file in ["state.safetensors", "samples/step-0000006.png"] {
+            same(&place.path(&whole).join(file), &place.path(&parts).join(file));
+        }
+        let steps: Vec<u64> = place.metrics(&parts).iter().map(|line| line["step"].as_u64().unwrap()).collect();
+        assert_eq!(steps, [2, 3, 4, 6]);
+        let last = place.metrics(&parts).pop().unwrap();
+        let judged = ["adversarial", "discriminator", "semantic"].map(|name| last.get(name).is_some());
+        assert_eq!(judged, [line.contains("gan.toml"); 3], "{last}");
+    }
+}
+
+#[test]
+fn a_kill_loses_no_more_than_the_last_interval() {
+    let place = Place::new();
+    let mut child = place.command(&place.tokenizer("-o t --steps 100000")).stderr(Stdio::null()).spawn().unwrap();
+    let (state, start) = (place.path("t/state.safetensors"), Instant::now());
+    while !state.exists() && start.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(place.fails(&place.tokenizer("-o t --steps 100000"), 2).contains("--resume"));
+    let mut child =
+        place.command(&place.tokenizer("-o t --steps 100000 --resume")).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    child.kill().unwrap();
+    let said = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
+    let after = said.split("resuming after step ").nth(1).unwrap().split_whitespace().next().unwrap();
+    assert!(after.parse::<usize>().unwrap() >= 3, "{said}");
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint() {
+    let place = Place::new();
+    place.trains(&place.tokenizer("-o t --steps 3"));
+    let before = fs::read(place.path("t/state.safetensors")).unwrap();
+    place.recipe("wild.toml", "base_learning_rate = 0.1", "base_learning_rate = 1e30");
+    place.fails(&place.tokenizer("-o t --resume").replace("micro.toml", "wild.toml"), 2);
+    let said = place.fails(&place.tokenizer("-o w").replace("micro.toml", "wild.toml"), 1);
+    assert!(said.contains("step ") && said.contains("not finite") && said.contains("no checkpoint"), "{said}");
+    assert!(!place.path("w/state.safetensors").exists());
+    assert!(before == fs::read(place.path("t/state.safetensors")).unwrap());
+}
+
+/// Contents of a `.safetensors` file.
+fn stored(path: &Path) -> (BTreeMap<String, Tensor>, HashMap<String, String>) {
+    let mut file = TensorFile::open(path).unwrap();
+    let names: Vec<String> = file.tensors().into_keys().collect();
+    let text = ["eqim-training", "sha256"].map(|key| Some((key.to_string(), file.text(key)?.to_string())));
+    let tensors = names.into_iter().map(|name| (name.clone(), file.read(&name).unwrap())).collect();
+    (tensors, text.into_iter().flatten().collect())
+}
+
+fn store(path: &Path, tensors: &BTreeMap<String, Tensor>, text: HashMap<String, String>) {
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor.clone())).collect();
+    tensors::write(path, &tensors, text).unwrap();
+}
+
+/// A tensor with one value replaced.
+fn poisoned(tensor: &Tensor, value: f32) -> Tensor {
+    let mut all = values(tensor).unwrap();
+    all[0] = value;
+    Tensor::from_vec(all, tensor.dims(), tensor.device()).unwrap()
+}
+
+#[test]
+fn a_step_that_overflows_is_not_saved() {
+    let place = Place::new();
+    place.recipe("wild.toml", "base_learning_rate = 0.1", "base_learning_rate = 1e30");
+    let wild = |line: String| line.replace("micro.toml", "wild.toml");
+    // The gradients of the first step are finite. It is the last one, so nothing else would notice.
+    let said = place.fails(&wild(place.tokenizer("-o w --steps 1")), 1);
+    assert!(said.contains("step 1: ") && said.contains("not finite") && said.contains("no checkpoint"), "{said}");
+    place.trains(&place.tokenizer("-o t --steps 3"));
+    let said = place.fails(&wild(place.generator("-o v --steps 1")), 1);
+    assert!(said.contains("step 1: ") && said.contains("not finite"), "{said}");
+    for file in ["w/tokenizer.safetensors", "w/state.safetensors", "v/generator.safetensors", "v/state.safetensors"] {
+        assert!(!place.path(file).exists(), "{file}");
+    }
+}
+
+#[test]
+fn the_last_finite_checkpoint_stays() {
+    let place = Place::new();
+    let every = MICRO.replace("checkpoint_every = 3", "checkpoint_every = 1");
+    fs::write(place.path("micro.toml"), &every).unwrap();
+    place.trains(&place.tokenizer("-o t --steps 3"));
+    // A second moment that is too small for its first moment: the next step overflows, its gradients are finite.
+    let (mut tensors, text) = stored(&place.path("t/state.safetensors"));
+    let name = "decoder.conv_out.weight";
+    for (part, value) in [("first_moment", 3e38), ("second_moment", 0.0)] {
+        let key = format!("tokenizer.{part}.{name}");
+        tensors.insert(key.clone(), (tensors[&key].zeros_like().unwrap() + value).unwrap());
+    }
+    write_state(&place.path("t/state.safetensors"), &tensors, text);
+    let kept = ["t/state.safetensors", "t/tokenizer.safetensors"].map(|file| fs::read(place.path(file)).unwrap());
+    let said = place.fails(&place.tokenizer("-o t --resume"), 1);
+    assert!(said.contains("step 4: tensor tokenizer.") && said.contains(name), "{said}");
+    assert!(said.contains("not finite") && said.contains("the checkpoint of step 3 is kept"), "{said}");
+    let left = ["t/state.safetensors", "t/tokenizer.safetensors"].map(|file| fs::read(place.path(file)).unwrap());
+    assert!(kept == left);
+}
+
+/// Writes a training state with the hash that its tensors have.
+fn write_state(path: &Path, tensors: &BTreeMap<String, Tensor>, mut text: HashMap<String, String>) {
+    let mut saved: Value = serde_json::from_str(&text["eqim-training"]).unwrap();
+    let mut hash = Hash::default();
+    // In the order of the parameters, and for each parameter in the order of the parts.
+    let parts = ["value", "first_moment", "second_moment", "average"];
+    let parameters = tensors.keys().filter_map(|key| key.strip_prefix("tokenizer.value."));
+    for (parameter, part) in parameters.flat_map(|parameter| parts.map(|part| (parameter, part))) {
+        let key = format!("tokenizer.{part}.{parameter}");
+        hash.add(&key);
+        hash.add_values(&values(&tensors[&key]).unwrap());
+    }
+    saved["sha256"] = hash.hex().into();
+    text.insert("eqim-training".into(), saved.to_string());
+    store(path, tensors, text);
+}
+
+#[test]
+fn a_state_that_was_changed_is_refused() {
+    let place = Place::new();
+    place.trains(&place.tokenizer("-o t --steps 3"));
+    let path = place.path("t/state.safetensors");
+    let (tensors, text) = stored(&path);
+    let line = place.tokenizer("-o t --resume");
+    let mut messages = String::new();
+    let mut refused = |tensors: &BTreeMap<String, Tensor>, text: &HashMap<String, String>| {
+        store(&path, tensors, text.clone());
+        let before = fs::read(&path).unwrap();
+        messages += &format!("{}\n", place.fails(&line, 2));
+        assert!(before == fs::read(&path).unwrap());
+    };
+    let key = "tokenizer.first_moment.decoder.conv_out.bias";
+    let with = |tensor: Tensor| {
+        let mut edited = tensors.clone();
+        edited.insert(key.into(), tensor);
+        edited
+    };
+    let tensor = &tensors[key];
+    for value in [f32::NAN, f32::INFINITY, 7.0] {
+        refused(&with(poisoned(tensor, value)), &text);
+    }
+    refused(&with(tensor.to_dtype(DType::F16).unwrap()), &text);
+    refused(&with(tensor.reshape((1, ())).unwrap()), &text);
+    let mut missing = tensors.clone();
+    missing.remove(key);
+    refused(&missing, &text);
+    let saved: Value = serde_json::from_str(&text["eqim-training"]).unwrap();
+    let identity = saved["identity"].as_str().unwrap();
+    let shorter = identity.rsplit_once("photographs").unwrap().0;
+    let edits =
+        [("steps", (u64::MAX).into()), ("steps", 7.into()), ("identity", "".into()), ("identity", shorter.into())];
+    for (field, value) in edits {
+        let mut saved = saved.clone();
+        saved[field] = value;
+        refused(&tensors, &HashMap::from([("eqim-training".to_string(), saved.to_string())]));
+    }
+    // The hash of the photographs depends on the encoder of PNGs.
+    let hashes = vec![("[0-9a-f]{64}", "[hash]")];
+    insta::with_settings!({filters => hashes}, { insta::assert_snapshot!(messages) });
+}
+
+#[test]
+fn latents_that_were_changed_are_encoded_again() {
+    let place = Place::new();
+    place.trains(&place.tokenizer("-o t --steps 3"));
+    place.trains(&place.generator("-o g --steps 3"));
+    let mut files: Vec<PathBuf> =
+        fs::read_dir(place.path("g/latents")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    assert_eq!(files.len(), 6);
+    let whole: Vec<Vec<u8>> = files.iter().map(|file| fs::read(file).unwrap()).collect();
+    for (index, file) in files.iter().enumerate() {
+        let (mut tensors, text) = stored(file);
+        let view = &tensors["view.1"];
+        let edited = match index {
+            0 => poisoned(view, f32::NAN),
+            1 => poisoned(view, 7.0),
+            2 => view.sum_all().unwrap(),
+            3 => view.narrow(0, 0, 1).unwrap(),
+            4 => view.to_dtype(DType::BF16).unwrap(),
+            _ => view.t().unwrap().contiguous().unwrap(),
+        };
+        tensors.insert("view.1".into(), edited);
+        store(file, &tensors, text);
+    }
+    let said = place.trains(&place.generator("-o g --resume"));
+    assert_eq!(said.matches("is encoded again").count(), 6, "{said}");
+    assert!(said.matches("tensor view.1").count() == 5 && said.contains("do not have their hash"), "{said}");
+    let again: Vec<Vec<u8>> = files.iter().map(|file| fs::read(file).unwrap()).collect();
+    assert!(whole == again);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_disk_that_fails_is_an_error() {
+    let place = Place::new();
+    // Its first page is not mapped, so that reading gives EIO.
+    std::os::unix::fs::symlink("/proc/self/mem", place.path("photos/noon/bad.png")).unwrap();
+    let said = place.fails(&place.tokenizer("-o t --steps 1"), 1);
+    assert!(said.contains("photos/noon/bad.png: cannot be read"), "{said}");
+}
+
+#[test]
+fn pictures_that_cannot_be_used_are_named_skipped_and_counted() {
+    let place = Place::new();
+    let mut jpeg = vec![];
+    picture(64, 40, [9, 9, 9], 0).write_to(&mut std::io::Cursor::new(&mut jpeg), image::ImageFormat::Jpeg).unwrap();
+    fs::write(place.path("photos/noon/good.jpg"), &jpeg).unwrap();
+    fs::write(place.path("photos/noon/half.jpg"), &jpeg[..jpeg.len() / 2]).unwrap();
+    fs::write(place.path("photos/noon/text.jpeg"), "no picture").unwrap();
+    fs::write(place.path("photos/noon/README.md"), "no picture, and none is expected").unwrap();
+    picture(8, 8, [0; 3], 0).save(place.path("photos/dusk/small.png")).unwrap();
+    let said = place.trains(&place.tokenizer("-o t --steps 1"));
+    assert!(said.contains("7 photographs (3 skipped)"), "{said}");
+    for name in ["half.jpg", "text.jpeg", "small.png: is 8×8 pixels, expected a height of at least 32"] {
+        assert!(said.contains(name), "{said}");
+    }
+    assert!(!said.contains("README"), "{said}");
+}
+
+#[test]
+fn input_that_cannot_be_used_is_refused_before_anything_is_written() {
+    let place = Place::new();
+    fs::create_dir_all(place.path("empty/class")).unwrap();
+    fs::write(place.path("broken.toml"), "[tokenizer\n").unwrap();
+    fs::write(place.path("unknown.toml"), "[tokenizer.plan]\nlearning_rate = 1\n").unwrap();
+    fs::write(place.path("zero.toml"), "[tokenizer.plan]\nbatch_size = 0\n").unwrap();
+    place.recipe("all.toml", "validation = 1", "validation = 6");
+    place.recipe("large.toml", "levels = [{ channels = 8,", "levels = [{ channels = 65536,");
+    place.recipe("high.toml", "rows = 8", "rows = 65536");
+    place.recipe("batch.toml", "batch_size = 3", "batch_size = 4611686018427387904");
+    place.recipe("tokens.toml", "tokens = 4", "tokens = 9223372036854775807");
+    let cases = [
+        "tokenizer --images empty -o x",
+        "tokenizer --images none -o x",
+        "tokenizer --images photos -o x",
+        "tokenizer --images photos --recipe broken.toml -o x",
+        "tokenizer --images photos --recipe unknown.toml -o x",
+        "tokenizer --images photos --recipe zero.toml -o x",
+        "tokenizer --images photos --recipe all.toml -o x",
+        "tokenizer --images photos --recipe large.toml -o x",
+        "tokenizer --images photos --recipe high.toml -o x",
+        "tokenizer --images photos --recipe batch.toml -o x",
+        "tokenizer --images photos --recipe tokens.toml -o x",
+        "tokenizer --images photos --recipe micro.toml --steps 2147483648 -o x",
+        "generator --images photos --tokenizer micro.toml --recipe micro.toml -o x",
+        "tokenizer --images photos --recipe micro.toml -o micro.toml/x",
+        "tokenizer --images photos --recipe micro.toml -o /proc/x",
+    ];
+    let mut messages = String::new();
+    for line in cases {
+        messages += &format!("$ eqim-train {line}\n{}\n", place.fails(line, 2));
+        assert!(!place.path("x").join("state.safetensors").exists(), "{line}");
+    }
+    let memory = vec![(r"most \d+\.\d GB, the memory", "most # GB, the memory")];
+    insta::with_settings!({filters => memory}, { insta::assert_snapshot!(messages) });
+}
+
+#[test]
+fn a_state_of_another_training_is_refused() {
+    let place = Place::new();
+    place.trains(&place.tokenizer("-o t"));
+    let before = fs::read(place.path("t/state.safetensors")).unwrap();
+    place.recipe("wide.toml", "embed = 16", "embed = 24");
+    let said = place.fails("tokenizer --images photos --recipe wide.toml -o t --resume", 2);
+    assert!(said.contains("embed = 16") && said.contains("embed = 24"), "{said}");
+    fs::create_dir_all(place.path("g")).unwrap();
+    fs::copy(place.path("t/state.safetensors"), place.path("g/state.safetensors")).unwrap();
+    let said = place.fails(&place.generator("-o g --resume"), 2);
+    assert!(said.contains("is the training state of a tokenizer"), "{said}");
+    assert!(before == fs::read(place.path("t/state.safetensors")).unwrap());
+}
+
+#[test]
+fn a_folder_has_one_training() {
+    let place = Place::new();
+    let other = eqim_training::run::Output::open(&place.path("t"), false).unwrap();
+    let said = place.fails(&place.tokenizer("-o t"), 1);
+    assert!(said.contains(&format!("t/state.safetensors: is in use by process {}", std::process::id())), "{said}");
+    drop(other);
+    place.trains(&place.tokenizer("-o t --steps 1"));
+    assert!(!place.path("t/state.safetensors.lock").exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_an_error_that_loses_nothing() {
+    let place = Place::new();
+    place.trains(&place.tokenizer("-o t --steps 3"));
+    let before = fs::read(place.path("t/state.safetensors")).unwrap();
+    // A limit of 40 kB on the size of files imitates a full disk.
+    let line = format!(
+        "ulimit -f 40; trap '' XFSZ; exec {} {}",
+        env!("CARGO_BIN_EXE_eqim-train"),
+        place.tokenizer("-o t --resume")
+    );
+    let output = Command::new("bash").args(["-c", &line]).current_dir(place.0.path()).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("cannot be written"), "{said}");
+    assert!(before == fs::read(place.path("t/state.safetensors")).unwrap());
+    place.trains(&place.tokenizer("-o t --resume"));
+}
+
+#[test]
+fn only_the_decoder_learns_in_stage_two() {
+    let place = Place::new();
+    place.trains(&place.tokenizer("-o t"));
+    let stage2 = MICRO.replace("[tokenizer.model]\n", "[tokenizer]\ndecoder_only = true\n[tokenizer.model]\n");
+    fs::write(place.path("stage2.toml"), stage2).unwrap();
+    let line = "tokenizer --images photos --recipe stage2.toml -o s";
+    assert!(place.fails(line, 2).contains("--from"));
+    place.trains(&format!("{line} --from t/tokenizer.safetensors"));
+    // The run cannot be resumed with other frozen weights.
+    place.trains(&place.tokenizer("-o u --seed 5"));
+    let said = place.fails(&format!("{line} --from u/tokenizer.safetensors --resume"), 2);
+    assert!(said.contains("frozen = "), "{said}");
+    let load = |run: &str| {
+        let path = place.path(run).join("tokenizer.safetensors");
+        eqim::checkpoint::load_tokenizer_alone(&path, Default::default()).unwrap().1
+    };
+    let (before, after) = (load("t"), load("s"));
+    for ((name, before), (_, after)) in before.iter().zip(after.iter()) {
+        let equal = largest_difference(&values(before).unwrap(), &values(after).unwrap()) == 0.0;
+        let stays = name.starts_with("encoder.") || name.starts_with("quant_layer.");
+        // A key bias does not affect attention and has no gradient.
+        assert!(equal == stays || name.ends_with(".k.bias"), "{name}");
+    }
+}
+
+#[test]
+fn a_printed_recipe_is_one_that_can_be_given() {
+    let place = Place::new();
+    for preset in ["demo", "small", "base", "large", "huge"] {
+        let output = place.run(&format!("recipe --preset {preset}"));
+        fs::write(place.path("recipe.toml"), &output.stdout).unwrap();
+        let base = clap::ValueEnum::from_str(preset, false).unwrap();
+        let read = eqim_training::recipe::Recipe::read(base, &place.path("recipe.toml")).unwrap();
+        assert_eq!(read, eqim_training::recipe::Recipe::new(base));
+    }
+}

@@ -1,0 +1,56 @@
+//! Errors of the library as exceptions of `eqim.errors`.
+
+use std::error::Error as _;
+use std::io::{self, ErrorKind};
+
+use eqim::Error;
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+
+use crate::settings::keyword_of;
+
+/// An exception of `eqim.errors`.
+pub fn exception(py: Python<'_>, class: &str, message: String) -> PyErr {
+    let made = py.import("eqim.errors").and_then(|errors| errors.getattr(class)?.call1((&message,)));
+    // The package is damaged if its module of errors is missing: the message is still shown.
+    made.map_or_else(|_| PyRuntimeError::new_err(message), PyErr::from_value)
+}
+
+/// An exception for input that cannot be used.
+pub fn bad_input(py: Python<'_>, message: impl Into<String>) -> PyErr {
+    exception(py, "InputError", message.into())
+}
+
+/// The exception of an error. Settings have the names of their keywords in Python.
+pub fn to_python(py: Python<'_>, error: Error) -> PyErr {
+    let text = error.to_string();
+    let text = match error.field() {
+        Some(field) => match text.strip_prefix(field) {
+            Some(rest) => format!("{}{rest}", keyword_of(field)),
+            None => format!("{text} ({})", keyword_of(field)),
+        },
+        None => text,
+    };
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    let class = match (error.is_input(), cause.map(io::Error::kind)) {
+        (true, Some(ErrorKind::NotFound)) => "NotFoundError",
+        (true, _) => "InputError",
+        (false, _) => "RunError",
+    };
+    exception(py, class, text)
+}
+
+/// Converts results of the library.
+pub trait OrRaise<T> {
+    /// The value, or the exception of the error.
+    ///
+    /// # Errors
+    /// The exception.
+    fn or_raise(self, py: Python<'_>) -> PyResult<T>;
+}
+
+impl<T> OrRaise<T> for eqim::Result<T> {
+    fn or_raise(self, py: Python<'_>) -> PyResult<T> {
+        self.map_err(|error| to_python(py, error))
+    }
+}

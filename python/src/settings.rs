@@ -1,0 +1,102 @@
+//! Keywords as settings of the library.
+
+use eqim::request::settings::Settings;
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
+use serde_json::{Map, Number, Value};
+
+use crate::error::{OrRaise, bad_input};
+
+/// Keywords with another name than their setting: reserved words of Python, and names that image generators share.
+const KEYWORDS: [(&str, &str); 4] = [
+    ("class_", "class"),
+    ("guidance_scale", "cfg"),
+    ("guidance_schedule", "cfg_schedule"),
+    ("num_inference_steps", "steps"),
+];
+
+/// The keyword of a setting.
+pub fn keyword_of(setting: &str) -> &str {
+    KEYWORDS.iter().find(|(_, name)| *name == setting).map_or(setting, |(keyword, _)| keyword)
+}
+
+/// The settings that keywords set.
+///
+/// # Errors
+/// `InputError` naming the keyword that is not a setting or whose value does not fit.
+pub fn read(keywords: Option<&Bound<'_, PyDict>>) -> PyResult<Settings> {
+    let Some(keywords) = keywords else { return Ok(Settings::default()) };
+    let mut object = Map::new();
+    for (keyword, given) in keywords {
+        let keyword: String = keyword.extract()?;
+        let setting = KEYWORDS.iter().find(|(known, _)| *known == keyword);
+        // Pictures to continue are arguments of their own.
+        let names: Vec<String> = Settings::names().into_iter().filter(|name| name != "prefix").collect();
+        let known: Vec<&str> = names.iter().map(|name| keyword_of(name)).collect();
+        if !known.contains(&keyword.as_str()) {
+            let problem = format!("{keyword} is not a keyword, expected one of {}", known.join(", "));
+            return Err(bad_input(keywords.py(), problem));
+        }
+        let value = value(&keyword, &given)?;
+        if !value.is_null() {
+            object.insert(setting.map_or(keyword.clone(), |(_, name)| (*name).to_string()), value);
+        }
+    }
+    let renamed = |error: eqim::Error| {
+        // Errors about a value begin with the name of its setting.
+        let text = error.to_string();
+        let keyword = KEYWORDS.iter().find(|(_, name)| text.strip_prefix(name).is_some_and(|it| it.starts_with(' ')));
+        match keyword {
+            Some((keyword, name)) => eqim::Error::input(keyword, text[name.len()..].trim_start()),
+            None => error,
+        }
+    };
+    Settings::from_json(object).map_err(renamed).or_raise(keywords.py())
+}
+
+/// The value of a keyword in JSON.
+///
+/// # Errors
+/// `InputError` naming the keyword if its type has no equivalent.
+pub fn value(keyword: &str, given: &Bound<'_, PyAny>) -> PyResult<Value> {
+    let py = given.py();
+    let bad = |problem: String| bad_input(py, format!("{keyword} is {problem}"));
+    if given.is_none() {
+        return Ok(Value::Null);
+    }
+    if let Ok(flag) = given.cast::<PyBool>() {
+        return Ok(flag.is_true().into());
+    }
+    if let Ok(text) = given.cast::<PyString>() {
+        return Ok(text.to_str()?.into());
+    }
+    if given.is_instance_of::<PyTuple>() || given.is_instance_of::<PyList>() {
+        let items = given.try_iter()?.map(|item| value(keyword, &item?));
+        return Ok(Value::Array(items.collect::<PyResult<_>>()?));
+    }
+    // Integers of NumPy have the method too.
+    if given.is_instance_of::<PyInt>() || given.hasattr("__index__")? {
+        let number = given.call_method0("__index__")?;
+        let unsigned = number.extract::<u64>().map(Number::from);
+        let number = unsigned.or_else(|_| number.extract::<i64>().map(Number::from));
+        return number.map(Value::Number).map_err(|_| bad("outside the range of 64-bit integers".into()));
+    }
+    if given.is_instance_of::<PyFloat>() || given.hasattr("__float__")? {
+        let number: f64 = given.call_method0("__float__")?.extract()?;
+        return Number::from_f64(number)
+            .map(Value::Number)
+            .ok_or_else(|| bad(format!("{number}, expected a finite number")));
+    }
+    if given.hasattr("__fspath__")? {
+        return value(keyword, &given.call_method0("__fspath__")?);
+    }
+    Err(bad(format!("a {}, expected a number, a string or a list", given.get_type().name()?)))
+}
+
+/// A value of JSON in Python.
+///
+/// # Errors
+/// Those of Python.
+pub fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
+    py.import("json")?.call_method1("loads", (value.to_string(),))
+}
