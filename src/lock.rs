@@ -3,6 +3,7 @@
 use std::fs::{File, TryLockError};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 use crate::{Error, Result, ResultExt, files, temporary};
 
@@ -52,7 +53,11 @@ impl Lock {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(taken(subject, &file)),
             Err(TryLockError::Error(error)) => {
-                tracing::warn!("{}: cannot be locked ({error}): run one process at a time", subject.display());
+                // Once is enough for a folder of many files.
+                static WARNED: Once = Once::new();
+                let warn =
+                    || tracing::warn!("{}: cannot be locked ({error}): run one process at a time", subject.display());
+                WARNED.call_once(warn);
             }
         }
         let number = std::process::id().to_string();

@@ -118,7 +118,7 @@ pub fn validate(
     atol: f32,
     mut progress: impl FnMut(&str),
 ) -> Result<ValidationReport> {
-    let runtime = Runtime::load(library)?;
+    let runtime = Runtime::load(library, None)?;
     let mut checks = vec![];
     let mut add = |progress: &mut dyn FnMut(&str), check: Check| {
         progress(&check.line(atol));
@@ -259,7 +259,7 @@ pub fn validate_preview(
     library: &Path,
     mut progress: impl FnMut(&str),
 ) -> Result<Vec<PreviewCheck>> {
-    let runtime = Runtime::load(library)?;
+    let runtime = Runtime::load(library, None)?;
     let config = &bundle.manifest.model;
     let floor = default_tolerance(bundle.manifest.precision);
     let mut random = TorchRng::new(SEED);

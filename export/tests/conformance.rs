@@ -448,7 +448,7 @@ fn lower<C: Case>(
 
 /// Runs `Found` on ONNX Runtime and `Expected` on Candle, at both sizes. An error names the first difference.
 fn compare<Found: Case, Expected: Case>(precision: Precision, opset: i64, kinds: [ValueKind; 2]) -> Result<()> {
-    let runtime = Runtime::load(&find_onnxruntime().unwrap_or_else(|problem| panic!("{problem}")))?;
+    let runtime = Runtime::load(&find_onnxruntime().unwrap_or_else(|problem| panic!("{problem}")), None)?;
     let folder = tempfile::tempdir().unwrap();
     let (model, weights) = lower::<Found>(folder.path(), precision, opset, kinds)?;
     let path = folder.path().join("case.onnx");

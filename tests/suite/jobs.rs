@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use eqim::digest::sha256;
+use eqim::lock::Lock;
 use image::RgbImage;
 use serde_json::Value;
 
@@ -199,6 +200,28 @@ fn shards_share_the_jobs() {
     }
     ids.sort();
     assert_eq!(ids, ["4", "a", "b", "c", "d"]);
+}
+
+/// Another process that makes an image keeps it, and the next run does what is left.
+#[test]
+fn an_image_is_made_by_one_process() {
+    let (place, _) = workplace();
+    std::fs::create_dir(place.path("many")).unwrap();
+    let lock = Lock::beside(&place.path("many/b.png")).unwrap();
+    let line = "eqim-run --engine bundle --jobs jobs.jsonl -o many";
+    let run = place.run(line);
+    let failed: Vec<Value> = lines(&run.stdout).into_iter().filter(|line| line["file"].is_null()).collect();
+    let error = failed[0]["error"].as_str().unwrap();
+    assert_eq!((failed.len(), failed[0]["id"].as_str()), (1, Some("b")));
+    assert!(
+        error.ends_with(&format!("b.png: is in use by process {}: wait until it ends", std::process::id())),
+        "{error}"
+    );
+    run.failed(1, &["1 jobs failed"]);
+    drop(lock);
+    assert_eq!(done(&place, line), ["b"]);
+    let files = place.listing_of("many");
+    assert_eq!(files.len(), 10, "an image and a record of each: {files:?}");
 }
 
 #[test]

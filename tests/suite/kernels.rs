@@ -42,7 +42,7 @@ fn run(
     threads: usize,
     bad: Option<f32>,
 ) -> Vec<ArrayD<f32>> {
-    let runtime = Runtime::load(&find_onnxruntime().unwrap_or_else(|problem| panic!("{problem}"))).unwrap();
+    let runtime = Runtime::load(&find_onnxruntime().unwrap_or_else(|problem| panic!("{problem}")), None).unwrap();
     let config = &bundle.manifest.model;
     let functions = if kernels { &bundle.graph(stage).unwrap().functions[..] } else { &[] };
     let options = GraphOptions { threads: Some(threads), kernels: functions, ..GraphOptions::default() };

@@ -42,7 +42,7 @@ impl Graphs {
     /// [`Error::run`] if the library or a graph cannot be loaded; [`Error::input`] if a graph is not the one of its stage.
     pub(super) fn new(bundle: &Bundle, library: &Path, threads: Option<usize>, providers: &Providers) -> Result<Self> {
         providers.check()?;
-        let runtime = Runtime::load(library)?;
+        let runtime = Runtime::load(library, threads)?;
         let open = |stage| open(bundle, runtime, threads, providers, stage);
         let opened = std::thread::scope(|scope| {
             let opening = USUAL.map(|stage| scope.spawn(move || open(stage)));

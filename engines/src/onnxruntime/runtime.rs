@@ -19,7 +19,14 @@ use super::{placement, ports, register, version};
 
 /// The ONNX Runtime library. It is loaded once per process.
 #[derive(Clone, Copy)]
-pub struct Runtime(&'static Environment);
+pub struct Runtime {
+    environment: &'static Environment,
+    /// Number of threads of the pool that graphs share; `None` is all cores.
+    threads: Option<usize>,
+}
+
+/// The number of threads with which ONNX Runtime uses all cores.
+const ALL_CORES: usize = 0;
 
 /// How a graph is opened.
 #[derive(Clone, Copy, Default)]
@@ -44,12 +51,13 @@ pub struct Graph {
 }
 
 impl Runtime {
-    /// Loads the shared library. The first library that a process loads is used for its whole run time.
+    /// Loads the shared library, and makes the pool of threads that graphs share. The first library and the first number of
+    /// threads of a process are used for its whole run time. Graphs with another number of threads have pools of their own.
     ///
     /// # Errors
     /// [`Error::run`] if the file is not ONNX Runtime, or if its version is too old.
-    pub fn load(library: &Path) -> Result<Self> {
-        static ENVIRONMENT: OnceLock<Result<Environment, String>> = OnceLock::new();
+    pub fn load(library: &Path, threads: Option<usize>) -> Result<Self> {
+        static ENVIRONMENT: OnceLock<Result<(Environment, Option<usize>), String>> = OnceLock::new();
         // Without a slash, the name of a library would be searched in the folders of the system.
         let library = &std::path::absolute(library).or_run(library.display())?;
         if ENVIRONMENT.get().is_none() {
@@ -60,20 +68,21 @@ impl Runtime {
             // SAFETY: Other threads read the environment only through the standard library, which locks it.
             unsafe { std::env::set_var("ORT_DISABLE_TELEMETRY", "1") };
             let builder = ort::init_from(library).map_err(|error| error.to_string())?;
-            // By default, all graphs share one thread pool. With a pool per graph, the threads of one graph would
-            // continue to spin after their work, while another graph needs the cores.
-            let threads = GlobalThreadPoolOptions::default();
-            builder.with_name("eqim").with_global_thread_pool(threads).build().map_err(|error| error.to_string())
+            // With a pool per graph, the threads of one graph would continue to spin after their work, while another graph
+            // needs the cores.
+            let pool = GlobalThreadPoolOptions::default().with_intra_threads(threads.unwrap_or(ALL_CORES));
+            let build = |pool| builder.with_name("eqim").with_global_thread_pool(pool).build();
+            Ok((pool.and_then(build).map_err(|error| error.to_string())?, threads))
         });
         match environment {
-            Ok(environment) => Ok(Self(environment)),
+            Ok((environment, threads)) => Ok(Self { environment, threads: *threads }),
             Err(problem) => Err(Error::run(library.display(), format!("cannot be used as ONNX Runtime: {problem}"))),
         }
     }
 
     /// The environment that sessions are created in.
     pub fn environment(self) -> &'static Environment {
-        self.0
+        self.environment
     }
 
     /// Loads a graph.
@@ -130,8 +139,9 @@ impl Runtime {
             let builder = ort::session::Session::builder(self.environment())?;
             let mut builder =
                 builder.with_optimization_level(GraphOptimizationLevel::All)?.with_prepacking(prepacking)?;
-            if let Some(threads) = threads {
-                builder = builder.with_independent_thread_pool()?.with_intra_threads(threads)?;
+            if threads != self.threads {
+                builder = builder.with_independent_thread_pool()?.with_intra_threads(threads.unwrap_or(ALL_CORES))?;
+                builder = builder.with_config_entry("session.force_spinning_stop", "1")?;
             }
             if !kernels.is_empty() {
                 builder = builder.with_operators(super::kernels::domain(kernels, threads)?)?;

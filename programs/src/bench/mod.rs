@@ -212,7 +212,7 @@ fn candidates(arguments: &Arguments, bundles: Vec<Bundle>, spinner: &Spinner) ->
 /// Prepares the measurement of the limits of this machine's CPU; `None` if ONNX Runtime is not found.
 fn probe() -> Result<Option<RefCell<Probe>>> {
     match native::find_onnxruntime() {
-        Ok(library) => Ok(Some(RefCell::new(Probe::new(Runtime::load(&library)?)?))),
+        Ok(library) => Ok(Some(RefCell::new(Probe::new(Runtime::load(&library, None)?)?))),
         Err(problem) => {
             tracing::warn!("{problem}; the machine's limits are not measured");
             Ok(None)

@@ -87,7 +87,12 @@ impl Job {
 
     /// Path of the image.
     pub fn image_path(&self, folder: &Path) -> PathBuf {
-        folder.join(format!("{}.png", self.id))
+        Self::path(folder, &self.id)
+    }
+
+    /// Path of the image of a job.
+    pub fn path(folder: &Path, id: &str) -> PathBuf {
+        folder.join(format!("{id}.png"))
     }
 
     fn record_path(&self, folder: &Path) -> PathBuf {

@@ -13,6 +13,7 @@ use eqim::generate::batch::Sequence;
 use eqim::generate::memory::check_memory;
 use eqim::generate::scheduler::{Capacity, Event, Order, Scheduler};
 use eqim::generate::tiles::{Strip, Tiling};
+use eqim::lock::Lock;
 use eqim::picture::Side;
 use eqim::request::condition::ClassSchedule;
 use eqim::request::jobs::{self, Line, check_id};
@@ -240,7 +241,12 @@ impl<'a> Jobs<'a, '_> {
         let (id, settings) = line.read()?;
         let (arguments, bundle) = (self.runner.borrow().arguments, self.runner.borrow().bundle);
         match self.prepare(line.number, Job::new(arguments, bundle, id.clone(), settings)) {
-            Ok(order) => Ok(Some(order)),
+            Ok(Some(order)) => Ok(Some(order)),
+            // Another process has done it meanwhile.
+            Ok(None) => {
+                let path = Job::path(self.runner.borrow().folder, &id);
+                self.runner.borrow_mut().finish(&id, Ok(path)).map(|()| None)
+            }
             Err(error) => {
                 let error = self.runner.borrow().about(line, error);
                 self.runner.borrow_mut().finish(&id, Err(error)).map(|()| None)
@@ -248,9 +254,15 @@ impl<'a> Jobs<'a, '_> {
         }
     }
 
-    /// Reads and encodes the prefix of a job, and draws its noise.
-    fn prepare(&'a self, number: usize, job: Result<Job>) -> Result<Order<Events<'a>>> {
+    /// Reads and encodes the prefix of a job, and draws its noise. Returns `None` if the job is done.
+    fn prepare(&'a self, number: usize, job: Result<Job>) -> Result<Option<Order<Events<'a>>>> {
         let (mut job, config) = (job?, self.engine.config());
+        let folder = self.runner.borrow().folder;
+        let path = job.image_path(folder);
+        let lock = Lock::beside(&path)?;
+        if job.is_done(folder, hash_of) {
+            return Ok(None);
+        }
         let mut last = self.beginning.borrow_mut();
         let beginning = self.beginning(&mut last, &job)?;
         let finish = inputs::finish(&job.origin.settings, beginning.map(|known| &known.prefix), config)?;
@@ -262,10 +274,9 @@ impl<'a> Jobs<'a, '_> {
         let sequence = Sequence::of_batch(&prepared).pop().ok_or_else(|| Error::run(&job.id, "has no image"))?;
         let tokens = job.request.tokens;
         let tiling = Some(job.tiling.unwrap_or(Tiling::whole(tokens)));
-        let path = job.image_path(self.runner.borrow().folder);
         let image = ImageWriter::new(path, finish, config.image_size(tokens));
-        let events = self.events(job, image);
-        Ok(Order { number, priority: 0, sequence, sampling: prepared.sampling, tiling, previewed: false, events })
+        let (sampling, events) = (prepared.sampling, self.events(job, image, lock));
+        Ok(Some(Order { number, priority: 0, sequence, sampling, tiling, previewed: false, events }))
     }
 
     /// The prefix of a job. It is read and encoded if it is not that of the last job.
@@ -290,9 +301,10 @@ impl<'a> Jobs<'a, '_> {
         Ok(last.as_ref())
     }
 
-    /// Writes and reports the image of a job.
-    fn events(&'a self, job: Job, mut image: ImageWriter) -> Events<'a> {
+    /// Writes and reports the image of a job, which is locked until then.
+    fn events(&'a self, job: Job, mut image: ImageWriter, lock: Lock) -> Events<'a> {
         Box::new(move |event| {
+            let _lock = &lock;
             let result = match event {
                 Event::Token(..) | Event::Preview(_) => return ControlFlow::Continue(()),
                 Event::Strip(strip) => match self.write(&job, &mut image, strip) {

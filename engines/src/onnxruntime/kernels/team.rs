@@ -4,6 +4,10 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+/// Number of times that a worker looks for the end of a phase before it lets other threads run. Looking takes some tens of
+/// microseconds, longer than most parts.
+const MOST_SPINS: u32 = 1000;
+
 /// State that the workers of one call of a kernel share.
 pub struct Team {
     /// Number of workers that are expected.
@@ -66,8 +70,15 @@ impl<'a> Worker<'a> {
             self.taken = self.team.next.fetch_add(1, Ordering::Relaxed);
         }
         self.first = end;
+        let mut spins = 0;
         while self.team.done.load(Ordering::Acquire) < end {
-            std::hint::spin_loop();
+            // If the other workers wait for a core, this one must not keep it.
+            if spins < MOST_SPINS {
+                spins += 1;
+                std::hint::spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
         }
     }
 }
