@@ -47,8 +47,10 @@ def main() -> int:
     done = rows_done(output) if is_parquet(output) else images_done(output, jobs, arguments.bundle)
     left = [job for name, job in jobs.items() if name not in done]
     count = {"file": 0, "error": 0}
+    # Ray prints messages until the process ends. Only the reports go to standard output.
+    reports, sys.stdout = sys.stdout, sys.stderr
     for line in chain(refused, generated(left, arguments)):
-        print(json.dumps(line), flush=True)
+        print(json.dumps(line), file=reports, flush=True)
         count["error" if "error" in line else "file"] += 1
     before = len(jobs) - len(left)
     print(f"{count['file']} jobs done, {before} done before, {count['error']} failed", file=sys.stderr)
@@ -66,7 +68,7 @@ def parse() -> argparse.Namespace:
     add("--cpus", type=int, default=1, metavar="N", help="CPUs of a worker, and threads of its model [default: %(default)s]")
     add("--gpus", type=float, metavar="N", help="GPUs of a worker")
     add("--backend", default="auto", help="library that runs the model: auto, trt, ort or candle [default: %(default)s]")
-    add("--max-batch", type=int, default=16, metavar="N", help="most images in a batch of the model [default: %(default)s]")
+    add("--max-batch", type=int, default=1, metavar="N", help="most images in a batch of the model [default: %(default)s]")
     add("--task", type=int, default=64, metavar="N", help="jobs that a worker gets at a time [default: %(default)s]")
     return parser.parse_args()
 
@@ -93,6 +95,8 @@ def read_jobs(path: Path) -> tuple[dict[str, Job], list[Line]]:
         try:
             job = json.loads(row) if isinstance(row, str) else row
             name = id_of(job, name)
+            if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", name):
+                raise ValueError(f"id: is {name!r}, expected letters, digits, '.', '_' and '-': it names the image")
             if name in jobs:
                 raise ValueError("id: is the id of an earlier job")
             jobs[name] = {**job, "id": name}
@@ -111,14 +115,15 @@ def rows_of(path: Path) -> Iterator[tuple[int, str | Job]]:
 
 
 def id_of(job: Any, default: str) -> str:
-    """The id of a job, which names its files."""
+    """The id of a job."""
     if not isinstance(job, dict):
         raise ValueError("is not a JSON object")
-    name = default if job.get("id") is None else job["id"]
-    name = str(name) if type(name) is int else name
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}", name):
-        raise ValueError(f"id: is {name!r}, expected letters, digits, '.', '_' and '-': it names the image")
-    return name
+    name = job.get("id")
+    if name is None:
+        return default
+    if isinstance(name, bool) or not isinstance(name, int | str):
+        raise ValueError(f"id: is {json.dumps(name)}, expected text or a whole number")
+    return str(name)
 
 
 def images_done(output: Path, names: Iterable[str], bundle: Path) -> set[str]:

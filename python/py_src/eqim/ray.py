@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 
 from ._eqim import Engine, Image
 from .errors import InputError, RunError
 
-__all__ = ["Generator", "Result", "keywords"]
+__all__ = ["Generator", "Result", "keywords", "message"]
 
 Job: TypeAlias = Mapping[str, Any]
 
@@ -129,13 +129,13 @@ class Generator:
         """
         started: dict[Future[Image], tuple[Job, str | None]] = {}
         failure: RunError | None = None
-        for job in jobs:
-            try:
-                future, prefix = self._start(job)
-                started[future] = job, prefix
-            except InputError as error:
-                yield _failed(job, error)
         try:
+            for job in jobs:
+                try:
+                    future, prefix = self._start(job)
+                    started[future] = job, prefix
+                except InputError as error:
+                    yield _failed(job, error)
             for future in as_completed(started):
                 job, prefix = started[future]
                 try:
@@ -178,21 +178,28 @@ def keywords(job: Job) -> dict[str, Any]:
     Raises
     ------
     InputError
-        If a key is not a setting.
+        If the job is not a mapping, or a key is not a setting.
     """
+    if not isinstance(job, Mapping):
+        raise InputError(f"a job is {job!r}, expected an object with settings")
     given = {key: value for key, value in job.items() if key != "id" and value is not None}
     for key in given.keys() - set(_SETTINGS):
         raise InputError(f"{key}: is not a setting, expected one of {', '.join(sorted(_SETTINGS))}")
     return {_KEYWORDS.get(key, key): value for key, value in given.items()}
 
 
-def _failed(job: Job, error: InputError) -> Result:
-    """The error of a job. It names the setting as the job does."""
+def message(error: InputError) -> str:
+    """Message of an error about a job. It names settings as the job does."""
     text = str(error)
     for key, keyword in _KEYWORDS.items():
         if text.startswith(f"{keyword} "):
-            text = key + text.removeprefix(keyword)
-    return Result(str(job["id"]), None, None, text)
+            return key + text.removeprefix(keyword)
+    return text
+
+
+def _failed(job: Job, error: InputError) -> Result:
+    """The error of a job."""
+    return Result(str(job["id"]), None, None, message(error))
 
 
 def _rows(batch: Any) -> list[dict[str, Any]]:
