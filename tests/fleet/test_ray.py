@@ -157,9 +157,9 @@ def test_a_killed_worker_and_a_lost_node_lose_nothing(cluster, tmp_path):
     done = lambda: len(list(output.glob("*.json")))
     second = cluster.add_node(num_cpus=2)
     with running(EXAMPLES / "generate.py", BUNDLE, file, output, "--workers", "4", "--task", "10") as program:
-        until(lambda: done() >= 20 or program.poll() is not None, "first images")
+        all_work = lambda: done() >= 20 and len(workers(cluster.head_node)) == len(workers(second)) == 2
+        until(lambda: all_work() or program.poll() is not None, "images of four workers")
         ours, others = workers(cluster.head_node), workers(second)
-        assert (len(ours), len(others)) == (2, 2)
         os.kill(ours[0], signal.SIGKILL)
         until(lambda: done() >= 60 or program.poll() is not None, "more images")
         cluster.remove_node(second, allow_graceful=False)
