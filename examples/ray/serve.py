@@ -28,13 +28,14 @@ class Images:
 
     async def __call__(self, request: Request) -> Response:
         try:
-            future = self.engine.submit(**keywords(await request.json()))
-            # The image is cancelled if the client goes away.
-            image = await asyncio.wrap_future(future)
-        except InputError as error:
-            return JSONResponse({"error": message(error)}, 400)
+            job = await request.json()
         except ValueError as error:
             return JSONResponse({"error": f"the body is not JSON: {error}"}, 400)
+        try:
+            # The image is cancelled if the client goes away.
+            image = await asyncio.wrap_future(self.engine.submit(**keywords(job)))
+        except InputError as error:
+            return JSONResponse({"error": message(error)}, 400)
         return Response(image._repr_png_(), media_type="image/png")
 
 

@@ -6,6 +6,7 @@ EQIM_PROGRAMS is the folder of the built programs, EQIM_BUNDLE the demo bundle. 
 import contextlib
 import json
 import os
+import runpy
 import signal
 import socket
 import struct
@@ -221,6 +222,21 @@ def test_what_is_damaged_or_of_another_bundle_is_done_again(tmp_path):
     assert {line["id"] for line in printed} == {"damaged", "older", "half"}
     assert {path.name: path.read_bytes() for path in output.iterdir()} == expected
     assert (output / "kept.png").stat() == kept
+
+
+@pytest.mark.parametrize("name", ["ToFolder", "ToParquet"])
+def test_a_batch_that_comes_twice_is_written_once(name, tmp_path):
+    program = runpy.run_path(str(EXAMPLES / "generate.py"))
+    jobs = [{"id": "a", "tokens": 4, "steps": 2}, {"id": "b", "tokens": 1}, {"id": "c", "tokens": 5, "steps": 2}]
+    batch = pa.table({"job": [json.dumps(job) for job in jobs]})
+    worker = program[name](tmp_path, BUNDLE, threads=1, max_batch=1)
+    first, before = worker(batch), {path: path.stat() for path in tmp_path.iterdir()}
+    assert [row["id"] for row in first.to_pylist() if row["file"]] == ["a", "c"]
+    # Only the job that failed is tried again.
+    generate, tried = worker.generator.generate, []
+    worker.generator.generate = lambda jobs: generate(tried.append(job["id"]) or job for job in jobs)
+    assert worker(batch) == first and tried == ["b"]
+    assert {path: path.stat() for path in tmp_path.iterdir()} == before
 
 
 def test_lines_that_are_not_jobs_are_reported(tmp_path):

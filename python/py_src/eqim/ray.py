@@ -83,15 +83,16 @@ class Generator:
     --------
     ::
 
-        images = ray.data.read_parquet("jobs.parquet").map_batches(
+        jobs = ray.data.read_parquet("jobs.parquet", override_num_blocks=100)
+        images = jobs.map_batches(
             eqim.ray.Generator,
-            fn_constructor_kwargs={"bundle": "bundle"},
+            fn_constructor_kwargs={"bundle": "/shared/bundle", "max_batch": 8},
             batch_format="pyarrow",
             batch_size=64,
             compute=ray.data.ActorPoolStrategy(size=4),
             num_cpus=2,
         )
-        images.write_parquet("images")
+        images.write_parquet("/shared/images")
     """
 
     def __init__(self, bundle: str | os.PathLike[str], **options: Any) -> None:
