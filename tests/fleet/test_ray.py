@@ -251,16 +251,16 @@ def test_lines_that_are_not_jobs_are_reported(tmp_path):
 
 
 def test_batches_of_all_formats_give_images_records_and_errors(tmp_path):
-    photo = ROOT / "assets/photos/mountain/fog.jpg"
+    generator, photo = eqim.ray.Generator(BUNDLE, threads=1, max_batch=1), tmp_path / "photo.png"
+    generator.engine.generate(tokens=4, num_inference_steps=1).save(photo)
     jobs = [
         {"id": "a", "class": "forest", "tokens": 4, "steps": 2, "cfg": 2.0},
-        {"id": "b", "tokens": 40, "steps": 2, "prefix": str(photo), "direction": "left"},
+        {"id": "b", "steps": 2, "prefix": str(photo), "direction": "left"},
         {"id": "c", "tokens": 5, "steps": 2, "seed": 3},
     ]
     expected = images_of(jobs, tmp_path)
     bad = [{"id": "d", "class": "sea"}, {"id": "e", "cfg": -1.0}, {"id": "f", "prefix": "missing.png"}, {"id": "g", "size": 3}]
     frame = pd.DataFrame([*jobs, *bad])
-    generator = eqim.ray.Generator(BUNDLE, threads=1, max_batch=1)
     batches = [pa.Table.from_pylist(frame.astype(object).where(frame.notna(), None).to_dict("records")), frame]
     for batch in [*batches, {name: frame[name].to_numpy() for name in frame}]:
         table = generator(batch)
