@@ -18,8 +18,9 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -109,11 +110,17 @@ def running(*command):
 
 
 def generate(*arguments):
-    """Runs the program for jobs. Returns its exit code, the objects that it prints, and the last line of its log."""
+    """Runs the program for jobs. Returns its exit code, the objects that it prints, and the summary in its log."""
     command = [sys.executable, EXAMPLES / "generate.py", BUNDLE, *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode in (0, 1), ended.stderr
-    return ended.returncode, [json.loads(line) for line in ended.stdout.splitlines()], ended.stderr.splitlines()[-1]
+    return ended.returncode, [json.loads(line) for line in ended.stdout.splitlines()], summary(ended.stderr)
+
+
+def summary(log):
+    """The line with the numbers of jobs. Messages of Ray can follow it."""
+    (line,) = [line for line in log.splitlines() if " jobs done, " in line]
+    return line
 
 
 def workers(node):
@@ -169,7 +176,7 @@ def test_a_killed_worker_and_a_lost_node_lose_nothing(cluster, tmp_path):
     assert program.returncode == 0, log
     assert not any(Path(f"/proc/{pid}").exists() for pid in [ours[0], *others])
     assert sorted(json.loads(line)["id"] for line in printed.splitlines()) == sorted(job["id"] for job in jobs)
-    assert log.splitlines()[-1] == "200 jobs done, 0 done before, 0 failed"
+    assert summary(log) == "200 jobs done, 0 done before, 0 failed"
 
     assert contents(output) == images_of(jobs, tmp_path)
     records, images = watch.counts(".json"), watch.counts(".png")
@@ -187,8 +194,8 @@ def test_parquet_holds_the_images_and_records(cluster, tmp_path):
     jobs = [{"id": f"{n}", "class": "forest", "tokens": 4 if n % 2 else None, "steps": 2} for n in range(12)]
     file, output = tmp_path / "jobs.parquet", tmp_path / "images.parquet"
     pq.write_table(pa.Table.from_pylist([*jobs, {"id": "short", "tokens": 1}, {"id": "3"}, {"id": "a/b"}]), file)
-    code, printed, last = generate(file, output, "--workers", "2", "--task", "5")
-    assert (code, last) == (1, "12 jobs done, 0 done before, 3 failed")
+    code, printed, counts = generate(file, output, "--workers", "2", "--task", "5")
+    assert (code, counts) == (1, "12 jobs done, 0 done before, 3 failed")
     errors = [line for line in printed if "error" in line]
     assert [line["id"] for line in errors] == ["3", "a/b", "short"]
     for line, expected in zip(errors, ["id: is the id of", "id: is 'a/b', expected", "tokens is 1, expected"], strict=True):
@@ -202,8 +209,8 @@ def test_parquet_holds_the_images_and_records(cluster, tmp_path):
     assert records == {name: json.loads(file) for name, file in expected.items() if name.endswith(".json")}
 
     before = contents(output)
-    code, printed, last = generate(file, output)
-    assert (code, len(printed), last) == (1, 3, "0 jobs done, 12 done before, 3 failed")
+    code, printed, counts = generate(file, output)
+    assert (code, len(printed), counts) == (1, 3, "0 jobs done, 12 done before, 3 failed")
     assert contents(output) == before
 
 
@@ -217,8 +224,8 @@ def test_what_is_damaged_or_of_another_bundle_is_done_again(tmp_path):
     (output / ".half.json.0.part").write_text("{")
     kept = (output / "kept.png").stat()
     # Without a cluster, the program starts one on this machine.
-    code, printed, last = generate(file, output)
-    assert (code, last) == (0, "3 jobs done, 1 done before, 0 failed")
+    code, printed, counts = generate(file, output)
+    assert (code, counts) == (0, "3 jobs done, 1 done before, 0 failed")
     assert {line["id"] for line in printed} == {"damaged", "older", "half"}
     assert {path.name: path.read_bytes() for path in output.iterdir()} == expected
     assert (output / "kept.png").stat() == kept
@@ -242,8 +249,8 @@ def test_a_batch_that_comes_twice_is_written_once(name, tmp_path):
 def test_lines_that_are_not_jobs_are_reported(tmp_path):
     file = tmp_path / "jobs.jsonl"
     file.write_text('\ufeff\n[1]\n{"id": 1.5}\n{"id": ".x"}\n{"a\n')
-    code, printed, last = generate(file, tmp_path / "images")
-    assert (code, last) == (1, "0 jobs done, 0 done before, 4 failed")
+    code, printed, counts = generate(file, tmp_path / "images")
+    assert (code, counts) == (1, "0 jobs done, 0 done before, 4 failed")
     errors = ["line 2: is not a JSON object", "line 3: id: is 1.5, expected", "line 4: id: is '.x', expected", "line 5: "]
     assert [line["id"] for line in printed] == ["2", "3", ".x", "5"]
     for line, error in zip(printed, errors, strict=True):
@@ -279,11 +286,26 @@ def test_batches_of_all_formats_give_images_records_and_errors(tmp_path):
 
 def test_an_engine_that_fails_raises_after_the_images_that_are_complete():
     generator = eqim.ray.Generator(BUNDLE, threads=1, max_batch=1)
-    results = generator.generate([{"id": "short", "tokens": 4, "steps": 2}, {"id": "long", "tokens": 400}])
-    assert next(results).id == "short"
-    generator.engine.close()
-    with pytest.raises(eqim.ClosedError):
+    made, failed, waiting = generator.engine.submit(tokens=4, num_inference_steps=1), Future(), Future()
+    failed.set_exception(eqim.RunError("the decoder fails"))
+    given = iter([failed, made, waiting])
+    generator.engine = SimpleNamespace(submit=lambda **settings: next(given))
+    results = generator.generate([{"id": "a"}, {"id": "b"}, {"id": "c"}])
+    assert next(results).id == "b"
+    waiting.set_exception(eqim.ClosedError("the engine is closed"))
+    with pytest.raises(eqim.RunError, match="the decoder fails"):
         next(results)
+
+
+def test_images_that_nobody_waits_for_are_cancelled():
+    generator = eqim.ray.Generator(BUNDLE, threads=1, max_batch=1)
+    waiting = Future()
+    given = iter([generator.engine.submit(tokens=4, num_inference_steps=1), waiting])
+    generator.engine = SimpleNamespace(submit=lambda **settings: next(given))
+    results = generator.generate([{"id": "a"}, {"id": "b"}])
+    next(results)
+    results.close()
+    assert waiting.cancelled()
 
 
 def test_eqim_does_not_import_ray():
