@@ -226,7 +226,8 @@ def jobs_in(batch: pa.Table) -> dict[str, Job]:
 
 def report(files: dict[str, Path], errors: dict[str, str | None]) -> pa.Table:
     """The file of each job, or its error."""
-    rows = [{"id": name, "error": errors[name]} if name in errors else {"id": name, "file": str(file)} for name, file in files.items()]
+    rows = [{"id": name, "file": None if name in errors else str(file)} for name, file in files.items()]
+    rows = [{**row, "error": errors.get(str(row["id"]))} for row in rows]
     return pa.Table.from_pylist(rows, schema=REPORT)
 
 
