@@ -30,9 +30,11 @@ pub type Received = Mutex<Receiver<Event>>;
 /// `KeyboardInterrupt` after Ctrl-C; `ClosedError` if the engine was closed.
 pub fn next<T: Send>(py: Python<'_>, received: &Mutex<Receiver<T>>) -> PyResult<T> {
     loop {
+        // In every turn, because events can come faster than the timeout.
+        py.check_signals()?;
         match py.detach(|| received.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(SIGNALS)) {
             Ok(event) => return Ok(event),
-            Err(RecvTimeoutError::Timeout) => py.check_signals()?,
+            Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Err(closed(py)),
         }
     }
