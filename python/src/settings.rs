@@ -59,6 +59,15 @@ pub fn read(keywords: Option<&Bound<'_, PyDict>>) -> PyResult<Settings> {
 /// # Errors
 /// `InputError` naming the keyword if its type has no equivalent.
 pub fn value(keyword: &str, given: &Bound<'_, PyAny>) -> PyResult<Value> {
+    if given.is_instance_of::<PyTuple>() || given.is_instance_of::<PyList>() {
+        let items = given.try_iter()?.map(|item| scalar(keyword, &item?));
+        return Ok(Value::Array(items.collect::<PyResult<_>>()?));
+    }
+    scalar(keyword, given)
+}
+
+/// The value of a keyword, or of an item in its list. Lists have no lists, which could contain themselves.
+fn scalar(keyword: &str, given: &Bound<'_, PyAny>) -> PyResult<Value> {
     let py = given.py();
     let bad = |problem: String| bad_input(py, format!("{keyword} is {problem}"));
     if given.is_none() {
@@ -68,11 +77,7 @@ pub fn value(keyword: &str, given: &Bound<'_, PyAny>) -> PyResult<Value> {
         return Ok(flag.is_true().into());
     }
     if let Ok(text) = given.cast::<PyString>() {
-        return Ok(text.to_str()?.into());
-    }
-    if given.is_instance_of::<PyTuple>() || given.is_instance_of::<PyList>() {
-        let items = given.try_iter()?.map(|item| value(keyword, &item?));
-        return Ok(Value::Array(items.collect::<PyResult<_>>()?));
+        return text.to_str().map(Value::from).map_err(|_| bad("not a string of valid Unicode".into()));
     }
     // Integers of NumPy have the method too.
     if given.is_instance_of::<PyInt>() || given.hasattr("__index__")? {
@@ -88,7 +93,7 @@ pub fn value(keyword: &str, given: &Bound<'_, PyAny>) -> PyResult<Value> {
             .ok_or_else(|| bad(format!("{number}, expected a finite number")));
     }
     if given.hasattr("__fspath__")? {
-        return value(keyword, &given.call_method0("__fspath__")?);
+        return scalar(keyword, &py.import("os")?.call_method1("fspath", (given,))?);
     }
     Err(bad(format!("a {}, expected a number, a string or a list", given.get_type().name()?)))
 }
