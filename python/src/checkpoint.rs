@@ -12,7 +12,7 @@ use pyo3::types::PyDict;
 
 use crate::error::{OrRaise, bad_input};
 use crate::libraries;
-use crate::settings::value;
+use crate::settings::{count_or_none, value};
 
 /// Load the tensors of a checkpoint: of the reference (.pth, .ckpt), or .safetensors.
 ///
@@ -45,7 +45,7 @@ pub fn load_checkpoint<'py>(
     path: PathBuf,
     part: Option<&str>,
     weights: Option<&str>,
-    heads: Option<usize>,
+    #[pyo3(from_py_with = count_or_none)] heads: Option<usize>,
 ) -> PyResult<Bound<'py, PyDict>> {
     let unknown = |keyword: &str, found: &str, expected: &str| {
         bad_input(py, format!("{keyword} is {found:?}, expected {expected}"))

@@ -215,12 +215,12 @@ impl Engine {
         py: Python<'_>,
         bundle: PathBuf,
         backend: &str,
-        threads: Option<usize>,
+        #[pyo3(from_py_with = settings::count_or_none)] threads: Option<usize>,
         providers: Option<Vec<String>>,
         provider_library: Option<PathBuf>,
         device: Option<String>,
         cuda_graph: bool,
-        max_batch: usize,
+        #[pyo3(from_py_with = settings::count)] max_batch: usize,
     ) -> PyResult<Py<Self>> {
         libraries::find(py)?;
         let options = PyDict::new(py);

@@ -1,6 +1,7 @@
 //! Keywords as settings of the library.
 
 use eqim::request::settings::Settings;
+use pyo3::exceptions::PyOverflowError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
 use serde_json::{Map, Number, Value};
@@ -52,6 +53,27 @@ pub fn read(keywords: Option<&Bound<'_, PyDict>>) -> PyResult<Settings> {
         }
     };
     Settings::from_json(object).map_err(renamed).or_raise(keywords.py())
+}
+
+/// An argument that counts something.
+///
+/// # Errors
+/// `InputError` if it is negative or too large; `TypeError` if it is no integer.
+pub fn count(given: &Bound<'_, PyAny>) -> PyResult<usize> {
+    given.extract().map_err(|error: PyErr| {
+        if !error.is_instance_of::<PyOverflowError>(given.py()) {
+            return error;
+        }
+        bad_input(given.py(), format!("{given} is outside the range of 64-bit integers that are not negative"))
+    })
+}
+
+/// An argument that counts something, or `None`.
+///
+/// # Errors
+/// Those of [`count`].
+pub fn count_or_none(given: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
+    if given.is_none() { Ok(None) } else { count(given).map(Some) }
 }
 
 /// The value of a keyword in JSON.
