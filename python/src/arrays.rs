@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use eqim::picture;
+use eqim::request::MOST_TOKENS;
 use image::RgbImage;
 use ndarray::{Array2, Array3};
 use numpy::{PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyUntypedArray, PyUntypedArrayMethods};
@@ -21,16 +22,18 @@ fn array<'py>(name: &str, object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyU
     }
     let function = if object.hasattr("__dlpack__")? { "from_dlpack" } else { "asarray" };
     let converted = py.import("numpy")?.call_method1(function, (object,));
-    let failed = |cause: PyErr| {
-        // Interrupts stay what they are.
-        if !cause.is_instance_of::<PyException>(py) {
-            return cause;
-        }
-        let error = bad_input(py, format!("{name} is not an array: {}", cause.value(py)));
-        error.set_cause(py, Some(cause));
-        error
-    };
-    Ok(converted.map_err(failed)?.cast_into()?)
+    Ok(converted.map_err(|cause| caused(py, &format!("{name} is not an array"), cause))?.cast_into()?)
+}
+
+/// The exception for an object that another library cannot convert.
+fn caused(py: Python<'_>, problem: &str, cause: PyErr) -> PyErr {
+    // Interrupts stay what they are.
+    if !cause.is_instance_of::<PyException>(py) {
+        return cause;
+    }
+    let error = bad_input(py, format!("{problem}: {}", cause.value(py)));
+    error.set_cause(py, Some(cause));
+    error
 }
 
 /// Latents `[N, E]` of an object.
@@ -43,6 +46,9 @@ pub fn latents(object: &Bound<'_, PyAny>, embed: usize) -> PyResult<Array2<f32>>
     if kind != b'f' || !matches!(shape, &[count, values] if count >= 2 && values == embed) {
         let found = format!("{} of shape {shape:?}", array.dtype());
         return Err(bad_input(py, format!("latents are {found}, expected float32 of shape [2 or more, {embed}]")));
+    }
+    if shape[0] > MOST_TOKENS {
+        return Err(bad_input(py, format!("latents are {} tokens, expected at most {MOST_TOKENS}", shape[0])));
     }
     // Copies other floating-point types and other orders in memory.
     let array = py.import("numpy")?.call_method1("ascontiguousarray", (array, "float32"))?;
@@ -68,7 +74,10 @@ pub fn picture(photo: &Bound<'_, PyAny>) -> PyResult<RgbImage> {
     let pixels = match photo.cast::<Image>() {
         Ok(image) => image.get().pixels.bind(py).as_any().clone(),
         // Pictures of Pillow can have a palette, or no colours.
-        Err(_) if photo.hasattr("convert")? => photo.call_method1("convert", ("RGB",))?,
+        Err(_) if photo.hasattr("convert")? => {
+            let converted = photo.call_method1("convert", ("RGB",));
+            converted.map_err(|cause| caused(py, "photo cannot be converted to RGB", cause))?
+        }
         Err(_) => photo.clone(),
     };
     let array = array("photo", &pixels)?;

@@ -136,11 +136,20 @@ impl Image {
         copy: Option<bool>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let pixels = self.pixels.bind(py).as_any();
-        match (dtype, copy) {
-            (Some(dtype), _) => pixels.call_method1("astype", (dtype,)),
-            (None, Some(true)) => pixels.call_method0("copy"),
-            (None, _) => Ok(pixels.clone()),
+        let must_copy = copy == Some(true);
+        let array = match dtype {
+            Some(dtype) => {
+                let options = PyDict::new(py);
+                options.set_item("copy", must_copy)?;
+                pixels.call_method("astype", (dtype,), Some(&options))?
+            }
+            None if must_copy => pixels.call_method0("copy")?,
+            None => pixels.clone(),
+        };
+        if copy == Some(false) && !array.is(pixels) {
+            return Err(bad_input(py, "copy is False, but pixels of another type are a copy"));
         }
+        Ok(array)
     }
 
     #[pyo3(signature = (**options))]
