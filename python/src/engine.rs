@@ -112,7 +112,7 @@ impl Engine {
             let encode = move |engine: &dyn engine::Engine| engine.encode_tokens(pixels.view().insert_axis(Axis(0)));
             request.prefix = Some(self.call(py, open, encode)?);
         }
-        let making = Making::new(settings, &request, finish, config);
+        let making = Making::new(settings, &request, finish, config).or_raise(py)?;
         Ok(((request, tiling), making))
     }
 

@@ -11,7 +11,7 @@ use eqim::generate::worker::Events;
 use eqim::picture::Pixels;
 use eqim::request::Request;
 use eqim::request::settings::Settings;
-use eqim::{Config, Result};
+use eqim::{Config, Error, Result};
 use ndarray::{Array2, Array3};
 
 /// The events of an image. It is cancelled as soon as the receiver is dropped.
@@ -54,10 +54,17 @@ pub enum Change {
 
 impl Making {
     /// An image of a request, before its first event.
-    pub fn new(settings: Settings, request: &Request, finish: Finish, config: &Config) -> Self {
-        let pixels = Pixels::new(config.image_size(request.tokens));
+    ///
+    /// # Errors
+    /// If it does not fit in memory.
+    pub fn new(settings: Settings, request: &Request, finish: Finish, config: &Config) -> Result<Self> {
+        let (width, height) = config.image_size(request.tokens);
+        // An allocation that fails ends the process. This one only tells that it would fail.
+        let reserved = Vec::<u8>::new().try_reserve_exact(3 * width * height);
+        reserved.map_err(|error| Error::run_caused(format!("an image of {width} × {height} pixels"), error))?;
+        let pixels = Pixels::new((width, height));
         let tokens = Array2::zeros((request.tokens, config.generator.embed));
-        Self { settings, pixels, tokens, known: 0, finish }
+        Ok(Self { settings, pixels, tokens, known: 0, finish })
     }
 
     /// Number of tokens of the whole image.
