@@ -1,5 +1,6 @@
 //! An image on its way: the events of the engine become pixels and tokens.
 
+use std::hint::black_box;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -59,8 +60,11 @@ impl Making {
     /// If it does not fit in memory.
     pub fn new(settings: Settings, request: &Request, finish: Finish, config: &Config) -> Result<Self> {
         let (width, height) = config.image_size(request.tokens);
-        // An allocation that fails ends the process. This one only tells that it would fail.
-        let reserved = Vec::<u8>::new().try_reserve_exact(3 * width * height);
+        // An allocation that fails ends the process. This one only tells that it would fail. The compiler must not leave it
+        // out.
+        let mut room: Vec<u8> = Vec::new();
+        let reserved = room.try_reserve_exact(3 * width * height);
+        drop(black_box(room));
         reserved.map_err(|error| Error::run_caused(format!("an image of {width} × {height} pixels"), error))?;
         let pixels = Pixels::new((width, height));
         let tokens = Array2::zeros((request.tokens, config.generator.embed));
