@@ -19,8 +19,6 @@ type Bytes = PyArray3<u8>;
 /// An image. Notebooks show it, and NumPy and DLPack read it without a copy.
 #[pyclass(frozen, module = "eqim")]
 pub struct Image {
-    /// Pixels, uint8 [height, width, 3].
-    #[pyo3(get)]
     pub pixels: Py<Bytes>,
     /// Tokens of a generated image, float32 [tokens, embed] in the order of generation. Latents are the tokens divided
     /// by the model's ``vae_norm``.
@@ -86,8 +84,19 @@ fn file(py: Python<'_>, pixels: &Py<Bytes>, format: Format) -> PyResult<Vec<u8>>
     py.detach(|| picture::encode(&bytes, size, format)).or_raise(py)
 }
 
+/// A view of pixels. Python can change the shape of an array in place, which must not be that of the image.
+fn view<'py>(py: Python<'py>, pixels: &Py<Bytes>) -> PyResult<Bound<'py, PyAny>> {
+    pixels.bind(py).call_method0("view")
+}
+
 #[pymethods]
 impl Image {
+    /// Pixels, uint8 [height, width, 3].
+    #[getter]
+    fn pixels<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        view(py, &self.pixels)
+    }
+
     /// Width in pixels.
     #[getter]
     fn width(&self, py: Python<'_>) -> usize {
@@ -135,7 +144,7 @@ impl Image {
         dtype: Option<Bound<'py, PyAny>>,
         copy: Option<bool>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let pixels = self.pixels.bind(py).as_any();
+        let pixels = view(py, &self.pixels)?;
         let must_copy = copy == Some(true);
         let array = match dtype {
             Some(dtype) => {
@@ -146,7 +155,7 @@ impl Image {
             None if must_copy => pixels.call_method0("copy")?,
             None => pixels.clone(),
         };
-        if copy == Some(false) && !array.is(pixels) {
+        if copy == Some(false) && !array.is(&pixels) {
             return Err(bad_input(py, "copy is False, but pixels of another type are a copy"));
         }
         Ok(array)
@@ -176,8 +185,6 @@ pub struct Strip {
     /// Number of pixels to the left of the strip.
     #[pyo3(get)]
     x: usize,
-    /// Pixels `[height, width, 3]`.
-    #[pyo3(get)]
     pixels: Py<Bytes>,
 }
 
@@ -195,6 +202,12 @@ impl Strip {
 
 #[pymethods]
 impl Strip {
+    /// Pixels, uint8 [height, width, 3].
+    #[getter]
+    fn pixels<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        view(py, &self.pixels)
+    }
+
     /// Convert to an image of Pillow, which must be installed.
     fn to_pil<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         to_pil(py, &self.pixels)
