@@ -67,7 +67,8 @@ def shape(*fitting):
     changed = list(fitting)
     if draw.random() < 0.5:
         place = draw.randrange(len(changed))
-        changed[place] = draw.choice([0, 1, changed[place] - 1, changed[place] + 1, 2 * changed[place]])
+        # Not 1: a picture with one row is long at the height of the model.
+        changed[place] = draw.choice([0, changed[place] - 1, changed[place] + 1, 2 * changed[place]])
     if draw.random() < 0.1:
         draw.shuffle(changed)
     return changed
