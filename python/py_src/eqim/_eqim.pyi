@@ -8,6 +8,17 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self, Unpack
 
+__all__ = [
+    "Engine",
+    "Image",
+    "Stream",
+    "Strip",
+    "__version__",
+    "export",
+    "load_checkpoint",
+    "main",
+]
+
 __version__: str
 
 _Path: TypeAlias = str | os.PathLike[str]
