@@ -1,14 +1,21 @@
 //! Programs from Debian's packages.
 
+use std::env;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
 use crate::command::run;
 
-/// Installs the Debian packages of programs that cannot be started. `programs` has their names and packages.
+/// Installs the Debian packages of programs that are missing. `programs` has their names and packages.
 pub fn install(programs: &[(&str, &str)]) -> Result<()> {
-    let is_missing = |program: &str| Command::new(program).arg("--version").output().is_err();
+    // Daemons are in a folder that is not in the path of every user.
+    let paths = env::var_os("PATH").unwrap_or_default();
+    let has = |folder: &Path, program: &str| folder.join(program).is_file();
+    let is_missing = |program: &str| {
+        !has(Path::new("/usr/sbin"), program) && !env::split_paths(&paths).any(|folder| has(&folder, program))
+    };
     let missing: Vec<&str> =
         programs.iter().filter(|(program, _)| is_missing(program)).map(|(_, package)| *package).collect();
     if missing.is_empty() {
@@ -27,7 +34,7 @@ pub fn install(programs: &[(&str, &str)]) -> Result<()> {
         .with_context(by_hand)?;
     match programs.iter().find(|(program, _)| is_missing(program)) {
         Some((program, package)) => {
-            bail!("{program} cannot be started, though the Debian package {package} is installed")
+            bail!("{program} is not found, though the Debian package {package} is installed")
         }
         None => Ok(()),
     }

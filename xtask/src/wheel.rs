@@ -19,15 +19,16 @@ const MOST_BYTES: u64 = 40_000_000;
 /// The oldest version of Python 3 that the package is for.
 const OLDEST_PYTHON: u32 = 10;
 /// The packages of the tests.
-const TESTS: [&str; 1] = ["pytest==9.2.0"];
+const TESTS: [&str; 3] = ["pillow>=12", "pytest==9.2.0", "tqdm==4.70.1"];
 /// The packages of the tests that run on the newest Python only.
-const NEWEST: [&str; 0] = [];
+const NEWEST: [&str; 3] = ["ipykernel==7.4.0", "mypy==2.4.1", "nbclient==0.11.0"];
 /// The oldest and the newest NumPy.
 const NUMPY: [&str; 2] = ["numpy==1.26.4", "numpy>=2"];
 /// The programs of Slurm and their Debian packages.
-const SLURM: [(&str, &str); 0] = [];
+const SLURM: [(&str, &str); 4] =
+    [("munged", "munge"), ("sbatch", "slurm-client"), ("slurmctld", "slurmctld"), ("slurmd", "slurmd")];
 /// The packages of the tests of fleets.
-const FLEET: [&str; 1] = ["pytest==9.2.0"];
+const FLEET: [&str; 4] = ["pandas==3.1.1", "pyarrow==26.0.1", "pytest==9.2.0", "ray[data,serve]==2.60.0"];
 
 /// Builds the wheel, and tests it with the oldest and the newest Python at hand.
 pub fn wheel(root: &Path, args: &[String]) -> Result<()> {
