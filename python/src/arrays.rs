@@ -1,6 +1,6 @@
 //! Arrays, tensors and pictures of other libraries as arrays of ours.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use eqim::picture;
 use eqim::request::MOST_TOKENS;
@@ -13,6 +13,7 @@ use pyo3::types::PyString;
 
 use crate::error::{OrRaise, bad_input};
 use crate::image::Image;
+use crate::settings;
 
 /// The NumPy array of an object: an array, a tensor of another library (by DLPack), or what NumPy converts.
 fn array<'py>(name: &str, object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
@@ -68,7 +69,7 @@ pub fn latents(object: &Bound<'_, PyAny>, embed: usize) -> PyResult<Array2<f32>>
 pub fn picture(photo: &Bound<'_, PyAny>) -> PyResult<RgbImage> {
     let py = photo.py();
     if photo.is_instance_of::<PyString>() || photo.hasattr("__fspath__")? {
-        let path: PathBuf = photo.extract()?;
+        let path = settings::path(photo)?;
         return py.detach(|| picture::load(&path)).or_raise(py);
     }
     let pixels = match photo.cast::<Image>() {

@@ -12,7 +12,7 @@ use pyo3::types::PyDict;
 
 use crate::error::{OrRaise, bad_input};
 use crate::libraries;
-use crate::settings::{count_or_none, value};
+use crate::settings::{count_or_none, path, value};
 
 /// Load the tensors of a checkpoint: of the reference (.pth, .ckpt), or .safetensors.
 ///
@@ -42,7 +42,7 @@ use crate::settings::{count_or_none, value};
 #[pyo3(signature = (path, *, part=None, weights=None, heads=None))]
 pub fn load_checkpoint<'py>(
     py: Python<'py>,
-    path: PathBuf,
+    #[pyo3(from_py_with = path)] path: PathBuf,
     part: Option<&str>,
     weights: Option<&str>,
     #[pyo3(from_py_with = count_or_none)] heads: Option<usize>,
@@ -95,7 +95,10 @@ fn array<'py>(py: Python<'py>, tensor: &Tensor) -> PyResult<Bound<'py, PyArrayDy
 ///     The folder.
 #[pyfunction]
 #[pyo3(signature = (*, output, **options))]
-pub fn export(py: Python<'_>, output: PathBuf, options: Option<&Bound<'_, PyDict>>) -> PyResult<PathBuf> {
+pub fn export(
+    py: Python<'_>,
+    #[pyo3(from_py_with = path)] output: PathBuf,
+    options: Option<&Bound<'_, PyDict>>) -> PyResult<PathBuf> {
     libraries::find(py)?;
     let mut arguments = vec![OsString::from("--output"), output.clone().into()];
     for (keyword, given) in options.into_iter().flatten() {

@@ -154,14 +154,18 @@ impl Engine {
         let (send, received) = events();
         self.start(py, &open, planned, send)?;
         let received = Mutex::new(received);
-        loop {
-            match making.take(next(py, &received)?).or_raise(py)? {
-                Change::Token => progress.show(py, making.known)?,
-                Change::Columns(..) => {}
-                Change::Done => break,
+        let mut wait = || -> PyResult<()> {
+            loop {
+                match making.take(next(py, &received)?).or_raise(py)? {
+                    Change::Token => progress.show(py, making.known)?,
+                    Change::Columns(..) => {}
+                    Change::Done => return Ok(()),
+                }
             }
-        }
+        };
+        let result = wait();
         progress.finish(py)?;
+        result?;
         Image::generated(py, making)
     }
 
@@ -213,11 +217,11 @@ impl Engine {
     fn from_bundle(
         _class: &Bound<'_, PyType>,
         py: Python<'_>,
-        bundle: PathBuf,
+        #[pyo3(from_py_with = settings::path)] bundle: PathBuf,
         backend: &str,
         #[pyo3(from_py_with = settings::count_or_none)] threads: Option<usize>,
         providers: Option<Vec<String>>,
-        provider_library: Option<PathBuf>,
+        #[pyo3(from_py_with = settings::path_or_none)] provider_library: Option<PathBuf>,
         device: Option<String>,
         cuda_graph: bool,
         #[pyo3(from_py_with = settings::count)] max_batch: usize,

@@ -1,7 +1,9 @@
 //! Keywords as settings of the library.
 
+use std::path::PathBuf;
+
 use eqim::request::settings::Settings;
-use pyo3::exceptions::PyOverflowError;
+use pyo3::exceptions::{PyOverflowError, PyUnicodeEncodeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
 use serde_json::{Map, Number, Value};
@@ -68,6 +70,27 @@ pub fn count(given: &Bound<'_, PyAny>) -> PyResult<usize> {
     })
 }
 
+/// A path.
+///
+/// # Errors
+/// `InputError` if no file can have this name; `TypeError` if it is no path.
+pub fn path(given: &Bound<'_, PyAny>) -> PyResult<PathBuf> {
+    given.extract().map_err(|error: PyErr| {
+        if !error.is_instance_of::<PyUnicodeEncodeError>(given.py()) {
+            return error;
+        }
+        bad_input(given.py(), "a path is not a string of valid Unicode")
+    })
+}
+
+/// A path, or `None`.
+///
+/// # Errors
+/// Those of [`path`].
+pub fn path_or_none(given: &Bound<'_, PyAny>) -> PyResult<Option<PathBuf>> {
+    if given.is_none() { Ok(None) } else { path(given).map(Some) }
+}
+
 /// An argument that counts something, or `None`.
 ///
 /// # Errors
@@ -101,7 +124,11 @@ fn scalar(keyword: &str, given: &Bound<'_, PyAny>) -> PyResult<Value> {
     if let Ok(text) = given.cast::<PyString>() {
         return text.to_str().map(Value::from).map_err(|_| bad("not a string of valid Unicode".into()));
     }
-    // Integers of NumPy have the method too.
+    // Scalars of NumPy.
+    if given.hasattr("dtype")? && given.hasattr("item")? {
+        let plain = given.call_method0("item")?;
+        return if plain.hasattr("dtype")? { Err(bad("an array".into())) } else { scalar(keyword, &plain) };
+    }
     if given.is_instance_of::<PyInt>() || given.hasattr("__index__")? {
         let number = given.call_method0("__index__")?;
         let unsigned = number.extract::<u64>().map(Number::from);
