@@ -214,7 +214,7 @@ def test_parquet_holds_the_images_and_records(cluster, tmp_path):
     assert contents(output) == before
 
 
-def test_what_is_damaged_or_of_another_bundle_is_done_again(tmp_path):
+def test_what_is_damaged_or_of_another_bundle_is_done_again(cluster, tmp_path):
     jobs = [{"id": name, "tokens": 4, "steps": 2} for name in ["kept", "damaged", "older", "half"]]
     output, file = tmp_path / "reference", write_jobs(tmp_path / "jobs.jsonl", jobs)
     expected = images_of(jobs, tmp_path)
@@ -223,7 +223,6 @@ def test_what_is_damaged_or_of_another_bundle_is_done_again(tmp_path):
     (output / "half.json").unlink()
     (output / ".half.json.0.part").write_text("{")
     kept = (output / "kept.png").stat()
-    # Without a cluster, the program starts one on this machine.
     code, printed, counts = generate(file, output)
     assert (code, counts) == (0, "3 jobs done, 1 done before, 0 failed")
     assert {line["id"] for line in printed} == {"damaged", "older", "half"}
