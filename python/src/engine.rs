@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use clap::ValueEnum;
 use eqim::bundle::Bundle;
-use eqim::generate::plan::Plan;
+use eqim::generate::plan::{Plan, recorded};
 use eqim::generate::scheduler::Capacity;
 use eqim::generate::tiles::Tiling;
 use eqim::generate::worker::{self, Command, Events, Worker};
@@ -112,6 +112,7 @@ impl Engine {
             let encode = move |engine: &dyn engine::Engine| engine.encode_tokens(pixels.view().insert_axis(Axis(0)));
             request.prefix = Some(self.call(py, open, encode)?);
         }
+        let settings = recorded(settings, &request, tiling);
         let making = Making::new(settings, &request, finish, config).or_raise(py)?;
         Ok(((request, tiling), making))
     }

@@ -35,7 +35,9 @@ impl Image {
     /// # Errors
     /// Those of Python.
     pub fn generated(py: Python<'_>, making: Making) -> PyResult<Self> {
-        let mut settings = serde_json::to_value(&making.settings).unwrap_or_default();
+        // As text, a number of 32 bits has the fewest digits that give it back, as in the records of eqim-run.
+        let text = serde_json::to_string(&making.settings).unwrap_or_default();
+        let mut settings: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
         if let Some(fields) = settings.as_object_mut() {
             fields.retain(|_, value| !value.is_null());
         }

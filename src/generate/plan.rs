@@ -71,6 +71,13 @@ pub fn check(settings: &Settings, in_tiles: bool, config: &Config) -> Result<(Re
     Ok((request, tiling))
 }
 
+/// Settings for a record of an image: all that the request and its decoding take from the model or a default is set.
+pub fn recorded(settings: Settings, request: &Request, tiling: Option<Tiling>) -> Settings {
+    let tile = tiling.map_or(TileSize::Whole, |tiling| TileSize::Tokens(tiling.tile));
+    let overlap = tiling.map(|tiling| tiling.overlap);
+    Settings { tile: Some(tile), overlap, ..settings.resolved(request, 0) }
+}
+
 /// Tiling for images of `tokens` tokens; `None` decodes them as a whole.
 fn tiling(settings: &Settings, in_tiles: bool, tokens: usize) -> Result<Option<Tiling>> {
     let tile = match settings.tile {

@@ -8,7 +8,7 @@ use eqim::digest::sha256_of;
 use eqim::generate::plan;
 use eqim::generate::tiles::Tiling;
 use eqim::request::Request;
-use eqim::request::settings::{Settings, TileSize};
+use eqim::request::settings::Settings;
 use eqim::{Error, Result, ResultExt, files};
 use serde::{Deserialize, Serialize};
 
@@ -65,9 +65,7 @@ impl Job {
         if let Some(path) = &settings.prefix {
             files::open(path).map_err(inputs::about("prefix"))?;
         }
-        let tile = tiling.map_or(TileSize::Whole, |tiling| TileSize::Tokens(tiling.tile));
-        let overlap = tiling.map(|tiling| tiling.overlap);
-        let settings = Settings { tile: Some(tile), overlap, ..settings.resolved(&request, 0) };
+        let settings = plan::recorded(settings, &request, tiling);
         let origin = Origin { settings, weights: bundle.manifest.weights.sha256.clone(), prefix_sha256: None };
         Ok(Self { id, origin, tiling, request })
     }
