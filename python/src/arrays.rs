@@ -1,6 +1,6 @@
 //! Arrays, tensors and pictures of other libraries as arrays of ours.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use eqim::picture;
 use eqim::request::MOST_TOKENS;
@@ -69,7 +69,7 @@ pub fn latents(object: &Bound<'_, PyAny>, embed: usize) -> PyResult<Array2<f32>>
 pub fn picture(photo: &Bound<'_, PyAny>) -> PyResult<RgbImage> {
     let py = photo.py();
     if photo.is_instance_of::<PyString>() || photo.hasattr("__fspath__")? {
-        let path = settings::path(photo)?;
+        let path: PathBuf = settings::argument(photo)?;
         return py.detach(|| picture::load(&path)).or_raise(py);
     }
     let pixels = match photo.cast::<Image>() {

@@ -12,7 +12,7 @@ use pyo3::types::PyDict;
 
 use crate::error::{OrRaise, bad_input};
 use crate::libraries;
-use crate::settings::{count_or_none, path, value};
+use crate::settings::{argument, value};
 
 /// Load the tensors of a checkpoint: of the reference (.pth, .ckpt), or .safetensors.
 ///
@@ -42,10 +42,10 @@ use crate::settings::{count_or_none, path, value};
 #[pyo3(signature = (path, *, part=None, weights=None, heads=None))]
 pub fn load_checkpoint<'py>(
     py: Python<'py>,
-    #[pyo3(from_py_with = path)] path: PathBuf,
-    part: Option<&str>,
-    weights: Option<&str>,
-    #[pyo3(from_py_with = count_or_none)] heads: Option<usize>,
+    #[pyo3(from_py_with = argument)] path: PathBuf,
+    #[pyo3(from_py_with = argument)] part: Option<&str>,
+    #[pyo3(from_py_with = argument)] weights: Option<&str>,
+    #[pyo3(from_py_with = argument)] heads: Option<usize>,
 ) -> PyResult<Bound<'py, PyDict>> {
     let unknown = |keyword: &str, found: &str, expected: &str| {
         bad_input(py, format!("{keyword} is {found:?}, expected {expected}"))
@@ -97,8 +97,9 @@ fn array<'py>(py: Python<'py>, tensor: &Tensor) -> PyResult<Bound<'py, PyArrayDy
 #[pyo3(signature = (*, output, **options))]
 pub fn export(
     py: Python<'_>,
-    #[pyo3(from_py_with = path)] output: PathBuf,
-    options: Option<&Bound<'_, PyDict>>) -> PyResult<PathBuf> {
+    #[pyo3(from_py_with = argument)] output: PathBuf,
+    options: Option<&Bound<'_, PyDict>>,
+) -> PyResult<PathBuf> {
     libraries::find(py)?;
     let mut arguments = vec![OsString::from("--output"), output.clone().into()];
     for (keyword, given) in options.into_iter().flatten() {

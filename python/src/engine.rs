@@ -16,7 +16,7 @@ use eqim::generate::worker::{self, Command, Events, Worker};
 use eqim::picture::Side;
 use eqim::request::Request;
 use eqim::request::settings::Settings;
-use eqim::{Config, Error, engine};
+use eqim::{Config, Error, ResultExt, engine};
 use eqim_engines::onnxruntime::{Provider, Providers};
 use eqim_engines::{Backend, MOST_THREADS, Options};
 use ndarray::{Array3, Axis};
@@ -218,14 +218,14 @@ impl Engine {
     fn from_bundle(
         _class: &Bound<'_, PyType>,
         py: Python<'_>,
-        #[pyo3(from_py_with = settings::path)] bundle: PathBuf,
-        backend: &str,
-        #[pyo3(from_py_with = settings::count_or_none)] threads: Option<usize>,
-        providers: Option<Vec<String>>,
-        #[pyo3(from_py_with = settings::path_or_none)] provider_library: Option<PathBuf>,
-        device: Option<String>,
+        #[pyo3(from_py_with = settings::argument)] bundle: PathBuf,
+        #[pyo3(from_py_with = settings::argument)] backend: &str,
+        #[pyo3(from_py_with = settings::argument)] threads: Option<usize>,
+        #[pyo3(from_py_with = settings::argument)] providers: Option<Vec<String>>,
+        #[pyo3(from_py_with = settings::argument)] provider_library: Option<PathBuf>,
+        #[pyo3(from_py_with = settings::argument)] device: Option<String>,
         cuda_graph: bool,
-        #[pyo3(from_py_with = settings::count)] max_batch: usize,
+        #[pyo3(from_py_with = settings::argument)] max_batch: usize,
     ) -> PyResult<Py<Self>> {
         libraries::find(py)?;
         let options = PyDict::new(py);
@@ -254,7 +254,8 @@ impl Engine {
         })?;
         let chosen = Options { backend, threads, providers, device, cuda_graph };
         let opened = py.detach(|| -> eqim::Result<_> {
-            let bundle = Bundle::open(&bundle)?;
+            // The working folder may change.
+            let bundle = Bundle::open(&std::path::absolute(&bundle).or_input(bundle.display())?)?;
             let stamps = bundle.stamps()?;
             let (send, result) = channel();
             let (label, to_open) = (bundle.folder.display().to_string(), bundle.clone());

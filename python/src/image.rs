@@ -124,7 +124,7 @@ impl Image {
     ///     If the suffix is another one.
     /// RunError
     ///     If the file cannot be written.
-    fn save(&self, py: Python<'_>, #[pyo3(from_py_with = settings::path)] path: PathBuf) -> PyResult<()> {
+    fn save(&self, py: Python<'_>, #[pyo3(from_py_with = settings::argument)] path: PathBuf) -> PyResult<()> {
         let suffix = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
         let format = match suffix.as_str() {
             "png" => Format::Png,

@@ -1,7 +1,5 @@
 //! Keywords as settings of the library.
 
-use std::path::PathBuf;
-
 use eqim::request::settings::Settings;
 use pyo3::exceptions::{PyOverflowError, PyUnicodeEncodeError};
 use pyo3::prelude::*;
@@ -57,46 +55,26 @@ pub fn read(keywords: Option<&Bound<'_, PyDict>>) -> PyResult<Settings> {
     Settings::from_json(object).map_err(renamed).or_raise(keywords.py())
 }
 
-/// An argument that counts something.
+/// An argument of a method.
 ///
 /// # Errors
-/// `InputError` if it is negative or too large; `TypeError` if it is no integer.
-pub fn count(given: &Bound<'_, PyAny>) -> PyResult<usize> {
-    given.extract().map_err(|error: PyErr| {
-        if !error.is_instance_of::<PyOverflowError>(given.py()) {
-            return error;
+/// `InputError` if its type fits and its value does not: a number that is negative or too large, a string that is not Unicode;
+/// `TypeError` for another type.
+pub fn argument<'a, 'py, T>(given: &'a Bound<'py, PyAny>) -> PyResult<T>
+where
+    T: FromPyObject<'a, 'py>,
+{
+    let py = given.py();
+    given.extract().map_err(|error: T::Error| {
+        let error: PyErr = error.into();
+        if error.is_instance_of::<PyOverflowError>(py) {
+            return bad_input(py, format!("{given} is outside the range of 64-bit integers that are not negative"));
         }
-        bad_input(given.py(), format!("{given} is outside the range of 64-bit integers that are not negative"))
-    })
-}
-
-/// A path.
-///
-/// # Errors
-/// `InputError` if no file can have this name; `TypeError` if it is no path.
-pub fn path(given: &Bound<'_, PyAny>) -> PyResult<PathBuf> {
-    given.extract().map_err(|error: PyErr| {
-        if !error.is_instance_of::<PyUnicodeEncodeError>(given.py()) {
-            return error;
+        if error.is_instance_of::<PyUnicodeEncodeError>(py) {
+            return bad_input(py, "a string is not valid Unicode");
         }
-        bad_input(given.py(), "a path is not a string of valid Unicode")
+        error
     })
-}
-
-/// A path, or `None`.
-///
-/// # Errors
-/// Those of [`path`].
-pub fn path_or_none(given: &Bound<'_, PyAny>) -> PyResult<Option<PathBuf>> {
-    if given.is_none() { Ok(None) } else { path(given).map(Some) }
-}
-
-/// An argument that counts something, or `None`.
-///
-/// # Errors
-/// Those of [`count`].
-pub fn count_or_none(given: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
-    if given.is_none() { Ok(None) } else { count(given).map(Some) }
 }
 
 /// The value of a keyword in JSON.

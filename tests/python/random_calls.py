@@ -245,7 +245,8 @@ def main():
         grown = resident() - before
         print(dict(outcomes), f"{grown / 1e6:.1f} MB", flush=True)
         assert outcomes["made"] > count / 100 and outcomes["InputError"] > count / 4, outcomes
-        assert grown < 200e6, grown
+        # 54 to 222 MB with 3,000 to 20,000 calls, without a trend: engines that are open take about 100 MB.
+        assert grown < 400e6, grown
 
 
 if __name__ == "__main__":

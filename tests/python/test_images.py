@@ -171,8 +171,25 @@ def test_latents(engine):
 def test_settings_make_the_same_image_again(engine):
     given = {"class_": "forest", "tokens": 5, "seed": 9, "guidance_scale": 2.5, "num_inference_steps": 3}
     image = engine.generate(**given)
-    assert image.settings == {"class": "forest", "tokens": 5, "seed": 9, "cfg": 2.5, "steps": 3}
-    keywords = {"class": "class_", "cfg": "guidance_scale", "steps": "num_inference_steps"}
+    # As eqim-run records them: the number of the class, and all defaults.
+    assert image.settings == {
+        "class": engine.class_names.index("forest"),
+        "tokens": 5,
+        "seed": 9,
+        "cfg": 2.5,
+        "cfg_schedule": "linear",
+        "steps": 3,
+        "solver": "euler",
+        "direction": "right",
+        "keep_prefix_pixels": False,
+        "tile": "none",
+    }
+    keywords = {
+        "class": "class_",
+        "cfg": "guidance_scale",
+        "cfg_schedule": "guidance_schedule",
+        "steps": "num_inference_steps",
+    }
     again = engine.generate(**{keywords.get(name, name): value for name, value in image.settings.items()})
     assert np.array_equal(again.pixels, image.pixels)
 

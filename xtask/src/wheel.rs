@@ -21,7 +21,7 @@ const OLDEST_PYTHON: u32 = 10;
 /// The packages of the tests.
 const TESTS: [&str; 3] = ["pillow>=12", "pytest>=9", "tqdm==4.70.1"];
 /// The packages of the tests that run on the newest Python only.
-const NEWEST: [&str; 3] = ["ipykernel==7.4.0", "mypy==2.4.1", "nbclient==0.11.0"];
+const NEWEST: [&str; 4] = ["ipykernel==7.4.0", "mypy==2.4.1", "nbclient==0.11.0", "pyarrow==26.0.1"];
 /// The oldest and the newest NumPy.
 const NUMPY: [&str; 2] = ["numpy==1.26.4", "numpy>=2"];
 /// The programs of Slurm and their Debian packages.
