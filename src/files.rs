@@ -140,13 +140,20 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     write_beside(path, |beside| std::fs::write(beside, bytes).map_err(failed))
 }
 
+/// The text that [`write_json`] writes.
+///
+/// # Errors
+/// [`Error::run`] if the value cannot be written as JSON.
+pub fn json(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string_pretty(value).or_run("JSON")
+}
+
 /// Replaces the contents of a file by `value` as indented JSON.
 ///
 /// # Errors
 /// Those of [`write_beside`].
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_vec_pretty(value).or_run(path.display())?;
-    write(path, &text)
+    write(path, json(value)?.as_bytes())
 }
 
 /// Gives a temporary folder, which is in the same folder as `path`, the name `path`, and removes the older folder there.

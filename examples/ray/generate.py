@@ -196,9 +196,8 @@ class ToFolder:
             if result.image is None:
                 errors[result.id] = result.error
             else:
-                record = json.dumps(result.record, indent=2, ensure_ascii=False)
                 write(self.output / f"{result.id}.png", result.image)
-                write(self.output / f"{result.id}.json", record.encode(), is_new=True)
+                write(self.output / f"{result.id}.json", result.record.encode(), is_new=True)
         return report({name: self.output / f"{name}.png" for name in jobs}, errors)
 
 
@@ -212,7 +211,7 @@ class ToParquet(ToFolder):
         results = list(self.generator.generate(job for name, job in jobs.items() if name not in done))
         images = [result for result in results if result.image is not None]
         if images:
-            rows = [{"id": it.id, "image": it.image, "record": json.dumps(it.record)} for it in images]
+            rows = [{"id": it.id, "image": it.image, "record": it.record} for it in images]
             file = io.BytesIO()
             pq.write_table(pa.Table.from_pylist(rows, schema=IMAGES), file)
             write(path, file.getvalue(), is_new=True)

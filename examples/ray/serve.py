@@ -7,13 +7,13 @@ Each replica opens the bundle once. Its requests share the batches of one engine
 
 import argparse
 import asyncio
+import json
 import os
 from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from eqim import Engine, InputError
-from eqim.ray import keywords, message
 from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -31,11 +31,15 @@ class Images:
             job = await request.json()
         except ValueError as error:
             return JSONResponse({"error": f"the body is not JSON: {error}"}, 400)
+        # A prefix is the path of a file.
+        if isinstance(job, dict) and "prefix" in job:
+            return JSONResponse({"error": "prefix is not a setting of this service"}, 400)
         try:
             # The image is cancelled if the client goes away.
-            image = await asyncio.wrap_future(self.engine.submit(**keywords(job)))
+            _, image = self.engine.submit_job(json.dumps(job))
+            image = await asyncio.wrap_future(image)
         except InputError as error:
-            return JSONResponse({"error": message(error)}, 400)
+            return JSONResponse({"error": str(error)}, 400)
         return Response(image._repr_png_(), media_type="image/png")
 
 

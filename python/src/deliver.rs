@@ -13,7 +13,7 @@ use eqim::{Error, Result};
 use pyo3::prelude::*;
 use pyo3::types::{PyCFunction, PyDict, PyTuple};
 
-use crate::error::to_python;
+use crate::error::{Names, to_python};
 use crate::image::Image;
 use crate::making::{Change, Making};
 use crate::stream::closed;
@@ -110,7 +110,7 @@ fn run(messages: &Receiver<Message>) {
         let _ = Python::try_attach(|py| {
             let result = match result {
                 Ok(()) => Image::generated(py, *making).and_then(|image| Py::new(py, image)),
-                Err(Some(error)) => Err(to_python(py, error)),
+                Err(Some(error)) => Err(to_python(py, error, Names::Keywords)),
                 Err(None) => Err(closed(py)),
             };
             if let Err(error) = give(future.bind(py), result) {

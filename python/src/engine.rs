@@ -1,7 +1,7 @@
 //! The engine of a bundle in Python.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,13 +9,16 @@ use std::time::SystemTime;
 
 use clap::ValueEnum;
 use eqim::bundle::Bundle;
+use eqim::digest::sha256;
 use eqim::generate::plan::{Plan, recorded};
 use eqim::generate::scheduler::Capacity;
 use eqim::generate::tiles::Tiling;
 use eqim::generate::worker::{self, Command, Events, Worker};
-use eqim::picture::Side;
+use eqim::picture::{self, Side};
 use eqim::request::Request;
-use eqim::request::settings::Settings;
+use eqim::request::jobs::{Line, check_id};
+use eqim::request::record::Origin;
+use eqim::request::settings::{DEFAULT_TOKENS, Settings};
 use eqim::{Config, Error, ResultExt, engine};
 use eqim_engines::onnxruntime::{Provider, Providers};
 use eqim_engines::{Backend, MOST_THREADS, Options};
@@ -25,7 +28,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple, PyType};
 
 use crate::deliver::{Deliveries, cancellation, deliver};
-use crate::error::{OrRaise, bad_input, exception};
+use crate::error::{Names, OrRaise, bad_input, exception};
 use crate::image::Image;
 use crate::making::{Change, Making, events, until};
 use crate::process::Process;
@@ -52,6 +55,24 @@ pub struct Engine {
     stamps: BTreeMap<String, (u64, SystemTime)>,
     /// `None` after the engine was closed.
     open: Mutex<Option<Open>>,
+}
+
+/// What an image is asked to be.
+struct Wanted {
+    settings: Settings,
+    /// Pixels that it continues, `[3, height, width]` in the order of generation.
+    beginning: Option<Array3<f32>>,
+    /// SHA-256 of the file that it continues.
+    prefix_sha256: Option<String>,
+    /// How messages name the settings.
+    names: Names,
+}
+
+impl Wanted {
+    /// An image with the settings of keywords, which continues `beginning`.
+    fn new(settings: Settings, beginning: Option<Array3<f32>>) -> Self {
+        Self { settings, beginning, prefix_sha256: None, names: Names::Keywords }
+    }
 }
 
 /// A request, and how its image is decoded.
@@ -94,26 +115,21 @@ impl Engine {
     }
 
     /// The request and the image of settings and of the pixels that it continues.
-    fn plan(
-        &self,
-        py: Python<'_>,
-        open: &Open,
-        (settings, beginning): (Settings, Option<Array3<f32>>),
-        in_tiles: bool,
-    ) -> PyResult<(Planned, Making)> {
-        let config = self.config();
-        let Plan { mut request, tiling, finish } =
-            Plan::new(&settings, beginning.as_ref(), in_tiles, config).or_raise(py)?;
+    fn plan(&self, py: Python<'_>, open: &Open, wanted: Wanted, in_tiles: bool) -> PyResult<(Planned, Making)> {
+        let (config, Wanted { settings, beginning, prefix_sha256, names }) = (self.config(), wanted);
+        let plan = Plan::new(&settings, beginning.as_ref(), in_tiles, config);
+        let Plan { mut request, tiling, finish } = plan.or_raise_as(py, names)?;
         if request.classes.len() != 1 {
-            let problem = format!("class_ is {} classes, expected one: an image has one", request.classes.len());
-            return Err(bad_input(py, problem));
+            let (name, count) = (names.of("class"), request.classes.len());
+            return Err(bad_input(py, format!("{name} is {count} classes, expected one: an image has one")));
         }
         if let Some(pixels) = beginning {
             let encode = move |engine: &dyn engine::Engine| engine.encode_tokens(pixels.view().insert_axis(Axis(0)));
             request.prefix = Some(self.call(py, open, encode)?);
         }
         let settings = recorded(settings, &request, tiling);
-        let making = Making::new(settings, &request, finish, config).or_raise(py)?;
+        let origin = Origin { settings, weights: self.bundle.manifest.weights.sha256.clone(), prefix_sha256 };
+        let making = Making::new(origin, &request, finish, config).or_raise(py)?;
         Ok(((request, tiling), making))
     }
 
@@ -142,13 +158,7 @@ impl Engine {
     }
 
     /// Generates an image, and waits for it.
-    fn finished(
-        &self,
-        py: Python<'_>,
-        wanted: (Settings, Option<Array3<f32>>),
-        callback: Option<Py<PyAny>>,
-        progress: bool,
-    ) -> PyResult<Image> {
+    fn finished(&self, py: Python<'_>, wanted: Wanted, callback: Option<Py<PyAny>>, progress: bool) -> PyResult<Image> {
         let open = self.running(py)?;
         let (planned, mut making) = self.plan(py, &open, wanted, false)?;
         let progress = Progress::new(py, making.total(), callback, progress)?;
@@ -168,6 +178,27 @@ impl Engine {
         progress.finish(py)?;
         result?;
         Image::generated(py, making)
+    }
+
+    /// Starts to generate an image, and returns its future.
+    fn submitted<'py>(&self, py: Python<'py>, open: &Open, wanted: Wanted) -> PyResult<Bound<'py, PyAny>> {
+        let future = py.import("concurrent.futures")?.getattr("Future")?.call0()?;
+        let (planned, making) = self.plan(py, open, wanted, false)?;
+        let events = open.deliveries.begin(making, &future, cancellation(&future)?);
+        self.start(py, open, planned, events)?;
+        Ok(future)
+    }
+
+    /// The pixels of the picture that a job continues, in the order of generation, and the hash of its file.
+    fn prefix(&self, path: &Path, side: Side) -> eqim::Result<(Array3<f32>, String)> {
+        let tokenizer = &self.config().tokenizer;
+        let read = || {
+            let bytes = picture::contents(path)?;
+            let image = picture::decode(path, &bytes)?;
+            let beginning = picture::beginning(path, image, tokenizer.image_height(), tokenizer.token_width(), side)?;
+            Ok((beginning.pixels, sha256(&bytes)))
+        };
+        read().map_err(|error: Error| if error.is_input() { Error::setting("prefix", error) } else { error })
     }
 
     /// The pixels of a photograph that an image continues, in the order of generation.
@@ -336,7 +367,7 @@ impl Engine {
         progress: bool,
         settings: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Image> {
-        self.finished(py, (settings::read(settings)?, None), callback, progress)
+        self.finished(py, Wanted::new(settings::read(settings)?, None), callback, progress)
     }
 
     /// Continue a photograph.
@@ -371,7 +402,7 @@ impl Engine {
         self.running(py)?;
         let settings = settings::read(settings)?;
         let beginning = self.beginning(photo, settings.direction.unwrap_or_default())?;
-        self.finished(py, (settings, Some(beginning)), callback, progress)
+        self.finished(py, Wanted::new(settings, Some(beginning)), callback, progress)
     }
 
     /// Generate an image and iterate over its strips while it is generated.
@@ -395,7 +426,7 @@ impl Engine {
         let settings = settings::read(settings)?;
         let side = settings.direction.unwrap_or_default();
         let beginning = photo.map(|photo| self.beginning(photo, side)).transpose()?;
-        let (planned, making) = self.plan(py, &open, (settings, beginning), true)?;
+        let (planned, making) = self.plan(py, &open, Wanted::new(settings, beginning), true)?;
         let (send, received) = events();
         let number = self.start(py, &open, planned, send)?;
         Ok(Stream::new(open.worker, self.config().clone(), number, received, making))
@@ -416,11 +447,50 @@ impl Engine {
     fn submit<'py>(&self, py: Python<'py>, settings: Option<&Bound<'py, PyDict>>) -> PyResult<Bound<'py, PyAny>> {
         let open = self.running(py)?;
         let settings = settings::read(settings)?;
-        let future = py.import("concurrent.futures")?.getattr("Future")?.call0()?;
-        let (planned, making) = self.plan(py, &open, (settings, None), false)?;
-        let events = open.deliveries.begin(making, &future, cancellation(&future)?);
-        self.start(py, &open, planned, events)?;
-        Ok(future)
+        self.submitted(py, &open, Wanted::new(settings, None))
+    }
+
+    /// Generate the image of a job in the background.
+    ///
+    /// Parameters
+    /// ----------
+    /// job
+    ///     A line of a file for ``eqim-run --jobs``: a JSON object with settings and, if it has a name, its ``id``. A
+    ///     ``prefix`` is the path of a PNG or JPEG, which is encoded before this method returns.
+    ///
+    /// Returns
+    /// -------
+    /// tuple of str and concurrent.futures.Future
+    ///     The id, ``"1"`` if the job has none, and the future of the image.
+    ///
+    /// Raises
+    /// ------
+    /// InputError
+    ///     If the job is not such an object, or a setting does not fit. The message has the names of the job.
+    fn submit_job<'py>(
+        &self,
+        py: Python<'py>,
+        #[pyo3(from_py_with = settings::argument)] job: String,
+    ) -> PyResult<(String, Bound<'py, PyAny>)> {
+        let (open, names) = (self.running(py)?, Names::Jobs);
+        let read = || {
+            let (id, settings) = Line::new(1, &job).read()?;
+            check_id(&id)?;
+            Ok((id, settings))
+        };
+        let (id, mut settings) = read().or_raise_as(py, names)?;
+        // The length of a job includes its prefix.
+        if settings.width.is_none() {
+            settings.tokens = settings.tokens.or(Some(DEFAULT_TOKENS));
+        }
+        let (mut beginning, mut prefix_sha256) = (None, None);
+        if let Some(path) = &settings.prefix {
+            let side = settings.direction.unwrap_or_default();
+            let (pixels, hash) = py.detach(|| self.prefix(path, side)).or_raise_as(py, names)?;
+            (beginning, prefix_sha256) = (Some(pixels), Some(hash));
+        }
+        let future = self.submitted(py, &open, Wanted { settings, beginning, prefix_sha256, names })?;
+        Ok((id, future))
     }
 
     /// Encode a photograph to latents.

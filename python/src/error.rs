@@ -7,7 +7,7 @@ use eqim::Error;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
-use crate::settings::keyword_of;
+use crate::keywords::keyword_of;
 
 /// An exception of `eqim.errors`.
 pub fn exception(py: Python<'_>, class: &str, message: String) -> PyErr {
@@ -21,13 +21,32 @@ pub fn bad_input(py: Python<'_>, message: impl Into<String>) -> PyErr {
     exception(py, "InputError", message.into())
 }
 
-/// The exception of an error. Settings have the names of their keywords in Python.
-pub fn to_python(py: Python<'_>, error: Error) -> PyErr {
+/// How messages name settings.
+#[derive(Clone, Copy)]
+pub enum Names {
+    /// As keywords of methods in Python.
+    Keywords,
+    /// As in files of jobs.
+    Jobs,
+}
+
+impl Names {
+    /// The name of a setting.
+    pub fn of(self, setting: &str) -> &str {
+        match self {
+            Self::Keywords => keyword_of(setting),
+            Self::Jobs => setting,
+        }
+    }
+}
+
+/// The exception of an error.
+pub fn to_python(py: Python<'_>, error: Error, names: Names) -> PyErr {
     let text = error.to_string();
     let text = match error.field() {
         Some(field) => match text.strip_prefix(field) {
-            Some(rest) => format!("{}{rest}", keyword_of(field)),
-            None => format!("{text} ({})", keyword_of(field)),
+            Some(rest) => format!("{}{rest}", names.of(field)),
+            None => format!("{text} ({})", names.of(field)),
         },
         None => text,
     };
@@ -42,15 +61,25 @@ pub fn to_python(py: Python<'_>, error: Error) -> PyErr {
 
 /// Converts results of the library.
 pub trait OrRaise<T> {
-    /// The value, or the exception of the error.
+    /// The value, or the exception of the error. Settings have the names of their keywords.
     ///
     /// # Errors
     /// The exception.
     fn or_raise(self, py: Python<'_>) -> PyResult<T>;
+
+    /// The value, or the exception of the error.
+    ///
+    /// # Errors
+    /// The exception.
+    fn or_raise_as(self, py: Python<'_>, names: Names) -> PyResult<T>;
 }
 
 impl<T> OrRaise<T> for eqim::Result<T> {
     fn or_raise(self, py: Python<'_>) -> PyResult<T> {
-        self.map_err(|error| to_python(py, error))
+        self.or_raise_as(py, Names::Keywords)
+    }
+
+    fn or_raise_as(self, py: Python<'_>, names: Names) -> PyResult<T> {
+        self.map_err(|error| to_python(py, error, names))
     }
 }

@@ -2,8 +2,11 @@
 
 use std::path::PathBuf;
 
-use eqim::files;
+use eqim::bundle::FileRecord;
+use eqim::digest::sha256;
 use eqim::picture::{self, Format};
+use eqim::request::record::{Origin, Record};
+use eqim::{ResultExt, files};
 use ndarray::Array3;
 use numpy::{PyArray1, PyArray2, PyArray3, PyArrayMethods};
 use pyo3::prelude::*;
@@ -24,9 +27,8 @@ pub struct Image {
     /// by the model's ``vae_norm``.
     #[pyo3(get)]
     tokens: Option<Py<PyArray2<f32>>>,
-    /// Settings of a generated image, as ``eqim-run`` records them.
-    #[pyo3(get)]
-    settings: Option<Py<PyDict>>,
+    /// What made a generated image.
+    origin: Option<Origin>,
 }
 
 impl Image {
@@ -35,16 +37,9 @@ impl Image {
     /// # Errors
     /// Those of Python.
     pub fn generated(py: Python<'_>, making: Making) -> PyResult<Self> {
-        // As text, a number of 32 bits has the fewest digits that give it back, as in the records of eqim-run.
-        let text = serde_json::to_string(&making.settings).unwrap_or_default();
-        let mut settings: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-        if let Some(fields) = settings.as_object_mut() {
-            fields.retain(|_, value| !value.is_null());
-        }
-        let settings = settings::to_python(py, &settings)?.cast_into::<PyDict>()?.unbind();
         let tokens = PyArray2::from_owned_array(py, making.tokens).unbind();
         let pixels = pixels(py, making.pixels.bytes, making.pixels.size)?;
-        Ok(Self { pixels, tokens: Some(tokens), settings: Some(settings) })
+        Ok(Self { pixels, tokens: Some(tokens), origin: Some(making.origin) })
     }
 
     /// An image of decoded pixels `[3, height, width]`.
@@ -54,7 +49,7 @@ impl Image {
     pub fn decoded(py: Python<'_>, image: &Array3<f32>) -> PyResult<Self> {
         let (_, height, width) = image.dim();
         let bytes = py.detach(|| picture::bytes(image.view()));
-        Ok(Self { pixels: pixels(py, bytes, (width, height))?, tokens: None, settings: None })
+        Ok(Self { pixels: pixels(py, bytes, (width, height))?, tokens: None, origin: None })
     }
 }
 
@@ -93,6 +88,50 @@ fn view<'py>(py: Python<'py>, pixels: &Py<Bytes>) -> PyResult<Bound<'py, PyAny>>
 
 #[pymethods]
 impl Image {
+    /// Settings of a generated image, as ``eqim-run`` records them.
+    #[getter]
+    fn settings<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Some(origin) = &self.origin else { return Ok(None) };
+        // As text, a number of 32 bits has the fewest digits that give it back, as in the records of eqim-run.
+        let text = serde_json::to_string(&origin.settings).or_run("settings").or_raise(py)?;
+        let settings = py.import("json")?.call_method1("loads", (text,))?.cast_into::<PyDict>()?;
+        for (name, value) in &settings.copy()? {
+            if value.is_none() {
+                settings.del_item(name)?;
+            }
+        }
+        Ok(Some(settings.into_any()))
+    }
+
+    /// The files of a generated image, as ``eqim-run --jobs`` writes them.
+    ///
+    /// Parameters
+    /// ----------
+    /// name
+    ///     Id of the job, which names its image in the record.
+    ///
+    /// Returns
+    /// -------
+    /// tuple of bytes and str
+    ///     The PNG ``NAME.png`` and the record ``NAME.json``.
+    ///
+    /// Raises
+    /// ------
+    /// InputError
+    ///     If the image was not generated.
+    fn files<'py>(
+        &self,
+        py: Python<'py>,
+        #[pyo3(from_py_with = settings::argument)] name: String,
+    ) -> PyResult<(Bound<'py, PyBytes>, String)> {
+        let origin =
+            self.origin.clone().ok_or_else(|| bad_input(py, "the image was not generated: it has no record"))?;
+        let png = file(py, &self.pixels, Format::Png)?;
+        let image = FileRecord { file: format!("{name}.png"), bytes: png.len() as u64, sha256: sha256(&png) };
+        let record = files::json(&Record { origin, image }).or_raise(py)?;
+        Ok((PyBytes::new(py, &png), record))
+    }
+
     /// Pixels, uint8 [height, width, 3].
     #[getter]
     fn pixels<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {

@@ -6,6 +6,7 @@ mod deliver;
 mod engine;
 mod error;
 mod image;
+mod keywords;
 mod libraries;
 mod making;
 mod process;

@@ -11,7 +11,7 @@ use eqim::generate::scheduler::Event;
 use eqim::generate::worker::Events;
 use eqim::picture::Pixels;
 use eqim::request::Request;
-use eqim::request::settings::Settings;
+use eqim::request::record::Origin;
 use eqim::{Config, Error, Result};
 use ndarray::{Array2, Array3};
 
@@ -32,8 +32,8 @@ pub fn until(flag: Arc<AtomicBool>, mut events: Events) -> Events {
 
 /// An image that is being generated.
 pub struct Making {
-    /// The settings of the image.
-    pub settings: Settings,
+    /// What makes the image.
+    pub origin: Origin,
     /// Pixels so far.
     pub pixels: Pixels,
     /// Tokens so far, `[N, E]` in the order of generation.
@@ -58,7 +58,7 @@ impl Making {
     ///
     /// # Errors
     /// If it does not fit in memory.
-    pub fn new(settings: Settings, request: &Request, finish: Finish, config: &Config) -> Result<Self> {
+    pub fn new(origin: Origin, request: &Request, finish: Finish, config: &Config) -> Result<Self> {
         let (width, height) = config.image_size(request.tokens);
         // An allocation that fails ends the process. This one only tells that it would fail. The compiler must not leave it
         // out.
@@ -68,7 +68,7 @@ impl Making {
         reserved.map_err(|error| Error::run_caused(format!("an image of {width} × {height} pixels"), error))?;
         let pixels = Pixels::new((width, height));
         let tokens = Array2::zeros((request.tokens, config.generator.embed));
-        Ok(Self { settings, pixels, tokens, known: 0, finish })
+        Ok(Self { origin, pixels, tokens, known: 0, finish })
     }
 
     /// Number of tokens of the whole image.

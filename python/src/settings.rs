@@ -7,19 +7,7 @@ use pyo3::types::{PyBool, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple};
 use serde_json::{Map, Number, Value};
 
 use crate::error::{OrRaise, bad_input};
-
-/// Keywords with another name than their setting: reserved words of Python, and names that image generators share.
-const KEYWORDS: [(&str, &str); 4] = [
-    ("class_", "class"),
-    ("guidance_scale", "cfg"),
-    ("guidance_schedule", "cfg_schedule"),
-    ("num_inference_steps", "steps"),
-];
-
-/// The keyword of a setting.
-pub fn keyword_of(setting: &str) -> &str {
-    KEYWORDS.iter().find(|(_, name)| *name == setting).map_or(setting, |(keyword, _)| keyword)
-}
+use crate::keywords::{KEYWORDS, keyword_of};
 
 /// The settings that keywords set.
 ///
@@ -123,12 +111,4 @@ fn scalar(keyword: &str, given: &Bound<'_, PyAny>) -> PyResult<Value> {
         return scalar(keyword, &py.import("os")?.call_method1("fspath", (given,))?);
     }
     Err(bad(format!("a {}, expected a number, a string or a list", given.get_type().name()?)))
-}
-
-/// A value of JSON in Python.
-///
-/// # Errors
-/// Those of Python.
-pub fn to_python<'py>(py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
-    py.import("json")?.call_method1("loads", (value.to_string(),))
 }

@@ -54,6 +54,11 @@ pub struct Line<'a> {
 }
 
 impl<'a> Line<'a> {
+    /// A line by itself, with its number.
+    pub fn new(number: usize, text: &'a str) -> Self {
+        Self { number, text }
+    }
+
     /// The lines of the jobs file `path` that are not blank.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 pub mod condition;
 pub mod jobs;
 pub mod random;
+pub mod record;
 pub mod settings;
 pub mod solver;
 pub mod timing;

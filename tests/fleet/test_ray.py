@@ -288,7 +288,7 @@ def test_an_engine_that_fails_raises_after_the_images_that_are_complete():
     made, failed, waiting = generator.engine.submit(tokens=4, num_inference_steps=1), Future(), Future()
     failed.set_exception(eqim.RunError("the decoder fails"))
     given = iter([failed, made, waiting])
-    generator.engine = SimpleNamespace(submit=lambda **settings: next(given))
+    generator.engine = SimpleNamespace(submit_job=lambda job: (json.loads(job)["id"], next(given)))
     results = generator.generate([{"id": "a"}, {"id": "b"}, {"id": "c"}])
     assert next(results).id == "b"
     waiting.set_exception(eqim.ClosedError("the engine is closed"))
@@ -300,7 +300,7 @@ def test_images_that_nobody_waits_for_are_cancelled():
     generator = eqim.ray.Generator(BUNDLE, threads=1, max_batch=1)
     waiting = Future()
     given = iter([generator.engine.submit(tokens=4, num_inference_steps=1), waiting])
-    generator.engine = SimpleNamespace(submit=lambda **settings: next(given))
+    generator.engine = SimpleNamespace(submit_job=lambda job: (json.loads(job)["id"], next(given)))
     results = generator.generate([{"id": "a"}, {"id": "b"}])
     next(results)
     results.close()
@@ -340,8 +340,8 @@ def test_serve_gives_images_of_one_engine(cluster, tmp_path):
         for body, error in [
             ({"tokens": 1}, "tokens is 1, expected"),
             ({"cfg": -1}, "cfg is -1, expected"),
-            ({"prefix": "/etc/passwd"}, "prefix is not a keyword"),
-            ([], "a job is [], expected an object"),
+            ({"prefix": "/etc/passwd"}, "prefix is not a setting of this service"),
+            ([], "a job: invalid type: sequence, expected a map"),
             (b"{", "the body is not JSON"),
         ]:
             status, message = ask(port, body)

@@ -1,6 +1,7 @@
 """Images from Python are those of eqim-run, byte for byte."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -166,6 +167,39 @@ def test_latents(engine):
     # The tokenizer loses detail.
     height, width = engine.height, len(latents) * engine.token_width
     assert engine.decode(latents).pixels.shape == (height, width, 3)
+
+
+def test_jobs_give_the_files_of_eqim_run(engine, eqim_run, tmp_path):
+    jobs = [
+        {"id": "a", "class": "forest", "tokens": 5, "steps": 3, "cfg": 2.1, "seed": 3},
+        {"id": "b", "classes": "field:0-3,sky:3-", "tokens": 6, "steps": 3},
+        {"id": "c", "prefix": str(PHOTO), "direction": "left", "tokens": 30, "steps": 2, "keep_prefix_pixels": True},
+    ]
+    lines = [json.dumps(job) for job in jobs]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    # The path of the image is the folder here.
+    folder = eqim_run("--jobs", tmp_path / "jobs.jsonl", "--max-batch", 1)
+    for line, job in zip(lines, jobs, strict=True):
+        name, future = engine.submit_job(line)
+        png, record = future.result().files(name)
+        assert name == job["id"]
+        assert png == (folder / f"{name}.png").read_bytes()
+        assert record == (folder / f"{name}.json").read_text()
+
+
+def test_jobs_that_do_not_fit_are_refused(engine):
+    for job, problem in [
+        ("[]", "a job: invalid type: sequence"),
+        ('{"cfg": -1}', "cfg is -1, expected"),
+        ('{"size": 3}', "size: is not a setting, expected one of cfg, "),
+        ('{"id": "../a"}', "id: is"),
+        ('{"class": [1, 2]}', "class is 2 classes, expected one"),
+        ('{"prefix": "missing.png"}', "prefix missing.png: No such file"),
+    ]:
+        with pytest.raises(eqim.InputError, match=re.escape(problem)):
+            engine.submit_job(job)
+    with pytest.raises(eqim.InputError, match="the image was not generated"):
+        engine.decode(np.zeros((2, engine.embed_dim), np.float32)).files("a")
 
 
 def test_settings_make_the_same_image_again(engine):

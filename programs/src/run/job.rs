@@ -8,34 +8,12 @@ use eqim::digest::sha256_of;
 use eqim::generate::plan;
 use eqim::generate::tiles::Tiling;
 use eqim::request::Request;
+use eqim::request::record::{Origin, Record};
 use eqim::request::settings::Settings;
 use eqim::{Error, Result, ResultExt, files};
-use serde::{Deserialize, Serialize};
 
 use super::arguments::Arguments;
 use super::inputs;
-
-/// What makes an image.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Origin {
-    /// Settings of the image.
-    #[serde(flatten)]
-    pub settings: Settings,
-    /// SHA-256 of the weights.
-    pub weights: String,
-    /// SHA-256 of the file of the prefix.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub prefix_sha256: Option<String>,
-}
-
-/// The record of a finished job. It is written next to the image, so that a repeated run knows which jobs are done.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Record {
-    #[serde(flatten)]
-    origin: Origin,
-    /// The image.
-    image: FileRecord,
-}
 
 /// A valid job. Its prefix has not been read.
 #[derive(Debug)]

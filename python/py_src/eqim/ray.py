@@ -1,13 +1,11 @@
 """Images with Ray: a class for ``ray.data.Dataset.map_batches``. It needs pyarrow, and does not import Ray itself."""
 
-import hashlib
 import json
 import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from pathlib import Path
+from concurrent.futures import Future, as_completed
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,36 +14,9 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from ._eqim import Engine, Image
 from .errors import InputError, RunError
 
-__all__ = ["Generator", "Result", "keywords", "message"]
+__all__ = ["Generator", "Result"]
 
 Job: TypeAlias = Mapping[str, Any]
-
-# The settings of a job, in the order of the records of eqim-run.
-_SETTINGS = (
-    "class",
-    "classes",
-    "tokens",
-    "width",
-    "seed",
-    "cfg",
-    "cfg_schedule",
-    "solver",
-    "steps",
-    "prefix",
-    "direction",
-    "keep_prefix_pixels",
-    "tile",
-    "overlap",
-)
-# Settings whose keyword in Python has another name.
-_KEYWORDS = {
-    "class": "class_",
-    "cfg": "guidance_scale",
-    "cfg_schedule": "guidance_schedule",
-    "steps": "num_inference_steps",
-}
-# Length of an image with a prefix, if the job gives none. eqim-run counts the prefix.
-_TOKENS = 16
 
 _COLUMNS = pa.schema(
     [("id", pa.string()), ("image", pa.binary()), ("record", pa.string()), ("error", pa.string())]
@@ -59,8 +30,8 @@ class Result(NamedTuple):
     """Id of the job."""
     image: bytes | None
     """The image as a PNG."""
-    record: dict[str, Any] | None
-    """What ``eqim-run --jobs`` writes beside the image: all settings, and the hashes of the weights and of the image."""
+    record: str | None
+    """What ``eqim-run --jobs`` writes beside the image, as JSON: all settings, and the hashes of the weights and of the image."""
     error: str | None
     """Why there is no image: the job names a setting that does not fit."""
 
@@ -98,10 +69,6 @@ class Generator:
     def __init__(self, bundle: str | os.PathLike[str], **options: Any) -> None:
         options.setdefault("threads", _cpus_of_actor())
         self.engine = Engine.from_bundle(bundle, **options)
-        manifest = json.loads((Path(bundle) / "config.json").read_text("utf-8"))
-        self.weights: str = manifest["weights"]["sha256"]
-        # Images with a prefix are not submitted: they wait here.
-        self._threads = ThreadPoolExecutor(options.get("max_batch", 16))
 
     def __call__(self, batch: Any) -> pa.Table:
         """Generate the images of a batch of Ray Data, in the format ``"pyarrow"``, ``"numpy"`` or ``"pandas"``.
@@ -115,8 +82,7 @@ class Generator:
         jobs = _rows(batch)
         results = {result.id: result for result in self.generate(jobs)}
         ordered = (results[str(job["id"])] for job in jobs)
-        rows = [{**result._asdict(), "record": result.record and json.dumps(result.record)} for result in ordered]
-        return pa.Table.from_pylist(rows, schema=_COLUMNS)
+        return pa.Table.from_pylist([result._asdict() for result in ordered], schema=_COLUMNS)
 
     def generate(self, jobs: Iterable[Job]) -> Iterator[Result]:
         """Generate the images of jobs, and iterate over them as they are completed.
@@ -128,21 +94,21 @@ class Generator:
         RunError
             If the engine fails. It is raised after the images that could be completed.
         """
-        started: dict[Future[Image], tuple[Job, str | None]] = {}
+        started: dict[Future[Image], str] = {}
         failure: RunError | None = None
         try:
             for job in jobs:
                 try:
-                    future, prefix = self._start(job)
-                    started[future] = job, prefix
+                    name, future = self.engine.submit_job(_text(job))
+                    started[future] = name
                 except InputError as error:
-                    yield _failed(job, error)
+                    yield Result(str(job["id"]), None, None, str(error))
             for future in as_completed(started):
-                job, prefix = started[future]
                 try:
-                    yield self._completed(job, prefix, future.result())
+                    image, record = future.result().files(started[future])
+                    yield Result(started[future], image, record, None)
                 except InputError as error:
-                    yield _failed(job, error)
+                    yield Result(started[future], None, None, str(error))
                 except RunError as error:
                     failure = failure or error
         finally:
@@ -151,56 +117,12 @@ class Generator:
         if failure:
             raise failure
 
-    def _start(self, job: Job) -> tuple[Future[Image], str | None]:
-        """Start a job. Returns its image to be, and the hash of its prefix."""
-        settings = keywords(job)
-        path = settings.pop("prefix", None)
-        if path is None:
-            return self.engine.submit(**settings), None
-        if "tokens" not in settings and "width" not in settings:
-            settings["tokens"] = _TOKENS
-        prefix = _hash_of_prefix(path)
-        return self._threads.submit(self.engine.outpaint, path, **settings), prefix
 
-    def _completed(self, job: Job, prefix: str | None, image: Image) -> Result:
-        """An image and its record."""
-        png, name = image._repr_png_(), str(job["id"])
-        settings = {key: (image.settings or {}).get(key) for key in _SETTINGS}
-        record: dict[str, Any] = {**settings, "weights": self.weights}
-        if prefix is not None:
-            record |= {"prefix": os.fspath(job["prefix"]), "prefix_sha256": prefix}
-        record["image"] = {"file": f"{name}.png", "bytes": len(png), "sha256": hashlib.sha256(png).hexdigest()}
-        return Result(name, png, record, None)
-
-
-def keywords(job: Job) -> dict[str, Any]:
-    """Keywords of `Engine.submit` for the settings of a job. Missing values and the id are left out.
-
-    Raises
-    ------
-    InputError
-        If the job is not a mapping, or a key is not a setting.
-    """
+def _text(job: Job) -> str:
+    """A job as a line of ``eqim-run --jobs``."""
     if not isinstance(job, Mapping):
         raise InputError(f"a job is {job!r}, expected an object with settings")
-    given = {key: value for key, value in job.items() if key != "id" and value is not None}
-    for key in given.keys() - set(_SETTINGS):
-        raise InputError(f"{key}: is not a setting, expected one of {', '.join(sorted(_SETTINGS))}")
-    return {_KEYWORDS.get(key, key): value for key, value in given.items()}
-
-
-def message(error: InputError) -> str:
-    """Message of an error about a job. It names settings as the job does."""
-    text = str(error)
-    for key, keyword in _KEYWORDS.items():
-        if text.startswith(f"{keyword} "):
-            return key + text.removeprefix(keyword)
-    return text
-
-
-def _failed(job: Job, error: InputError) -> Result:
-    """The error of a job."""
-    return Result(str(job["id"]), None, None, message(error))
+    return json.dumps({key: value for key, value in job.items() if value is not None}, default=os.fspath)
 
 
 def _rows(batch: Any) -> list[dict[str, Any]]:
@@ -224,15 +146,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
         return int(value)
     return value
-
-
-def _hash_of_prefix(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read()).hexdigest()
-    except OSError as error:
-        raise InputError(f"prefix {error.filename}: {error.strerror}") from error
 
 
 def _cpus_of_actor() -> int | None:
