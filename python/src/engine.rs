@@ -75,6 +75,69 @@ impl Wanted {
     }
 }
 
+/// A bundle that was opened, in a thread.
+struct Opened {
+    bundle: Bundle,
+    stamps: BTreeMap<String, (u64, SystemTime)>,
+    worker: Worker,
+    /// Name of the backend.
+    name: String,
+    /// Warnings, one per line.
+    messages: String,
+}
+
+/// Opens a bundle in a thread.
+///
+/// # Errors
+/// Those of [`Bundle::open`] and [`eqim_engines::open`].
+fn opened(bundle: &Path, options: Options, max_batch: usize) -> eqim::Result<Opened> {
+    // The working folder may change.
+    let bundle = Bundle::open(&std::path::absolute(bundle).or_input(bundle.display())?)?;
+    let stamps = bundle.stamps()?;
+    let (label, to_open) = (bundle.folder.display().to_string(), bundle.clone());
+    let ((named, name), (send, result)) = (channel(), channel());
+    let open = move || {
+        let (engine, messages) = warnings::collected(|| eqim_engines::open(&to_open, &options));
+        let engine = engine?;
+        let _ = named.send((engine.name().to_string(), messages));
+        Ok(engine)
+    };
+    let opened = move |result| {
+        let _ = send.send(result);
+    };
+    let worker = Worker::start(&label, Capacity::of_machine(max_batch), open, opened)?;
+    let ended = |_| Error::run(&label, "the thread of the engine has ended");
+    result.recv().map_err(ended)??;
+    let (name, messages) = name.recv().map_err(ended)?;
+    Ok(Opened { bundle, stamps, worker, name, messages })
+}
+
+/// The options of a backend. `threads` of 0 is all cores, as in ONNX Runtime.
+///
+/// # Errors
+/// `InputError` naming the argument that does not fit.
+fn chosen(
+    py: Python<'_>,
+    backend: &str,
+    threads: Option<usize>,
+    (providers, library): (Vec<String>, Option<PathBuf>),
+    device: Option<String>,
+    cuda_graph: bool,
+) -> PyResult<Options> {
+    if let Some(threads) = threads.filter(|&threads| threads > MOST_THREADS) {
+        return Err(bad_input(py, format!("threads is {threads}, expected 0 to {MOST_THREADS}")));
+    }
+    let threads = threads.filter(|&threads| threads > 0);
+    let order = providers.iter().map(|text| text.parse::<Provider>()).collect::<Result<_, _>>();
+    let order = order.map_err(|problem| bad_input(py, format!("providers: {problem}")))?;
+    let backend = Backend::from_str(backend, true).map_err(|_| {
+        let names: Vec<_> = Backend::value_variants().iter().filter_map(ValueEnum::to_possible_value).collect();
+        let names: Vec<&str> = names.iter().map(|name| name.get_name()).collect();
+        bad_input(py, format!("backend is {backend:?}, expected one of {}", names.join(", ")))
+    })?;
+    Ok(Options { backend, threads, providers: Providers { order, library }, device, cuda_graph })
+}
+
 /// A request, and how its image is decoded.
 type Planned = (Request, Option<Tiling>);
 
@@ -270,43 +333,10 @@ impl Engine {
         if !(1..=MOST_BATCH).contains(&max_batch) {
             return Err(bad_input(py, format!("max_batch is {max_batch}, expected 1 to {MOST_BATCH}")));
         }
-        if let Some(threads) = threads.filter(|&threads| threads > MOST_THREADS) {
-            return Err(bad_input(py, format!("threads is {threads}, expected 0 to {MOST_THREADS}")));
-        }
-        // 0 is all cores, as in ONNX Runtime.
-        let threads = threads.filter(|&threads| threads > 0);
-        let order = providers.unwrap_or_default().iter().map(|text| text.parse::<Provider>()).collect::<Result<_, _>>();
-        let order = order.map_err(|problem| bad_input(py, format!("providers: {problem}")))?;
-        let providers = Providers { order, library: provider_library };
-        let backend = Backend::from_str(backend, true).map_err(|_| {
-            let names: Vec<_> = Backend::value_variants().iter().filter_map(ValueEnum::to_possible_value).collect();
-            let names: Vec<&str> = names.iter().map(|name| name.get_name()).collect();
-            bad_input(py, format!("backend is {backend:?}, expected one of {}", names.join(", ")))
-        })?;
-        let chosen = Options { backend, threads, providers, device, cuda_graph };
-        let opened = py.detach(|| -> eqim::Result<_> {
-            // The working folder may change.
-            let bundle = Bundle::open(&std::path::absolute(&bundle).or_input(bundle.display())?)?;
-            let stamps = bundle.stamps()?;
-            let (send, result) = channel();
-            let (label, to_open) = (bundle.folder.display().to_string(), bundle.clone());
-            let (named, name) = channel();
-            let open = move || {
-                let (engine, messages) = warnings::collected(|| eqim_engines::open(&to_open, &chosen));
-                let engine = engine?;
-                let _ = named.send((engine.name().to_string(), messages));
-                Ok(engine)
-            };
-            let opened = move |result| {
-                let _ = send.send(result);
-            };
-            let worker = Worker::start(&label, Capacity::of_machine(max_batch), open, opened)?;
-            let ended = |_| Error::run(&label, "the thread of the engine has ended");
-            result.recv().map_err(ended)??;
-            let (name, messages) = name.recv().map_err(ended)?;
-            Ok((bundle, stamps, worker, name, messages))
-        });
-        let (bundle, stamps, worker, name, messages) = opened.or_raise(py)?;
+        let providers = (providers.unwrap_or_default(), provider_library);
+        let chosen = chosen(py, backend, threads, providers, device, cuda_graph)?;
+        let opened = py.detach(|| opened(&bundle, chosen, max_batch));
+        let Opened { bundle, stamps, worker, name, messages } = opened.or_raise(py)?;
         warnings::show(py, &messages)?;
         let (deliveries, is_closed) = (deliver().or_raise(py)?, Arc::default());
         let open = Open { worker: Arc::new(worker), deliveries, is_closed };
