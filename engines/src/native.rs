@@ -79,7 +79,8 @@ fn installed(look: impl Fn(&Path) -> Option<PathBuf>) -> Option<PathBuf> {
     starts.iter().flatten().flat_map(|start| start.ancestors()).find_map(look)
 }
 
-fn library_in(folder: &Path) -> Option<PathBuf> {
+/// The ONNX Runtime library in a folder.
+pub fn library_in(folder: &Path) -> Option<PathBuf> {
     let is_library = |path: &PathBuf| {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         name.starts_with("libonnxruntime.") && !name.contains("providers")

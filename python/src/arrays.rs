@@ -11,7 +11,7 @@ use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
-use crate::error::{OrRaise, bad_input};
+use crate::error::{OrRaise, bad_input, bad_input_caused};
 use crate::image::Image;
 use crate::settings;
 
@@ -32,9 +32,7 @@ fn caused(py: Python<'_>, problem: &str, cause: PyErr) -> PyErr {
     if !cause.is_instance_of::<PyException>(py) {
         return cause;
     }
-    let error = bad_input(py, format!("{problem}: {}", cause.value(py)));
-    error.set_cause(py, Some(cause));
-    error
+    bad_input_caused(py, format!("{problem}: {}", cause.value(py)), cause)
 }
 
 /// Latents `[N, E]` of an object.

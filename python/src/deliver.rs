@@ -15,7 +15,7 @@ use pyo3::types::{PyCFunction, PyDict, PyTuple};
 
 use crate::error::{Names, to_python};
 use crate::image::Image;
-use crate::making::{Change, Making};
+use crate::making::{Change, Making, until};
 use crate::stream::closed;
 
 /// A message to the thread. Each is about the future of a number.
@@ -43,20 +43,16 @@ pub fn deliver() -> Result<Deliveries> {
 
 impl Deliveries {
     /// The events of an image that becomes the result of a future. They break if the future is cancelled.
-    ///
-    /// # Errors
-    /// Those of Python.
     pub fn begin(&self, making: Making, future: &Bound<'_, PyAny>, is_cancelled: Arc<AtomicBool>) -> Events {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let _ = self.0.send(Message::Begin(number, Box::new(making), future.clone().unbind()));
         let way = Way { number, send: self.0.clone() };
-        Box::new(move |event| {
-            if is_cancelled.load(Ordering::SeqCst) || way.send.send(Message::Event(number, event)).is_err() {
-                return ControlFlow::Break(());
-            }
-            ControlFlow::Continue(())
-        })
+        let send = move |event| match way.send.send(Message::Event(number, event)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        };
+        until(is_cancelled, Box::new(send))
     }
 }
 

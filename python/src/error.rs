@@ -21,6 +21,13 @@ pub fn bad_input(py: Python<'_>, message: impl Into<String>) -> PyErr {
     exception(py, "InputError", message.into())
 }
 
+/// An exception for input that cannot be used, because of another exception.
+pub fn bad_input_caused(py: Python<'_>, message: impl Into<String>, cause: PyErr) -> PyErr {
+    let error = bad_input(py, message);
+    error.set_cause(py, Some(cause));
+    error
+}
+
 /// How messages name settings.
 #[derive(Clone, Copy)]
 pub enum Names {

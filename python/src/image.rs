@@ -12,7 +12,7 @@ use numpy::{PyArray1, PyArray2, PyArray3, PyArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::error::{OrRaise, bad_input};
+use crate::error::{OrRaise, bad_input, bad_input_caused};
 use crate::making::Making;
 use crate::settings;
 
@@ -67,11 +67,8 @@ fn contents(py: Python<'_>, pixels: &Py<Bytes>) -> (Vec<u8>, (u32, u32)) {
 
 /// An image of Pillow.
 fn to_pil<'py>(py: Python<'py>, pixels: &Py<Bytes>) -> PyResult<Bound<'py, PyAny>> {
-    let pillow = py.import("PIL.Image").map_err(|cause| {
-        let error = bad_input(py, "Pillow is not installed: pip install pillow");
-        error.set_cause(py, Some(cause));
-        error
-    })?;
+    let missing = |cause| bad_input_caused(py, "Pillow is not installed: pip install pillow", cause);
+    let pillow = py.import("PIL.Image").map_err(missing)?;
     pillow.call_method1("fromarray", (pixels,))
 }
 

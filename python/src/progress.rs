@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::error::bad_input;
+use crate::error::bad_input_caused;
 
 /// Shows the tokens of an image: calls a function, and moves a bar.
 pub struct Progress {
@@ -47,11 +47,8 @@ impl Progress {
 }
 
 fn bar(py: Python<'_>, total: usize) -> PyResult<Py<PyAny>> {
-    let tqdm = py.import("tqdm.auto").map_err(|cause| {
-        let error = bad_input(py, "progress is True, which needs tqdm: pip install tqdm");
-        error.set_cause(py, Some(cause));
-        error
-    })?;
+    let missing = |cause| bad_input_caused(py, "progress is True, which needs tqdm: pip install tqdm", cause);
+    let tqdm = py.import("tqdm.auto").map_err(missing)?;
     let options = PyDict::new(py);
     options.set_item("total", total)?;
     options.set_item("unit", "token")?;

@@ -16,12 +16,12 @@ use crate::keywords::{KEYWORDS, keyword_of};
 pub fn read(keywords: Option<&Bound<'_, PyDict>>) -> PyResult<Settings> {
     let Some(keywords) = keywords else { return Ok(Settings::default()) };
     let mut object = Map::new();
+    // Pictures to continue are arguments of their own.
+    let names: Vec<String> = Settings::names().into_iter().filter(|name| name != "prefix").collect();
+    let known: Vec<&str> = names.iter().map(|name| keyword_of(name)).collect();
     for (keyword, given) in keywords {
         let keyword: String = keyword.extract()?;
         let setting = KEYWORDS.iter().find(|(known, _)| *known == keyword);
-        // Pictures to continue are arguments of their own.
-        let names: Vec<String> = Settings::names().into_iter().filter(|name| name != "prefix").collect();
-        let known: Vec<&str> = names.iter().map(|name| keyword_of(name)).collect();
         if !known.contains(&keyword.as_str()) {
             let problem = format!("{keyword} is not a keyword, expected one of {}", known.join(", "));
             return Err(bad_input(keywords.py(), problem));

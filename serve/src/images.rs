@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use eqim::generate::worker::Command;
 use eqim::request::condition::ClassSchedule;
 use eqim::request::settings::{ClassCourse, ClassName, Settings};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -124,9 +124,14 @@ async fn stream_image(image: Image, send: Sender, strips: bool, is_edit: bool) -
 
 /// Sends an event under the name that its `type` is, unless the client is gone. Errors have none.
 fn emit(send: &Sender, data: &impl Serialize) {
-    let named = serde_json::to_value(data).and_then(|data| {
-        let name = data["type"].as_str().unwrap_or("error");
-        Ok(sse::Event::default().event(name).data(serde_json::to_string(&data)?))
+    /// The name in an event. The rest, which can be large, is not copied.
+    #[derive(Deserialize)]
+    struct Named<'a> {
+        r#type: Option<&'a str>,
+    }
+    let named = serde_json::to_string(data).and_then(|text| {
+        let name = serde_json::from_str::<Named>(&text)?.r#type.unwrap_or("error");
+        Ok(sse::Event::default().event(name).data(&text))
     });
     match named {
         Ok(event) => drop(send.send(Ok(event))),
