@@ -29,6 +29,7 @@ pub mod checkpoint;
 pub mod close;
 pub mod config;
 pub mod digest;
+pub mod efficientnet;
 pub mod engine;
 mod error;
 pub mod files;

@@ -1,7 +1,7 @@
 //! An interpreter that wraps another one and passes its activations to a callback.
 
 use eqim::Result;
-use eqim::ops::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary};
+use eqim::ops::{Binary, Conv, Dim, Dropped, Iteration, Ops, OpsExt, Unary};
 
 /// Role of a value in its scope.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,9 +142,9 @@ impl<O: Ops, F: FnMut(&str, Seen, &O::Tensor) -> Result<()>> Ops for Observe<O, 
     }
 
     fn conv(&mut self, x: &O::Tensor, conv: Conv) -> Result<O::Tensor> {
-        let x = if conv.reflect { self.inner.pad_reflect(x, conv.spatial)? } else { x.clone() };
+        let x = self.inner.reflected(x, conv)?;
         self.show(Seen::Input, &x)?;
-        let y = self.inner.conv(&x, conv.unpadded())?;
+        let y = self.inner.conv(&x, conv.after_reflection())?;
         self.shown(Seen::Output, y)
     }
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use eqim::model::Stage;
 use eqim::ops::cost::Cost;
-use eqim::ops::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, scoped};
+use eqim::ops::{Binary, Conv, Dim, Dropped, Iteration, Ops, OpsExt, Unary, scoped};
 use eqim::{Config, Error, Result};
 
 use crate::int8::Int8;
@@ -115,12 +115,14 @@ impl<O: Int8> Ops for Quantize<'_, O> {
         match self.decide(&conv.weight_shape())? {
             Scheme::Float => self.inner.conv(x, conv),
             Scheme::Static { scale } => {
-                let x = if conv.reflect { self.inner.pad_reflect(x, conv.spatial)? } else { x.clone() };
+                let x = self.inner.reflected(x, conv)?;
                 let x = self.inner.quantize_dequantize(&x, scale)?;
-                self.inner.dequantized_conv(&x, conv.unpadded())
+                self.inner.dequantized_conv(&x, conv.after_reflection())
             }
             Scheme::Integer { input, output } => self.inner.integer_conv(x, conv, (input, output)),
-            Scheme::Dynamic if conv.spatial == 1 => dynamic_conv1d(&mut self.inner, x, conv),
+            Scheme::Dynamic if conv.spatial == 1 && conv.stride == 1 && conv.groups == 1 => {
+                dynamic_conv1d(&mut self.inner, x, conv)
+            }
             scheme @ (Scheme::WeightOnly | Scheme::Dynamic) => Err(unfit("convolution", scheme)),
         }
     }
@@ -243,7 +245,7 @@ impl<O: Int8> Ops for Quantize<'_, O> {
 /// A convolution over the columns of `x [batch, input, columns]` as a matrix product of one row per column.
 fn dynamic_conv1d<O: Int8>(o: &mut O, x: &O::Tensor, conv: Conv) -> Result<O::Tensor> {
     let Conv { input, output, kernel, .. } = conv;
-    let padded = if conv.reflect { o.pad_reflect(x, 1)? } else { x.clone() };
+    let padded = o.reflected(x, conv)?;
     let mut taps = vec![];
     for tap in 0..kernel as i64 {
         let end = match tap - kernel as i64 + 1 {

@@ -9,7 +9,9 @@ use std::collections::HashMap;
 use eqim::bundle::{Precision, WEIGHTS_FILE};
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::model::{Dimension, Stage, ValueInfo, ValueKind};
-use eqim::ops::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, function as names, scoped, shuffle_by_transpose};
+use eqim::ops::{
+    Binary, Conv, Dim, Dropped, Iteration, Ops, OpsExt, Padding, Unary, function as names, scoped, shuffle_by_transpose,
+};
 use eqim::{Config, Error, Result};
 use eqim_calibration::{Policy, Quantize};
 
@@ -400,6 +402,21 @@ fn dimensions(info: &ValueInfo) -> Vec<tensor_shape_proto::Dimension> {
     info.shape.iter().map(dimension).collect()
 }
 
+/// The attributes of `Conv` and `QLinearConv` that differ from their defaults. Padding by reflection is a node of its own.
+fn conv_attributes(conv: Conv) -> Vec<AttributeProto> {
+    let mut attributes = vec![];
+    if conv.padding == Padding::Same {
+        attributes.push(AttributeProto::text("auto_pad", "SAME_UPPER"));
+    }
+    if conv.stride > 1 {
+        attributes.push(AttributeProto::ints("strides", vec![conv.stride as i64; conv.spatial]));
+    }
+    if conv.groups > 1 {
+        attributes.push(AttributeProto::int("group", conv.groups as i64));
+    }
+    attributes
+}
+
 /// Renames values, including their uses in loop bodies.
 fn rename(graph: &mut GraphProto, names: &HashMap<String, String>) {
     for node in &mut graph.node {
@@ -569,8 +586,8 @@ impl Ops for Lower<'_> {
 
     fn conv(&mut self, x: &Value, conv: Conv) -> Result<Value> {
         let (weight, bias) = (self.param("weight", &conv.weight_shape())?, self.param("bias", &[conv.output])?);
-        let x = if conv.reflect { self.pad_reflect(x, conv.spatial)? } else { x.clone() };
-        Ok(self.computed("Conv", &[&x, &weight, &bias], vec![]))
+        let x = self.reflected(x, conv)?;
+        Ok(self.computed("Conv", &[&x, &weight, &bias], conv_attributes(conv)))
     }
 
     fn pad_reflect(&mut self, x: &Value, spatial: usize) -> Result<Value> {

@@ -281,7 +281,7 @@ cases! {
     }
 
     fn conv_1d_of_kernel_1(o, x: "batch 4 tokens") within SUMS {
-        o.conv(x, Conv { input: 4, output: 6, kernel: 1, spatial: 1, reflect: false })
+        o.conv(x, Conv { spatial: 1, ..Conv::new(4, 6, 1) })
     }
 
     fn conv_1d_of_kernel_3(o, x: "batch 4 tokens") within SUMS {
@@ -297,7 +297,7 @@ cases! {
     }
 
     fn conv_without_padding(o, x: "batch 4 6") within SUMS {
-        o.conv(x, Conv { input: 4, output: 2, kernel: 3, spatial: 1, reflect: false })
+        o.conv(x, Conv { spatial: 1, ..Conv::new(4, 2, 3) })
     }
 
     fn pad_reflect_1d(o, x: "batch 2 tokens") within MOVED {

@@ -14,13 +14,16 @@ mod stored;
 pub mod tensors;
 mod torch;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 pub use half::{Part, WeightSet, WeightSets, parts};
 pub use infer::{Hints, Inferred, Origin, Shapes, generator as infer_generator, tokenizer as infer_tokenizer};
+use source::Source;
 pub use stored::{CONFIG_KEY, StoredConfig, stored_config, write, write_values};
 
 use crate::config::{GeneratorConfig, Preset, TokenizerConfig};
+use crate::model::check_finite;
 use crate::weights::Weights;
 use crate::{Config, Result};
 
@@ -111,6 +114,42 @@ pub fn load_tokenizer_alone(path: &Path, set: Option<WeightSet>) -> Result<(Toke
     let mut weights = Weights::default();
     half.read(&mut weights)?;
     Ok((config.tokenizer, weights))
+}
+
+/// Loads the tensors of these names and shapes from the state dict of a `.pth` or `.safetensors` file that has the tensor
+/// `anchor`. Other tensors are passed over.
+///
+/// # Errors
+/// [`crate::Error::input`] naming the file and the tensor that is missing, of the wrong shape or not finite.
+pub fn load_state_dict(path: &Path, anchor: &str, parameters: &[(String, Vec<usize>)]) -> Result<Weights> {
+    let mut source = Source::open(path)?;
+    let Some(state) = source.state_dicts(anchor).into_iter().next() else {
+        return Err(source.bad(format!("tensor {anchor} is missing (found: {})", source.contents())));
+    };
+    let named = state.by_name().map_err(|error| error.about(path.display()))?;
+    let mut wanted = BTreeMap::new();
+    for (name, shape) in parameters {
+        let entry = named.get(&name[..]).ok_or_else(|| source.bad(format!("tensor {name} {shape:?} is missing")))?;
+        let located = source.locate(entry)?;
+        if &located.shape != shape {
+            return Err(source.bad(format!("tensor {name} has shape {:?}, expected {shape:?}", located.shape)));
+        }
+        wanted.insert(name.clone(), located);
+    }
+    let mut weights = Weights::default();
+    source.read(wanted, |name, tensor| {
+        weights.insert(name.clone(), tensor)?;
+        check_finite(&name, weights.find(&name)?).map_err(|error| error.about(path.display()))
+    })?;
+    Ok(weights)
+}
+
+/// Whether a `.pth` or `.safetensors` file has a state dict with the tensor `anchor`.
+///
+/// # Errors
+/// [`crate::Error::input`] if the file cannot be read.
+pub fn has_tensor(path: &Path, anchor: &str) -> Result<bool> {
+    Ok(!Source::open(path)?.state_dicts(anchor).is_empty())
 }
 
 /// Loads a complete model from one `.safetensors` file that holds both configurations.

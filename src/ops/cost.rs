@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, position, scoped, shuffle_by_transpose};
+use super::{
+    Binary, Conv, Dim, Dropped, Iteration, Ops, OpsExt, Padding, Unary, position, scoped, shuffle_by_transpose,
+};
 use crate::{Error, Result};
 
 /// Shape of a tensor. This interpreter computes only shapes.
@@ -259,15 +261,22 @@ impl Ops for Cost {
     }
 
     fn conv(&mut self, x: &Shape, conv: Conv) -> Result<Shape> {
-        let x = &if conv.reflect { self.pad_reflect(x, conv.spatial)? } else { x.clone() };
+        let x = &self.reflected(x, conv)?;
         let weight = self.param("weight", &conv.weight_shape())?;
         self.param("bias", &[conv.output])?;
         if x.len() != 2 + conv.spatial || x[1] != conv.input {
             return Err(mismatch("conv", &[x, &weight]));
         }
         let mut shape = vec![x[0], conv.output];
-        for size in &x[2..] {
-            shape.push((size + 1).checked_sub(conv.kernel).ok_or_else(|| mismatch("conv", &[x, &weight]))?);
+        for &size in &x[2..] {
+            let places = match conv.padding {
+                Padding::Same => size.div_ceil(conv.stride),
+                Padding::Valid | Padding::Reflect => {
+                    let last = size.checked_sub(conv.kernel).ok_or_else(|| mismatch("conv", &[x, &weight]))?;
+                    last / conv.stride + 1
+                }
+            };
+            shape.push(places);
         }
         self.product(shape, weight[1..].iter().product())
     }

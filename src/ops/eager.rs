@@ -3,7 +3,9 @@
 use candle_core::{D, DType, Device, Tensor};
 use rand_mt::Mt;
 
-use super::{Binary, Conv, Dim, Dropped, Iteration, Ops, Unary, kernels, position, scoped, shuffle_by_transpose};
+use super::{
+    Binary, Conv, Dim, Dropped, Iteration, Ops, OpsExt, Padding, Unary, kernels, position, scoped, shuffle_by_transpose,
+};
 use crate::weights::Weights;
 use crate::{Error, Result};
 
@@ -85,6 +87,18 @@ fn sizes(x: &Tensor, shape: &[Dim<Tensor>]) -> Result<Vec<usize>> {
     Ok(sizes)
 }
 
+/// Pads the last axes of `x` with the zeros that `conv` asks for.
+fn padded(x: &Tensor, conv: Conv) -> Result<Tensor> {
+    let mut x = x.clone();
+    if conv.padding == Padding::Same {
+        for axis in 2..2 + conv.spatial {
+            let (before, after) = conv.same_padding(x.dim(axis)?);
+            x = x.pad_with_zeros(axis, before, after)?;
+        }
+    }
+    Ok(x)
+}
+
 impl Ops for Eager<'_> {
     type Tensor = Tensor;
     type Loop = Running;
@@ -150,7 +164,7 @@ impl Ops for Eager<'_> {
     }
 
     fn clamp(&mut self, x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
-        Ok(x.clamp(low, high)?)
+        Ok(kernels::clamp(x, low, high)?)
     }
 
     fn mean(&mut self, x: &Tensor, axes: &[usize]) -> Result<Tensor> {
@@ -199,20 +213,26 @@ impl Ops for Eager<'_> {
 
     fn conv(&mut self, x: &Tensor, conv: Conv) -> Result<Tensor> {
         let (weight, bias) = (self.param("weight", &conv.weight_shape())?, self.param("bias", &[conv.output])?);
-        let (x, spatial) = (if conv.reflect { self.pad_reflect(x, conv.spatial)? } else { x.clone() }, conv.spatial);
         let products = self.products();
-        let (x, weight) = (&x.to_dtype(products)?, &weight.to_dtype(products)?);
-        if spatial == 2 && conv.kernel == 3 {
-            return Ok(kernels::conv3x3(x, weight, &bias.to_dtype(products)?)?.to_dtype(DType::F32)?);
+        let x = &padded(&self.reflected(x, conv)?, conv)?.to_dtype(products)?;
+        let weight = &weight.to_dtype(products)?;
+        let Conv { input, output, kernel, spatial, stride, groups, .. } = conv;
+        if spatial == 2 && (kernel > 1 || stride > 1) {
+            let bias = bias.to_dtype(products)?;
+            let y = match (kernel, stride, groups) {
+                (3, 1, 1) => kernels::conv3x3(x, weight, &bias),
+                (_, _, 1) => kernels::conv2d(x, weight, &bias, stride),
+                _ if groups == input && groups == output => kernels::depthwise(x, weight, &bias, stride),
+                _ => return Err(Error::run("conv", format!("{groups} groups of {input} channels are not supported"))),
+            };
+            return Ok(y?.to_dtype(DType::F32)?);
         }
         // Other convolutions are matrix products over the pixels. If there are several taps, the shifted inputs are
         // concatenated along the channels.
-        let (batch, input) = (x.dim(0)?, x.dim(1)?);
-        let (output, taps) = (weight.dim(0)?, weight.dim(D::Minus1)?);
-        let length = x.dim(D::Minus1)? + 1 - taps;
-        let shifted = (0..taps).map(|tap| x.narrow(D::Minus1, tap, length)).collect::<Result<Vec<_>, _>>()?;
-        let shifted = Tensor::cat(&shifted, 1)?.reshape((batch, taps * input, ()))?;
-        let weight = weight.reshape((output, input, taps))?.transpose(1, 2)?.reshape((1, output, taps * input))?;
+        let (batch, length) = (x.dim(0)?, x.dim(D::Minus1)? + 1 - kernel);
+        let shifted = (0..kernel).map(|tap| x.narrow(D::Minus1, tap, length)).collect::<Result<Vec<_>, _>>()?;
+        let shifted = Tensor::cat(&shifted, 1)?.reshape((batch, kernel * input, ()))?;
+        let weight = weight.reshape((output, input, kernel))?.transpose(1, 2)?.reshape((1, output, kernel * input))?;
         let y = weight.broadcast_matmul(&shifted)?.to_dtype(DType::F32)?.broadcast_add(&bias.reshape((output, 1))?)?;
         let mut shape = x.dims().to_vec();
         (shape[1], shape[1 + spatial]) = (output, length);

@@ -77,21 +77,51 @@ pub struct Conv {
     pub kernel: usize,
     /// Number of axes of the kernel, 1 or 2. They are the last axes of the input.
     pub spatial: usize,
-    /// Whether the input is first padded by reflection (see [`Ops::pad_reflect`]).
-    pub reflect: bool,
+    /// How the input is padded first.
+    pub padding: Padding,
+    /// Distance of two neighbouring places of the kernel, along every axis.
+    pub stride: usize,
+    /// Number of groups of channels that are convolved separately; `input` and `output` are multiples of it.
+    pub groups: usize,
+}
+
+/// Padding of a convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Padding {
+    /// No padding.
+    Valid,
+    /// One mirrored element on both sides of every axis (see [`Ops::pad_reflect`]).
+    Reflect,
+    /// Zeros, so that the output has `size / stride` elements along an axis, rounded up. If their number is odd, the end
+    /// has one more than the start (ONNX `auto_pad` `SAME_UPPER`).
+    Same,
 }
 
 impl Conv {
-    /// Shape of the weight, `[output, input, kernel, …]`.
+    /// A convolution over two axes with stride 1, one group and no padding.
+    pub fn new(input: usize, output: usize, kernel: usize) -> Self {
+        Self { input, output, kernel, spatial: 2, padding: Padding::Valid, stride: 1, groups: 1 }
+    }
+
+    /// Shape of the weight, `[output, input / groups, kernel, …]`.
     pub fn weight_shape(self) -> Vec<usize> {
-        let mut shape = vec![self.output, self.input];
+        let mut shape = vec![self.output, self.input / self.groups];
         shape.resize(2 + self.spatial, self.kernel);
         shape
     }
 
-    /// The same convolution for an input that is already padded.
-    pub fn unpadded(self) -> Self {
-        Self { reflect: false, ..self }
+    /// The same convolution for an input that is already [padded by reflection](OpsExt::reflected).
+    pub fn after_reflection(self) -> Self {
+        match self.padding {
+            Padding::Reflect => Self { padding: Padding::Valid, ..self },
+            Padding::Valid | Padding::Same => self,
+        }
+    }
+
+    /// Zeros before and after an axis of `size` elements, for [`Padding::Same`].
+    pub fn same_padding(self, size: usize) -> (usize, usize) {
+        let zeros = ((size.div_ceil(self.stride) - 1) * self.stride + self.kernel).saturating_sub(size);
+        (zeros / 2, zeros - zeros / 2)
     }
 }
 
@@ -207,8 +237,8 @@ pub trait Ops: Sized {
     /// Errors of [`Ops::param`], or if the shapes do not fit.
     fn gemm(&mut self, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor>;
 
-    /// Convolution with stride 1 (ONNX `Conv`). `weight [output, input, kernel, …]` and `bias [output]` are in the
-    /// current scope.
+    /// Convolution (ONNX `Conv`). `weight` of the shape [`Conv::weight_shape`] and `bias [output]` are in the current
+    /// scope.
     ///
     /// # Errors
     /// Errors of [`Ops::param`] and [`Ops::pad_reflect`], or if the shapes do not fit.
@@ -438,12 +468,23 @@ pub trait OpsExt: Ops {
         })
     }
 
+    /// `x`, padded by reflection if `conv` asks for it.
+    ///
+    /// # Errors
+    /// Errors of [`Ops::pad_reflect`].
+    fn reflected(&mut self, x: &Self::Tensor, conv: Conv) -> Result<Self::Tensor> {
+        match conv.padding {
+            Padding::Reflect => self.pad_reflect(x, conv.spatial),
+            Padding::Valid | Padding::Same => Ok(x.clone()),
+        }
+    }
+
     /// Applies the module `nn.Conv1d(input, output, 3, padding=1, padding_mode="reflect")` named `name`.
     ///
     /// # Errors
     /// Errors of [`Ops::conv`].
     fn conv1d(&mut self, name: &str, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor> {
-        self.scope(name, |o| o.conv(x, Conv { input, output, kernel: 3, spatial: 1, reflect: true }))
+        self.scope(name, |o| o.conv(x, Conv { spatial: 1, padding: Padding::Reflect, ..Conv::new(input, output, 3) }))
     }
 
     /// Applies the module `nn.Conv2d(input, output, 3, padding=1, padding_mode="reflect")` named `name`.
@@ -451,7 +492,7 @@ pub trait OpsExt: Ops {
     /// # Errors
     /// Errors of [`Ops::conv`].
     fn conv2d(&mut self, name: &str, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor> {
-        self.scope(name, |o| o.conv(x, Conv { input, output, kernel: 3, spatial: 2, reflect: true }))
+        self.scope(name, |o| o.conv(x, Conv { padding: Padding::Reflect, ..Conv::new(input, output, 3) }))
     }
 
     /// Applies the module `nn.Conv2d(input, output, 1)` named `name`.
@@ -459,7 +500,7 @@ pub trait OpsExt: Ops {
     /// # Errors
     /// Errors of [`Ops::conv`].
     fn conv1x1(&mut self, name: &str, x: &Self::Tensor, input: usize, output: usize) -> Result<Self::Tensor> {
-        self.scope(name, |o| o.conv(x, Conv { input, output, kernel: 1, spatial: 2, reflect: false }))
+        self.scope(name, |o| o.conv(x, Conv::new(input, output, 1)))
     }
 
     /// Softmax attention of queries `q [b, h, n, d]` to keys `k` and values `v`, `[b, h, m, d]`. The scores

@@ -4,6 +4,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use eqim::Result;
+use eqim::ops::kernels;
 use eqim::weights::Weights;
 use rand::Rng;
 
@@ -17,16 +18,21 @@ const SLOPE: f64 = 0.2;
 // Standard deviation of the initial weights.
 const DEVIATION: f32 = 0.02;
 
-/// Output channels and stride of each convolution.
-const LAYERS: [(usize, usize); 5] = [(64, 2), (128, 2), (256, 2), (512, 1), (1, 1)];
+/// Output channels of each convolution, as a multiple of those of the first, and its stride. The last has one channel.
+const LAYERS: [(usize, usize); 5] = [(1, 2), (2, 2), (4, 2), (8, 1), (0, 1)];
 
-/// Initial weights, by name.
+/// Output channels and stride of each convolution, for `channels` channels of the first.
+fn layers(channels: usize) -> impl Iterator<Item = (usize, usize)> {
+    LAYERS.into_iter().map(move |(factor, stride)| ((factor * channels).max(1), stride))
+}
+
+/// Initial weights, by name, with `channels` channels in the first layer.
 ///
 /// # Errors
 /// If a Candle operation fails.
-pub fn initial(random: &mut impl Rng) -> Result<Vec<(String, Tensor)>> {
+pub fn initial(channels: usize, random: &mut impl Rng) -> Result<Vec<(String, Tensor)>> {
     let (mut weights, mut input) = (vec![], 3);
-    for (layer, (output, _)) in LAYERS.into_iter().enumerate() {
+    for (layer, (output, _)) in layers(channels).enumerate() {
         let shape = (output, input, KERNEL, KERNEL);
         let values = normal(random, output * input * KERNEL * KERNEL).into_iter().map(|value| value * DEVIATION);
         let weight = Tensor::from_iter(values, &Device::Cpu)?.reshape(shape)?;
@@ -53,10 +59,12 @@ fn normalized(layer: usize) -> bool {
 /// If an image is smaller than a patch.
 pub fn logits(weights: &Weights, image: &Tensor) -> Result<Tensor> {
     let (mut x, mut input) = (image.clone(), 3);
-    for (layer, (output, stride)) in LAYERS.into_iter().enumerate() {
+    let channels = weights.find("0.conv.bias")?.elem_count();
+    for (layer, (output, stride)) in layers(channels).enumerate() {
         let weight = weights.get(&format!("{layer}.conv.weight"), &[output, input, KERNEL, KERNEL])?;
-        let bias = weights.get(&format!("{layer}.conv.bias"), &[output])?.reshape((1, output, 1, 1))?;
-        x = x.conv2d(&weight, 1, stride, 1, 1)?.broadcast_add(&bias)?;
+        let bias = weights.get(&format!("{layer}.conv.bias"), &[output])?;
+        let padded = x.pad_with_zeros(2, 1, 1)?.pad_with_zeros(3, 1, 1)?;
+        x = kernels::conv2d(&padded, &weight, &bias, stride)?;
         if normalized(layer) {
             let weight = weights.get(&format!("{layer}.norm.weight"), &[output])?.reshape((1, output, 1, 1))?;
             let bias = weights.get(&format!("{layer}.norm.bias"), &[output])?.reshape((1, output, 1, 1))?;
@@ -71,7 +79,7 @@ pub fn logits(weights: &Weights, image: &Tensor) -> Result<Tensor> {
 }
 
 fn group_norm(x: &Tensor) -> Result<Tensor> {
-    let grouped = x.reshape((x.dim(0)?, GROUPS, ()))?;
+    let grouped = x.reshape((x.dim(0)?, GROUPS.min(x.dim(1)?), ()))?;
     let centered = grouped.broadcast_sub(&grouped.mean_keepdim(2)?)?;
     let deviation = (centered.sqr()?.mean_keepdim(2)? + EPS)?.sqrt()?;
     Ok(centered.broadcast_div(&deviation)?.reshape(x.shape())?)
@@ -97,7 +105,7 @@ mod tests {
     #[test]
     fn it_learns_to_tell_images_apart() {
         let random = &mut randomness(1, Purpose::Initial, 0);
-        let mut learner = Learner::new("discriminator", initial(random).unwrap(), &Device::Cpu).unwrap();
+        let mut learner = Learner::new("discriminator", initial(64, random).unwrap(), &Device::Cpu).unwrap();
         let real = Tensor::from_vec(normal(random, 3 * 32 * 32), (1, 3, 32, 32), &Device::Cpu).unwrap();
         let made = Tensor::full(0.3f32, (1, 3, 32, 32), &Device::Cpu).unwrap();
         let mut found = vec![];

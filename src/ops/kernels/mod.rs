@@ -3,18 +3,24 @@
 //!
 //! Results on the CPU do not depend on the number of threads, so a resumed training continues bit for bit.
 
+mod clamp;
 mod conv;
+mod depthwise;
 mod norm;
 mod pad;
 pub mod portable;
 mod silu;
 mod storage;
+mod unfold;
 
+use clamp::Clamp;
 use conv::Conv3x3;
+use depthwise::Depthwise;
 use norm::GroupNorm;
 use pad::PadReflect;
 use silu::Silu;
 pub use silu::exp;
+use unfold::Unfold;
 
 use candle_core::{DType, Result, Tensor};
 
@@ -29,6 +35,14 @@ fn ours(x: &Tensor) -> bool {
 /// If Candle fails.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
     if ours(x) { x.contiguous()?.apply_op1(Silu) } else { x.silu() }
+}
+
+/// Limits `x` to `low..=high`. A value that is not a number stays one.
+///
+/// # Errors
+/// If Candle fails.
+pub fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
+    if ours(x) { x.contiguous()?.apply_op1(Clamp { low, high }) } else { x.clamp(low, high) }
 }
 
 /// Normalization of `x [batch, channels, …]` over groups of channels, with `weight` and `bias` `[channels]`.
@@ -48,6 +62,44 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
 /// If the shapes do not fit.
 pub fn conv3x3(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     if ours(x) { x.contiguous()?.apply_op3(weight, bias, Conv3x3) } else { portable::conv3x3(x, weight, bias) }
+}
+
+/// Convolution of `x [batch, input, height, width]` with `weight [output, input, kernel, kernel]`, `bias [output]` and
+/// any stride.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Result<Tensor> {
+    if !ours(x) {
+        return portable::conv2d(x, weight, bias, stride, 1);
+    }
+    let (batch, input, height, width) = x.dims4()?;
+    let (output, of_input, kernel, _) = weight.dims4()?;
+    if of_input != input || height.min(width) < kernel {
+        candle_core::bail!("a convolution of {:?} does not fit {:?}", weight.dims(), x.dims());
+    }
+    let unfold = Unfold { kernel, stride };
+    let size = (batch, output, unfold.windows(height), unfold.windows(width));
+    let windows = x.contiguous()?.apply_op1(unfold)?;
+    let y = weight.reshape((1, output, ()))?.broadcast_matmul(&windows)?;
+    y.broadcast_add(&bias.reshape((output, 1))?)?.reshape(size)
+}
+
+/// Convolution of every channel of `x [batch, channels, height, width]` by itself, with `weight [channels, 1, kernel,
+/// kernel]`, `bias [channels]` and any stride.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn depthwise(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Result<Tensor> {
+    let channels = x.dim(1)?;
+    if !ours(x) {
+        return portable::conv2d(x, weight, bias, stride, channels);
+    }
+    let (of_channels, one, kernel, _) = weight.dims4()?;
+    if of_channels != channels || one != 1 || x.dim(2)?.min(x.dim(3)?) < kernel {
+        candle_core::bail!("a depthwise convolution of {:?} does not fit {:?}", weight.dims(), x.dims());
+    }
+    x.contiguous()?.apply_op3(weight, bias, Depthwise { stride })
 }
 
 /// Pads `x [batch, channels, height, width]` by one mirrored row or column on every side.
@@ -106,6 +158,47 @@ mod tests {
         }
     }
 
+    /// A convolution by Candle with stride 1, of which every `stride`-th row and column is taken. Candle's own gradients
+    /// know no groups, and a stride only for some sizes.
+    fn reference(t: &[&Tensor], stride: usize, groups: usize) -> Result<Tensor> {
+        let (input, output) = (t[0].dim(1)? / groups, t[1].dim(0)? / groups);
+        let group = |group: usize| -> Result<Tensor> {
+            let x = t[0].narrow(1, group * input, input)?;
+            let (weight, bias) = (t[1].narrow(0, group * output, output)?, t[2].narrow(0, group * output, output)?);
+            let mut y = portable::conv2d(&x, &weight, &bias, 1, 1)?;
+            for axis in [2, 3] {
+                let taken = Tensor::arange_step(0u32, y.dim(axis)? as u32, stride as u32, y.device())?;
+                y = y.index_select(&taken, axis)?;
+            }
+            Ok(y)
+        };
+        Tensor::cat(&(0..groups).map(group).collect::<Result<Vec<_>>>()?, 1)
+    }
+
+    #[test]
+    fn convolution_with_a_stride_is_candles_own() {
+        for (batch, input, output, kernel, stride, height, width) in
+            [(2, 3, 5, 3, 2, 19, 32), (1, 4, 8, 4, 2, 8, 17), (2, 2, 3, 5, 1, 9, 5), (1, 3, 2, 4, 1, 4, 4)]
+        {
+            let x = random(&[batch, input, height, width]);
+            let (weight, bias) = (random(&[output, input, kernel, kernel]), random(&[output]));
+            let theirs = |t: &[&Tensor]| reference(t, stride, 1);
+            same(&[&x, &weight, &bias], 1e-5, |t| conv2d(t[0], t[1], t[2], stride), theirs);
+        }
+    }
+
+    #[test]
+    fn depthwise_convolution_is_candles_own() {
+        for (batch, channels, kernel, stride, height, width) in
+            [(2, 3, 3, 1, 19, 32), (1, 4, 3, 2, 8, 17), (2, 5, 5, 2, 11, 40), (1, 1, 5, 3, 9, 8), (1, 2, 3, 1, 3, 3)]
+        {
+            let x = random(&[batch, channels, height, width]);
+            let (weight, bias) = (random(&[channels, 1, kernel, kernel]), random(&[channels]));
+            let theirs = |t: &[&Tensor]| reference(t, stride, channels);
+            same(&[&x, &weight, &bias], 1e-5, |t| depthwise(t[0], t[1], t[2], stride), theirs);
+        }
+    }
+
     #[test]
     fn group_norm_is_its_formula() {
         let (groups, eps) = (2, 1e-3);
@@ -120,6 +213,14 @@ mod tests {
         let x = Tensor::arange(-100f32, 100f32, &Device::Cpu).unwrap();
         let x = Var::from_tensor(&x).unwrap();
         same(&[&x], 1e-6, |t| silu(t[0]), |t| t[0].silu());
+    }
+
+    #[test]
+    fn clamp_is_candles_own() {
+        let x = random(&[3, 50]);
+        same(&[&x], 0.0, |t| clamp(t[0], -0.5, 0.7), |t| t[0].clamp(-0.5f32, 0.7f32));
+        let nan = Tensor::new(&[f32::NAN], &Device::Cpu).unwrap();
+        assert!(clamp(&nan, 0.0, 1.0).unwrap().to_vec1::<f32>().unwrap()[0].is_nan());
     }
 
     #[test]

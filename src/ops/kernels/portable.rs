@@ -24,6 +24,14 @@ pub fn conv3x3(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     x.contiguous()?.conv2d(weight, 0, 1, 1, 1)?.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?)
 }
 
+/// Same as [`super::conv2d`] for one group, and as [`super::depthwise`] for one group per channel.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize, groups: usize) -> Result<Tensor> {
+    x.contiguous()?.conv2d(weight, 0, stride, 1, groups)?.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?)
+}
+
 /// Same as [`super::pad_reflect`].
 ///
 /// # Errors
