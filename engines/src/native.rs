@@ -29,6 +29,7 @@ pub fn use_packaged(libraries: Packaged) {
 }
 
 const INSTALLED: &str = ".native/onnxruntime";
+const EFFICIENTNET_INSTALLED: &str = ".native/efficientnet-lite0/efficientnet-lite0.pth";
 const TENSORRT_INSTALLED: &str = ".native/tensorrt";
 
 /// Path of the ONNX Runtime library: the file that `ORT_DYLIB_PATH` names, or the [packaged](use_packaged) one, or the library
@@ -70,6 +71,18 @@ pub fn find_tensorrt() -> Result<PathBuf> {
         let problem =
             format!("was not found: run `{install}`, or set {TENSORRT_VARIABLE} to the folder of its libraries");
         Error::run("TensorRT", problem)
+    })
+}
+
+/// Path of the weights of EfficientNet-Lite0 that `cargo xtask setup --training` installed.
+///
+/// # Errors
+/// [`Error::run`] if the file is not found. The message says how to install it.
+pub fn find_efficientnet() -> Result<PathBuf> {
+    let file = |folder: &Path| Some(folder.join(EFFICIENTNET_INSTALLED)).filter(|path| path.is_file());
+    installed(file).ok_or_else(|| {
+        let problem = "was not found: run `cargo xtask setup --training`, or name a network with --features";
+        Error::run("EfficientNet-Lite0", problem)
     })
 }
 

@@ -18,6 +18,7 @@
 //! ```
 
 pub mod drift;
+pub mod features;
 pub mod inspect;
 pub mod lower;
 pub mod onnx;

@@ -2,6 +2,7 @@
 //! Python package call the same ones.
 
 pub mod bench;
+pub mod eval;
 pub mod export;
 pub mod run;
 pub mod train;

@@ -16,6 +16,7 @@ pub fn main(py: Python<'_>, arguments: Vec<OsString>) -> PyResult<u8> {
     libraries::find(py)?;
     let program = match arguments.first().map(|name| name.to_string_lossy()).as_deref() {
         Some("eqim-bench") => eqim_programs::bench::main,
+        Some("eqim-eval") => eqim_programs::eval::main,
         Some("eqim-export") => eqim_programs::export::main,
         Some("eqim-run") => eqim_programs::run::main,
         Some("eqim-serve") => eqim_serve::main,

@@ -16,7 +16,7 @@ from PIL import Image as Pillow
 import eqim
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))
-PROGRAMS = ["eqim-bench", "eqim-export", "eqim-run", "eqim-serve", "eqim-train"]
+PROGRAMS = ["eqim-bench", "eqim-eval", "eqim-export", "eqim-run", "eqim-serve", "eqim-train"]
 
 
 def run(program, *arguments, folder=None, **variables):

@@ -4,6 +4,7 @@ mod device;
 mod failure;
 mod graphs;
 mod kernels;
+mod network;
 mod placement;
 mod ports;
 mod provider;
@@ -25,6 +26,7 @@ use half::f16;
 use ndarray::{Array2, Array3, Array4, ArrayView, ArrayView2, ArrayView3, ArrayView4};
 
 use graphs::Graphs;
+pub use network::ImageNetwork;
 pub use provider::{Provider, ProviderName, Providers};
 pub use runtime::{Graph, GraphOptions, Runtime};
 use session::OrtSession;

@@ -11,7 +11,7 @@ use ort::environment::{Environment, GlobalThreadPoolOptions};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{IoBinding, SessionInputValue};
-use ort::value::DynValue;
+use ort::value::{DynValue, Outlet, ValueType};
 
 use super::failure::failed;
 use super::provider::{ProviderName, Providers};
@@ -182,6 +182,16 @@ impl Graph {
         &self.name
     }
 
+    /// Names and types of the inputs.
+    pub(super) fn inputs(&self) -> Vec<(String, ValueType)> {
+        declared(self.session.borrow().inputs())
+    }
+
+    /// Names and types of the outputs.
+    pub(super) fn outputs(&self) -> Vec<(String, ValueType)> {
+        declared(self.session.borrow().outputs())
+    }
+
     /// Checks that the graph declares these inputs and outputs, with caches in `precision`.
     ///
     /// # Errors
@@ -221,4 +231,8 @@ impl Graph {
         };
         allocator().map(Some).map_err(failed(&self.name))
     }
+}
+
+fn declared(ports: &[Outlet]) -> Vec<(String, ValueType)> {
+    ports.iter().map(|port| (port.name().to_string(), port.dtype().clone())).collect()
 }

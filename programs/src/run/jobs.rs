@@ -21,7 +21,7 @@ use eqim::request::{PreparedRequest, Request};
 use eqim::{Error, Result, ResultExt, files};
 use eqim_cli::Progress;
 use ndarray::Array3;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::arguments::Arguments;
 use super::decode::ImageWriter;
@@ -29,12 +29,15 @@ use super::inputs::{self, Prefix};
 use super::job::Job;
 use super::outputs;
 
+/// Receives a line about a job that is done or has failed.
+type Report = fn(Value) -> Result<()>;
+
 /// Runs the jobs of a file.
 ///
 /// # Errors
 /// [`Error::input`] if a flag or a file cannot be used; [`Error::run`] if the engine fails, or at the end if jobs
 /// failed.
-pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
+pub fn run(arguments: &Arguments, file: &Path, report: Report) -> Result<()> {
     if std::fs::metadata(file).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
         eqim_cli::note(format_args!("--jobs {}: is not a file and is read to its end", file.display()));
     }
@@ -56,7 +59,8 @@ pub fn run(arguments: &Arguments, file: &Path) -> Result<()> {
     let mine: Vec<Line> =
         lines.into_iter().enumerate().filter(|(index, _)| shared(*index)).map(|(_, line)| line).collect();
     let progress = Progress::new("finished", mine.len(), "jobs");
-    let mut runner = JobRunner { arguments, bundle: &bundle, file, folder, hashed: None, progress, done: 0, failed: 0 };
+    let mut runner =
+        JobRunner { arguments, bundle: &bundle, file, folder, hashed: None, progress, report, done: 0, failed: 0 };
     let groups = runner.left(&mine)?;
     let before = runner.done;
     if !groups.is_empty() {
@@ -109,6 +113,7 @@ struct JobRunner<'a> {
     /// The last prefix that was hashed, and its hash.
     hashed: Option<(PathBuf, String)>,
     progress: Progress,
+    report: Report,
     done: usize,
     failed: usize,
 }
@@ -175,7 +180,7 @@ impl JobRunner<'_> {
             }
         };
         self.progress.at(self.done + self.failed);
-        eqim_cli::print(line)
+        (self.report)(line)
     }
 }
 

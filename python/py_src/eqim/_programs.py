@@ -17,6 +17,11 @@ def bench() -> None:
     _run("eqim-bench")
 
 
+def evaluate() -> None:
+    """Run eqim-eval."""
+    _run("eqim-eval")
+
+
 def export() -> None:
     """Run eqim-export."""
     _run("eqim-export")

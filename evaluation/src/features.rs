@@ -1,0 +1,174 @@
+//! Features of a set of images, and the files that keep them.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use eqim::checkpoint::tensors::{self, TensorFile};
+use eqim::{Error, Result, ResultExt};
+use ndarray::{Array2, Array3, Axis, concatenate, stack};
+use serde::{Deserialize, Serialize};
+
+use crate::frechet::Moments;
+use crate::network::{Network, Outputs};
+use crate::numpy;
+use crate::pictures::Crops;
+use crate::resize::Protocol;
+
+/// How features were made. Features are compared only if all of it but the images is equal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// Where the images come from.
+    pub images: String,
+    /// Name of the network.
+    pub network: String,
+    /// Identity of the network.
+    pub identity: String,
+    /// How images are resized to the size of the network.
+    pub resize: Protocol,
+    /// How crops are drawn; `None` for whole images.
+    pub crops: Option<Crops>,
+}
+
+/// What is known of a set of images.
+#[derive(Clone, Debug)]
+pub struct Features {
+    /// How the features were made; `None` for statistics of other programs.
+    pub origin: Option<Origin>,
+    /// Mean and covariance.
+    pub moments: Moments,
+    /// Features `[images, width]`; `None` if only their moments are kept.
+    pub values: Option<Array2<f32>>,
+    /// Logits `[images, classes]`, if the network has them.
+    pub logits: Option<Array2<f32>>,
+}
+
+/// Metadata key for the [`Origin`] as JSON.
+const KEY: &str = "eqim-features";
+
+impl Features {
+    /// Features of the images that batches of a network's outputs belong to.
+    ///
+    /// # Errors
+    /// [`Error::run`] naming the first image with a feature that is not finite; errors of [`Moments::of`].
+    pub fn new(origin: Origin, outputs: &[Outputs]) -> Result<Self> {
+        let joined = |parts: Vec<_>| concatenate(Axis(0), &parts).or_run("features");
+        let values = joined(outputs.iter().map(|outputs| outputs.features.view()).collect())?;
+        let logits: Vec<_> = outputs.iter().filter_map(|outputs| Some(outputs.logits.as_ref()?.view())).collect();
+        let logits = if logits.is_empty() { None } else { Some(joined(logits)?) };
+        for rows in [Some(&values), logits.as_ref()].into_iter().flatten() {
+            let bad = rows.rows().into_iter().position(|row| !row.iter().all(|value| value.is_finite()));
+            if let Some(index) = bad {
+                let problem = format!("the output of {} for image {index} is not finite", origin.network);
+                return Err(Error::run(&origin.images, problem));
+            }
+        }
+        Ok(Self { moments: Moments::of(values.view())?, origin: Some(origin), values: Some(values), logits })
+    }
+
+    /// Number of images, if it is known.
+    pub fn count(&self) -> Option<usize> {
+        self.moments.count
+    }
+
+    /// Whether a file holds kept features, by the end of its name.
+    pub fn is_file(path: &Path) -> bool {
+        path.extension().is_some_and(|extension| extension == "safetensors" || extension == "npz")
+    }
+
+    /// Reads a file of [`Features::write`], or an `.npz` with `mu` and `sigma` (of ADM, pytorch-fid or clean-fid).
+    ///
+    /// # Errors
+    /// [`Error::input`] naming the file and the tensor that is missing or of a wrong shape.
+    pub fn read(path: &Path) -> Result<Self> {
+        if path.extension().is_some_and(|extension| extension == "npz") {
+            return Ok(Self { origin: None, moments: numpy::moments(path)?, values: None, logits: None });
+        }
+        let mut file = TensorFile::open(path)?;
+        let bad = |problem: String| Error::input(path.display(), problem);
+        let text = file.text(KEY).ok_or_else(|| bad(format!("has no `{KEY}` in its metadata")))?;
+        let origin: Origin = serde_json::from_str(text)
+            .map_err(|error| bad("holds no features of this version: make them again".into()).because(error))?;
+        let has_logits = file.info("logits").is_some();
+        let mut read = |name: &str| -> Result<Array2<f32>> {
+            let tensor = file.read(name)?.to_dtype(DType::F32)?;
+            let shape = tensor.dims2().map_err(|_| bad(format!("tensor {name} is not a matrix")))?;
+            Array2::from_shape_vec(shape, tensor.flatten_all()?.to_vec1()?).or_run(name)
+        };
+        let values = read("features")?;
+        let logits = if has_logits { Some(read("logits")?) } else { None };
+        let outputs = Outputs { features: values, logits };
+        if outputs.logits.as_ref().is_some_and(|logits| logits.nrows() != outputs.features.nrows()) {
+            return Err(bad("has features and logits of different numbers of images".into()));
+        }
+        Self::new(origin, &[outputs]).map_err(|error| error.about(path.display()))
+    }
+
+    /// Keeps the features in a `.safetensors` file.
+    ///
+    /// # Errors
+    /// [`Error::input`] if there are only moments; [`Error::run`] if the file cannot be written.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let (Some(origin), Some(values)) = (&self.origin, &self.values) else {
+            return Err(Error::input(path.display(), "cannot keep the statistics of another program"));
+        };
+        let tensor =
+            |values: &Array2<f32>| Tensor::from_iter(values.iter().copied(), &Device::Cpu)?.reshape(values.dim());
+        let mut stored = vec![("features", tensor(values)?)];
+        if let Some(logits) = &self.logits {
+            stored.push(("logits", tensor(logits)?));
+        }
+        let text = serde_json::to_string(origin).or_run(path.display())?;
+        tensors::write(path, &stored, HashMap::from([(KEY.into(), text)]))
+    }
+
+    /// Checks that both sets were made in the same way.
+    ///
+    /// # Errors
+    /// [`Error::input`] naming what differs.
+    pub fn check_comparable(&self, other: &Self) -> Result<()> {
+        let widths = [self, other].map(|set| set.moments.mean.len());
+        if widths[0] != widths[1] {
+            let problem = format!("have {} and {} values: they are of different networks", widths[0], widths[1]);
+            return Err(Error::input("features", problem));
+        }
+        let (Some(a), Some(b)) = (&self.origin, &other.origin) else { return Ok(()) };
+        let differ = |what: &str, a: String, b: String| {
+            Err(Error::input(what, format!("is {a} for the first set and {b} for the second, expected the same")))
+        };
+        if a.identity != b.identity {
+            return differ("network", a.network.clone(), b.network.clone());
+        }
+        if a.resize != b.resize {
+            return differ("resize", a.resize.to_string(), b.resize.to_string());
+        }
+        let size =
+            |origin: &Origin| origin.crops.map_or("whole images".into(), |crops| format!("{} pixels", crops.size));
+        if size(a) != size(b) {
+            return differ("crops", size(a), size(b));
+        }
+        Ok(())
+    }
+}
+
+/// Makes the features of images `[3, height, width]` in batches of the same size.
+///
+/// # Errors
+/// Errors of `images` and of the network.
+pub fn outputs(
+    network: &dyn Network,
+    images: impl Iterator<Item = Result<Vec<Array3<f32>>>>,
+    mut done: impl FnMut(usize),
+) -> Result<Vec<Outputs>> {
+    let (mut made, mut count) = (vec![], 0);
+    for batch in images {
+        let batch = batch?;
+        let views: Vec<_> = batch.iter().map(|image| image.view()).collect();
+        let stacked = stack(Axis(0), &views).or_run("images")?;
+        made.push(network.run(stacked.view())?);
+        count += batch.len();
+        done(count);
+    }
+    Ok(made)
+}

@@ -1,0 +1,95 @@
+//! The reports of `eqim-eval`.
+
+use eqim_cli::table;
+use eqim_evaluation::drift::{Place, Seams};
+use eqim_evaluation::features::{Features, Origin};
+use eqim_evaluation::metrics::Metrics;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// The distances of two sets.
+pub struct Report<'a> {
+    /// The first set.
+    pub images: &'a Features,
+    /// The second set.
+    pub real: &'a Features,
+    /// Their distances.
+    pub metrics: Metrics,
+}
+
+impl Report<'_> {
+    /// As JSON: how the features were made, and the distances.
+    pub fn json(&self) -> Value {
+        json!({ "images": self.images.origin, "real": self.real.origin, "metrics": self.metrics })
+    }
+
+    /// As a table.
+    pub fn text(&self) -> String {
+        let metrics = &self.metrics;
+        let deviated = |mean: Option<f64>, deviation: Option<f64>| match (mean, deviation) {
+            (Some(mean), Some(deviation)) => format!("{mean:.4} ± {deviation:.4}"),
+            (Some(mean), None) => format!("{mean:.4}"),
+            _ => "–".into(),
+        };
+        let share = |value: Option<f64>| value.map_or("–".into(), |value| format!("{value:.3}"));
+        let rows = [
+            ("Fréchet distance", format!("{:.3}", metrics.frechet_distance)),
+            ("kernel distance", deviated(metrics.kernel_distance, metrics.kernel_distance_deviation)),
+            ("precision", share(metrics.precision)),
+            ("recall", share(metrics.recall)),
+            ("density", share(metrics.density)),
+            ("coverage", share(metrics.coverage)),
+            ("inception score", deviated(metrics.inception_score, metrics.inception_score_deviation)),
+        ];
+        let table = table::text(&["distance", "value"], rows.map(|(name, value)| vec![name.to_string(), value]));
+        format!("{}\n{table}", self.head())
+    }
+
+    /// What was compared, and how.
+    fn head(&self) -> String {
+        let of = |set: &Features| {
+            let count = set.count().map_or("an unknown number of".into(), |count| count.to_string());
+            let from = set.origin.as_ref().map_or("statistics of another program", |origin| &origin.images[..]);
+            format!("{count} images of {from}")
+        };
+        let how = [self.images, self.real].into_iter().find_map(|set| set.origin.as_ref()).map_or_else(
+            || format!("features of {} values", self.metrics.width),
+            |origin| format!("{}, {}", described(origin), size(origin)),
+        );
+        format!("{}, compared with {}\n{how}", of(self.images), of(self.real))
+    }
+}
+
+fn described(origin: &Origin) -> String {
+    format!("features of {}, resizing: {}", origin.network, origin.resize)
+}
+
+fn size(origin: &Origin) -> String {
+    origin.crops.map_or("whole images".into(), |crops| format!("squares of {} pixels", crops.size))
+}
+
+/// The distance over the length of panoramas.
+#[derive(Serialize)]
+pub struct Drift {
+    /// How the features were made.
+    pub origin: Origin,
+    /// The distance at every position.
+    pub places: Vec<Place>,
+    /// The distance at seams, if it was asked for.
+    pub seams: Option<Seams>,
+}
+
+impl Drift {
+    /// As a table.
+    pub fn text(&self) -> String {
+        let row = |place: &Place| {
+            vec![place.token.to_string(), place.images.to_string(), format!("{:.3}", place.frechet_distance)]
+        };
+        let table = table::text(&["first token", "images", "Fréchet distance"], self.places.iter().map(row));
+        let seams = self.seams.map_or(String::new(), |Seams { with_seam, without_seam }| {
+            format!("\nsquares with a seam: {with_seam:.3}, without: {without_seam:.3}")
+        });
+        let Origin { images, .. } = &self.origin;
+        format!("squares of {images}\n{}, {}\n{table}{seams}", described(&self.origin), size(&self.origin))
+    }
+}
