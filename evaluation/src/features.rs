@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::mpsc::sync_channel;
 
 use candle_core::{DType, Device, Tensor};
 use eqim::checkpoint::tensors::{self, TensorFile};
@@ -64,7 +65,8 @@ impl Features {
                 return Err(Error::run(&origin.images, problem));
             }
         }
-        Ok(Self { moments: Moments::of(values.view())?, origin: Some(origin), values: Some(values), logits })
+        let moments = Moments::of(values.view()).map_err(|error| error.about(&origin.images))?;
+        Ok(Self { moments, origin: Some(origin), values: Some(values), logits })
     }
 
     /// Number of images, if it is known.
@@ -152,23 +154,29 @@ impl Features {
     }
 }
 
-/// Makes the features of images `[3, height, width]` in batches of the same size.
+/// Makes the features of images `[3, height, width]` in batches of the same size. The next batch is prepared while the
+/// network runs.
 ///
 /// # Errors
 /// Errors of `images` and of the network.
 pub fn outputs(
     network: &dyn Network,
-    images: impl Iterator<Item = Result<Vec<Array3<f32>>>>,
+    images: impl Iterator<Item = Result<Vec<Array3<f32>>>> + Send,
     mut done: impl FnMut(usize),
 ) -> Result<Vec<Outputs>> {
     let (mut made, mut count) = (vec![], 0);
-    for batch in images {
-        let batch = batch?;
-        let views: Vec<_> = batch.iter().map(|image| image.view()).collect();
-        let stacked = stack(Axis(0), &views).or_run("images")?;
-        made.push(network.run(stacked.view())?);
-        count += batch.len();
-        done(count);
-    }
-    Ok(made)
+    std::thread::scope(|scope| {
+        let (sender, batches) = sync_channel(0);
+        // The thread ends when the receiver is dropped.
+        scope.spawn(move || images.map(|batch| sender.send(batch)).all(|sent| sent.is_ok()));
+        for batch in batches {
+            let batch = batch?;
+            let views: Vec<_> = batch.iter().map(|image| image.view()).collect();
+            let stacked = stack(Axis(0), &views).or_run("images")?;
+            made.push(network.run(stacked.view())?);
+            count += batch.len();
+            done(count);
+        }
+        Ok(made)
+    })
 }

@@ -4,9 +4,10 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
-use eqim_evaluation::features::Features;
+use eqim_evaluation::features::{Features, Origin};
 use eqim_evaluation::frechet::{self, Moments};
 use eqim_evaluation::kernel::Random;
+use eqim_evaluation::network::Outputs;
 use eqim_evaluation::resize::Protocol;
 use eqim_evaluation::{inception, kernel, neighbours};
 use ndarray::{Array2, Array3};
@@ -130,4 +131,19 @@ fn resizing_is_that_of_clean_fid_and_tensorflow() {
             }
         }
     }
+}
+
+#[test]
+fn features_that_are_not_finite_are_refused() {
+    let origin = Origin {
+        images: "photos".into(),
+        network: "network.onnx".into(),
+        identity: String::new(),
+        resize: Protocol::Clean,
+        crops: None,
+    };
+    let mut features = matrix("a");
+    features[[7, 3]] = f32::NAN;
+    let error = Features::new(origin, &[Outputs { features, logits: None }]).unwrap_err().to_string();
+    assert_eq!(error, "photos: the output of network.onnx for image 7 is not finite");
 }

@@ -10,13 +10,14 @@ use eqim::checkpoint;
 use eqim::engine::candle::open_device;
 use eqim::{Error, Result, ResultExt, files, limits};
 use eqim_training::data::Photos;
+use eqim_training::evaluation::Evaluation;
 use eqim_training::generator::{self, GeneratorTask};
 use eqim_training::latents::Encoder;
 use eqim_training::perceptual::Perceptual;
 use eqim_training::recipe::{Base, Recipe, TrainingPlan};
 use eqim_training::run::{Output, Task, run as run_task};
 use eqim_training::semantic::Semantic;
-use eqim_training::tokenizer::{self, Teachers, TokenizerTask, mean};
+use eqim_training::tokenizer::{self, Networks, TokenizerTask, mean};
 use serde::Serialize;
 
 /// Runs the program with its arguments, the first of which is its name. Returns the exit code of the process.
@@ -90,6 +91,9 @@ struct Shared {
     /// Resume from the last checkpoint in the output folder.
     #[arg(long)]
     resume: bool,
+    /// Weights of EfficientNet-Lite0 (.pth): every validation also measures the Fréchet distance to the held-out photographs.
+    #[arg(long, value_name = "FILE")]
+    evaluate: Option<PathBuf>,
     /// Number of optimizer steps; overrides the recipe.
     #[arg(long)]
     steps: Option<usize>,
@@ -114,6 +118,10 @@ impl Shared {
         }
         recipe.check()?;
         Ok(recipe)
+    }
+
+    fn evaluation(&self) -> Result<Option<Evaluation>> {
+        self.evaluate.as_deref().map(Evaluation::open).transpose()
     }
 
     fn photos(&self, plan: &TrainingPlan, height: usize, token_width: usize) -> Result<Photos> {
@@ -186,11 +194,12 @@ fn tokenizer(shared: &Shared, from: Option<&Path>, perceptual: Option<&Path>, se
     tokenizer::check_memory(&recipe, limits::memory())?;
     let photos = shared.photos(&recipe.plan, recipe.model.image_height(), recipe.model.token_width())?;
     let output = Output::open(&shared.output, shared.resume)?;
-    let teachers = Teachers {
+    let networks = Networks {
         perceptual: perceptual.map(|path| Perceptual::open(path, &device)).transpose()?,
         semantic: semantic.map(|path| Semantic::open(path, &device)).transpose()?,
+        evaluation: shared.evaluation()?,
     };
-    let mut task = TokenizerTask::new(recipe, photos, initial.map(|(_, weights)| weights), teachers, device)?;
+    let mut task = TokenizerTask::new(recipe, photos, initial.map(|(_, weights)| weights), networks, device)?;
     train(&mut task, &output, shared.resume)?;
     let report = ReconstructionReport::new(&task)?;
     let text = serde_json::to_string_pretty(&report).or_run("report")?;
@@ -210,7 +219,8 @@ fn generator(shared: &Shared, tokenizer: &Path) -> Result<()> {
     let encoder = Encoder { config, weights, hash };
     let posterior_std = recipe.tokenizer.posterior_std;
     let cache = output.file("latents");
-    let mut task = GeneratorTask::new(recipe.generator, posterior_std, photos, encoder, &cache, device)?;
+    let evaluation = shared.evaluation()?;
+    let mut task = GeneratorTask::new(recipe.generator, posterior_std, photos, encoder, &cache, evaluation, device)?;
     train(&mut task, &output, shared.resume)?;
     eqim_cli::print(format_args!("classes: {}", task.classes().join(", ")))
 }

@@ -8,6 +8,7 @@ mod checkpoints;
 mod classes;
 mod demo;
 mod end_to_end;
+mod eval;
 mod examples;
 mod gpu;
 mod hostile;

@@ -26,6 +26,12 @@ fn help_of_eqim_export() {
 }
 
 #[test]
+fn help_of_eqim_eval() {
+    let commands = ["eqim-eval", "eqim-eval compare", "eqim-eval bundle", "eqim-eval features", "eqim-eval drift"];
+    insta::assert_snapshot!(commands.map(help).join("\n"));
+}
+
+#[test]
 fn help_of_eqim_serve() {
     insta::assert_snapshot!(help("eqim-serve"));
 }

@@ -11,6 +11,7 @@ use eqim::engine::candle::CandleEngine;
 use eqim::generate::generate;
 use eqim::model::{Stage, flow, parameters_of, transformer};
 use eqim::ops::eager::{Dropout, Eager, Training};
+use eqim::picture::{self, Side};
 use eqim::request::{GuidanceSchedule, Noise, Request};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, ResultExt};
@@ -18,7 +19,8 @@ use ndarray::{Array3, Axis, concatenate};
 use rand::{Rng, RngCore};
 use rand_mt::Mt;
 
-use crate::data::{Crops, Photos, Purpose, order, randomness};
+use crate::data::{Crops, Photo, Photos, Purpose, order, randomness};
+use crate::evaluation::Evaluation;
 use crate::initial::{self, normal};
 use crate::latents::{Encoder, Latents};
 use crate::learner::{Learner, Losses, Measures, Update};
@@ -36,6 +38,9 @@ pub struct GeneratorTask {
     fingerprint: String,
     training: Latents,
     held_out: Latents,
+    evaluation: Option<Evaluation>,
+    /// The held-out photographs, for the evaluation.
+    held_out_photos: Vec<Photo>,
 }
 
 /// All inputs of the loss of a step, except the weights.
@@ -59,6 +64,8 @@ const SHARD: usize = 8;
 // Euler steps and guidance scale of the sample pictures.
 const PREVIEW_STEPS: usize = 25;
 const PREVIEW_CFG: f32 = 2.0;
+// Images that are generated at a time for the evaluation.
+const EVALUATION_BATCH: usize = 8;
 // Number of batches over which the validation loss is averaged.
 const VALIDATION_BATCHES: usize = 4;
 
@@ -121,6 +128,7 @@ impl GeneratorTask {
         photos: Photos,
         encoder: Encoder,
         cache: &Path,
+        evaluation: Option<Evaluation>,
         device: Device,
     ) -> Result<Self> {
         let plan = &recipe.plan;
@@ -134,6 +142,7 @@ impl GeneratorTask {
             flip: plan.flip,
         };
         let open = |photos: &Photos| Latents::open(cache, &encoder, photos, crops, recipe.views, plan.seed);
+        let held_out_photos = held_out.photos.clone();
         let (training, held_out) = (open(&training)?, open(&held_out)?);
         recipe.model.class_num = classes.len();
         // If one folder name is not valid as a class name, no class has a name, only a number.
@@ -146,7 +155,42 @@ impl GeneratorTask {
         config.check()?;
         let parameters = parameters_of(&config, &STAGES)?;
         let learner = Learner::new("generator", initial::generator_weights(&parameters, plan.seed)?, &device)?;
-        Ok(Self { recipe, learner, encoder, posterior_std, device, classes, fingerprint, training, held_out })
+        Ok(Self {
+            recipe,
+            learner,
+            encoder,
+            posterior_std,
+            device,
+            classes,
+            fingerprint,
+            training,
+            held_out,
+            evaluation,
+            held_out_photos,
+        })
+    }
+
+    /// The Fréchet distance of generated images, which have the classes in turn, to the held-out photographs.
+    fn distance(&self, evaluation: &Evaluation) -> Result<f64> {
+        let (engine, model) = (self.engine()?, &self.encoder.config);
+        let (height, width) = (model.image_height(), model.token_width());
+        let count = self.recipe.evaluation_images;
+        let mut images = vec![];
+        for first in (0..count).step_by(EVALUATION_BATCH) {
+            let classes = (first..count.min(first + EVALUATION_BATCH)).map(|image| Some(image % self.classes.len()));
+            let seed = self.recipe.plan.seed.wrapping_add(first as u64);
+            let request = Request {
+                steps: PREVIEW_STEPS,
+                noise: Noise::Seed(seed),
+                ..Request::new(engine.config(), classes, height.div_ceil(width))
+            };
+            let tokens = generate(&engine, &request, |_| {})?.tokens;
+            images.push(engine.decode_tokens(tokens.view())?);
+        }
+        let read = |photo: &Photo| Ok(picture::read(&photo.path, height, width, Side::Right)?.pixels);
+        let real: Vec<Array3<f32>> = self.held_out_photos.iter().map(read).collect::<Result<_>>()?;
+        let images: Vec<_> = images.iter().flat_map(|batch| batch.axis_iter(Axis(0))).collect();
+        evaluation.distance(&images, &real.iter().map(|image| image.view()).collect::<Vec<_>>())
     }
 
     /// Names of the classes.
@@ -259,7 +303,7 @@ impl Task for GeneratorTask {
 
     fn identity(&self) -> Result<String> {
         let (recipe, plan) = (self.recipe.clone(), self.recipe.plan.identity());
-        let recipe = GeneratorRecipe { plan, ..recipe };
+        let recipe = GeneratorRecipe { plan, evaluation_images: 0, ..recipe };
         let recipe = toml::to_string(&recipe).or_run("recipe")?;
         Ok(format!("{recipe}tokenizer = {}\nphotographs = {}\n", self.encoder.hash, self.fingerprint))
     }
@@ -295,7 +339,11 @@ impl Task for GeneratorTask {
         for batch in 0..VALIDATION_BATCHES {
             sum += self.loss_of(&weights, &self.draw(&self.held_out, batch, false)?)?;
         }
-        Ok(Measures::from([("loss".into(), sum / VALIDATION_BATCHES as f64)]))
+        let mut measures = Measures::from([("loss".into(), sum / VALIDATION_BATCHES as f64)]);
+        if let Some(evaluation) = &self.evaluation {
+            measures.insert("frechet_distance".into(), self.distance(evaluation)?);
+        }
+        Ok(measures)
     }
 
     fn check(&self) -> Result<()> {

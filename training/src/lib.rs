@@ -18,6 +18,7 @@ pub mod data;
 pub mod dino;
 pub mod discriminator;
 pub mod efficientnet;
+pub mod evaluation;
 pub mod generator;
 pub mod initial;
 pub mod latents;

@@ -143,6 +143,8 @@ pub struct GeneratorRecipe {
     pub shift_num: usize,
     /// Samples of noise and time per token.
     pub diffusion_batch_mul: usize,
+    /// Images per validation whose Fréchet distance to the held-out photographs is measured, if a network for it is given.
+    pub evaluation_images: usize,
 }
 
 impl TrainingPlan {
@@ -328,6 +330,7 @@ impl Recipe {
                 proj_dropout: 0.1,
                 shift_num: 16,
                 diffusion_batch_mul: 4,
+                evaluation_images: 32,
             },
         }
     }
@@ -376,6 +379,7 @@ impl Recipe {
         {
             in_range(&format!("generator.{name}"), count, 1, MOST)?;
         }
+        in_range("generator.evaluation_images", g.evaluation_images, 2, MOST)?;
         in_range("tokenizer.discriminator_channels", t.discriminator_channels, 1, MOST)?;
         let generator = GeneratorConfig { embed: t.model.embed, ..g.model.clone() };
         Config { generator, tokenizer: t.model.clone() }.check()

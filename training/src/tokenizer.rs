@@ -19,8 +19,9 @@ use eqim::weights::Weights;
 use eqim::{Config, Error, Result, ResultExt};
 use ndarray::{Array3, Array4, ArrayView3, Axis, concatenate, s};
 
-use crate::data::{Ahead, Crops, Photos, Purpose, randomness};
+use crate::data::{Ahead, Crops, Photo, Photos, Purpose, randomness};
 use crate::discriminator;
+use crate::evaluation::Evaluation;
 use crate::initial;
 use crate::learner::{Learner, Losses, Measures, Update};
 use crate::perceptual::Perceptual;
@@ -34,7 +35,7 @@ pub struct TokenizerTask {
     recipe: TokenizerRecipe,
     learner: Learner,
     discriminator: Option<Learner>,
-    teachers: Teachers,
+    networks: Networks,
     device: Device,
     /// Weights that are not trained.
     frozen: Weights,
@@ -43,13 +44,15 @@ pub struct TokenizerTask {
     batches: Option<Ahead>,
 }
 
-/// Pretrained networks for the losses; both are optional.
+/// Pretrained networks; all are optional.
 #[derive(Debug, Default)]
-pub struct Teachers {
+pub struct Networks {
     /// Network of the perceptual loss.
     pub perceptual: Option<Perceptual>,
     /// Network of the semantic loss.
     pub semantic: Option<Semantic>,
+    /// Network of the Fréchet distance of the reconstructions.
+    pub evaluation: Option<Evaluation>,
 }
 
 // As in the published configuration.
@@ -101,7 +104,7 @@ impl TokenizerTask {
         recipe: TokenizerRecipe,
         photos: Photos,
         initial: Option<Weights>,
-        teachers: Teachers,
+        networks: Networks,
         device: Device,
     ) -> Result<Self> {
         let (training, held_out) = photos.split(recipe.plan.validation, recipe.plan.seed)?;
@@ -116,7 +119,7 @@ impl TokenizerTask {
                 parameters.iter().map(value).collect::<Result<_>>()?
             }
         };
-        if let Some(network) = &teachers.semantic {
+        if let Some(network) = &networks.semantic {
             let parameters = semantic_parameters(&recipe.model, network.width())?;
             values.extend(initial::tokenizer_weights(&parameters, recipe.plan.seed)?);
         }
@@ -138,7 +141,7 @@ impl TokenizerTask {
             }
             false => None,
         };
-        Ok(Self { recipe, learner, discriminator, teachers, device, frozen, training, held_out, batches: None })
+        Ok(Self { recipe, learner, discriminator, networks, device, frozen, training, held_out, batches: None })
     }
 
     fn crops(&self) -> Crops {
@@ -196,13 +199,18 @@ impl TokenizerTask {
     /// If a photograph can no longer be read.
     pub fn psnr(&self, photos: &Photos) -> Result<Vec<(String, f64)>> {
         let weights = self.averaged()?;
-        let of = |photo: &crate::data::Photo| {
-            let picture = self.whole_picture(&photo.path)?;
-            let reconstruction = self.finite_reconstruction(&weights, &photo.path, picture.view())?;
-            let reconstruction = reconstruction.mapv(|value| value.clamp(-1.0, 1.0));
+        let of = |photo: &Photo| {
+            let (picture, reconstruction) = self.pair(&weights, photo)?;
             Ok((photo.path.display().to_string(), psnr_of_values(reconstruction.view(), picture.view())))
         };
         photos.photos.iter().map(of).collect()
+    }
+
+    /// A photograph and its reconstruction with `weights`, both `[3, height, width]` in -1..1.
+    fn pair(&self, weights: &Weights, photo: &Photo) -> Result<(Array3<f32>, Array3<f32>)> {
+        let picture = self.whole_picture(&photo.path)?;
+        let reconstruction = self.finite_reconstruction(weights, &photo.path, picture.view())?;
+        Ok((picture, reconstruction.mapv(|value| value.clamp(-1.0, 1.0))))
     }
 
     /// The training photographs and the held-out photographs.
@@ -357,7 +365,7 @@ impl Task for TokenizerTask {
         let recipe = TokenizerRecipe { plan, ..recipe };
         let recipe = toml::to_string(&recipe).or_run("recipe")?;
         let photographs = self.training.fingerprint();
-        let Teachers { perceptual, semantic } = &self.teachers;
+        let Networks { perceptual, semantic, .. } = &self.networks;
         let perceptual = perceptual.as_ref().map_or("none", Perceptual::name);
         let semantic = semantic.as_ref().map_or("none", Semantic::name);
         let frozen = fingerprint(&self.frozen)?;
@@ -392,7 +400,7 @@ impl Task for TokenizerTask {
         };
         let adversary = self.discriminator.as_mut().filter(|_| step >= self.recipe.discriminator_start);
         let discriminator = adversary.as_ref().map(|discriminator| discriminator.weights()).transpose()?;
-        let Teachers { perceptual, semantic } = &self.teachers;
+        let Networks { perceptual, semantic, .. } = &self.networks;
         let semantic = semantic.as_ref().filter(|_| step >= self.recipe.semantic_start);
         let objective = Objective { recipe: &self.recipe, perceptual: perceptual.as_ref(), semantic, discriminator };
         let mut weights = self.learner.weights()?;
@@ -415,11 +423,19 @@ impl Task for TokenizerTask {
     }
 
     fn validate(&self) -> Result<Measures> {
-        let psnr = self.psnr(&self.held_out)?;
-        if psnr.is_empty() {
+        let weights = self.averaged()?;
+        let pairs: Vec<_> =
+            self.held_out.photos.iter().map(|photo| self.pair(&weights, photo)).collect::<Result<_>>()?;
+        if pairs.is_empty() {
             return Ok(Measures::new());
         }
-        Ok(Measures::from([("psnr".into(), mean(psnr.into_iter().map(|(_, psnr)| psnr)))]))
+        let psnr = |(picture, made): &(Array3<f32>, Array3<f32>)| psnr_of_values(made.view(), picture.view());
+        let mut measures = Measures::from([("psnr".into(), mean(pairs.iter().map(psnr)))]);
+        if let Some(evaluation) = &self.networks.evaluation {
+            let (pictures, made): (Vec<_>, Vec<_>) = pairs.iter().map(|(a, b)| (a.view(), b.view())).unzip();
+            measures.insert("frechet_distance".into(), evaluation.distance(&made, &pictures)?);
+        }
+        Ok(measures)
     }
 
     fn check(&self) -> Result<()> {

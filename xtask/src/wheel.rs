@@ -53,6 +53,9 @@ pub fn wheel(root: &Path, args: &[String]) -> Result<()> {
             tests.env("ORT_DYLIB_PATH", setup::onnxruntime(root)?);
         }
         run(tests.args(args))?;
+        if is_newest {
+            run(&mut test(root, &folder, "tests/photos")?)?;
+        }
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use eqim::{Result, ResultExt, files, limits};
 use eqim_training::data::Photos;
 use eqim_training::recipe::{Base, Recipe};
 use eqim_training::run::{Output, Task, run};
-use eqim_training::tokenizer::{Teachers, TokenizerTask, check_memory};
+use eqim_training::tokenizer::{Networks, TokenizerTask, check_memory};
 use image::{Rgb, RgbImage};
 
 use super::{Place, write};
@@ -109,8 +109,8 @@ impl State {
         let photos = Photos::open(&photos, height, width)?;
         let folder = place.path("run");
         let output = Output::open(&folder, true)?;
-        let teachers = Teachers::default();
-        let mut task = TokenizerTask::new(recipe, photos, None, teachers, Device::Cpu)?;
+        let networks = Networks::default();
+        let mut task = TokenizerTask::new(recipe, photos, None, networks, Device::Cpu)?;
         run(&mut task, &output, 0)?;
         let path = folder.join("state.safetensors");
         let seed = files::read(&path)?;

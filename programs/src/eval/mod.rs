@@ -153,8 +153,7 @@ impl MetricOptions {
 fn run(command: &Command) -> Result<()> {
     match command {
         Command::Compare { images, real, metrics } => {
-            let sets = Sets::new(&real.network, &real.crops);
-            let (images, real) = (sets.features(images)?, sets.features(&real.real)?);
+            let (images, real) = Sets::new(&real.network, &real.crops).pair(images, &real.real)?;
             compare(&images, &real, metrics)
         }
         Command::Bundle { generation, real, metrics } => {

@@ -24,12 +24,16 @@ pub struct NetworkOptions {
 
     /// How images are resized to the size of the network: clean (bicubic with antialiasing, as clean-fid) or legacy
     /// (bilinear without, as TensorFlow 1 and ADM)
-    #[arg(long, value_name = "PROTOCOL", default_value_t)]
+    #[arg(long, value_name = "PROTOCOL", default_value_t, value_parser = protocol)]
     pub resize: Protocol,
 
     /// Number of threads of ONNX Runtime [default: all cores]
     #[arg(id = "network_threads", long = "network-threads", value_name = "N")]
     pub threads: Option<usize>,
+}
+
+fn protocol(text: &str) -> std::result::Result<Protocol, &'static str> {
+    text.parse().map_err(|_| "expected clean or legacy")
 }
 
 /// A network on ONNX Runtime.

@@ -79,6 +79,22 @@ impl<'a> Sets<'a> {
         })
     }
 
+    /// The features of two sets. Files are read before features of folders are made.
+    ///
+    /// # Errors
+    /// Those of [`Sets::features`]; [`eqim::Error::input`] if the sets were made in different ways.
+    pub fn pair(&self, images: &Path, real: &Path) -> Result<(Features, Features)> {
+        let (images, real) = match Features::is_file(real) {
+            true => {
+                let real = self.features(real)?;
+                (self.features(images)?, real)
+            }
+            false => (self.features(images)?, self.features(real)?),
+        };
+        images.check_comparable(&real)?;
+        Ok((images, real))
+    }
+
     /// The features of a folder, or of a file of features.
     ///
     /// # Errors
