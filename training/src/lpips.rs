@@ -7,8 +7,6 @@ use candle_core::{DType, Device, Tensor};
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::{Error, Result};
 
-use crate::perceptual::unit;
-
 /// VGG16 up to its fifth block, with the LPIPS weights of its features.
 #[derive(Debug)]
 pub struct Lpips {
@@ -29,6 +27,10 @@ const BLOCKS: [(usize, &[usize]); 5] =
 // Mean and standard deviation of each channel of the network's training images, in -1..1.
 const SHIFT: [f32; 3] = [-0.030, -0.088, -0.188];
 const SCALE: [f32; 3] = [0.458, 0.448, 0.450];
+
+// The reference adds 1e-10 to the square root, whose gradient is infinite if all features are 0. Here it is added under
+// the root.
+const EPS: f64 = 1e-10;
 
 impl Lpips {
     /// Reads the weights to `device`: `features.{i}.weight` and `.bias` of torchvision's VGG16, and
@@ -89,6 +91,14 @@ impl Block {
         }
         Ok(x)
     }
+}
+
+/// Normalizes features `[batch, channels, rows, columns]` to length 1 at every place.
+///
+/// # Errors
+/// If a Candle operation fails.
+pub fn unit(x: &Tensor) -> Result<Tensor> {
+    Ok(x.broadcast_div(&(x.sqr()?.sum_keepdim(1)? + EPS)?.sqrt()?)?)
 }
 
 #[cfg(test)]

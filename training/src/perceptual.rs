@@ -11,7 +11,7 @@ use eqim::checkpoint::has_tensor;
 use eqim::{Result, efficientnet};
 
 use crate::efficientnet::EfficientNet;
-use crate::lpips::Lpips;
+use crate::lpips::{Lpips, unit};
 
 /// A perceptual distance.
 #[derive(Debug)]
@@ -22,9 +22,6 @@ pub enum Perceptual {
     EfficientNet(EfficientNet),
 }
 
-// The reference adds 1e-10 to the square root, whose gradient is infinite if all features are 0. Here it is added under
-// the root.
-const EPS: f64 = 1e-10;
 /// The stages of EfficientNet-Lite0 whose features are compared. Their maps are 2 to 16 times smaller than the image.
 const COMPARED: usize = 5;
 
@@ -66,14 +63,6 @@ impl Perceptual {
             }
         }
     }
-}
-
-/// Normalizes features `[batch, channels, rows, columns]` to length 1 at every place.
-///
-/// # Errors
-/// If a Candle operation fails.
-pub fn unit(x: &Tensor) -> Result<Tensor> {
-    Ok(x.broadcast_div(&(x.sqr()?.sum_keepdim(1)? + EPS)?.sqrt()?)?)
 }
 
 #[cfg(test)]
