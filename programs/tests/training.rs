@@ -522,11 +522,16 @@ fn a_full_disk_is_an_error_that_loses_nothing() {
 fn only_the_decoder_learns_in_stage_two() {
     let place = Place::new();
     place.trains(&place.tokenizer("-o t"));
-    let stage2 = MICRO.replace("[tokenizer.model]\n", "[tokenizer]\ndecoder_only = true\n[tokenizer.model]\n");
-    fs::write(place.path("stage2.toml"), stage2).unwrap();
+    // The discriminator needs crops of 32 pixels.
+    let settings =
+        "decoder_only = true\ndiscriminator_weight = 0.5\ndiscriminator_channels = 4\ndiscriminator_start = 2\n";
+    let stage2 = MICRO.replace("[tokenizer.model]\n", &format!("[tokenizer]\n{settings}[tokenizer.model]\n"));
+    fs::write(place.path("stage2.toml"), stage2.replacen("tokens = 4", "tokens = 8", 1)).unwrap();
     let line = "tokenizer --images photos --recipe stage2.toml -o s";
     assert!(place.fails(line, 2).contains("--from"));
     place.trains(&format!("{line} --from t/tokenizer.safetensors"));
+    let metrics = place.metrics("s");
+    assert!(metrics[0]["discriminator"].is_null() && metrics[2]["discriminator"].is_number(), "{metrics:?}");
     // The run cannot be resumed with other frozen weights.
     place.trains(&place.tokenizer("-o u --seed 5"));
     let said = place.fails(&format!("{line} --from u/tokenizer.safetensors --resume"), 2);
@@ -542,6 +547,25 @@ fn only_the_decoder_learns_in_stage_two() {
         // A key bias does not affect attention and has no gradient.
         assert!(equal == stays || name.ends_with(".k.bias"), "{name}");
     }
+}
+
+#[test]
+fn pretrained_networks_take_part() {
+    let place = Place::new();
+    let network = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.native/efficientnet-lite0/efficientnet-lite0.pth");
+    assert!(network.is_file(), "no {}: run `cargo xtask setup --training`", network.display());
+    std::os::unix::fs::symlink(network, place.path("lite0.pth")).unwrap();
+    place.recipe("micro.toml", "views = 3", "views = 3\nevaluation_images = 4");
+    place.trains(&place.tokenizer("--perceptual lite0.pth --semantic lite0.pth --evaluate lite0.pth -o t --steps 2"));
+    let last = place.metrics("t").pop().unwrap();
+    for name in ["perceptual", "semantic", "validation_frechet_distance"] {
+        assert!(last[name].as_f64().is_some_and(|value| value > 0.0), "{name}: {last}");
+    }
+    let said = place.fails(&place.tokenizer("-o t --steps 2 --resume"), 2);
+    assert!(said.contains("perceptual = EfficientNet-Lite0"), "{said}");
+    place.trains(&place.generator("--evaluate lite0.pth -o g --steps 2"));
+    let last = place.metrics("g").pop().unwrap();
+    assert!(last["validation_frechet_distance"].as_f64().is_some_and(|value| value > 0.0), "{last}");
 }
 
 #[test]

@@ -409,8 +409,10 @@ impl Task for TokenizerTask {
         measures.insert("gradient_norm".into(), self.learner.update(&gradients, &update)?);
         if let Some(adversary) = adversary {
             let weights = adversary.weights()?;
+            let mut updated = self.learner.weights()?;
+            add(&mut updated, &self.frozen)?;
             let loss = |shard: &Shard| {
-                let (_, made, _) = objective.reconstruct(&self.learner.weights()?, shard)?;
+                let (_, made, _) = objective.reconstruct(&updated, shard)?;
                 let real = discriminator::logits(&weights, &shard.image)?;
                 let total = discriminator::hinge(&real, &discriminator::logits(&weights, &made.detach())?)?;
                 Ok(Losses { total: total.clone(), parts: vec![("discriminator", total)] })
