@@ -35,6 +35,8 @@ pub struct Origin {
 /// What is known of a set of images.
 #[derive(Clone, Debug)]
 pub struct Features {
+    /// The folder or file that the features come from.
+    pub source: String,
     /// How the features were made; `None` for statistics of other programs.
     pub origin: Option<Origin>,
     /// Mean and covariance.
@@ -66,7 +68,7 @@ impl Features {
             }
         }
         let moments = Moments::of(values.view()).map_err(|error| error.about(&origin.images))?;
-        Ok(Self { moments, origin: Some(origin), values: Some(values), logits })
+        Ok(Self { source: origin.images.clone(), moments, origin: Some(origin), values: Some(values), logits })
     }
 
     /// Number of images, if it is known.
@@ -85,7 +87,8 @@ impl Features {
     /// [`Error::input`] naming the file and the tensor that is missing or of a wrong shape.
     pub fn read(path: &Path) -> Result<Self> {
         if path.extension().is_some_and(|extension| extension == "npz") {
-            return Ok(Self { origin: None, moments: numpy::moments(path)?, values: None, logits: None });
+            let source = path.display().to_string();
+            return Ok(Self { source, origin: None, moments: numpy::moments(path)?, values: None, logits: None });
         }
         let mut file = TensorFile::open(path)?;
         let bad = |problem: String| Error::input(path.display(), problem);
@@ -135,22 +138,39 @@ impl Features {
             let problem = format!("have {} and {} values: they are of different networks", widths[0], widths[1]);
             return Err(Error::input("features", problem));
         }
-        let (Some(a), Some(b)) = (&self.origin, &other.origin) else { return Ok(()) };
-        let differ = |what: &str, a: String, b: String| {
-            Err(Error::input(what, format!("is {a} for the first set and {b} for the second, expected the same")))
+        match (&self.origin, &other.origin) {
+            (Some(a), Some(b)) => a.check_comparable(b),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Origin {
+    /// Checks that features of both origins can be compared.
+    ///
+    /// # Errors
+    /// [`Error::input`] naming what differs.
+    pub fn check_comparable(&self, other: &Self) -> Result<()> {
+        let differ = |field: &'static str, a: &str, b: &str| {
+            let problem = format!("the first set has {a}, the second {b}; expected the same for both");
+            Err(Error::setting(field, problem))
         };
-        if a.identity != b.identity {
-            return differ("network", a.network.clone(), b.network.clone());
+        if self.identity != other.identity {
+            let named = |origin: &Self| format!("{} (SHA-256 {:.8})", origin.network, origin.identity);
+            return differ("features", &named(self), &named(other));
         }
-        if a.resize != b.resize {
-            return differ("resize", a.resize.to_string(), b.resize.to_string());
+        if self.resize != other.resize {
+            return differ("resize", &self.resize.to_string(), &other.resize.to_string());
         }
-        let size =
-            |origin: &Origin| origin.crops.map_or("whole images".into(), |crops| format!("{} pixels", crops.size));
-        if size(a) != size(b) {
-            return differ("crops", size(a), size(b));
+        if self.crops.map(|crops| crops.size) != other.crops.map(|crops| crops.size) {
+            return differ("crops", &self.parts(), &other.parts());
         }
         Ok(())
+    }
+
+    /// Which parts of the images are measured, in words.
+    pub fn parts(&self) -> String {
+        self.crops.map_or("whole images".into(), |crops| format!("squares of {} pixels", crops.size))
     }
 }
 

@@ -4,7 +4,8 @@
 use eqim::{Error, Result};
 use ndarray::{Array1, ArrayView2};
 
-use crate::kernel::{Random, mean_and_deviation};
+use crate::linear::mean_and_deviation;
+use crate::random::Random;
 
 /// Settings of the score. The default is that of torch-fidelity.
 #[derive(Clone, Copy, Debug)]

@@ -3,9 +3,9 @@
 
 use eqim::{Error, Result};
 use ndarray::{ArrayView2, Axis};
-use rand_mt::Mt;
 
-use crate::linear::matrix;
+use crate::linear::{matrix, mean_and_deviation};
+use crate::random::Random;
 
 /// Settings of the distance. The default is that of torch-fidelity.
 #[derive(Clone, Copy, Debug)]
@@ -66,41 +66,4 @@ fn of_equal_sizes(a: ArrayView2<f32>, b: ArrayView2<f32>) -> f64 {
     let products = &a * b.transpose();
     let between: f64 = products.col_iter().map(|column| column.iter().map(|&x| kernel(x)).sum::<f64>()).sum();
     within / (size * (size - 1.0)) - 2.0 * between / (size * size)
-}
-
-/// Mean and population deviation of values.
-pub fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
-    let count = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / count;
-    (mean, (values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / count).sqrt())
-}
-
-/// The permutations of NumPy's `RandomState`, by which published tools draw subsets.
-pub struct Random(Mt);
-
-impl Random {
-    /// The generator of a seed.
-    pub fn new(seed: u32) -> Self {
-        Self(Mt::new(seed))
-    }
-
-    /// A permutation of `0..count` (NumPy: `RandomState.permutation`). Its beginning is `choice` without replacement.
-    pub fn permutation(&mut self, count: usize) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..count).collect();
-        for last in (1..count).rev() {
-            order.swap(last, self.at_most(last as u32) as usize);
-        }
-        order
-    }
-
-    /// A number in `0..=most`: random bits, drawn again while they are too large.
-    fn at_most(&mut self, most: u32) -> u32 {
-        let mask = u32::MAX >> most.leading_zeros();
-        loop {
-            let drawn = self.0.next_u32() & mask;
-            if drawn <= most {
-                return drawn;
-            }
-        }
-    }
 }

@@ -26,4 +26,5 @@ pub mod neighbours;
 pub mod network;
 mod numpy;
 pub mod pictures;
+pub mod random;
 pub mod resize;

@@ -26,8 +26,6 @@ impl Default for Settings {
 /// Distances of a set of images to a set of real images. What the sets do not allow is `None`.
 #[derive(Clone, Debug, Serialize)]
 pub struct Metrics {
-    /// Images of the first set and of the second, if they are known.
-    pub images: [Option<usize>; 2],
     /// Number of values of a feature.
     pub width: usize,
     /// Fréchet distance.
@@ -67,7 +65,6 @@ impl Metrics {
             None => None,
         };
         Ok(Self {
-            images: [images.count(), real.count()],
             width: images.moments.mean.len(),
             frechet_distance: frechet::distance(&images.moments, &real.moments)?,
             kernel_distance: kernel.map(|(mean, _)| mean),

@@ -138,6 +138,11 @@ impl Pictures {
         (0..crops.count).map(view).collect()
     }
 
+    /// Number of pictures that have one square only, because they are not wider than high.
+    pub fn squares(&self) -> usize {
+        self.all().filter(|file| file.width <= file.height).count()
+    }
+
     /// The square of every picture whose first column is `column`. Pictures that end before it are left out.
     pub fn at(&self, column: usize) -> Vec<View> {
         let reach = self.all().filter(|file| column + file.height <= file.width);

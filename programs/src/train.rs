@@ -120,7 +120,10 @@ impl Shared {
         Ok(recipe)
     }
 
-    fn evaluation(&self) -> Result<Option<Evaluation>> {
+    fn evaluation(&self, plan: &TrainingPlan) -> Result<Option<Evaluation>> {
+        if self.evaluate.is_some() && plan.validation == 0 {
+            return Err(Error::setting("evaluate", "needs held-out photographs: set plan.validation in the recipe"));
+        }
         self.evaluate.as_deref().map(Evaluation::open).transpose()
     }
 
@@ -192,12 +195,13 @@ fn tokenizer(shared: &Shared, from: Option<&Path>, perceptual: Option<&Path>, se
         recipe.model = model.clone();
     }
     tokenizer::check_memory(&recipe, limits::memory())?;
+    let evaluation = shared.evaluation(&recipe.plan)?;
     let photos = shared.photos(&recipe.plan, recipe.model.image_height(), recipe.model.token_width())?;
     let output = Output::open(&shared.output, shared.resume)?;
     let networks = Networks {
         perceptual: perceptual.map(|path| Perceptual::open(path, &device)).transpose()?,
         semantic: semantic.map(|path| Semantic::open(path, &device)).transpose()?,
-        evaluation: shared.evaluation()?,
+        evaluation,
     };
     let mut task = TokenizerTask::new(recipe, photos, initial.map(|(_, weights)| weights), networks, device)?;
     train(&mut task, &output, shared.resume)?;
@@ -214,12 +218,12 @@ fn generator(shared: &Shared, tokenizer: &Path) -> Result<()> {
     let name = tokenizer.file_name().unwrap_or_default().to_string_lossy();
     let hash = FileRecord::of(files::folder(tokenizer), &name)?.sha256;
     generator::check_memory(&recipe.generator, &config, limits::memory())?;
+    let evaluation = shared.evaluation(&recipe.generator.plan)?;
     let photos = shared.photos(&recipe.generator.plan, config.image_height(), config.token_width())?;
     let output = Output::open(&shared.output, shared.resume)?;
     let encoder = Encoder { config, weights, hash };
     let posterior_std = recipe.tokenizer.posterior_std;
     let cache = output.file("latents");
-    let evaluation = shared.evaluation()?;
     let mut task = GeneratorTask::new(recipe.generator, posterior_std, photos, encoder, &cache, evaluation, device)?;
     train(&mut task, &output, shared.resume)?;
     eqim_cli::print(format_args!("classes: {}", task.classes().join(", ")))

@@ -105,7 +105,7 @@ fn images_of_a_bundle_are_generated_once() {
     let line =
         "eqim-eval bundle --engine bundle --count 6 --tokens 8 --steps 4 --seed 3 -o images photos --splits 2 --json";
     let first = json(&place.run(line).succeeded().stdout);
-    assert_eq!(first["metrics"]["images"], serde_json::json!([6, 6]));
+    assert_eq!((&first["images"]["count"], &first["real"]["count"]), (&6.into(), &6.into()));
     let before = place.listing();
     let again = json(&place.run(line).succeeded().stdout);
     assert_eq!(first, again);
@@ -117,8 +117,12 @@ fn images_of_a_bundle_are_generated_once() {
     for path in images(&before).iter().filter(|path| path.to_string_lossy().contains("/images/")) {
         assert_eq!(before[path], after[path], "{} was made again", path.display());
     }
+    // Fewer images, or other ones, would be compared with those that are there.
+    place.run(&line.replace("--count 6", "--count 4")).failed(2, &["images", "--output"]);
+    place.run(&line.replace("--seed 3", "--seed 4")).failed(2, &["images", "--output"]);
+    place.run(&format!("{line} --class 99 -o others").replace("-o images ", "")).failed(2, &["class", "99"]);
     // Every class has its image.
-    let text = String::from_utf8(place.read("images.jsonl")).unwrap();
+    let text = String::from_utf8(place.read("images/jobs.jsonl")).unwrap();
     assert_eq!(text.lines().next().unwrap(), r#"{"class":0,"id":"000000","seed":3}"#);
     assert_eq!(text.lines().last().unwrap(), r#"{"class":0,"id":"000005","seed":8}"#);
 }
@@ -134,7 +138,7 @@ fn quality_is_measured_over_the_length() {
     place.run("eqim-run --engine bundle --jobs jobs.jsonl --tokens 24 --steps 4 -o images").succeeded();
     // A token is 4 pixels wide, and an image 32 pixels high: 8 tokens per square.
     let line = "eqim-eval drift images photos --token-width 4 --every 4 --seams 16 --plot drift.png --crops 6 --json";
-    let refused = place.run(line).failed(2, &["crops", "32 pixels", "256 pixels"]);
+    let refused = place.run(line).failed(2, &["--crops", "32 pixels", "256 pixels"]);
     assert!(refused.stdout.is_empty());
     let line = format!("{line} --crop-size 32");
     let report = json(&place.run(&line).succeeded().stdout);
@@ -172,7 +176,9 @@ fn bad_input_of_an_evaluation() {
         "compare photos photos --features bundle/model.safetensors",
         "compare photos photos --resize sharp",
         "features photos -o missing/photos.safetensors",
+        "features photos -o photos.npz",
         "bundle --engine missing -o images photos",
+        "bundle --engine bundle -o images legacy.safetensors",
         "drift one photos",
     ] {
         place.refused(&format!("eqim-eval {line}"));

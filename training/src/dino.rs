@@ -30,6 +30,9 @@ struct Block {
     scales: [Tensor; 2],
 }
 
+/// A tensor by which the weights are recognized.
+pub const ANCHOR: &str = "cls_token";
+
 // Mean and standard deviation of the ImageNet channels, for values in 0..1.
 const MEAN: [f32; 3] = [0.485, 0.456, 0.406];
 const DEVIATION: [f32; 3] = [0.229, 0.224, 0.225];

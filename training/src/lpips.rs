@@ -21,6 +21,9 @@ struct Block {
     weights: Tensor,
 }
 
+/// A tensor by which the weights are recognized.
+pub const ANCHOR: &str = "features.0.weight";
+
 // Blocks of VGG16: number of channels, and indices of the convolutions in torchvision's `features`.
 const BLOCKS: [(usize, &[usize]); 5] =
     [(64, &[0, 2]), (128, &[5, 7]), (256, &[10, 12, 14]), (512, &[17, 19, 21]), (512, &[24, 26, 28])];

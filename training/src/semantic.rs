@@ -4,9 +4,9 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use eqim::checkpoint::has_tensor;
-use eqim::{Result, efficientnet};
+use eqim::{Error, Result, efficientnet};
 
-use crate::dino::Dino;
+use crate::dino::{self, Dino};
 use crate::efficientnet::EfficientNet;
 
 /// A network with semantic features.
@@ -24,10 +24,15 @@ impl Semantic {
     /// # Errors
     /// Those of [`EfficientNet::open`] and [`Dino::open`].
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
-        match has_tensor(path, efficientnet::ANCHOR)? {
-            true => EfficientNet::open(path, device).map(Self::EfficientNet),
-            false => Dino::open(path, device).map(Self::Dino),
+        if has_tensor(path, efficientnet::ANCHOR)? {
+            return EfficientNet::open(path, device).map(Self::EfficientNet);
         }
+        if has_tensor(path, dino::ANCHOR)? {
+            return Dino::open(path, device).map(Self::Dino);
+        }
+        let [first, second] = [efficientnet::ANCHOR, dino::ANCHOR];
+        let problem = format!("is neither EfficientNet-Lite0 (no tensor {first}) nor DINOv2 (no tensor {second})");
+        Err(Error::input(path.display(), problem))
     }
 
     /// Name of the network.

@@ -1,6 +1,7 @@
 //! `eqim-eval`: measures how good images are, by the features of a network.
 
 mod bundle;
+mod drift;
 mod network;
 mod report;
 mod sets;
@@ -10,15 +11,14 @@ use std::path::PathBuf;
 
 use bundle::Generation;
 use clap::{Args, Parser, Subcommand};
+use drift::Drift;
 use eqim::{Error, Result, ResultExt, files};
-use eqim_cli::chart::{self, Chart, Scale, Series, Style};
 use eqim_cli::print;
-use eqim_evaluation::drift::{self, Steps};
 use eqim_evaluation::features::Features;
 use eqim_evaluation::metrics::{Metrics, Settings};
-use eqim_evaluation::pictures::Pictures;
 use eqim_evaluation::{inception, kernel};
 use network::NetworkOptions;
+use report::Report;
 use sets::{CropOptions, Sets};
 
 /// Runs the program with its arguments, the first of which is its name. Returns the exit code of the process.
@@ -84,27 +84,7 @@ enum Command {
         output: PathBuf,
     },
     /// Compare the squares of panoramas at every position with real images: quality over the length.
-    Drift {
-        /// Folder of panoramas of the same height.
-        panoramas: PathBuf,
-        #[command(flatten)]
-        real: Real,
-        /// Width of a token in pixels.
-        #[arg(long, value_name = "PIXELS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=4096))]
-        token_width: u32,
-        /// Distance of two positions in tokens.
-        #[arg(long, value_name = "TOKENS", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=65536))]
-        every: u32,
-        /// Distance of the seams of tiles in tokens, to compare squares with a seam with the others.
-        #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(1..=65536))]
-        seams: Option<u32>,
-        /// Chart to write.
-        #[arg(long, value_name = "PNG")]
-        plot: Option<PathBuf>,
-        /// Print the report as JSON.
-        #[arg(long)]
-        json: bool,
-    },
+    Drift(Box<Drift>),
 }
 
 /// The images to compare with, and how features are made.
@@ -158,22 +138,25 @@ fn run(command: &Command) -> Result<()> {
         }
         Command::Bundle { generation, real, metrics } => {
             let sets = Sets::new(&real.network, &real.crops);
-            // A folder that cannot be compared is found before the images are generated.
+            let jobs = generation.jobs()?;
             let real = sets.features(&real.real)?;
-            generation.run()?;
+            // Sets that cannot be compared are found before the images are generated.
+            if let Some(of_real) = &real.origin {
+                sets.origin(&generation.output, None)?.check_comparable(of_real)?;
+            }
+            generation.run(&jobs)?;
             compare(&sets.features(&generation.output)?, &real, metrics)
         }
         Command::Features { images, network, crops, output } => {
+            if output.extension().is_none_or(|extension| extension != "safetensors") {
+                return Err(Error::input(output.display(), "expected a name that ends in .safetensors"));
+            }
             files::check_output(output)?;
             let features = Sets::new(network, crops).features(images)?;
             features.write(output)?;
             print(format_args!("features of {} images in {}", features.count().unwrap_or_default(), output.display()))
         }
-        Command::Drift { panoramas, real, token_width, every, seams, plot, json } => {
-            let steps = Steps { token_width: *token_width as usize, every: *every as usize };
-            let seams = seams.map(|tokens| tokens as usize);
-            over_length(panoramas, real, steps, seams, plot.as_deref(), *json)
-        }
+        Command::Drift(drift) => drift.run(),
     }
 }
 
@@ -187,51 +170,7 @@ fn compare(images: &Features, real: &Features, options: &MetricOptions) -> Resul
             );
         }
     }
-    let metrics = Metrics::new(images, real, options.settings())?;
-    print(match options.json {
-        true => serde_json::to_string_pretty(&report::Report { images, real, metrics }.json()).or_run("report")?,
-        false => report::Report { images, real, metrics }.text(),
-    })
-}
-
-fn over_length(
-    folder: &std::path::Path,
-    real: &Real,
-    steps: Steps,
-    seams: Option<usize>,
-    plot: Option<&std::path::Path>,
-    json: bool,
-) -> Result<()> {
-    plot.map(files::check_output).transpose()?;
-    let sets = Sets::new(&real.network, &real.crops);
-    let known = sets.features(&real.real)?;
-    let network = sets.network()?;
-    let panoramas = Pictures::open(folder, 1)?;
-    sets::report_skipped(&panoramas);
-    let (_, height) = panoramas.size()?;
-    let origin = sets.origin(folder, Some(height))?;
-    let squares = height / steps.token_width;
-    if squares == 0 {
-        return Err(Error::input("--token-width", format!("is {}, more than the height {height}", steps.token_width)));
-    }
-    let spinner = eqim_cli::Spinner::new();
-    let shown = |count: usize| spinner.show(format!("{count} positions"));
-    let places = drift::curve(&panoramas, &known, network, (steps, sets.protocol()), &origin, shown)?;
-    spinner.finish();
-    let seams = seams.and_then(|distance| drift::seams(&places, squares, distance));
-    if let Some(path) = plot {
-        let points = places.iter().map(|place| (place.token as f64, place.frechet_distance)).collect();
-        let name = folder.display().to_string();
-        let title = format!("Fréchet distance of squares, {}", origin.network);
-        let chart = Chart {
-            title: &title,
-            x: "first token of the square",
-            x_scale: Scale::Linear,
-            y: "Fréchet distance",
-            series: vec![Series { name: &name, points, style: Style::Line }],
-        };
-        chart::draw(path, &[chart])?;
-    }
-    let report = report::Drift { origin, places, seams };
-    print(if json { serde_json::to_string_pretty(&report).or_run("report")? } else { report.text() })
+    let settings = options.settings();
+    let report = Report { images, real, settings, metrics: Metrics::new(images, real, settings)? };
+    print(if options.json { serde_json::to_string_pretty(&report.json()).or_run("report")? } else { report.text() })
 }

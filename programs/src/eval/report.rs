@@ -3,7 +3,7 @@
 use eqim_cli::table;
 use eqim_evaluation::drift::{Place, Seams};
 use eqim_evaluation::features::{Features, Origin};
-use eqim_evaluation::metrics::Metrics;
+use eqim_evaluation::metrics::{Metrics, Settings};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -13,14 +13,24 @@ pub struct Report<'a> {
     pub images: &'a Features,
     /// The second set.
     pub real: &'a Features,
+    /// Settings of the distances.
+    pub settings: Settings,
     /// Their distances.
     pub metrics: Metrics,
 }
 
 impl Report<'_> {
-    /// As JSON: how the features were made, and the distances.
+    /// As JSON: how the features were made, the settings, and the distances.
     pub fn json(&self) -> Value {
-        json!({ "images": self.images.origin, "real": self.real.origin, "metrics": self.metrics })
+        let set = |set: &Features| json!({ "source": set.source, "count": set.count(), "made": set.origin });
+        let Settings { kernel, inception, neighbours } = self.settings;
+        let settings = json!({
+            "kernel_subsets": kernel.subsets,
+            "kernel_subset_size": kernel.subset_size,
+            "neighbours": neighbours,
+            "splits": inception.splits,
+        });
+        json!({ "images": set(self.images), "real": set(self.real), "settings": settings, "metrics": self.metrics })
     }
 
     /// As a table.
@@ -47,14 +57,13 @@ impl Report<'_> {
 
     /// What was compared, and how.
     fn head(&self) -> String {
-        let of = |set: &Features| {
-            let count = set.count().map_or("an unknown number of".into(), |count| count.to_string());
-            let from = set.origin.as_ref().map_or("statistics of another program", |origin| &origin.images[..]);
-            format!("{count} images of {from}")
+        let of = |set: &Features| match set.count() {
+            Some(count) => format!("{count} images of {}", set.source),
+            None => format!("the statistics in {}", set.source),
         };
         let how = [self.images, self.real].into_iter().find_map(|set| set.origin.as_ref()).map_or_else(
             || format!("features of {} values", self.metrics.width),
-            |origin| format!("{}, {}", described(origin), size(origin)),
+            |origin| format!("{}, {}", described(origin), origin.parts()),
         );
         format!("{}, compared with {}\n{how}", of(self.images), of(self.real))
     }
@@ -62,10 +71,6 @@ impl Report<'_> {
 
 fn described(origin: &Origin) -> String {
     format!("features of {}, resizing: {}", origin.network, origin.resize)
-}
-
-fn size(origin: &Origin) -> String {
-    origin.crops.map_or("whole images".into(), |crops| format!("squares of {} pixels", crops.size))
 }
 
 /// The distance over the length of panoramas.
@@ -90,6 +95,6 @@ impl Drift {
             format!("\nsquares with a seam: {with_seam:.3}, without: {without_seam:.3}")
         });
         let Origin { images, .. } = &self.origin;
-        format!("squares of {images}\n{}, {}\n{table}{seams}", described(&self.origin), size(&self.origin))
+        format!("squares of {images}\n{}, {}\n{table}{seams}", described(&self.origin), self.origin.parts())
     }
 }

@@ -105,6 +105,13 @@ impl<'a> Sets<'a> {
         }
         let pictures = Pictures::open(path, self.crops.map_or(1, |crops| crops.size))?;
         report_skipped(&pictures);
+        if let Some(crops) = self.crops.filter(|crops| crops.count > pictures.len() && pictures.squares() > 0) {
+            let (count, all, squares) = (crops.count, pictures.len(), pictures.squares());
+            tracing::warn!(
+                "{}: {count} squares of {all} pictures repeat some, because {squares} pictures are not wider than high",
+                path.display()
+            );
+        }
         let views = match self.crops {
             Some(crops) => pictures.crops(crops),
             None => pictures.whole()?,
