@@ -152,7 +152,7 @@ impl Origin {
     /// [`Error::input`] naming what differs.
     pub fn check_comparable(&self, other: &Self) -> Result<()> {
         let differ = |field: &'static str, a: &str, b: &str| {
-            let problem = format!("the first set has {a}, the second {b}; expected the same for both");
+            let problem = format!("differs: {a} for the first set, {b} for the second, expected the same for both");
             Err(Error::setting(field, problem))
         };
         if self.identity != other.identity {
