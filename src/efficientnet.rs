@@ -94,26 +94,46 @@ pub fn head<O: Ops>(o: &mut O, map: &O::Tensor) -> Result<(O::Tensor, O::Tensor)
 /// The stages whose features describe an image for evaluation.
 const POOLED: [usize; 3] = [1, 2, 4];
 
-/// Width of the features of [`describe`].
+/// Width of the [`features`].
 pub fn description_width() -> usize {
     POOLED.map(channels).iter().sum()
 }
 
 /// A description of images `[batch, 3, height, width]`, red, green and blue from 0 to 255, for distances between sets of
-/// images: the means of the maps of three stages `[batch, 176]`, and the logits `[batch, CLASSES]`.
+/// images: the means of the maps of three stages, `[batch, 176]`.
+///
+/// # Errors
+/// Errors of the primitives.
+pub fn features<O: Ops>(o: &mut O, images: &O::Tensor) -> Result<O::Tensor> {
+    let images = from_bytes(o, images)?;
+    let maps = stages(o, &images, POOLED[POOLED.len() - 1] + 1)?;
+    pooled(o, &maps)
+}
+
+/// The [`features`] of images, and their logits `[batch, CLASSES]`.
 ///
 /// # Errors
 /// Errors of the primitives.
 pub fn describe<O: Ops>(o: &mut O, images: &O::Tensor) -> Result<(O::Tensor, O::Tensor)> {
-    let one = o.constant(&[], &[1.0])?;
-    let images = o.scale(images, 1.0 / 127.5)?;
-    let images = o.sub(&images, &one)?;
+    let images = from_bytes(o, images)?;
     let maps = stages(o, &images, DEPTH)?;
-    let pooled = POOLED.map(|stage| o.mean(&maps[stage], &[2, 3]));
-    let pooled = pooled.into_iter().collect::<Result<Vec<_>>>()?;
-    let features = o.concat(&pooled.iter().collect::<Vec<_>>(), 1)?;
+    let features = pooled(o, &maps)?;
     let (_, logits) = head(o, &maps[DEPTH - 1])?;
     Ok((features, logits))
+}
+
+/// Maps 0..255 to -1..1.
+fn from_bytes<O: Ops>(o: &mut O, images: &O::Tensor) -> Result<O::Tensor> {
+    let one = o.constant(&[], &[1.0])?;
+    let images = o.scale(images, 1.0 / 127.5)?;
+    o.sub(&images, &one)
+}
+
+/// The means of the maps of the stages that describe an image, one after the other.
+fn pooled<O: Ops>(o: &mut O, maps: &[O::Tensor]) -> Result<O::Tensor> {
+    let means = POOLED.map(|stage| o.mean(&maps[stage], &[2, 3]));
+    let means = means.into_iter().collect::<Result<Vec<_>>>()?;
+    o.concat(&means.iter().collect::<Vec<_>>(), 1)
 }
 
 /// A mobile inverted bottleneck: widens, convolves every channel by itself, and narrows.

@@ -4,7 +4,7 @@ use eqim::{Error, Result};
 use serde::Serialize;
 
 use crate::features::{Features, Origin, outputs};
-use crate::frechet;
+use crate::frechet::Target;
 use crate::network::Network;
 use crate::pictures::{Pictures, batches};
 use crate::resize::Protocol;
@@ -43,6 +43,7 @@ pub fn curve(
     mut done: impl FnMut(usize),
 ) -> Result<Vec<Place>> {
     let (width, height) = panoramas.size()?;
+    let target = Target::new(&real.moments)?;
     let mut places = vec![];
     for token in (0..).step_by(steps.every) {
         let column = token * steps.token_width;
@@ -56,7 +57,7 @@ pub fn curve(
         let made = outputs(network, batches(&views, network, protocol), |_| {})?;
         let features = Features::new(origin.clone(), &made)?;
         features.check_comparable(real)?;
-        let frechet_distance = frechet::distance(&features.moments, &real.moments)?;
+        let frechet_distance = target.distance(&features.moments)?;
         places.push(Place { token, images: views.len(), frechet_distance });
         done(places.len());
     }

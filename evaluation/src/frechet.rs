@@ -44,31 +44,57 @@ impl Moments {
     }
 }
 
-/// The Fréchet distance `|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½)`.
-///
-/// The trace of the root is the sum of the singular values of `Σ₁^½ Σ₂^½`, which is exact for covariances without full
-/// rank too.
+/// Moments to which the distances of several sets are measured: the root of their covariance is computed once.
+#[derive(Debug)]
+pub struct Target<'a> {
+    moments: &'a Moments,
+    root: Mat<f64>,
+}
+
+impl<'a> Target<'a> {
+    /// Prepares the distances to `moments`.
+    ///
+    /// # Errors
+    /// [`Error::input`] if the covariance has a negative eigenvalue; [`Error::run`] if the decomposition does not converge
+    /// or a value is not finite.
+    pub fn new(moments: &'a Moments) -> Result<Self> {
+        Ok(Self { moments, root: moments.root()? })
+    }
+
+    /// The Fréchet distance `|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½)`.
+    ///
+    /// The trace of the root is the sum of the singular values of `Σ₁^½ Σ₂^½`, which is exact for covariances without full
+    /// rank too.
+    ///
+    /// # Errors
+    /// [`Error::input`] if the widths differ; those of [`Target::new`].
+    pub fn distance(&self, other: &Moments) -> Result<f64> {
+        let moments = self.moments;
+        if moments.mean.len() != other.mean.len() {
+            let (found, expected) = (other.mean.len(), moments.mean.len());
+            return Err(Error::input("features", format!("have {found} and {expected} values, expected equally many")));
+        }
+        let means: f64 = (&other.mean - &moments.mean).mapv(|difference| difference * difference).sum();
+        let cross = nuclear_norm(&(other.root()? * &self.root))?;
+        // Rounding can make the distance of equal sets slightly negative.
+        Ok((means + other.covariance.diag().sum() + moments.covariance.diag().sum() - 2.0 * cross).max(0.0))
+    }
+}
+
+/// The [Fréchet distance](Target::distance) of two sets.
 ///
 /// # Errors
-/// [`Error::input`] if the widths differ; [`Error::run`] if a decomposition does not converge or a value is not finite.
+/// Those of [`Target::distance`].
 pub fn distance(a: &Moments, b: &Moments) -> Result<f64> {
-    if a.mean.len() != b.mean.len() {
-        let problem = format!("have {} and {} values, expected equally many", a.mean.len(), b.mean.len());
-        return Err(Error::input("features", problem));
-    }
-    if !a.is_finite() || !b.is_finite() {
-        return Err(Error::run("features", "their mean or covariance has a value that is not finite"));
-    }
-    let means: f64 = (&a.mean - &b.mean).mapv(|difference| difference * difference).sum();
-    let roots = [a, b].map(|moments| root(&matrix(moments.covariance.view())));
-    let [of_a, of_b] = roots;
-    let cross = nuclear_norm(&(of_a? * of_b?))?;
-    // Rounding can make the distance of equal sets slightly negative.
-    Ok((means + a.covariance.diag().sum() + b.covariance.diag().sum() - 2.0 * cross).max(0.0))
+    Target::new(b)?.distance(a)
 }
 
 impl Moments {
-    fn is_finite(&self) -> bool {
-        self.mean.iter().chain(&self.covariance).all(|value| value.is_finite())
+    /// The root of the covariance.
+    fn root(&self) -> Result<Mat<f64>> {
+        match self.mean.iter().chain(&self.covariance).all(|value| value.is_finite()) {
+            true => root(&matrix(self.covariance.view())),
+            false => Err(Error::run("features", "their mean or covariance has a value that is not finite")),
+        }
     }
 }

@@ -14,7 +14,7 @@ pub struct Outputs {
 
 /// A network with an image as its input.
 pub trait Network {
-    /// Name for people, such as the file of the network.
+    /// Name in messages and reports, such as the file of the network.
     fn name(&self) -> &str;
 
     /// What identifies the network: features of networks with different identities are not compared.

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use eqim::efficientnet::{self, DEPTH};
+use eqim::checkpoint::has_tensor;
+use eqim::efficientnet::{self, ANCHOR, DEPTH};
 use eqim::ops::eager::Eager;
 use eqim::weights::Weights;
 use eqim::{Error, Result};
@@ -26,6 +27,21 @@ impl EfficientNet {
     /// Those of [`efficientnet::load`].
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
         Ok(Self { weights: efficientnet::load(path)?.to_device(device)? })
+    }
+
+    /// Whether a file has weights of this network. If not, it has the tensor `anchor` of the network `other`.
+    ///
+    /// # Errors
+    /// [`Error::input`] if it is neither, or if the file cannot be read.
+    pub fn is_in(path: &Path, other: &str, anchor: &str) -> Result<bool> {
+        if has_tensor(path, ANCHOR)? {
+            return Ok(true);
+        }
+        if has_tensor(path, anchor)? {
+            return Ok(false);
+        }
+        let problem = format!("is neither EfficientNet-Lite0 (no tensor {ANCHOR}) nor {other} (no tensor {anchor})");
+        Err(Error::input(path.display(), problem))
     }
 
     /// Feature maps of the first `depth` stages for images `[batch, 3, height, width]` in -1..1.

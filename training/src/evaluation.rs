@@ -48,7 +48,7 @@ impl Evaluation {
     fn features(&self, square: ArrayView3<f32>) -> Result<Vec<f32>> {
         let bytes = square.mapv(|value| (value.clamp(-1.0, 1.0) + 1.0) * 127.5);
         let image = candle::to_tensor(bytes.insert_axis(Axis(0)).view())?.to_device(&Device::Cpu)?;
-        let (features, _) = efficientnet::describe(&mut Eager::new(&self.weights), &image)?;
+        let features = efficientnet::features(&mut Eager::new(&self.weights), &image)?;
         Ok(features.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
     }
 }

@@ -7,8 +7,7 @@
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use eqim::checkpoint::has_tensor;
-use eqim::{Error, Result, efficientnet};
+use eqim::Result;
 
 use crate::efficientnet::EfficientNet;
 use crate::lpips::{self, Lpips, unit};
@@ -29,18 +28,12 @@ impl Perceptual {
     /// Reads the weights of one of the networks to `device`. The names of the tensors say which one it is.
     ///
     /// # Errors
-    /// Those of [`EfficientNet::open`] and [`Lpips::open`].
+    /// Those of [`EfficientNet::is_in`], [`EfficientNet::open`] and [`Lpips::open`].
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
-        if has_tensor(path, efficientnet::ANCHOR)? {
-            return EfficientNet::open(path, device).map(Self::EfficientNet);
+        match EfficientNet::is_in(path, "VGG16 with LPIPS", lpips::ANCHOR)? {
+            true => EfficientNet::open(path, device).map(Self::EfficientNet),
+            false => Lpips::open(path, device).map(Self::Lpips),
         }
-        if has_tensor(path, lpips::ANCHOR)? {
-            return Lpips::open(path, device).map(Self::Lpips);
-        }
-        let [first, second] = [efficientnet::ANCHOR, lpips::ANCHOR];
-        let problem =
-            format!("is neither EfficientNet-Lite0 (no tensor {first}) nor VGG16 with LPIPS (no tensor {second})");
-        Err(Error::input(path.display(), problem))
     }
 
     /// Name of the network.
@@ -77,6 +70,7 @@ mod tests {
 
     use candle_core::Var;
     use eqim::close::{largest, largest_difference, values};
+    use eqim::efficientnet;
 
     use super::*;
 

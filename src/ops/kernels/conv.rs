@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tenso
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::storage::{sum, values, with_values};
+use super::storage::{bias_gradient, values, with_values};
 
 // Output channels per block. The sums of a block fit in the registers, and their products hide the latency of one another.
 const CHANNELS: usize = 8;
@@ -91,13 +91,6 @@ impl CustomOp3 for Conv3x3 {
         let of_x = bordered.apply_op3_no_bwd(&mirrored, &zeros, &Conv3x3)?;
         Ok((Some(of_x), Some(of_weight), Some(of_bias)))
     }
-}
-
-/// Gradient of the bias: one value per channel, for `channels` channels of `area` pixels.
-fn bias_gradient(channels: usize, area: usize, gradient: &[f32]) -> Vec<f32> {
-    let of_planes: Vec<f64> = gradient.par_chunks(area).map(|plane| sum(plane, |value| value)).collect();
-    let of_channel = |channel| of_planes.iter().skip(channel).step_by(channels).sum::<f64>() as f32;
-    (0..channels).map(of_channel).collect()
 }
 
 /// Gradient of the weight, `[output, input, 3, 3]`, from `x` and the gradient of `y`.

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use pulp::Arch;
 use rayon::prelude::*;
 
-use super::storage::{sum, values, with_values};
+use super::storage::{bias_gradient, values, with_values};
 
 /// Convolution (ONNX `Conv`) of every channel of `x [batch, channels, height, width]` by itself, with `weight
 /// [channels, 1, kernel, kernel]` and `bias [channels]`.
@@ -173,11 +173,7 @@ impl CustomOp3 for Depthwise {
             for image in of_planes.chunks(channels * taps) {
                 of_weight.iter_mut().zip(image).for_each(|(sum, part)| *sum += part);
             }
-            let mut of_bias = vec![0.0; channels];
-            for (plane, gradient) in gradient.chunks(area).enumerate() {
-                of_bias[plane % channels] += sum(gradient, |value| value) as f32;
-            }
-            Ok((of_weight, of_bias))
+            Ok((of_weight, bias_gradient(channels, area, gradient)))
         })?;
         let of_weight = Tensor::from_vec(of_weight, weight.shape(), weight.device())?;
         Ok((of_x, Some(of_weight), Some(Tensor::from_vec(of_bias, bias.shape(), bias.device())?)))

@@ -21,7 +21,7 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
 /// # Errors
 /// If the shapes do not fit.
 pub fn conv3x3(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.conv2d(weight, 0, 1, 1, 1)?.broadcast_add(&bias.reshape((1, bias.elem_count(), 1, 1))?)
+    conv2d(x, weight, bias, 1, 1)
 }
 
 /// Same as [`super::conv2d`] for one group, and as [`super::depthwise`] for one group per channel.

@@ -1,6 +1,7 @@
 //! Values of tensors on the CPU, and their sums.
 
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
+use rayon::prelude::*;
 
 /// The values of a contiguous tensor of `f32`.
 pub fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
@@ -34,4 +35,11 @@ pub fn sum(x: &[f32], term: impl Fn(f32) -> f32) -> f64 {
         total += f64::from(sums.iter().sum::<f32>() + rest.iter().map(|&x| term(x)).sum::<f32>());
     }
     total
+}
+
+/// Gradient of the bias: one value per channel, for `channels` channels of `area` pixels.
+pub fn bias_gradient(channels: usize, area: usize, gradient: &[f32]) -> Vec<f32> {
+    let of_planes: Vec<f64> = gradient.par_chunks(area).map(|plane| sum(plane, |value| value)).collect();
+    let of_channel = |channel| of_planes.iter().skip(channel).step_by(channels).sum::<f64>() as f32;
+    (0..channels).map(of_channel).collect()
 }
