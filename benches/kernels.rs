@@ -47,7 +47,7 @@ fn kernels(criterion: &mut Criterion) {
     compare(criterion, "pad_reflect", &[&x], &|t| kernels::pad_reflect(t[0]), &|t| portable::pad_reflect(t[0]));
     let (padded, weight, bias) = (var(&[4, 32, 130, 66]), var(&[32, 32, 3, 3]), var(&[32]));
     compare(criterion, "conv3x3", &[&padded, &weight, &bias], &|t| kernels::conv3x3(t[0], t[1], t[2]), &|t| {
-        portable::conv3x3(t[0], t[1], t[2])
+        portable::conv2d(t[0], t[1], t[2], 1)
     });
 }
 

@@ -45,10 +45,14 @@ pub fn open_device(name: &str) -> Result<Device> {
     let bad = |problem: &str| Error::setting("device", format!("is {name}, {problem}"));
     let number = name.strip_prefix("cuda:").and_then(|number| number.parse().ok());
     let number = number.ok_or_else(|| bad("expected cpu, or cuda:N for GPU N, from 0"))?;
-    Device::new_cuda(number).map_err(|error| match error {
+    // One stream for all threads. Candle's default is a stream per thread, and nothing orders the work of two of them.
+    let device = Device::new_cuda_with_stream(number).map_err(|error| match error {
         candle_core::Error::NotCompiledWithCudaSupport => bad("expected cpu: this build is without the feature cuda"),
         error => bad("which cannot be used").because(error),
-    })
+    })?;
+    #[cfg(feature = "cuda")]
+    super::cuda::configure(&device).map_err(|error| bad("which cannot be used").because(error))?;
+    Ok(device)
 }
 
 /// An engine that runs the stages with a [`Runner`].

@@ -1,6 +1,8 @@
 //! The interface between the generation loop and the engines that run the model.
 
 pub mod candle;
+#[cfg(feature = "cuda")]
+mod cuda;
 
 use std::collections::HashMap;
 use std::time::Duration;

@@ -61,7 +61,7 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
 /// # Errors
 /// If the shapes do not fit.
 pub fn conv3x3(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    if ours(x) { x.contiguous()?.apply_op3(weight, bias, Conv3x3) } else { portable::conv3x3(x, weight, bias) }
+    if ours(x) { x.contiguous()?.apply_op3(weight, bias, Conv3x3) } else { portable::conv2d(x, weight, bias, 1) }
 }
 
 /// Convolution of `x [batch, input, height, width]` with `weight [output, input, kernel, kernel]`, `bias [output]` and
@@ -71,7 +71,7 @@ pub fn conv3x3(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// If the shapes do not fit.
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Result<Tensor> {
     if !ours(x) {
-        return portable::conv2d(x, weight, bias, stride, 1);
+        return portable::conv2d(x, weight, bias, stride);
     }
     let (batch, input, height, width) = x.dims4()?;
     let (output, of_input, kernel, _) = weight.dims4()?;
@@ -93,7 +93,7 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Resu
 pub fn depthwise(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Result<Tensor> {
     let channels = x.dim(1)?;
     if !ours(x) {
-        return portable::conv2d(x, weight, bias, stride, channels);
+        return portable::depthwise(x, weight, bias, stride);
     }
     let (of_channels, one, kernel, _) = weight.dims4()?;
     if of_channels != channels || one != 1 || x.dim(2)?.min(x.dim(3)?) < kernel {
@@ -153,7 +153,7 @@ mod tests {
         for (batch, input, output, height, width) in sizes {
             let x = random(&[batch, input, height + 2, width + 2]);
             let (weight, bias) = (random(&[output, input, 3, 3]), random(&[output]));
-            let theirs = |t: &[&Tensor]| portable::conv3x3(t[0], t[1], t[2]);
+            let theirs = |t: &[&Tensor]| reference(t, 1, 1);
             same(&[&x, &weight, &bias], 1e-5, |t| conv3x3(t[0], t[1], t[2]), theirs);
         }
     }
@@ -165,7 +165,7 @@ mod tests {
         let group = |group: usize| -> Result<Tensor> {
             let x = t[0].narrow(1, group * input, input)?;
             let (weight, bias) = (t[1].narrow(0, group * output, output)?, t[2].narrow(0, group * output, output)?);
-            let mut y = portable::conv2d(&x, &weight, &bias, 1, 1)?;
+            let mut y = x.contiguous()?.conv2d(&weight, 0, 1, 1, 1)?.broadcast_add(&bias.reshape((1, (), 1, 1))?)?;
             for axis in [2, 3] {
                 let taken = Tensor::arange_step(0u32, y.dim(axis)? as u32, stride as u32, y.device())?;
                 y = y.index_select(&taken, axis)?;
@@ -184,6 +184,7 @@ mod tests {
             let (weight, bias) = (random(&[output, input, kernel, kernel]), random(&[output]));
             let theirs = |t: &[&Tensor]| reference(t, stride, 1);
             same(&[&x, &weight, &bias], 1e-5, |t| conv2d(t[0], t[1], t[2], stride), theirs);
+            same(&[&x, &weight, &bias], 1e-5, |t| portable::conv2d(t[0], t[1], t[2], stride), theirs);
         }
     }
 
@@ -196,6 +197,7 @@ mod tests {
             let (weight, bias) = (random(&[channels, 1, kernel, kernel]), random(&[channels]));
             let theirs = |t: &[&Tensor]| reference(t, stride, channels);
             same(&[&x, &weight, &bias], 1e-5, |t| depthwise(t[0], t[1], t[2], stride), theirs);
+            same(&[&x, &weight, &bias], 1e-5, |t| portable::depthwise(t[0], t[1], t[2], stride), theirs);
         }
     }
 
