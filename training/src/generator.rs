@@ -59,8 +59,10 @@ pub struct StepInputs {
     pub training: Option<Training>,
 }
 
-// Rows per shard of a batch. The number is fixed, so that sums do not depend on the number of cores.
-const SHARD: usize = 8;
+// Rows per shard of a batch. The numbers are fixed, so that sums do not depend on the number of cores. On a GPU each
+// shard is one pass, and must fit in the memory.
+const CPU_SHARD: usize = 8;
+const GPU_SHARD: usize = 64;
 // Euler steps and guidance scale of the sample pictures.
 const PREVIEW_STEPS: usize = 25;
 const PREVIEW_CFG: f32 = 2.0;
@@ -141,7 +143,8 @@ impl GeneratorTask {
             largest_scale: plan.largest_scale,
             flip: plan.flip,
         };
-        let open = |photos: &Photos| Latents::open(cache, &encoder, photos, crops, recipe.views, plan.seed);
+        let placed = Encoder { weights: encoder.weights.to_device(&device)?, ..encoder.clone() };
+        let open = |photos: &Photos| Latents::open(cache, &placed, photos, crops, recipe.views, plan.seed);
         let held_out_photos = held_out.photos.clone();
         let (training, held_out) = (open(&training)?, open(&held_out)?);
         recipe.model.class_num = classes.len();
@@ -264,15 +267,15 @@ pub fn time(uniform: f32) -> f32 {
 }
 
 impl StepInputs {
-    /// Splits the batch into shards. Each shard comes with its fraction of the batch.
+    /// Splits the batch into shards of at most `most` rows. Each shard comes with its fraction of the batch.
     ///
     /// # Errors
     /// If a Candle operation fails.
-    pub fn shards(mut self) -> Result<Vec<(f64, Self)>> {
+    pub fn shards(mut self, most: usize) -> Result<Vec<(f64, Self)>> {
         let batch = self.tokens.dim(0)?;
         let mut shards = vec![];
-        for start in (0..batch).step_by(SHARD) {
-            let rows = SHARD.min(batch - start);
+        for start in (0..batch).step_by(most) {
+            let rows = most.min(batch - start);
             let mut training = self.training.clone();
             let own = training.as_mut().and_then(|training| training.dropout.as_mut());
             if let (Some(own), Some(drawn)) = (own, self.training.as_mut().and_then(|all| all.dropout.as_mut())) {
@@ -309,7 +312,8 @@ impl Task for GeneratorTask {
     }
 
     fn step(&mut self, step: usize) -> Result<Measures> {
-        let shards = self.draw(&self.training, step, true)?.shards()?;
+        let rows = if self.learner.is_on_cpu() { CPU_SHARD } else { GPU_SHARD };
+        let shards = self.draw(&self.training, step, true)?.shards(rows)?;
         let weights = self.learner.weights()?;
         let model = &self.recipe.model;
         let (gradients, mut measures) = self.learner.differentiate(&shards, |inputs| {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use eqim::checkpoint::tensors::{self, TensorFile};
 use eqim::config::TokenizerConfig;
 use eqim::digest::Hash;
@@ -18,7 +18,8 @@ use rand::Rng;
 
 use crate::data::{Crops, Photo, Photos, Purpose, randomness};
 
-/// A trained tokenizer that encodes the photographs.
+/// A trained tokenizer that encodes the photographs, on the device of its weights.
+#[derive(Clone)]
 pub struct Encoder {
     /// Sizes of the tokenizer.
     pub config: TokenizerConfig,
@@ -188,13 +189,15 @@ fn key(encoder: &Encoder, photo: &Photo, crops: Crops, views: usize, seed: u64) 
 }
 
 fn encode(file: &Path, encoder: &Encoder, photo: &Photo, crops: Crops, views: usize, seed: u64) -> Result<()> {
+    let device = encoder.weights.iter().next().map_or(Device::Cpu, |(_, tensor)| tensor.device().clone());
     let picture = picture::load(&photo.path)?;
     let mut random = randomness(seed, Purpose::Crop, 0);
     let (mut stored, mut hash) = (vec![], Hash::default());
     for view in 0..views {
         let image = crops.draw_wide(&picture, encoder.config.token_width(), &mut random);
-        let image = candle::to_tensor(image.view().insert_axis(Axis(0)))?;
-        let latent = tokenizer::encode(&mut Eager::new(&encoder.weights), &encoder.config, &image)?.squeeze(0)?;
+        let image = candle::to_tensor(image.view().insert_axis(Axis(0)))?.to_device(&device)?;
+        let latent = tokenizer::encode(&mut Eager::new(&encoder.weights), &encoder.config, &image)?;
+        let latent = latent.squeeze(0)?.to_device(&Device::Cpu)?;
         hash.add_values(&latent.flatten_all()?.to_vec1::<f32>()?);
         stored.push((name(view), latent));
     }

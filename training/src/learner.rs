@@ -95,6 +95,11 @@ impl Learner {
         Ok(weights)
     }
 
+    /// Whether the parameters are on a CPU.
+    pub fn is_on_cpu(&self) -> bool {
+        self.parameters.values().all(|parameter| parameter.value.device().is_cpu())
+    }
+
     /// Differentiates a loss that is the weighted mean over `shards`. On a CPU, the shards run in parallel on all
     /// cores. Returns the gradients and the weighted means of the metrics of the shards. The result does not depend on
     /// the number of cores.
@@ -120,10 +125,9 @@ impl Learner {
             };
             Ok((taken, losses.parts.into_iter().map(measure).collect::<Result<Measures>>()?))
         };
-        let on_cpu = self.parameters.values().all(|parameter| parameter.value.device().is_cpu());
         // On a GPU, one thread queues the work of all shards.
         let results: Vec<Result<(Gradients, Measures)>> =
-            if on_cpu { shards.par_iter().map(shard).collect() } else { shards.iter().map(shard).collect() };
+            if self.is_on_cpu() { shards.par_iter().map(shard).collect() } else { shards.iter().map(shard).collect() };
         let (mut gradients, mut measures) = (Gradients::new(), Measures::new());
         for result in results {
             let (more, measured) = result?;
@@ -145,11 +149,10 @@ impl Learner {
     /// # Errors
     /// [`Error::run`] if the norm is not finite; the parameters are unchanged then.
     pub fn update(&mut self, gradients: &Gradients, update: &Update) -> Result<f64> {
-        let mut squares = 0.0;
-        for gradient in gradients.values() {
-            squares += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
-        }
-        let norm = squares.sqrt();
+        // One transfer from a GPU for all gradients.
+        let squares = gradients.values().map(|gradient| Ok(gradient.sqr()?.sum_all()?)).collect::<Result<Vec<_>>>()?;
+        let squares: Vec<f32> = if squares.is_empty() { vec![] } else { Tensor::stack(&squares, 0)?.to_vec1()? };
+        let norm = squares.into_iter().map(f64::from).sum::<f64>().sqrt();
         if !norm.is_finite() {
             return Err(Error::run(
                 "gradients",
@@ -180,7 +183,10 @@ impl Learner {
             parameter.average = average.detach();
             Ok(())
         };
-        self.parameters.par_iter_mut().try_for_each(change)?;
+        match self.is_on_cpu() {
+            true => self.parameters.par_iter_mut().try_for_each(change)?,
+            false => self.parameters.iter_mut().try_for_each(change)?,
+        }
         Ok(norm)
     }
 

@@ -17,7 +17,7 @@ use eqim::picture::quality::psnr_of_values;
 use eqim::picture::{self, Side};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, ResultExt};
-use ndarray::{Array3, Array4, ArrayView3, Axis, concatenate, s};
+use ndarray::{Array3, Array4, ArrayView3, ArrayView4, Axis, concatenate, s};
 
 use crate::data::{Ahead, Crops, Photo, Photos, Purpose, randomness};
 use crate::discriminator;
@@ -55,6 +55,9 @@ pub struct Networks {
     pub evaluation: Option<Evaluation>,
 }
 
+// Images per shard of a batch. On a CPU the shards run in parallel; on a GPU each is one pass, and must fit in the memory.
+const CPU_SHARD: usize = 1;
+const GPU_SHARD: usize = 16;
 // As in the published configuration.
 const SEMANTIC_LEVELS: usize = 2;
 const SEMANTIC_BLOCKS: usize = 2;
@@ -221,9 +224,9 @@ impl TokenizerTask {
 
 /// Inputs of one shard of a batch.
 struct Shard {
-    /// The image, `[1, 3, height, width]`.
+    /// Images, `[rows, 3, height, width]`.
     image: Tensor,
-    /// Noise of the posterior sample, `[1, tokens, E]`.
+    /// Noise of the posterior samples, `[rows, tokens, E]`.
     noise: Tensor,
 }
 
@@ -242,7 +245,7 @@ const ADAPTIVE_EPS: f64 = 1e-4;
 const ADAPTIVE_MOST: f64 = 1e4;
 
 impl Objective<'_> {
-    /// The mean of the posterior `[1, tokens, E]`, the reconstruction of a sample, and the intermediate features of the
+    /// The means of the posteriors `[rows, tokens, E]`, the reconstructions of a sample, and the intermediate features of the
     /// decoder.
     fn reconstruct(&self, weights: &Weights, shard: &Shard) -> Result<(Tensor, Tensor, Tensor)> {
         let o = &mut self.interpreter(weights);
@@ -383,13 +386,15 @@ impl Task for TokenizerTask {
         self.batches = Some(batches);
         let mut random = randomness(plan.seed, Purpose::Posterior, step);
         let embed = self.recipe.model.embed;
-        let shard = |image: ArrayView3<f32>| {
-            let image = candle::to_tensor(image.insert_axis(Axis(0)))?.to_device(&self.device)?;
-            let noise = initial::normal(&mut random, plan.tokens * embed);
-            let noise = Tensor::from_vec(noise, (1, plan.tokens, embed), &self.device)?;
-            Ok((1.0 / plan.batch_size as f64, Shard { image, noise }))
+        let shard = |images: ArrayView4<f32>| {
+            let rows = images.dim().0;
+            let noise = initial::normal(&mut random, rows * plan.tokens * embed);
+            let noise = Tensor::from_vec(noise, (rows, plan.tokens, embed), &self.device)?;
+            let image = candle::to_tensor(images)?.to_device(&self.device)?;
+            Ok((rows as f64 / plan.batch_size as f64, Shard { image, noise }))
         };
-        let shards = batch.images.axis_iter(Axis(0)).map(shard).collect::<Result<Vec<_>>>()?;
+        let rows = if self.learner.is_on_cpu() { CPU_SHARD } else { GPU_SHARD };
+        let shards = batch.images.axis_chunks_iter(Axis(0), rows).map(shard).collect::<Result<Vec<_>>>()?;
         let update = Update {
             learning_rate: plan.learning_rate(step),
             betas: plan.betas,

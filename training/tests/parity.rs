@@ -1,4 +1,5 @@
-//! One training step of the generator, compared with the PyTorch reference on its recorded random inputs.
+//! One training step of the generator, compared with the PyTorch reference on its recorded random inputs, and training
+//! steps on a GPU, compared with those on a CPU.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -7,8 +8,13 @@ use candle_core::{DType, Device, Tensor};
 use eqim::checkpoint::{self, Hints, WeightSet};
 use eqim::close::{largest, largest_difference, values};
 use eqim::engine::candle::open_device;
+use eqim_training::data::Photos;
 use eqim_training::generator::{StepInputs, decays, loss, time};
-use eqim_training::learner::{Learner, Losses, Update};
+use eqim_training::learner::{Learner, Losses, Measures, Update};
+use eqim_training::recipe::{Base, Recipe};
+use eqim_training::run::Task;
+use eqim_training::tokenizer::{Networks, TokenizerTask};
+use image::{Rgb, RgbImage};
 
 /// Cargo sets the variable, and so does `gpu.py` where there is no Cargo.
 fn fixtures() -> PathBuf {
@@ -77,7 +83,7 @@ fn one_step_is_the_references() {
         let total = loss(&config, &parameters, inputs)?;
         Ok(Losses { total: total.clone(), parts: vec![("loss", total)] })
     };
-    let shards = inputs.shards().unwrap();
+    let shards = inputs.shards(8).unwrap();
     let (gradients, measures) = learner.differentiate(&shards, objective).unwrap();
     println!("loss: {:e}", measures["loss"] as f32 / scalar("loss") - 1.0);
     assert!((measures["loss"] as f32 / scalar("loss") - 1.0).abs() <= 1e-6, "{}", measures["loss"]);
@@ -120,5 +126,37 @@ fn one_step_is_the_references() {
         assert!(difference <= 1e-3 * LEARNING_RATE as f32, "{name}: {difference:e}");
         let averaged = ((&before[name] * 0.9999).unwrap() + (&found * 0.0001).unwrap()).unwrap();
         close(name, &average.get(name, expected.dims()).unwrap().to_dtype(DType::F32).unwrap(), &averaged);
+    }
+}
+
+/// The metrics of two steps of the demo's tokenizer with a discriminator, on a photograph in `folder`. With one image
+/// per step, the shards are the same on every device.
+fn tokenizer_steps(folder: &Path, device: Device) -> Vec<Measures> {
+    let mut recipe = Recipe::new(Base::Demo).tokenizer;
+    (recipe.plan.batch_size, recipe.plan.validation) = (1, 0);
+    (recipe.discriminator_weight, recipe.discriminator_channels, recipe.discriminator_start) = (0.1, 16, 0);
+    let width = recipe.plan.tokens * recipe.model.token_width();
+    let photos = Photos::open(folder, recipe.model.image_height(), width).unwrap();
+    let mut task = TokenizerTask::new(recipe, photos, None, Networks::default(), device).unwrap();
+    (0..2).map(|step| task.step(step).unwrap()).collect()
+}
+
+#[test]
+#[ignore = "needs a GPU: set EQIM_TEST_DEVICE=cuda:0"]
+fn steps_of_the_tokenizer_are_those_of_the_cpu() {
+    let device = device();
+    assert!(!device.is_cpu(), "EQIM_TEST_DEVICE names no GPU");
+    let folder = tempfile::tempdir().unwrap();
+    let wave = |x: u32, y: u32| ((x as f32 / 7.0).sin() * (y as f32 / 11.0).cos() * 100.0 + 128.0) as u8;
+    let photo = RgbImage::from_fn(400, 300, |x, y| Rgb([wave(x, y), wave(2 * x, y), wave(x, 3 * y)]));
+    photo.save(folder.path().join("waves.png")).unwrap();
+    let found = tokenizer_steps(folder.path(), device);
+    let expected = tokenizer_steps(folder.path(), Device::Cpu);
+    for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        for (name, expected) in expected {
+            let difference = (found[name] / expected - 1.0).abs();
+            println!("step {step}, {name}: {difference:e}");
+            assert!(difference <= 1e-4, "step {step}, {name}: {} beside {expected}", found[name]);
+        }
     }
 }
