@@ -188,6 +188,30 @@ fn products_in_bf16_learn_as_well() {
 }
 
 #[test]
+fn accumulation_gives_the_same_weights() {
+    let place = Place::new();
+    let passes = |count: usize| format!("betas = [0.9, 0.95]\naccumulate = {count}\nsteps = 20");
+    for count in [1, 2, 4] {
+        let recipe = MICRO.replace("batch_size = 3", "batch_size = 4").replace("batch_size = 9", "batch_size = 32");
+        fs::write(place.path(&format!("{count}.toml")), recipe.replace("steps = 6", &passes(count))).unwrap();
+    }
+    for count in [1, 2, 4] {
+        let recipe = format!("{count}.toml");
+        place.trains(&place.tokenizer(&format!("-o t{count}")).replace("micro.toml", &recipe));
+        let generator = place.generator(&format!("-o g{count}")).replace("micro.toml", &recipe);
+        place.trains(&generator.replace("t/tokenizer", "t1/tokenizer"));
+    }
+    for count in [2, 4] {
+        for part in ["t", "g"] {
+            let [whole, parts] = [1, count].map(|count| place.path(&format!("{part}{count}/state.safetensors")));
+            same(&whole, &parts);
+        }
+    }
+    let said = place.trains(&place.tokenizer("-o t1 --resume").replace("micro.toml", "4.toml"));
+    assert!(said.contains("resuming after step 20"), "{said}");
+}
+
+#[test]
 fn a_resumed_run_goes_on_bit_for_bit() {
     let place = Place::new();
     let gan = MICRO.replace(

@@ -115,7 +115,7 @@ mod tests {
                 let total = hinge(&logits(&weights, &real)?, &logits(&weights, &made)?)?;
                 Ok(Losses { total: total.clone(), parts: vec![("loss", total)] })
             };
-            let (gradients, measures) = learner.differentiate(&[(1.0, ())], loss).unwrap();
+            let (gradients, measures) = learner.differentiate(&[(1.0, ())], 1, loss).unwrap();
             let update = Update {
                 learning_rate: 1e-3,
                 betas: [0.5, 0.9],

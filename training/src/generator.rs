@@ -312,15 +312,15 @@ impl Task for GeneratorTask {
     }
 
     fn step(&mut self, step: usize) -> Result<Measures> {
-        let rows = if self.learner.is_on_cpu() { CPU_SHARD } else { GPU_SHARD };
+        let plan = &self.recipe.plan;
+        let rows = if self.learner.is_on_cpu() { CPU_SHARD } else { plan.rows(GPU_SHARD) };
         let shards = self.draw(&self.training, step, true)?.shards(rows)?;
         let weights = self.learner.weights()?;
         let model = &self.recipe.model;
-        let (gradients, mut measures) = self.learner.differentiate(&shards, |inputs| {
+        let (gradients, mut measures) = self.learner.differentiate(&shards, plan.accumulate, |inputs| {
             let total = loss(model, &weights, inputs)?;
             Ok(Losses { total: total.clone(), parts: vec![("loss", total)] })
         })?;
-        let plan = &self.recipe.plan;
         let update = Update {
             learning_rate: plan.learning_rate(step),
             betas: plan.betas,

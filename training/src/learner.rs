@@ -100,15 +100,17 @@ impl Learner {
         self.parameters.values().all(|parameter| parameter.value.device().is_cpu())
     }
 
-    /// Differentiates a loss that is the weighted mean over `shards`. On a CPU, the shards run in parallel on all
-    /// cores. Returns the gradients and the weighted means of the metrics of the shards. The result does not depend on
-    /// the number of cores.
+    /// Differentiates a loss that is the weighted mean over `shards`, in at least `passes` passes. On a CPU, the shards
+    /// of a pass run in parallel, at most one per core; on a GPU, a pass is one shard. The gradients of a pass are in
+    /// memory at the same time. Returns the gradients and the weighted means of the metrics of the shards. The result
+    /// depends neither on the number of cores nor on that of the passes.
     ///
     /// # Errors
     /// The errors of `loss`, or an error if Candle cannot differentiate it.
     pub fn differentiate<T: Sync>(
         &self,
         shards: &[(f64, T)],
+        passes: usize,
         loss: impl Fn(&T) -> Result<Losses> + Sync,
     ) -> Result<(Gradients, Measures)> {
         let shard = |(weight, shard): &(f64, T)| {
@@ -125,20 +127,26 @@ impl Learner {
             };
             Ok((taken, losses.parts.into_iter().map(measure).collect::<Result<Measures>>()?))
         };
-        // On a GPU, one thread queues the work of all shards.
-        let results: Vec<Result<(Gradients, Measures)>> =
-            if self.is_on_cpu() { shards.par_iter().map(shard).collect() } else { shards.iter().map(shard).collect() };
+        let most = if self.is_on_cpu() { rayon::current_num_threads() } else { 1 };
+        let at_once = shards.len().div_ceil(passes).clamp(1, most);
         let (mut gradients, mut measures) = (Gradients::new(), Measures::new());
-        for result in results {
-            let (more, measured) = result?;
-            for (name, gradient) in more {
-                let sum = match gradients.remove(&name) {
-                    Some(sum) => (sum + gradient)?,
-                    None => gradient,
-                };
-                gradients.insert(name, sum);
+        for pass in shards.chunks(at_once) {
+            // One shard runs in this thread: work of a GPU is queued in order.
+            let results: Vec<Result<_>> = match pass {
+                [one] => vec![shard(one)],
+                several => several.par_iter().map(shard).collect(),
+            };
+            for result in results {
+                let (more, measured) = result?;
+                for (name, gradient) in more {
+                    let sum = match gradients.remove(&name) {
+                        Some(sum) => (sum + gradient)?,
+                        None => gradient,
+                    };
+                    gradients.insert(name, sum);
+                }
+                measured.into_iter().for_each(|(name, value)| *measures.entry(name).or_default() += value);
             }
-            measured.into_iter().for_each(|(name, value)| *measures.entry(name).or_default() += value);
         }
         Ok((gradients, measures))
     }

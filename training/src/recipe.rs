@@ -55,6 +55,9 @@ pub struct TrainingPlan {
     pub steps: usize,
     /// Crops (tokenizer) or rows of tokens (generator) per step (`batch_size`).
     pub batch_size: usize,
+    /// Number of passes in which the gradients of a step are computed (`accum_iter`). More passes need less memory. On a
+    /// CPU the results are the same, and a pass has at least 8 rows of tokens; on a GPU sums are rounded in another order.
+    pub accumulate: usize,
     /// Width of a crop in tokens (`token_num`).
     pub tokens: usize,
     /// Before cropping, pictures are scaled to between 1 and this many times the image height of the model.
@@ -169,11 +172,16 @@ impl TrainingPlan {
         }
     }
 
-    /// The settings that must be equal for a run to be resumed. The intervals of metrics, checkpoints and samples may
-    /// differ, and so may the number of steps if the learning rate does not depend on it.
+    /// The settings that must be equal for a run to be resumed. The passes of a step and the intervals of metrics,
+    /// checkpoints and samples may differ, and so may the number of steps if the learning rate does not depend on it.
     pub fn identity(&self) -> Self {
         let steps = if self.schedule == Schedule::Constant { 0 } else { self.steps };
-        Self { steps, log_every: 0, checkpoint_every: 0, sample_every: 0, ..self.clone() }
+        Self { steps, accumulate: 1, log_every: 0, checkpoint_every: 0, sample_every: 0, ..self.clone() }
+    }
+
+    /// Rows of a pass on a GPU, at most `most`.
+    pub(crate) fn rows(&self, most: usize) -> usize {
+        self.batch_size.div_ceil(self.accumulate).min(most)
     }
 
     fn check(&self, part: &str) -> Result<()> {
@@ -182,6 +190,7 @@ impl TrainingPlan {
         let counts = [
             ("steps", self.steps, 1, MOST_STEPS),
             ("batch_size", self.batch_size, 1, MOST),
+            ("accumulate", self.accumulate, 1, self.batch_size),
             ("tokens", self.tokens, 2, MOST),
             ("warmup_steps", self.warmup_steps, 0, MOST_STEPS),
             ("log_every", self.log_every, 1, usize::MAX),
@@ -277,6 +286,7 @@ impl Recipe {
         let plan = TrainingPlan {
             steps: 2_000_000,
             batch_size: 256,
+            accumulate: 1,
             tokens: 16,
             largest_scale: 1.0,
             flip: true,
@@ -438,6 +448,7 @@ fn demo() -> Recipe {
     let plan = TrainingPlan {
         steps: 2800,
         batch_size: 4,
+        accumulate: 1,
         tokens: 8,
         largest_scale: 1.25,
         flip: true,

@@ -55,9 +55,9 @@ pub struct Networks {
     pub evaluation: Option<Evaluation>,
 }
 
-// Images per shard of a batch. On a CPU the shards run in parallel; on a GPU each is one pass, and must fit in the memory.
-const CPU_SHARD: usize = 1;
-const GPU_SHARD: usize = 16;
+// Values of the first feature maps of a shard on a GPU, where a shard is one pass. The published tokenizer takes 1 image
+// per pass, the demo's 16. On a CPU every image is a shard, and the shards run in parallel.
+const GPU_SHARD: usize = 1 << 23;
 // As in the published configuration.
 const SEMANTIC_LEVELS: usize = 2;
 const SEMANTIC_BLOCKS: usize = 2;
@@ -393,7 +393,9 @@ impl Task for TokenizerTask {
             let image = candle::to_tensor(images)?.to_device(&self.device)?;
             Ok((rows as f64 / plan.batch_size as f64, Shard { image, noise }))
         };
-        let rows = if self.learner.is_on_cpu() { CPU_SHARD } else { GPU_SHARD };
+        let (_, _, height, width) = batch.images.dim();
+        let values = height * width * self.recipe.model.encoder.conv_in;
+        let rows = if self.learner.is_on_cpu() { 1 } else { plan.rows((GPU_SHARD / values).max(1)) };
         let shards = batch.images.axis_chunks_iter(Axis(0), rows).map(shard).collect::<Result<Vec<_>>>()?;
         let update = Update {
             learning_rate: plan.learning_rate(step),
@@ -410,7 +412,8 @@ impl Task for TokenizerTask {
         let objective = Objective { recipe: &self.recipe, perceptual: perceptual.as_ref(), semantic, discriminator };
         let mut weights = self.learner.weights()?;
         add(&mut weights, &self.frozen)?;
-        let (gradients, mut measures) = self.learner.differentiate(&shards, |shard| objective.loss(&weights, shard))?;
+        let (gradients, mut measures) =
+            self.learner.differentiate(&shards, plan.accumulate, |shard| objective.loss(&weights, shard))?;
         measures.insert("gradient_norm".into(), self.learner.update(&gradients, &update)?);
         if let Some(adversary) = adversary {
             let weights = adversary.weights()?;
@@ -422,7 +425,7 @@ impl Task for TokenizerTask {
                 let total = discriminator::hinge(&real, &discriminator::logits(&weights, &made.detach())?)?;
                 Ok(Losses { total: total.clone(), parts: vec![("discriminator", total)] })
             };
-            let (gradients, measured) = adversary.differentiate(&shards, loss)?;
+            let (gradients, measured) = adversary.differentiate(&shards, plan.accumulate, loss)?;
             adversary.update(&gradients, &update)?;
             measures.extend(measured);
         }

@@ -84,7 +84,7 @@ fn one_step_is_the_references() {
         Ok(Losses { total: total.clone(), parts: vec![("loss", total)] })
     };
     let shards = inputs.shards(8).unwrap();
-    let (gradients, measures) = learner.differentiate(&shards, objective).unwrap();
+    let (gradients, measures) = learner.differentiate(&shards, 1, objective).unwrap();
     println!("loss: {:e}", measures["loss"] as f32 / scalar("loss") - 1.0);
     assert!((measures["loss"] as f32 / scalar("loss") - 1.0).abs() <= 1e-6, "{}", measures["loss"]);
 
