@@ -128,6 +128,21 @@ fn images_of_a_bundle_are_generated_once() {
 }
 
 #[test]
+fn photographs_are_compared_with_their_reconstructions() {
+    let place = Workplace::with_bundle(&Fixture::open(fixtures()));
+    folder(&place, "photos", 6, 1.0);
+    let line = "eqim-eval reconstructions --engine bundle -o pairs photos --crops 6 --crop-size 32 --splits 2 --json";
+    let found = json(&place.run(line).succeeded().stdout);
+    let psnr = found["psnr"].as_f64().unwrap();
+    assert!(psnr > 0.0 && psnr < 60.0, "{psnr}");
+    let compare = "eqim-eval compare pairs/reconstructions pairs/photographs --crops 6 --crop-size 32 --splits 2 --json";
+    let compared = json(&place.run(compare).succeeded().stdout);
+    assert_eq!(found["metrics"], compared["metrics"]);
+    assert!(compared.get("psnr").is_none());
+    place.run(line).failed(2, &["pairs", "has files already", "--output"]);
+}
+
+#[test]
 fn quality_is_measured_over_the_length() {
     let place = Workplace::with_bundle(&Fixture::open(fixtures()));
     folder(&place, "photos", 6, 1.0);

@@ -14,6 +14,9 @@ fn a_checkpoint_is_exported_an_image_generated_and_a_panorama_streamed() {
     place.run("contact_sheet sheet.png 2 image.png image.png image.png").succeeded();
     assert_eq!(image::image_dimensions(place.path("sheet.png")).unwrap(), (2 * 256 + 4, 2 * 7 * 256 + 4));
     place.run("contact_sheet sheet.png 0 image.png").failed(1, &["expected SHEET.png COLUMNS PICTURE"]);
+    place.run("contact_sheet sheet.png 2 image.png image.png image.png").succeeded();
+    assert_eq!(image::image_dimensions(place.path("sheet.png")).unwrap(), (2 * 256 + 4, 2 * 5 * 256 + 4));
+    place.run("contact_sheet sheet.png 0 image.png").failed(1, &["expected SHEET.png COLUMNS PICTURE"]);
     place.run("stream_panorama bundle 70 panorama.png").succeeded();
     assert_eq!(image::image_dimensions(place.path("panorama.png")).unwrap(), (70 * 16, 256));
     place.run("stream_panorama bundle 70").failed(1, &["expected BUNDLE TOKENS PANORAMA.png"]);

@@ -3,6 +3,7 @@
 mod bundle;
 mod drift;
 mod network;
+mod reconstruction;
 mod report;
 mod sets;
 
@@ -18,6 +19,7 @@ use eqim_evaluation::features::Features;
 use eqim_evaluation::metrics::{Metrics, Settings};
 use eqim_evaluation::{inception, kernel};
 use network::NetworkOptions;
+use reconstruction::Reconstruction;
 use report::Report;
 use sets::{CropOptions, Sets};
 
@@ -31,6 +33,7 @@ const EXAMPLES: &str = "\
 Examples:
   eqim-eval compare images photos --crops 400
   eqim-eval bundle --engine bundle --count 400 -o images photos --crops 400
+  eqim-eval reconstructions --engine bundle -o reconstructed photos --crops 400
   eqim-eval features photos --crops 400 -o photos.safetensors
   eqim-eval compare images VIRTUAL_imagenet256_labeled.npz --features inception.onnx --resize legacy
   eqim-eval drift panoramas photos.safetensors --every 8 --plot drift.png
@@ -66,6 +69,15 @@ enum Command {
     Bundle {
         #[command(flatten)]
         generation: Box<Generation>,
+        #[command(flatten)]
+        real: Real,
+        #[command(flatten)]
+        metrics: MetricOptions,
+    },
+    /// Encode and decode photographs with the tokenizer of a bundle, and compare the results with them (rFID, PSNR).
+    Reconstructions {
+        #[command(flatten)]
+        reconstruction: Box<Reconstruction>,
         #[command(flatten)]
         real: Real,
         #[command(flatten)]
@@ -134,7 +146,15 @@ fn run(command: &Command) -> Result<()> {
     match command {
         Command::Compare { images, real, metrics } => {
             let (images, real) = Sets::new(&real.network, &real.crops).pair(images, &real.real)?;
-            compare(&images, &real, metrics)
+            compare(&images, &real, None, metrics)
+        }
+        Command::Reconstructions { reconstruction, real, metrics } => {
+            let sets = Sets::new(&real.network, &real.crops);
+            // A network that cannot be used is found before the photographs are reconstructed.
+            sets.network()?;
+            let pairs = reconstruction.run(&real.real)?;
+            let (images, real) = sets.pair(&pairs.reconstructions, &pairs.photographs)?;
+            compare(&images, &real, Some(pairs.psnr), metrics)
         }
         Command::Bundle { generation, real, metrics } => {
             let sets = Sets::new(&real.network, &real.crops);
@@ -145,7 +165,7 @@ fn run(command: &Command) -> Result<()> {
                 sets.origin(&generation.output, None)?.check_comparable(of_real)?;
             }
             generation.run(&jobs)?;
-            compare(&sets.features(&generation.output)?, &real, metrics)
+            compare(&sets.features(&generation.output)?, &real, None, metrics)
         }
         Command::Features { images, network, crops, output } => {
             if output.extension().is_none_or(|extension| extension != "safetensors") {
@@ -160,7 +180,8 @@ fn run(command: &Command) -> Result<()> {
     }
 }
 
-fn compare(images: &Features, real: &Features, options: &MetricOptions) -> Result<()> {
+/// Prints the distances of two sets, after the PSNR of each image to its original, if there is one.
+fn compare(images: &Features, real: &Features, psnr: Option<Vec<f64>>, options: &MetricOptions) -> Result<()> {
     for (name, set) in [("the first set", images), ("the second set", real)] {
         if let Some(rank) = set.moments.missing_rank() {
             let (count, width) = (rank + 1, set.moments.mean.len());
@@ -171,6 +192,6 @@ fn compare(images: &Features, real: &Features, options: &MetricOptions) -> Resul
         }
     }
     let settings = options.settings();
-    let report = Report { images, real, settings, metrics: Metrics::new(images, real, settings)? };
+    let report = Report { images, real, psnr, settings, metrics: Metrics::new(images, real, settings)? };
     print(if options.json { serde_json::to_string_pretty(&report.json()).or_run("report")? } else { report.text() })
 }

@@ -4,6 +4,7 @@ use eqim_cli::table;
 use eqim_evaluation::drift::{Place, Seams};
 use eqim_evaluation::features::{Features, Origin};
 use eqim_evaluation::metrics::{Metrics, Settings};
+use eqim_training::tokenizer::mean;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -13,6 +14,8 @@ pub struct Report<'a> {
     pub images: &'a Features,
     /// The second set.
     pub real: &'a Features,
+    /// PSNR in dB of each image of the first set to its original in the second.
+    pub psnr: Option<Vec<f64>>,
     /// Settings of the distances.
     pub settings: Settings,
     /// Their distances.
@@ -30,7 +33,11 @@ impl Report<'_> {
             "neighbours": neighbours,
             "splits": inception.splits,
         });
-        json!({ "images": set(self.images), "real": set(self.real), "settings": settings, "metrics": self.metrics })
+        let mut report = json!({ "images": set(self.images), "real": set(self.real), "settings": settings, "metrics": self.metrics });
+        if let Some(psnr) = &self.psnr {
+            report["psnr"] = json!(mean(psnr.iter().copied()));
+        }
+        report
     }
 
     /// As a table.
@@ -52,7 +59,10 @@ impl Report<'_> {
             ("inception score", deviated(metrics.inception_score, metrics.inception_score_deviation)),
         ];
         let table = table::text(&["distance", "value"], rows.map(|(name, value)| vec![name.to_string(), value]));
-        format!("{}\n{table}", self.head())
+        let psnr = self.psnr.as_ref().map_or(String::new(), |psnr| {
+            format!("{} reconstructions: mean PSNR {:.2} dB\n", psnr.len(), mean(psnr.iter().copied()))
+        });
+        format!("{psnr}{}\n{table}", self.head())
     }
 
     /// What was compared, and how.
