@@ -6,7 +6,7 @@ use std::process::Command;
 
 use clap::{Args, Parser, Subcommand};
 use eqim::bundle::FileRecord;
-use eqim::checkpoint;
+use eqim::checkpoint::{self, Hints};
 use eqim::engine::candle::open_device;
 use eqim::{Error, Result, ResultExt, files, limits};
 use eqim_training::data::Photos;
@@ -17,7 +17,9 @@ use eqim_training::perceptual::Perceptual;
 use eqim_training::recipe::{Base, Recipe, TrainingPlan};
 use eqim_training::run::{Output, Task, run as run_task};
 use eqim_training::semantic::Semantic;
+use eqim_training::start::Start;
 use eqim_training::tokenizer::{self, Networks, TokenizerTask, mean};
+use regex::Regex;
 use serde::Serialize;
 
 /// Runs the program with its arguments, the first of which is its name. Returns the exit code of the process.
@@ -61,6 +63,16 @@ enum Part {
         /// Checkpoint of the trained tokenizer (.safetensors of eqim-train, or .ckpt).
         #[arg(long, value_name = "FILE")]
         tokenizer: PathBuf,
+        /// Generator checkpoint to start from (.safetensors of eqim-train, .pth or .ckpt). Its sizes are those of the training.
+        #[arg(long, value_name = "FILE")]
+        from: Option<PathBuf>,
+        /// Classes of the photographs that start as a class of the checkpoint, by name or number. Without it a class starts as
+        /// the one of its name, else as the mean of all classes.
+        #[arg(long, value_name = "NAME=CLASS,…", value_delimiter = ',', requires = "from")]
+        classes: Vec<String>,
+        /// Regular expression for the names of the weights that are not trained, such as `^diffloss`.
+        #[arg(long, value_name = "PATTERN", requires = "from")]
+        freeze: Option<Regex>,
     },
     /// Print a preset as TOML, to edit and pass to --recipe.
     Recipe {
@@ -106,6 +118,11 @@ struct Shared {
 }
 
 impl Shared {
+    /// What checkpoints of the reference may lack: the values of the preset's size.
+    fn hints(&self) -> Hints {
+        Hints { preset: self.preset.size(), ..Hints::default() }
+    }
+
     fn recipe(&self) -> Result<Recipe> {
         let mut recipe = match &self.recipe {
             Some(path) => Recipe::read(self.preset, path)?,
@@ -177,7 +194,10 @@ fn run(arguments: &Arguments) -> Result<()> {
         Part::Tokenizer { shared, from, perceptual, semantic } => {
             tokenizer(shared, from.as_deref(), perceptual.as_deref(), semantic.as_deref())
         }
-        Part::Generator { shared, tokenizer } => generator(shared, tokenizer),
+        Part::Generator { shared, tokenizer, from, classes, freeze } => {
+            let start = |path: &PathBuf| Start::open(path, &shared.hints(), classes, freeze.clone());
+            generator(shared, tokenizer, from.as_ref().map(start).transpose()?)
+        }
     }
 }
 
@@ -211,8 +231,11 @@ fn tokenizer(shared: &Shared, from: Option<&Path>, perceptual: Option<&Path>, se
     eqim_cli::print(report.text())
 }
 
-fn generator(shared: &Shared, tokenizer: &Path) -> Result<()> {
-    let recipe = shared.recipe()?;
+fn generator(shared: &Shared, tokenizer: &Path, start: Option<Start>) -> Result<()> {
+    let mut recipe = shared.recipe()?;
+    if let Some(start) = &start {
+        recipe.generator.model = start.config.clone();
+    }
     let device = open_device(&shared.device)?;
     let (config, weights) = checkpoint::load_tokenizer_alone(tokenizer, None)?;
     let name = tokenizer.file_name().unwrap_or_default().to_string_lossy();
@@ -221,10 +244,10 @@ fn generator(shared: &Shared, tokenizer: &Path) -> Result<()> {
     let evaluation = shared.evaluation(&recipe.generator.plan)?;
     let photos = shared.photos(&recipe.generator.plan, config.image_height(), config.token_width())?;
     let output = Output::open(&shared.output, shared.resume)?;
-    let encoder = Encoder { config, weights, hash };
+    let networks = generator::Networks { encoder: Encoder { config, weights, hash }, start, evaluation };
     let posterior_std = recipe.tokenizer.posterior_std;
     let cache = output.file("latents");
-    let mut task = GeneratorTask::new(recipe.generator, posterior_std, photos, encoder, &cache, evaluation, device)?;
+    let mut task = GeneratorTask::new(recipe.generator, posterior_std, photos, networks, &cache, device)?;
     train(&mut task, &output, shared.resume)?;
     eqim_cli::print(format_args!("classes: {}", task.classes().join(", ")))
 }

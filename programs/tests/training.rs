@@ -212,6 +212,75 @@ fn accumulation_gives_the_same_weights() {
 }
 
 #[test]
+fn a_generator_starts_from_another_one() {
+    let place = Place::new();
+    // A decay of 0 makes the average the weights of the last step. A step changes a weight by the learning rate at most.
+    let last = MICRO.replace("schedule", "ema = 0.0\nschedule");
+    fs::write(place.path("last.toml"), &last).unwrap();
+    fs::write(place.path("slow.toml"), last.replace("base_learning_rate = 0.1", "base_learning_rate = 1e-9")).unwrap();
+    place.trains(&place.tokenizer("-o t --steps 30").replace("micro.toml", "last.toml"));
+    place.trains(&place.generator("-o g --steps 120").replace("micro.toml", "last.toml"));
+    for (class, colour) in [("noon", [60, 120, 220]), ("storm", [70, 70, 90]), ("sunset", [220, 90, 30])] {
+        fs::create_dir_all(place.path("others").join(class)).unwrap();
+        for index in 0..2 {
+            picture(48, 40, colour, index).save(place.path(&format!("others/{class}/{index}.png"))).unwrap();
+        }
+    }
+    let others = |more: &str| place.generator(more).replace("--images photos", "--images others");
+    let start = "--from g/generator.safetensors --classes sunset=dusk";
+    let one = others(&format!("-o one --steps 1 {start}")).replace("micro.toml", "slow.toml");
+    place.trains(&one);
+    let table = |run: &str| {
+        let (tensors, _) = stored(&place.path(run).join("generator.safetensors"));
+        tensors["class_emb.weight"].to_vec2::<f32>().unwrap()
+    };
+    let (before, after) = (table("g"), table("one"));
+    let mean: Vec<f32> = before[0].iter().zip(&before[1]).map(|(a, b)| (a + b) / 2.0).collect();
+    // Classes: noon, storm, sunset from dusk, noon.
+    for (row, expected) in [(0, &before[1]), (1, &mean), (2, &before[0])] {
+        let close = after[row].iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1e-7);
+        assert!(close, "row {row}: {:?}, expected {expected:?}", after[row]);
+    }
+
+    // What it knows already helps.
+    place.trains(&others("-o anew --steps 1").replace("micro.toml", "slow.toml"));
+    let loss = |run: &str| place.metrics(run)[0]["loss"].as_f64().unwrap();
+    println!("loss {} from the start, {} from the checkpoint", loss("anew"), loss("one"));
+    assert!(loss("one") < 0.9 * loss("anew"), "{} and {}", loss("one"), loss("anew"));
+
+    // Frozen weights stay bit for bit, also after a resumption.
+    let line = format!("-o part --freeze ^(diffloss|encoder_blocks.0) {start}");
+    place.trains(&others(&format!("{line} --steps 3")));
+    place.trains(&others(&format!("{line} --resume")));
+    let (of_start, _) = stored(&place.path("g/generator.safetensors"));
+    let (of_part, _) = stored(&place.path("part/generator.safetensors"));
+    let equal = |name: &str| values(&of_start[name]).unwrap() == values(&of_part[name]).unwrap();
+    let (kept, trained): (Vec<_>, Vec<_>) = of_part
+        .keys()
+        .filter(|name| *name != "class_emb.weight")
+        .partition(|name| name.starts_with("diffloss") || name.starts_with("encoder_blocks.0"));
+    assert!(kept.len() > 20 && kept.iter().all(|name| equal(name)));
+    assert!(trained.iter().filter(|name| !equal(name)).count() > 20);
+    let other = others(&format!("-o part --resume --freeze ^diffloss {start}"));
+    assert!(place.fails(&other, 2).contains("frozen"), "{}", place.fails(&other, 2));
+
+    let from = "-o x --from g/generator.safetensors";
+    for (options, named) in [
+        ("--classes noon=dawn", "--classes"),
+        ("--classes noon", "NAME=CLASS"),
+        ("--classes fog=dusk", "noon, storm, sunset"),
+        ("--freeze .", "--freeze"),
+        ("--freeze (", "--freeze"),
+    ] {
+        let said = place.fails(&others(&format!("{from} {options}")), 2);
+        assert!(said.contains(named), "{options}: {said}");
+    }
+    assert!(place.fails(&others("-o x --freeze ."), 2).contains("--from"));
+    let said = place.fails(&others("-o x --from t/tokenizer.safetensors"), 2);
+    assert!(said.contains("t/tokenizer.safetensors"), "{said}");
+}
+
+#[test]
 fn a_resumed_run_goes_on_bit_for_bit() {
     let place = Place::new();
     let gan = MICRO.replace(

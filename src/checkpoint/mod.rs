@@ -85,19 +85,29 @@ pub fn load_described(generator: &Path, tokenizer: &Path, sets: WeightSets, hint
 pub fn load_parts(path: &Path, parts: &[Part], set: Option<WeightSet>, hints: &Hints) -> Result<Weights> {
     let mut weights = Weights::default();
     if parts.contains(&Part::Generator) {
-        let mut half = half::generator(path, set, hints)?;
-        // The check needs both configurations, so this adds one of a tokenizer that fits the generator.
-        let tokenizer = TokenizerConfig { embed: half.config.embed, ..Preset::Small.config().tokenizer };
-        let config = Config { generator: half.config.clone(), tokenizer };
-        config.check().map_err(|error| error.about(path.display()))?;
-        half.check(&config)?;
-        half.read(&mut weights)?;
+        (_, weights) = load_generator_alone(path, set, hints)?;
     }
     if parts.contains(&Part::Tokenizer) {
         let (_, tokenizer) = load_tokenizer_alone(path, set)?;
         tokenizer.iter().try_for_each(|(name, tensor)| weights.insert(name.into(), tensor))?;
     }
     Ok(weights)
+}
+
+/// Loads a generator without a tokenizer, from a checkpoint in any format, and checks it.
+///
+/// # Errors
+/// Same as [`load`].
+pub fn load_generator_alone(path: &Path, set: Option<WeightSet>, hints: &Hints) -> Result<(GeneratorConfig, Weights)> {
+    let mut half = half::generator(path, set, hints)?;
+    // The check needs both configurations, so this adds one of a tokenizer that fits the generator.
+    let tokenizer = TokenizerConfig { embed: half.config.embed, ..Preset::Small.config().tokenizer };
+    let config = Config { generator: half.config.clone(), tokenizer };
+    config.check().map_err(|error| error.about(path.display()))?;
+    half.check(&config)?;
+    let mut weights = Weights::default();
+    half.read(&mut weights)?;
+    Ok((config.generator, weights))
 }
 
 /// Loads a tokenizer without a generator, from a checkpoint in any format, and checks it.

@@ -135,7 +135,8 @@ fn photographs_are_compared_with_their_reconstructions() {
     let found = json(&place.run(line).succeeded().stdout);
     let psnr = found["psnr"].as_f64().unwrap();
     assert!(psnr > 0.0 && psnr < 60.0, "{psnr}");
-    let compare = "eqim-eval compare pairs/reconstructions pairs/photographs --crops 6 --crop-size 32 --splits 2 --json";
+    let compare =
+        "eqim-eval compare pairs/reconstructions pairs/photographs --crops 6 --crop-size 32 --splits 2 --json";
     let compared = json(&place.run(compare).succeeded().stdout);
     assert_eq!(found["metrics"], compared["metrics"]);
     assert!(compared.get("psnr").is_none());

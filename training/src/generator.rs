@@ -26,21 +26,33 @@ use crate::latents::{Encoder, Latents};
 use crate::learner::{Learner, Losses, Measures, Update};
 use crate::recipe::{self, GeneratorRecipe, TrainingPlan};
 use crate::run::Task;
+use crate::start::Start;
 
 /// The generator being trained.
 pub struct GeneratorTask {
     recipe: GeneratorRecipe,
     learner: Learner,
-    encoder: Encoder,
+    networks: Networks,
     posterior_std: f64,
     device: Device,
+    /// Weights that are not trained.
+    frozen: Weights,
     classes: Vec<String>,
     fingerprint: String,
     training: Latents,
     held_out: Latents,
-    evaluation: Option<Evaluation>,
     /// The held-out photographs, for the evaluation.
     held_out_photos: Vec<Photo>,
+}
+
+/// The trained networks of a training.
+pub struct Networks {
+    /// The tokenizer, which encodes the photographs.
+    pub encoder: Encoder,
+    /// The generator from which the training starts; without it, the weights are random at first.
+    pub start: Option<Start>,
+    /// Network of the Fréchet distance of generated images.
+    pub evaluation: Option<Evaluation>,
 }
 
 /// All inputs of the loss of a step, except the weights.
@@ -119,22 +131,49 @@ pub fn check_memory(recipe: &GeneratorRecipe, encoder: &TokenizerConfig, most: u
 /// Stages whose weights are trained.
 const STAGES: [Stage; 3] = [Stage::Prefill, Stage::Step, Stage::Flow];
 
+/// The first values of the weights that are trained, and the weights that are not.
+fn initial_weights(
+    config: &Config,
+    start: Option<&Start>,
+    classes: &[String],
+    seed: u64,
+) -> Result<(Vec<(String, Tensor)>, Weights)> {
+    let parameters = parameters_of(config, &STAGES)?;
+    let Some(start) = start else {
+        return Ok((initial::generator_weights(&parameters, seed)?, Weights::default()));
+    };
+    let given = start.weights(classes)?;
+    let (mut learned, mut frozen) = (vec![], Weights::default());
+    for (name, shape) in parameters {
+        let value = given.get(&name, &shape)?;
+        match start.is_trained(&name) {
+            true => learned.push((name, value)),
+            false => frozen.insert(name, &value)?,
+        }
+    }
+    match learned.is_empty() {
+        true => Err(Error::setting("freeze", "matches all weights, expected some to train")),
+        false => Ok((learned, frozen)),
+    }
+}
+
 impl GeneratorTask {
-    /// A generator with random weights. The latents of the photographs are computed first and stored in `cache`.
+    /// A generator with random weights, or with those of a checkpoint. The latents of the photographs are computed first
+    /// and stored in `cache`.
     ///
     /// # Errors
-    /// [`eqim::Error::input`] if the photographs or the recipe do not fit the tokenizer.
+    /// [`eqim::Error::input`] if the photographs, the recipe or the checkpoint do not fit the tokenizer.
     pub fn new(
         mut recipe: GeneratorRecipe,
         posterior_std: f64,
         photos: Photos,
-        encoder: Encoder,
+        networks: Networks,
         cache: &Path,
-        evaluation: Option<Evaluation>,
         device: Device,
     ) -> Result<Self> {
-        let plan = &recipe.plan;
+        let (plan, encoder) = (&recipe.plan, &networks.encoder);
         let classes = photos.classes.clone();
+        let given = networks.start.as_ref().map(|start| start.config(&classes, encoder.config.embed)).transpose()?;
         let (training, held_out) = photos.split(plan.validation, plan.seed)?;
         let fingerprint = training.fingerprint();
         let crops = Crops {
@@ -147,35 +186,54 @@ impl GeneratorTask {
         let open = |photos: &Photos| Latents::open(cache, &placed, photos, crops, recipe.views, plan.seed);
         let held_out_photos = held_out.photos.clone();
         let (training, held_out) = (open(&training)?, open(&held_out)?);
-        recipe.model.class_num = classes.len();
+        recipe.model = given.unwrap_or_else(|| GeneratorConfig {
+            class_num: classes.len(),
+            embed: encoder.config.embed,
+            vae_norm: 1.0 / training.deviation(posterior_std),
+            ..recipe.model
+        });
         // If one folder name is not valid as a class name, no class has a name, only a number.
         let named = classes.iter().all(|name| is_class_name(name));
         recipe.model.class_names = if named { classes.clone() } else { vec![] };
-        recipe.model.embed = encoder.config.embed;
-        recipe.model.vae_norm = 1.0 / training.deviation(posterior_std);
 
         let config = Config { generator: recipe.model.clone(), tokenizer: encoder.config.clone() };
         config.check()?;
-        let parameters = parameters_of(&config, &STAGES)?;
-        let learner = Learner::new("generator", initial::generator_weights(&parameters, plan.seed)?, &device)?;
+        let (learned, frozen) = initial_weights(&config, networks.start.as_ref(), &classes, recipe.plan.seed)?;
+        let learner = Learner::new("generator", learned, &device)?;
+        let frozen = frozen.to_device(&device)?;
         Ok(Self {
             recipe,
             learner,
-            encoder,
+            networks,
             posterior_std,
             device,
+            frozen,
             classes,
             fingerprint,
             training,
             held_out,
-            evaluation,
             held_out_photos,
         })
     }
 
+    /// The weights of the current step.
+    fn weights(&self) -> Result<Weights> {
+        self.with_frozen(self.learner.weights()?)
+    }
+
+    /// The averaged weights.
+    fn averaged(&self) -> Result<Weights> {
+        self.with_frozen(self.learner.average()?)
+    }
+
+    fn with_frozen(&self, mut weights: Weights) -> Result<Weights> {
+        self.frozen.iter().try_for_each(|(name, tensor)| weights.insert(name.to_string(), tensor))?;
+        Ok(weights)
+    }
+
     /// The Fréchet distance of generated images, which have the classes in turn, to the held-out photographs.
     fn distance(&self, evaluation: &Evaluation) -> Result<f64> {
-        let (engine, model) = (self.engine()?, &self.encoder.config);
+        let (engine, model) = (self.engine()?, &self.networks.encoder.config);
         let (height, width) = (model.image_height(), model.token_width());
         let count = self.recipe.evaluation_images;
         let mut images = vec![];
@@ -251,11 +309,12 @@ impl GeneratorTask {
 
     /// An engine with the averaged weights of the generator and with the tokenizer.
     fn engine(&self) -> Result<CandleEngine> {
-        let mut weights = self.encoder.weights.clone();
-        for (name, tensor) in self.learner.average()?.to_device(&Device::Cpu)?.iter() {
+        let Networks { encoder, .. } = &self.networks;
+        let mut weights = encoder.weights.clone();
+        for (name, tensor) in self.averaged()?.to_device(&Device::Cpu)?.iter() {
             weights.insert(name.to_string(), tensor)?;
         }
-        let config = Config { generator: self.recipe.model.clone(), tokenizer: self.encoder.config.clone() };
+        let config = Config { generator: self.recipe.model.clone(), tokenizer: encoder.config.clone() };
         Ok(CandleEngine::new(config, weights))
     }
 }
@@ -308,14 +367,16 @@ impl Task for GeneratorTask {
         let (recipe, plan) = (self.recipe.clone(), self.recipe.plan.identity());
         let recipe = GeneratorRecipe { plan, evaluation_images: 0, ..recipe };
         let recipe = toml::to_string(&recipe).or_run("recipe")?;
-        Ok(format!("{recipe}tokenizer = {}\nphotographs = {}\n", self.encoder.hash, self.fingerprint))
+        let Networks { encoder, start, .. } = &self.networks;
+        let start = start.as_ref().map_or(String::new(), Start::identity);
+        Ok(format!("{recipe}tokenizer = {}\nphotographs = {}\n{start}", encoder.hash, self.fingerprint))
     }
 
     fn step(&mut self, step: usize) -> Result<Measures> {
         let plan = &self.recipe.plan;
         let rows = if self.learner.is_on_cpu() { CPU_SHARD } else { plan.rows(GPU_SHARD) };
         let shards = self.draw(&self.training, step, true)?.shards(rows)?;
-        let weights = self.learner.weights()?;
+        let weights = self.weights()?;
         let model = &self.recipe.model;
         let (gradients, mut measures) = self.learner.differentiate(&shards, plan.accumulate, |inputs| {
             let total = loss(model, &weights, inputs)?;
@@ -338,13 +399,13 @@ impl Task for GeneratorTask {
         if self.held_out.is_empty() {
             return Ok(Measures::new());
         }
-        let weights = self.learner.average()?;
+        let weights = self.averaged()?;
         let mut sum = 0.0;
         for batch in 0..VALIDATION_BATCHES {
             sum += self.loss_of(&weights, &self.draw(&self.held_out, batch, false)?)?;
         }
         let mut measures = Measures::from([("loss".into(), sum / VALIDATION_BATCHES as f64)]);
-        if let Some(evaluation) = &self.evaluation {
+        if let Some(evaluation) = &self.networks.evaluation {
             measures.insert("frechet_distance".into(), self.distance(evaluation)?);
         }
         Ok(measures)
@@ -354,7 +415,7 @@ impl Task for GeneratorTask {
         self.learner.check()?;
         let latents = if self.held_out.is_empty() { &self.training } else { &self.held_out };
         let inputs = self.draw(latents, 0, false)?;
-        for weights in [self.learner.weights()?, self.learner.average()?] {
+        for weights in [self.weights()?, self.averaged()?] {
             self.loss_of(&weights, &inputs)?;
         }
         Ok(())
@@ -386,7 +447,7 @@ impl Task for GeneratorTask {
 
     fn write_model(&self, path: &Path) -> Result<()> {
         let config = StoredConfig { generator: Some(self.recipe.model.clone()), tokenizer: None };
-        let weights = self.learner.average()?.to_device(&Device::Cpu)?;
+        let weights = self.averaged()?.to_device(&Device::Cpu)?;
         let stored: Vec<(&str, Tensor)> = weights.iter().map(|(name, tensor)| (name, tensor.clone())).collect();
         checkpoint::write(path, &config, &stored)
     }

@@ -30,5 +30,6 @@ pub mod recipe;
 mod resize;
 pub mod run;
 pub mod semantic;
+pub mod start;
 pub mod structure;
 pub mod tokenizer;

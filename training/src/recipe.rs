@@ -27,6 +27,19 @@ pub enum Base {
     Huge,
 }
 
+impl Base {
+    /// The published size; `None` for the demo.
+    pub fn size(self) -> Option<Preset> {
+        match self {
+            Self::Demo => None,
+            Self::Small => Some(Preset::Small),
+            Self::Base => Some(Preset::Base),
+            Self::Large => Some(Preset::Large),
+            Self::Huge => Some(Preset::Huge),
+        }
+    }
+}
+
 /// Settings for the training of the tokenizer and of the generator.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -275,12 +288,8 @@ fn probability(name: &str, value: f64) -> Result<()> {
 impl Recipe {
     /// The recipe of a preset. For the published sizes, it is the recipe of the reference.
     pub fn new(base: Base) -> Self {
-        let preset = match base {
-            Base::Demo => return demo(),
-            Base::Small => Preset::Small,
-            Base::Base => Preset::Base,
-            Base::Large => Preset::Large,
-            Base::Huge => Preset::Huge,
+        let Some(preset) = base.size() else {
+            return demo();
         };
         let Config { generator, tokenizer } = preset.config();
         let plan = TrainingPlan {
