@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor};
 use eqim::checkpoint::tensors::{self, TensorFile};
+use eqim::checkpoint::{Hints, WeightSets, adapter};
 use eqim::close::{largest_difference, values};
 use eqim::digest::Hash;
 use image::{Rgb, RgbImage};
@@ -164,9 +165,7 @@ fn both_halves_learn() {
     }
     let model = place.path("g/generator.safetensors");
     let tokenizer = place.path("t/tokenizer.safetensors");
-    let (config, _) =
-        eqim::checkpoint::load(&model, &tokenizer, eqim::checkpoint::WeightSets::default(), &Default::default())
-            .unwrap();
+    let (config, _) = eqim::checkpoint::load(&model, &tokenizer, WeightSets::default(), &Hints::default()).unwrap();
     assert_eq!((config.generator.class_num, config.generator.embed), (2, 16));
     assert_eq!(config.generator.class_names, ["dusk", "noon"]);
 }
@@ -278,6 +277,62 @@ fn a_generator_starts_from_another_one() {
     assert!(place.fails(&others("-o x --freeze ."), 2).contains("--from"));
     let said = place.fails(&others("-o x --from t/tokenizer.safetensors"), 2);
     assert!(said.contains("t/tokenizer.safetensors"), "{said}");
+}
+
+#[test]
+fn adapters_are_small_files_that_change_a_generator() {
+    let place = Place::new();
+    fs::write(place.path("last.toml"), MICRO.replace("schedule", "ema = 0.0\nschedule")).unwrap();
+    let lora = MICRO.replace("[generator]", "[generator]\nlora_rank = 2").replace("schedule", "ema = 0.0\nschedule");
+    fs::write(place.path("lora.toml"), lora).unwrap();
+    place.trains(&place.tokenizer("-o t").replace("micro.toml", "last.toml"));
+    place.trains(&place.generator("-o g").replace("micro.toml", "last.toml"));
+    let line = place.generator("--from g/generator.safetensors").replace("micro.toml", "lora.toml");
+    place.trains(&format!("{line} -o whole"));
+    let said = place.trains(&format!("{line} -o parts --steps 3"));
+    assert!(said.contains("the adapter is parts/adapter.safetensors"), "{said}");
+    place.trains(&format!("{line} -o parts --resume"));
+    for file in ["state.safetensors", "adapter.safetensors", "samples/step-0000006.png"] {
+        same(&place.path("whole").join(file), &place.path("parts").join(file));
+    }
+    assert!(!place.path("whole/generator.safetensors").exists());
+
+    let (base, _) = stored(&place.path("g/generator.safetensors"));
+    let (adapter, _) = stored(&place.path("whole/adapter.safetensors"));
+    let count = |tensors: &BTreeMap<String, Tensor>| tensors.values().map(Tensor::elem_count).sum::<usize>();
+    assert!(count(&adapter) < count(&base) / 4, "{} of {}", count(&adapter), count(&base));
+    assert_eq!(adapter.keys().filter(|name| name.contains(".lora_A.")).count(), 2 * 8);
+    assert!(adapter.contains_key("class_emb.weight"));
+
+    // Merged into the generator, it is what the training sampled with.
+    let merge = |file: &str, scale: f64| {
+        let (generator, tokenizer) = (place.path("g/generator.safetensors"), place.path("t/tokenizer.safetensors"));
+        let loaded = eqim::checkpoint::load(&generator, &tokenizer, WeightSets::default(), &Hints::default());
+        let (mut config, mut weights) = loaded.unwrap();
+        adapter::merge(&place.path(file), scale, &mut config, &mut weights).map(|()| weights)
+    };
+    let weights = merge("whole/adapter.safetensors", 1.0).unwrap();
+    let name = "encoder_blocks.1.mlp.fc2.weight";
+    let [a, b] = adapter::names(name).map(|name| adapter[&name].clone());
+    let expected = (&base[name] + b.matmul(&a).unwrap()).unwrap();
+    assert_eq!(values(weights.find(name).unwrap()).unwrap(), values(&expected).unwrap());
+    assert!(largest_difference(&values(&expected).unwrap(), &values(&base[name]).unwrap()) > 1e-4);
+    assert_eq!(
+        values(merge("whole/adapter.safetensors", 0.0).unwrap().find(name).unwrap()).unwrap(),
+        values(&base[name]).unwrap()
+    );
+
+    // An adapter of another generator, and files that are none.
+    place.trains(&place.generator("-o g --resume --steps 7").replace("micro.toml", "last.toml"));
+    for (file, problem) in [
+        ("whole/adapter.safetensors", "was trained on other weights"),
+        ("g/generator.safetensors", "is no low-rank adapter"),
+    ] {
+        let error = merge(file, 1.0).unwrap_err();
+        assert!(error.is_input() && error.to_string().contains(problem), "{error}");
+    }
+    let alone = place.generator("-o x").replace("micro.toml", "lora.toml");
+    assert!(place.fails(&alone, 2).contains("--from"));
 }
 
 #[test]

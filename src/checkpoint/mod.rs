@@ -1,6 +1,7 @@
 //! Checkpoints: `.pth` and `.ckpt` files of the reference, and `.safetensors` files of eqim. All are read into a
 //! [`Config`] and [`Weights`].
 
+pub mod adapter;
 mod container;
 mod half;
 mod infer;
@@ -26,6 +27,9 @@ use crate::config::{GeneratorConfig, Preset, TokenizerConfig};
 use crate::model::check_finite;
 use crate::weights::Weights;
 use crate::{Config, Result};
+
+/// Name of the table of the classes of a generator, `[class_num, D]`.
+pub const CLASS_TABLE: &str = "class_emb.weight";
 
 /// A model that was loaded, and what was decided on the way.
 #[derive(Clone, Debug)]

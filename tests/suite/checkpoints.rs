@@ -5,14 +5,17 @@ use std::collections::HashMap;
 use candle_core::Tensor;
 use eqim::checkpoint::tensors::{self, TensorFile};
 use eqim::checkpoint::{self, Hints, Loaded, Origin, WeightSet, WeightSets};
-use eqim::close::values;
+use eqim::close::{largest_difference, values};
 use eqim::config::Preset;
+use eqim::engine::candle::{CandleEngine, to_tensor};
+use eqim::generate::generate;
+use eqim::request::{Noise, Request};
 use eqim::weights::Weights;
 use eqim::{Config, Result};
 use serde_json::json;
 
 use crate::common::bins::{Workplace, export_line};
-use crate::common::{Fixture, fixtures};
+use crate::common::{Fixture, file, fixtures};
 use eqim_fuzz::torch::{
     Files, arguments, bytes, call, checkpoint, contiguous, deflated, dict, files, float, global, integer, list,
     namespace, storage, stored, stream, tensor, text, tuple, without_crc,
@@ -652,4 +655,34 @@ fn an_export_says_what_it_took_and_keeps_it() {
     for name in ["z_proj.weight", "decoder.conv_in.weight"] {
         assert_ne!(read("raw", name), read("bundle", name), "{name}");
     }
+}
+
+#[test]
+fn an_adapter_of_peft_is_merged_by_the_export() {
+    let fixture = Fixture::open(fixtures());
+    let place = Workplace::new(&fixture);
+    place.write("adapter.safetensors", std::fs::read(file("training/tests/fixtures/adapter.safetensors")).unwrap());
+    let line = format!("{} --adapter adapter.safetensors --adapter-scale 2 -o bundle", export_line(&fixture));
+    place.run(&line).succeeded();
+    place.run(
+        "eqim-run --engine bundle --class 1 --seed 3 --tokens 6 --steps 4 --save-tokens tokens.safetensors -o a.png",
+    );
+
+    let hints = Hints { heads: Some(fixture.heads), ..Hints::default() };
+    let (generator, tokenizer) = (fixture.folder.join("generator.pth"), fixture.folder.join("tokenizer.ckpt"));
+    let (mut config, mut weights) = checkpoint::load(&generator, &tokenizer, WeightSet::Ema, &hints).unwrap();
+    let tokens = |config: &Config, weights: &Weights| {
+        let engine = CandleEngine::new(config.clone(), weights.clone());
+        let request = Request { steps: 4, noise: Noise::Seed(3), ..Request::new(config, [Some(1)], 6) };
+        to_tensor(generate(&engine, &request, |_| {}).unwrap().tokens.view()).unwrap()
+    };
+    let before = tokens(&config, &weights);
+    checkpoint::adapter::merge(&place.path("adapter.safetensors"), 2.0, &mut config, &mut weights).unwrap();
+    let expected = tokens(&config, &weights);
+    let found = TensorFile::open(&place.path("tokens.safetensors")).unwrap().read("tokens").unwrap();
+    let apart = |other: &Tensor| largest_difference(&values(&found).unwrap(), &values(other).unwrap());
+    println!("{:e} from the merged model, {:e} from the generator", apart(&expected), apart(&before));
+    assert!(apart(&expected) <= 1e-4 && apart(&before) > 1e-3);
+    place.run(&line.replace("adapter.safetensors", "bundle/model.safetensors")).failed(2, &["is no low-rank adapter"]);
+    place.run(&line.replace("scale 2", "scale nan")).failed(2, &["--adapter-scale"]);
 }

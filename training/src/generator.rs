@@ -4,7 +4,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use eqim::checkpoint::tensors::TensorFile;
-use eqim::checkpoint::{self, StoredConfig};
+use eqim::checkpoint::{self, CLASS_TABLE, StoredConfig, adapter};
 use eqim::config::{GeneratorConfig, TokenizerConfig, is_class_name};
 use eqim::engine::Engine;
 use eqim::engine::candle::CandleEngine;
@@ -37,6 +37,8 @@ pub struct GeneratorTask {
     device: Device,
     /// Weights that are not trained.
     frozen: Weights,
+    /// Names of the frozen weights with adapters.
+    adapted: Vec<String>,
     classes: Vec<String>,
     fingerprint: String,
     training: Latents,
@@ -131,29 +133,53 @@ pub fn check_memory(recipe: &GeneratorRecipe, encoder: &TokenizerConfig, most: u
 /// Stages whose weights are trained.
 const STAGES: [Stage; 3] = [Stage::Prefill, Stage::Step, Stage::Flow];
 
-/// The first values of the weights that are trained, and the weights that are not.
-fn initial_weights(
-    config: &Config,
-    start: Option<&Start>,
-    classes: &[String],
-    seed: u64,
-) -> Result<(Vec<(String, Tensor)>, Weights)> {
-    let parameters = parameters_of(config, &STAGES)?;
-    let Some(start) = start else {
-        return Ok((initial::generator_weights(&parameters, seed)?, Weights::default()));
-    };
-    let given = start.weights(classes)?;
-    let (mut learned, mut frozen) = (vec![], Weights::default());
-    for (name, shape) in parameters {
-        let value = given.get(&name, &shape)?;
-        match start.is_trained(&name) {
-            true => learned.push((name, value)),
-            false => frozen.insert(name, &value)?,
+/// The first values of a training.
+#[derive(Default)]
+struct Beginning {
+    /// What is trained: weights, or matrices of adapters.
+    learned: Vec<(String, Tensor)>,
+    /// Weights that are not trained.
+    frozen: Weights,
+    /// Names of the weights with adapters.
+    adapted: Vec<String>,
+}
+
+/// Whether a weight can have an adapter: the products of attention and of the MLPs of the transformer.
+fn is_adaptable(name: &str, shape: &[usize]) -> bool {
+    let part = [".attn.", ".attn2.", ".mlp."].iter().any(|part| name.contains(part));
+    shape.len() == 2 && name.starts_with("encoder_blocks.") && part
+}
+
+impl Beginning {
+    fn new(config: &Config, start: Option<&Start>, classes: &[String], recipe: &GeneratorRecipe) -> Result<Self> {
+        let (parameters, seed) = (parameters_of(config, &STAGES)?, recipe.plan.seed);
+        let Some(start) = start else {
+            return match recipe.lora_rank {
+                0 => Ok(Self { learned: initial::generator_weights(&parameters, seed)?, ..Self::default() }),
+                _ => Err(Error::input("generator.lora_rank", "requires a generator to start from: set --from")),
+            };
+        };
+        let (given, mut beginning, mut adapted) = (start.weights(classes)?, Self::default(), vec![]);
+        for (name, shape) in parameters {
+            let value = given.get(&name, &shape)?;
+            let (trained, with_adapters) = (start.is_trained(&name), recipe.lora_rank > 0);
+            // The table of the classes is new. It is small, and trained as a whole.
+            match trained && (!with_adapters || name == CLASS_TABLE) {
+                true => beginning.learned.push((name, value)),
+                false => {
+                    beginning.frozen.insert(name.clone(), &value)?;
+                    if trained && is_adaptable(&name, &shape) {
+                        adapted.push((name, shape));
+                    }
+                }
+            }
         }
-    }
-    match learned.is_empty() {
-        true => Err(Error::setting("freeze", "matches all weights, expected some to train")),
-        false => Ok((learned, frozen)),
+        beginning.learned.extend(initial::adapters(&adapted, recipe.lora_rank, seed)?);
+        beginning.adapted = adapted.into_iter().map(|(name, _)| name).collect();
+        match beginning.learned.is_empty() {
+            true => Err(Error::setting("freeze", "matches all weights, expected some to train")),
+            false => Ok(beginning),
+        }
     }
 }
 
@@ -198,7 +224,8 @@ impl GeneratorTask {
 
         let config = Config { generator: recipe.model.clone(), tokenizer: encoder.config.clone() };
         config.check()?;
-        let (learned, frozen) = initial_weights(&config, networks.start.as_ref(), &classes, recipe.plan.seed)?;
+        let Beginning { learned, frozen, adapted } =
+            Beginning::new(&config, networks.start.as_ref(), &classes, &recipe)?;
         let learner = Learner::new("generator", learned, &device)?;
         let frozen = frozen.to_device(&device)?;
         Ok(Self {
@@ -208,6 +235,7 @@ impl GeneratorTask {
             posterior_std,
             device,
             frozen,
+            adapted,
             classes,
             fingerprint,
             training,
@@ -218,16 +246,25 @@ impl GeneratorTask {
 
     /// The weights of the current step.
     fn weights(&self) -> Result<Weights> {
-        self.with_frozen(self.learner.weights()?)
+        self.whole(self.learner.weights()?)
     }
 
     /// The averaged weights.
     fn averaged(&self) -> Result<Weights> {
-        self.with_frozen(self.learner.average()?)
+        self.whole(self.learner.average()?)
     }
 
-    fn with_frozen(&self, mut weights: Weights) -> Result<Weights> {
-        self.frozen.iter().try_for_each(|(name, tensor)| weights.insert(name.to_string(), tensor))?;
+    /// All weights of the generator, with what was learned.
+    fn whole(&self, learned: Weights) -> Result<Weights> {
+        let mut weights = self.frozen.clone();
+        for (name, tensor) in learned.iter() {
+            weights.insert(name.to_string(), tensor)?;
+        }
+        for name in &self.adapted {
+            let [a, b] = adapter::names(name);
+            let merged = adapter::merged(self.frozen.find(name)?, learned.find(&a)?, learned.find(&b)?, 1.0)?;
+            weights.insert(name.clone(), &merged)?;
+        }
         Ok(weights)
     }
 
@@ -356,7 +393,7 @@ impl StepInputs {
 
 impl Task for GeneratorTask {
     fn kind(&self) -> &'static str {
-        "generator"
+        if self.adapted.is_empty() { "generator" } else { "adapter" }
     }
 
     fn plan(&self) -> &TrainingPlan {
@@ -446,9 +483,15 @@ impl Task for GeneratorTask {
     }
 
     fn write_model(&self, path: &Path) -> Result<()> {
-        let config = StoredConfig { generator: Some(self.recipe.model.clone()), tokenizer: None };
-        let weights = self.averaged()?.to_device(&Device::Cpu)?;
+        let model = &self.recipe.model;
+        let is_adapter = !self.adapted.is_empty();
+        let weights = if is_adapter { self.learner.average()? } else { self.averaged()? }.to_device(&Device::Cpu)?;
         let stored: Vec<(&str, Tensor)> = weights.iter().map(|(name, tensor)| (name, tensor.clone())).collect();
-        checkpoint::write(path, &config, &stored)
+        match is_adapter {
+            true => adapter::write(path, model, (&self.frozen, &self.adapted), &stored),
+            false => {
+                checkpoint::write(path, &StoredConfig { generator: Some(model.clone()), tokenizer: None }, &stored)
+            }
+        }
     }
 }

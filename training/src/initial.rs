@@ -2,6 +2,7 @@
 
 use candle_core::{Device, Tensor};
 use eqim::Result;
+use eqim::checkpoint::adapter;
 use rand::Rng;
 use rand_distr::{Distribution, StandardNormal};
 
@@ -59,6 +60,23 @@ fn tokenizer(name: &str, shape: &[usize]) -> Start {
 /// If a Candle operation fails.
 pub fn generator_weights(parameters: &[(String, Vec<usize>)], seed: u64) -> Result<Vec<(String, Tensor)>> {
     draw(parameters, seed, generator)
+}
+
+/// First matrices of adapters of rank `rank` for weights of these names and shapes `[output, input]`: `A` is random and `B`
+/// is 0, so the adapters change nothing (as in `peft`).
+///
+/// # Errors
+/// If a Candle operation fails.
+pub fn adapters(weights: &[(String, Vec<usize>)], rank: usize, seed: u64) -> Result<Vec<(String, Tensor)>> {
+    let matrices = |(name, shape): &(String, Vec<usize>)| {
+        let [a, b] = adapter::names(name);
+        [(a, vec![rank, shape[1]]), (b, vec![shape[0], rank])]
+    };
+    let parameters: Vec<_> = weights.iter().flat_map(matrices).collect();
+    draw(&parameters, seed, |name, shape| match name.ends_with("lora_B.weight") {
+        true => Start::Constant(0.0),
+        false => Start::Uniform((shape[1] as f32).sqrt().recip()),
+    })
 }
 
 /// Random initial weights of the tokenizer for these names and shapes.

@@ -147,6 +147,9 @@ pub struct GeneratorRecipe {
     pub plan: TrainingPlan,
     /// Number of views of every photograph whose latents are cached.
     pub views: usize,
+    /// Rank of the adapters of the attention and MLP weights of a generator that starts from a checkpoint (Hu et al.,
+    /// LoRA, ICLR 2022); with 0, the weights themselves are trained.
+    pub lora_rank: usize,
     /// Weight decay of all matrices outside the flow head.
     pub weight_decay: f64,
     /// Probability that a class label is dropped, for classifier-free guidance.
@@ -343,6 +346,7 @@ impl Recipe {
                 model: generator,
                 plan,
                 views: 8,
+                lora_rank: 0,
                 weight_decay: 0.02,
                 label_drop_prob: 0.1,
                 attn_dropout: 0.1,
@@ -398,6 +402,7 @@ impl Recipe {
         {
             in_range(&format!("generator.{name}"), count, 1, MOST)?;
         }
+        in_range("generator.lora_rank", g.lora_rank, 0, MOST)?;
         in_range("generator.evaluation_images", g.evaluation_images, 2, MOST)?;
         in_range("tokenizer.discriminator_channels", t.discriminator_channels, 1, MOST)?;
         let generator = GeneratorConfig { embed: t.model.embed, ..g.model.clone() };
@@ -495,6 +500,7 @@ fn demo() -> Recipe {
                 ..plan
             },
             views: 24,
+            lora_rank: 0,
             attn_dropout: 0.0,
             proj_dropout: 0.0,
             shift_num: 256,

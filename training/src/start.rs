@@ -4,14 +4,11 @@ use std::path::Path;
 
 use candle_core::Tensor;
 use eqim::bundle::FileRecord;
-use eqim::checkpoint::{self, Hints};
+use eqim::checkpoint::{self, CLASS_TABLE, Hints};
 use eqim::config::GeneratorConfig;
 use eqim::weights::Weights;
 use eqim::{Error, Result, files};
 use regex::Regex;
-
-/// Name of the table of the classes, `[class_num, D]`.
-const CLASSES: &str = "class_emb.weight";
 
 /// A generator from which a training starts.
 #[derive(Debug)]
@@ -80,7 +77,7 @@ impl Start {
     /// # Errors
     /// If a Candle operation fails.
     pub fn weights(&self, classes: &[String]) -> Result<Weights> {
-        let table = self.weights.get(CLASSES, &[self.config.class_num, self.config.dim])?;
+        let table = self.weights.get(CLASS_TABLE, &[self.config.class_num, self.config.dim])?;
         let mean = table.mean_keepdim(0)?;
         let row = |class: &String| -> Result<Tensor> {
             let given = self.classes.iter().find(|(name, _)| name == class).map(|(_, class)| *class);
@@ -89,7 +86,7 @@ impl Start {
         };
         let rows = classes.iter().map(row).collect::<Result<Vec<_>>>()?;
         let mut weights = self.weights.clone();
-        weights.insert(CLASSES.into(), &Tensor::cat(&rows, 0)?)?;
+        weights.insert(CLASS_TABLE.into(), &Tensor::cat(&rows, 0)?)?;
         Ok(weights)
     }
 

@@ -4,8 +4,8 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use candle_core::{DType, Device, Tensor};
-use eqim::checkpoint::{self, Hints, WeightSet};
+use candle_core::{DType, Device, Tensor, Var};
+use eqim::checkpoint::{self, Hints, WeightSet, adapter};
 use eqim::close::{largest, largest_difference, values};
 use eqim::engine::candle::open_device;
 use eqim_training::data::Photos;
@@ -126,6 +126,32 @@ fn one_step_is_the_references() {
         assert!(difference <= 1e-3 * LEARNING_RATE as f32, "{name}: {difference:e}");
         let averaged = ((&before[name] * 0.9999).unwrap() + (&found * 0.0001).unwrap()).unwrap();
         close(name, &average.get(name, expected.dims()).unwrap().to_dtype(DType::F32).unwrap(), &averaged);
+    }
+}
+
+/// The expected values come from the package `peft` (`tests/fixtures/make_adapter.py`).
+#[test]
+fn adapters_and_their_gradients_are_those_of_peft() {
+    const SCALE: f64 = 2.0;
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let expected = candle_core::safetensors::load(folder.join("adapter_expected.safetensors"), &Device::Cpu).unwrap();
+    let mlp = |layer: &str| format!("encoder_blocks.0.mlp.{layer}");
+    let matrices = ["fc1", "fc2"].map(|layer| adapter::names(&format!("{}.weight", mlp(layer))));
+    let vars = matrices.each_ref().map(|names| names.each_ref().map(|name| Var::from_tensor(&expected[name]).unwrap()));
+    let linear = |x: &Tensor, layer: usize| {
+        let name = mlp(["fc1", "fc2"][layer]);
+        let [a, b] = &vars[layer];
+        let weight = adapter::merged(&expected[&format!("{name}.weight")], a, b, SCALE).unwrap();
+        let bias = &expected[&format!("{name}.bias")];
+        x.matmul(&weight.t().unwrap()).unwrap().broadcast_add(bias).unwrap()
+    };
+    let y = linear(&linear(&expected["x"], 0).relu().unwrap(), 1);
+    close("y", &y, &expected["y"]);
+    let gradients = (y * &expected["direction"]).unwrap().sum_all().unwrap().backward().unwrap();
+    for (names, vars) in matrices.iter().zip(&vars) {
+        for (name, var) in names.iter().zip(vars) {
+            close(name, gradients.get(var).unwrap(), &expected[&format!("gradient/{name}")]);
+        }
     }
 }
 

@@ -34,6 +34,12 @@ pub struct Onnx {
     class_names: Option<PathBuf>,
     #[command(flatten)]
     sets: SetArguments,
+    /// Low-rank adapter of the generator, as eqim-train and peft write them (.safetensors); it is merged into the weights
+    #[arg(long, value_name = "FILE", requires = "generator")]
+    adapter: Option<PathBuf>,
+    /// Factor of the adapter; for an adapter of peft lora_alpha / r
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = factor, requires = "adapter")]
+    adapter_scale: f64,
     /// Folder to write the bundle to; an older bundle there is replaced
     #[arg(short, long, value_name = "BUNDLE")]
     output: PathBuf,
@@ -54,6 +60,10 @@ pub struct Onnx {
     /// Target of the INT8 graphs: explicit Q/DQ for TensorRT, or integer operators that are fast on a CPU
     #[arg(long, alias = "for", value_enum, default_value_t = Int8Target::TensorRt, requires = "int8")]
     int8_target: Int8Target,
+}
+
+fn factor(text: &str) -> std::result::Result<f64, String> {
+    text.parse().ok().filter(|factor: &f64| factor.is_finite()).ok_or_else(|| "expected a number".into())
 }
 
 /// Source of the weights.
@@ -206,7 +216,10 @@ pub fn run(arguments: &Onnx) -> Result<()> {
         DtypeArgument::Fp32 => Precision::Fp32,
         DtypeArgument::Fp16 => Precision::Fp16,
     };
-    let (mut config, weights, inferred) = load(arguments)?;
+    let (mut config, mut weights, inferred) = load(arguments)?;
+    if let Some(adapter) = &arguments.adapter {
+        checkpoint::adapter::merge(adapter, arguments.adapter_scale, &mut config, &mut weights)?;
+    }
     if let Some(file) = &arguments.class_names {
         let about = |error: Error| error.about(format!("--class-names {}", file.display()));
         let text = String::from_utf8(files::read(file)?).or_input("is not text in UTF-8").map_err(about)?;
