@@ -1,5 +1,4 @@
-//! `cargo xtask demo`: exports the demo model and generates pictures with it. Their seeds were chosen before the model was
-//! trained.
+//! `cargo xtask demo`: exports the demo model and draws pictures with it.
 
 use std::env::{self, consts::EXE_SUFFIX};
 use std::fs;
@@ -11,27 +10,22 @@ use anyhow::{Context, Result};
 use crate::command::run;
 use crate::setup;
 
-const EXPORT: &str =
-    "onnx --generator assets/demo/model.safetensors --tokenizer assets/demo/model.safetensors -o demo/bundle";
+const EXPORT: &str = "onnx --generator assets/demo/model.safetensors --tokenizer assets/demo/model.safetensors \
+                      --class-names assets/demo/classes.txt -o demo/bundle";
 
 /// The pictures: description, file name and options of eqim-run.
 const PICTURES: [(&str, &str, &str); 4] = [
-    ("a 256×256 image", "image.png", "--class sky --seed 1 --tokens 16"),
-    ("a 256×2048 image", "long.png", "--class mountain --seed 1 --tokens 128"),
+    ("a 256×256 image", "image.png", "--class 3 --seed 23 --tokens 16"),
+    ("a 256×2048 image", "long.png", "--class 2 --seed 22 --tokens 128"),
     (
         "an outpainted photograph",
         "outpainted.png",
-        "--class mountain --seed 1 --tokens 80 --prefix assets/photos/mountain/aitzgorri_by_aitzol_berasategi.jpg",
+        "--class 2 --seed 1 --tokens 80 --prefix assets/photos/mountain/aitzgorri_by_aitzol_berasategi.jpg",
     ),
-    ("a forest that becomes water", "changing.png", "--classes forest:0-40,water:24- --seed 1 --tokens 80"),
+    ("a forest that becomes water", "changing.png", "--classes forest:0-40,water:24- --seed 5 --tokens 80 --cfg 3"),
 ];
 
-/// Classes of the model, in the columns of the sheet of samples.
-const CLASSES: usize = 7;
-/// Seeds of the samples, in the rows of the sheet.
-const SEEDS: [u64; 3] = [1, 2, 3];
-
-/// Builds the programs, exports the demo model and generates pictures with it.
+/// Builds the programs, exports the demo model and draws pictures with it.
 pub fn demo(root: &Path) -> Result<()> {
     println!("building the programs and the examples");
     // The tests build them in the same way: Cargo compiles no dependency twice.
@@ -48,29 +42,11 @@ pub fn demo(root: &Path) -> Result<()> {
         println!("generating {what}");
         run_built("eqim-run", &format!("--engine demo/bundle {how} -o demo/{file}"), root)?;
     }
-    println!("generating {} images of every class", SEEDS.len());
-    samples(root)?;
-    let sheet = ("images of every class", "samples.png");
-    for (what, file) in PICTURES.map(|(what, file, _)| (what, file)).into_iter().chain([sheet]) {
+    for (what, file, _) in PICTURES {
         println!("{what}: {}", root.join("demo").join(file).display());
     }
     println!("to serve the model over HTTP: target/release/eqim-serve --engine demo/bundle");
     Ok(())
-}
-
-/// Generates an image of every class with every seed, and puts them side by side in `demo/samples.png`.
-fn samples(root: &Path) -> Result<()> {
-    let folder = root.join("demo/samples");
-    fs::create_dir_all(&folder).with_context(|| format!("{} cannot be made", folder.display()))?;
-    let classes: Vec<String> = (0..CLASSES).map(|class| class.to_string()).collect();
-    let mut files = vec![];
-    for seed in SEEDS {
-        let output = format!("-o demo/samples/{seed}.png");
-        let line = format!("--engine demo/bundle --class {} --seed {seed} --tokens 16 {output}", classes.join(","));
-        run_built("eqim-run", &line, root)?;
-        files.extend(classes.iter().map(|class| format!("demo/samples/{seed}-{class}.png")));
-    }
-    run_built("examples/contact_sheet", &format!("demo/samples.png {CLASSES} {}", files.join(" ")), root)
 }
 
 /// The folder of the built programs.
