@@ -10,10 +10,7 @@ fn a_checkpoint_is_exported_an_image_generated_and_a_panorama_streamed() {
     let exported = place.run(&format!("export_checkpoint {weights} bundle")).succeeded().stdout;
     assert!(exported.contains("-[✓] rollout") && !exported.contains("-[x]"), "{exported}");
     place.run("generate_image bundle image.png").succeeded();
-    assert_eq!(image::image_dimensions(place.path("image.png")).unwrap(), (256, 7 * 256));
-    place.run("contact_sheet sheet.png 2 image.png image.png image.png").succeeded();
-    assert_eq!(image::image_dimensions(place.path("sheet.png")).unwrap(), (2 * 256 + 4, 2 * 7 * 256 + 4));
-    place.run("contact_sheet sheet.png 0 image.png").failed(1, &["expected SHEET.png COLUMNS PICTURE"]);
+    assert_eq!(image::image_dimensions(place.path("image.png")).unwrap(), (256, 5 * 256));
     place.run("contact_sheet sheet.png 2 image.png image.png image.png").succeeded();
     assert_eq!(image::image_dimensions(place.path("sheet.png")).unwrap(), (2 * 256 + 4, 2 * 5 * 256 + 4));
     place.run("contact_sheet sheet.png 0 image.png").failed(1, &["expected SHEET.png COLUMNS PICTURE"]);
