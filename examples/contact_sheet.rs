@@ -34,5 +34,5 @@ fn main() -> Result<()> {
         let (left, top) = (place % columns * (width + GAP), place / columns * (height + GAP));
         imageops::replace(&mut sheet, picture, left.into(), top.into());
     }
-    sheet.save(&output).map_err(|error| Error::run(output.display(), "cannot be written").because(error))
+    picture::write_rgb(&output, sheet.as_raw(), sheet.dimensions())
 }

@@ -181,6 +181,14 @@ impl FileRecord {
         Ok(Self { file: file.to_string(), bytes, sha256 })
     }
 
+    /// Describes the current contents of the file at `path`.
+    ///
+    /// # Errors
+    /// [`Error::input`] if the file cannot be read.
+    pub fn at(path: &Path) -> Result<Self> {
+        Self::of(files::folder(path), &path.file_name().unwrap_or_default().to_string_lossy())
+    }
+
     /// Checks that the file in `folder` still has the recorded length and SHA-256.
     ///
     /// # Errors

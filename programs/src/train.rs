@@ -238,8 +238,7 @@ fn generator(shared: &Shared, tokenizer: &Path, start: Option<Start>) -> Result<
     }
     let device = open_device(&shared.device)?;
     let (config, weights) = checkpoint::load_tokenizer_alone(tokenizer, None)?;
-    let name = tokenizer.file_name().unwrap_or_default().to_string_lossy();
-    let hash = FileRecord::of(files::folder(tokenizer), &name)?.sha256;
+    let hash = FileRecord::at(tokenizer)?.sha256;
     generator::check_memory(&recipe.generator, &config, limits::memory())?;
     let evaluation = shared.evaluation(&recipe.generator.plan)?;
     let photos = shared.photos(&recipe.generator.plan, config.image_height(), config.token_width())?;

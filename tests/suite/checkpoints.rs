@@ -664,9 +664,8 @@ fn an_adapter_of_peft_is_merged_by_the_export() {
     place.write("adapter.safetensors", std::fs::read(file("training/tests/fixtures/adapter.safetensors")).unwrap());
     let line = format!("{} --adapter adapter.safetensors --adapter-scale 2 -o bundle", export_line(&fixture));
     place.run(&line).succeeded();
-    place.run(
-        "eqim-run --engine bundle --class 1 --seed 3 --tokens 6 --steps 4 --save-tokens tokens.safetensors -o a.png",
-    );
+    let options = "--class 1 --seed 3 --tokens 6 --steps 4 --save-tokens tokens.safetensors";
+    place.run(&format!("eqim-run --engine bundle {options} -o a.png")).succeeded();
 
     let hints = Hints { heads: Some(fixture.heads), ..Hints::default() };
     let (generator, tokenizer) = (fixture.folder.join("generator.pth"), fixture.folder.join("tokenizer.ckpt"));

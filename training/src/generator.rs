@@ -32,7 +32,11 @@ use crate::start::Start;
 pub struct GeneratorTask {
     recipe: GeneratorRecipe,
     learner: Learner,
-    networks: Networks,
+    encoder: Encoder,
+    /// The [identity](Start::identity) of the checkpoint from which the training started; empty without one. Its weights are
+    /// not kept.
+    start: String,
+    evaluation: Option<Evaluation>,
     posterior_std: f64,
     device: Device,
     /// Weights that are not trained.
@@ -197,9 +201,10 @@ impl GeneratorTask {
         cache: &Path,
         device: Device,
     ) -> Result<Self> {
-        let (plan, encoder) = (&recipe.plan, &networks.encoder);
+        let Networks { encoder, start, evaluation } = networks;
+        let plan = &recipe.plan;
         let classes = photos.classes.clone();
-        let given = networks.start.as_ref().map(|start| start.config(&classes, encoder.config.embed)).transpose()?;
+        let given = start.as_ref().map(|start| start.config(&classes, encoder.config.embed)).transpose()?;
         let (training, held_out) = photos.split(plan.validation, plan.seed)?;
         let fingerprint = training.fingerprint();
         let crops = Crops {
@@ -224,14 +229,15 @@ impl GeneratorTask {
 
         let config = Config { generator: recipe.model.clone(), tokenizer: encoder.config.clone() };
         config.check()?;
-        let Beginning { learned, frozen, adapted } =
-            Beginning::new(&config, networks.start.as_ref(), &classes, &recipe)?;
+        let Beginning { learned, frozen, adapted } = Beginning::new(&config, start.as_ref(), &classes, &recipe)?;
         let learner = Learner::new("generator", learned, &device)?;
         let frozen = frozen.to_device(&device)?;
         Ok(Self {
             recipe,
             learner,
-            networks,
+            encoder,
+            start: start.as_ref().map_or(String::new(), Start::identity),
+            evaluation,
             posterior_std,
             device,
             frozen,
@@ -270,7 +276,7 @@ impl GeneratorTask {
 
     /// The Fréchet distance of generated images, which have the classes in turn, to the held-out photographs.
     fn distance(&self, evaluation: &Evaluation) -> Result<f64> {
-        let (engine, model) = (self.engine()?, &self.networks.encoder.config);
+        let (engine, model) = (self.engine()?, &self.encoder.config);
         let (height, width) = (model.image_height(), model.token_width());
         let count = self.recipe.evaluation_images;
         let mut images = vec![];
@@ -346,12 +352,11 @@ impl GeneratorTask {
 
     /// An engine with the averaged weights of the generator and with the tokenizer.
     fn engine(&self) -> Result<CandleEngine> {
-        let Networks { encoder, .. } = &self.networks;
-        let mut weights = encoder.weights.clone();
+        let mut weights = self.encoder.weights.clone();
         for (name, tensor) in self.averaged()?.to_device(&Device::Cpu)?.iter() {
             weights.insert(name.to_string(), tensor)?;
         }
-        let config = Config { generator: self.recipe.model.clone(), tokenizer: encoder.config.clone() };
+        let config = Config { generator: self.recipe.model.clone(), tokenizer: self.encoder.config.clone() };
         Ok(CandleEngine::new(config, weights))
     }
 }
@@ -404,9 +409,8 @@ impl Task for GeneratorTask {
         let (recipe, plan) = (self.recipe.clone(), self.recipe.plan.identity());
         let recipe = GeneratorRecipe { plan, evaluation_images: 0, ..recipe };
         let recipe = toml::to_string(&recipe).or_run("recipe")?;
-        let Networks { encoder, start, .. } = &self.networks;
-        let start = start.as_ref().map_or(String::new(), Start::identity);
-        Ok(format!("{recipe}tokenizer = {}\nphotographs = {}\n{start}", encoder.hash, self.fingerprint))
+        let (tokenizer, photographs) = (&self.encoder.hash, &self.fingerprint);
+        Ok(format!("{recipe}tokenizer = {tokenizer}\nphotographs = {photographs}\n{}", self.start))
     }
 
     fn step(&mut self, step: usize) -> Result<Measures> {
@@ -442,7 +446,7 @@ impl Task for GeneratorTask {
             sum += self.loss_of(&weights, &self.draw(&self.held_out, batch, false)?)?;
         }
         let mut measures = Measures::from([("loss".into(), sum / VALIDATION_BATCHES as f64)]);
-        if let Some(evaluation) = &self.networks.evaluation {
+        if let Some(evaluation) = &self.evaluation {
             measures.insert("frechet_distance".into(), self.distance(evaluation)?);
         }
         Ok(measures)

@@ -7,7 +7,7 @@ use eqim::bundle::FileRecord;
 use eqim::checkpoint::{self, CLASS_TABLE, Hints};
 use eqim::config::GeneratorConfig;
 use eqim::weights::Weights;
-use eqim::{Error, Result, files};
+use eqim::{Error, Result};
 use regex::Regex;
 
 /// A generator from which a training starts.
@@ -32,8 +32,7 @@ impl Start {
     /// Those of [`checkpoint::load`]; [`Error::setting`] if a class is not one of the checkpoint.
     pub fn open(path: &Path, hints: &Hints, classes: &[String], frozen: Option<Regex>) -> Result<Self> {
         let (config, weights) = checkpoint::load_generator_alone(path, None, hints)?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let hash = FileRecord::of(files::folder(path), &name)?.sha256;
+        let hash = FileRecord::at(path)?.sha256;
         let class = |text: &String| {
             let bad = |problem: String| Error::setting("classes", format!("has {text:?}: {problem}"));
             let (name, class) = text.rsplit_once('=').ok_or_else(|| bad("expected NAME=CLASS".into()))?;
