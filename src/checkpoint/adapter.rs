@@ -10,6 +10,7 @@ use std::path::Path;
 use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::CLASS_TABLE;
 use super::tensors::{self, TensorFile};
 use crate::config::GeneratorConfig;
 use crate::digest::Hash;
@@ -84,60 +85,76 @@ pub fn write(
 /// [`Error::input`] if the adapter was trained on other weights, or naming the tensor that does not fit.
 pub fn merge(path: &Path, scale: f64, config: &mut Config, weights: &mut Weights) -> Result<()> {
     let mut file = TensorFile::open(path)?;
-    let bad = |problem: String| Error::input(path.display(), problem);
-    let mut found = BTreeMap::new();
-    let stored: Vec<String> = file.tensors().into_keys().collect();
-    for name in stored {
-        let tensor = file.read(&name)?.to_dtype(DType::F32)?;
-        check_finite(&name, &tensor).map_err(|error| error.about(path.display()))?;
-        found.insert(name.strip_prefix(PREFIX).unwrap_or(&name).to_string(), tensor);
-    }
+    let mut found = read(&mut file)?;
     let adapted: Vec<String> =
         found.keys().filter_map(|name| Some(format!("{}{WEIGHT}", name.strip_suffix(A)?))).collect();
     if adapted.is_empty() {
-        return Err(bad(format!("has no tensor NAME{A}, so it is no low-rank adapter")));
+        return Err(Error::input(path.display(), format!("has no tensor NAME{A}, so it is no low-rank adapter")));
     }
     if let Some(text) = file.text(KEY) {
         let description: Description = serde_json::from_str(text).or_input(path.display())?;
         let base = fingerprint(weights, &adapted).map_err(|error| error.about(path.display()))?;
         if base != description.base {
-            return Err(bad("was trained on other weights than those of this generator".into()));
+            return Err(Error::input(path.display(), "was trained on other weights than those of this generator"));
         }
         config.generator.class_num = description.generator.class_num;
         config.generator.class_names = description.generator.class_names;
     }
     for weight in &adapted {
-        let [a, b] = names(weight).map(|name| found.remove(&name).ok_or(name));
-        let base = weights.find(weight).map_err(|error| error.about(path.display()))?;
-        let (a, b) = match (a, b) {
-            (Ok(a), Ok(b)) => (a, b),
-            (Err(name), _) | (_, Err(name)) => return Err(bad(format!("tensor {name} is missing"))),
-        };
-        let fits =
-            matches!((base.dims(), a.dims(), b.dims()), ([o, i], [r, ai], [bo, br]) if (o, i, r) == (bo, ai, br));
-        if !fits {
-            let (base, a, b) = (base.dims(), a.dims(), b.dims());
-            return Err(bad(format!("the adapter of {weight} {base:?} has matrices {a:?} and {b:?}")));
-        }
-        let merged = merged(base, &a, &b, scale)?;
-        weights.insert(weight.clone(), &merged)?;
+        merge_one(path, scale, weight, &mut found, weights)?;
     }
+    replace(path, found, weights)?;
+    let (rows, classes) = (weights.find(CLASS_TABLE)?.dim(0)?, config.generator.class_num);
+    if rows != classes {
+        let problem = format!("tensor {CLASS_TABLE} has {rows} rows, expected one for each of {classes} classes");
+        return Err(Error::input(path.display(), problem));
+    }
+    config.check().map_err(|error| error.about(path.display()))
+}
+
+/// The tensors of an adapter, by their names in the model.
+fn read(file: &mut TensorFile) -> Result<BTreeMap<String, Tensor>> {
+    let stored: Vec<String> = file.tensors().into_keys().collect();
+    let mut found = BTreeMap::new();
+    for name in stored {
+        let tensor = file.read(&name)?.to_dtype(DType::F32)?;
+        check_finite(&name, &tensor).map_err(|error| error.about(file.path().display()))?;
+        found.insert(name.strip_prefix(PREFIX).unwrap_or(&name).to_string(), tensor);
+    }
+    Ok(found)
+}
+
+/// Merges the two matrices of a weight, and takes them out of `found`.
+fn merge_one(
+    path: &Path,
+    scale: f64,
+    weight: &str,
+    found: &mut BTreeMap<String, Tensor>,
+    weights: &mut Weights,
+) -> Result<()> {
+    let bad = |problem: String| Error::input(path.display(), problem);
+    let base = weights.find(weight).map_err(|error| error.about(path.display()))?;
+    let [a, b] = names(weight).map(|name| found.remove(&name).ok_or(bad(format!("tensor {name} is missing"))));
+    let (a, b) = (a?, b?);
+    let fits = matches!((base.dims(), a.dims(), b.dims()), ([o, i], [r, ai], [bo, br]) if (o, i, r) == (bo, ai, br));
+    if !fits {
+        let (base, a, b) = (base.dims(), a.dims(), b.dims());
+        return Err(bad(format!("the adapter of {weight} {base:?} has matrices {a:?} and {b:?}")));
+    }
+    let merged = merged(base, &a, &b, scale)?;
+    weights.insert(weight.to_string(), &merged)
+}
+
+/// Puts tensors in the place of those of the generator. A table of classes can have other rows.
+fn replace(path: &Path, found: BTreeMap<String, Tensor>, weights: &mut Weights) -> Result<()> {
     for (name, tensor) in found {
-        let shape = weights.find(&name).map_err(|error| error.about(path.display()))?.dims().to_vec();
-        // A table of classes can have other rows.
-        if shape.get(1..) != tensor.dims().get(1..)
-            || shape.first() != tensor.dims().first() && name != super::CLASS_TABLE
-        {
-            return Err(bad(format!("tensor {name} has shape {:?}, expected {shape:?}", tensor.dims())));
+        let expected = weights.find(&name).map_err(|error| error.about(path.display()))?.dims();
+        let same_rows = expected.first() == tensor.dims().first() || name == CLASS_TABLE;
+        if !same_rows || expected.get(1..) != tensor.dims().get(1..) {
+            let problem = format!("tensor {name} has shape {:?}, expected {expected:?}", tensor.dims());
+            return Err(Error::input(path.display(), problem));
         }
         weights.insert(name, &tensor)?;
     }
-    let rows = weights.find(super::CLASS_TABLE)?.dim(0)?;
-    match rows == config.generator.class_num {
-        true => config.check().map_err(|error| error.about(path.display())),
-        false => {
-            let (table, classes) = (super::CLASS_TABLE, config.generator.class_num);
-            Err(bad(format!("tensor {table} has {rows} rows, expected one for each of {classes} classes")))
-        }
-    }
+    Ok(())
 }

@@ -189,7 +189,7 @@ fn key(encoder: &Encoder, photo: &Photo, crops: Crops, views: usize, seed: u64) 
 }
 
 fn encode(file: &Path, encoder: &Encoder, photo: &Photo, crops: Crops, views: usize, seed: u64) -> Result<()> {
-    let device = encoder.weights.iter().next().map_or(Device::Cpu, |(_, tensor)| tensor.device().clone());
+    let device = encoder.weights.device();
     let picture = picture::load(&photo.path)?;
     let mut random = randomness(seed, Purpose::Crop, 0);
     let (mut stored, mut hash) = (vec![], Hash::default());

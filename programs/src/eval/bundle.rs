@@ -9,6 +9,7 @@ use eqim::{Error, Result, ResultExt, files};
 use eqim_engines::Options;
 use serde_json::json;
 
+use super::sets::is_occupied;
 use crate::run::{Jobs, run_jobs};
 
 /// How images are generated.
@@ -66,10 +67,7 @@ impl Generation {
         let jobs: String = (0..self.count).map(line).collect();
         let file = self.file();
         let is_ours = file.exists() && jobs.starts_with(&String::from_utf8_lossy(&files::read(&file)?)[..]);
-        if !is_ours
-            && self.output.exists()
-            && std::fs::read_dir(&self.output).or_input(self.output.display())?.count() > 0
-        {
+        if !is_ours && is_occupied(&self.output)? {
             let problem = "has other files than the images of these jobs: choose another folder, or remove it";
             return Err(Error::input(self.output.display(), problem).with_field("output"));
         }

@@ -13,6 +13,8 @@ use eqim_cli::Progress;
 use eqim_engines::{Options, open};
 use ndarray::{Array3, Axis};
 
+use super::sets::is_occupied;
+
 /// How photographs are reconstructed.
 #[derive(Args)]
 pub struct Reconstruction {
@@ -45,9 +47,7 @@ impl Reconstruction {
     /// # Errors
     /// [`Error::input`] if the output has files already or a photograph cannot be used; errors of the engine.
     pub fn run(&self, photos: &Path) -> Result<Pairs> {
-        let is_used =
-            self.output.exists() && std::fs::read_dir(&self.output).or_input(self.output.display())?.count() > 0;
-        if is_used {
+        if is_occupied(&self.output)? {
             let problem = "has files already: choose another folder, or remove it";
             return Err(Error::input(self.output.display(), problem).with_field("output"));
         }

@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 use std::path::Path;
 
 use clap::Args;
-use eqim::Result;
+use eqim::{Result, ResultExt};
 use eqim_cli::Progress;
 use eqim_evaluation::features::{Features, Origin, outputs};
 use eqim_evaluation::network::Network;
@@ -122,6 +122,14 @@ impl<'a> Sets<'a> {
         drop(progress);
         Features::new(self.origin(path, None)?, &made)
     }
+}
+
+/// Whether a folder exists and has entries.
+///
+/// # Errors
+/// [`eqim::Error::input`] if it cannot be read.
+pub fn is_occupied(folder: &Path) -> Result<bool> {
+    Ok(folder.exists() && std::fs::read_dir(folder).or_input(folder.display())?.count() > 0)
 }
 
 /// Names and counts the pictures that cannot be used.
