@@ -711,6 +711,29 @@ fn pretrained_networks_take_part() {
     }
     let said = place.fails(&place.tokenizer("-o t --steps 2 --resume"), 2);
     assert!(said.contains("perceptual = EfficientNet-Lite0"), "{said}");
+
+    // Windows of crops of 32×32 pixels: other ones in every step, and the same ones after a resumption.
+    let shifted = |shift: usize| {
+        let recipe =
+            MICRO.replace("[tokenizer.model]", &format!("[tokenizer]\nperceptual_shift = {shift}\n[tokenizer.model]"));
+        fs::write(
+            place.path("shifted.toml"),
+            recipe.replace("tokens = 4", "tokens = 8").replace("log_every = 2", "log_every = 1"),
+        )
+        .unwrap();
+        place.tokenizer("--perceptual lite0.pth").replace("micro.toml", "shifted.toml")
+    };
+    place.trains(&format!("{} -o fixed --steps 2", shifted(0)));
+    let line = shifted(8);
+    place.trains(&format!("{line} -o whole --steps 4"));
+    place.trains(&format!("{line} -o parts --steps 3"));
+    place.trains(&format!("{line} -o parts --steps 4 --resume"));
+    same(&place.path("whole/state.safetensors"), &place.path("parts/state.safetensors"));
+    let first = |run: &str| place.metrics(run)[0]["perceptual"].as_f64().unwrap();
+    assert_ne!(first("fixed"), first("whole"));
+    let said = place.fails(&format!("{} -o x", shifted(17)), 2);
+    assert!(said.contains("tokenizer.perceptual_shift: is 17, expected 0 to 16"), "{said}");
+
     place.trains(&place.generator("--evaluate lite0.pth -o g --steps 2"));
     let last = place.metrics("g").pop().unwrap();
     assert!(last["validation_frechet_distance"].as_f64().is_some_and(|value| value > 0.0), "{last}");

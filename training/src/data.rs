@@ -36,6 +36,8 @@ pub enum Purpose {
     Flow,
     /// Dropout.
     Dropout,
+    /// Windows of the perceptual loss.
+    Window,
 }
 
 /// The random number generator of a step. It depends on the arguments only, so that a resumed run needs no saved state.

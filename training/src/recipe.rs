@@ -10,6 +10,8 @@ use eqim::{Config, Error, Result, ResultExt, files};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
+use crate::perceptual;
+
 /// The preset that a recipe starts from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -121,6 +123,9 @@ pub struct TokenizerRecipe {
     pub structure_weight: f64,
     /// Weight of the perceptual distance, used if the weights of its network are given (`perceptual_weight`).
     pub perceptual_weight: f64,
+    /// Pixels by which the windows of the perceptual distance are smaller than the crops. Their place is random in every
+    /// step; otherwise the strides of the network leave a regular pattern in the reconstructions. 0 compares whole crops.
+    pub perceptual_shift: usize,
     /// Weight of the patch discriminator (`disc_weight`); 0 trains no discriminator.
     pub discriminator_weight: f64,
     /// Channels of the first layer of the discriminator (`ndf`).
@@ -335,6 +340,7 @@ impl Recipe {
                 pixel_weight: 1.0,
                 structure_weight: 1.0,
                 perceptual_weight: 1.0,
+                perceptual_shift: 0,
                 discriminator_weight: 0.5,
                 discriminator_channels: 64,
                 discriminator_start: 5001,
@@ -406,7 +412,10 @@ impl Recipe {
         in_range("generator.evaluation_images", g.evaluation_images, 2, MOST)?;
         in_range("tokenizer.discriminator_channels", t.discriminator_channels, 1, MOST)?;
         let generator = GeneratorConfig { embed: t.model.embed, ..g.model.clone() };
-        Config { generator, tokenizer: t.model.clone() }.check()
+        Config { generator, tokenizer: t.model.clone() }.check()?;
+        let width = t.plan.tokens.saturating_mul(t.model.token_width());
+        let most = t.model.image_height().min(width).saturating_sub(perceptual::SMALLEST);
+        in_range("tokenizer.perceptual_shift", t.perceptual_shift, 0, most)
     }
 
     /// The recipe as TOML, which can be edited and [read](Recipe::read).

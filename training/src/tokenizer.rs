@@ -18,6 +18,7 @@ use eqim::picture::{self, Side};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, ResultExt};
 use ndarray::{Array3, Array4, ArrayView3, ArrayView4, Axis, concatenate, s};
+use rand::Rng;
 
 use crate::data::{Ahead, Crops, Photo, Photos, Purpose, randomness};
 use crate::discriminator;
@@ -234,6 +235,8 @@ struct Shard {
 struct Objective<'a> {
     recipe: &'a TokenizerRecipe,
     perceptual: Option<&'a Perceptual>,
+    /// First row and column of the window of the perceptual loss.
+    window: (usize, usize),
     /// From the first step with the semantic loss.
     semantic: Option<&'a Semantic>,
     /// Weights of the discriminator, from the first step with the discriminator.
@@ -305,11 +308,19 @@ impl Objective<'_> {
             parts.push(("structure", structure));
         }
         if let Some(network) = self.perceptual {
-            let distance = network.distance(reconstruction, image)?;
+            let [reconstruction, image] = [reconstruction, image].map(|image| self.windowed(image));
+            let distance = network.distance(&reconstruction?, &image?)?;
             total = (total + (&distance * self.recipe.perceptual_weight)?)?;
             parts.push(("perceptual", distance));
         }
         Ok(Losses { total, parts })
+    }
+
+    /// The window of an image `[rows, 3, height, width]` that the perceptual loss compares.
+    fn windowed(&self, image: &Tensor) -> Result<Tensor> {
+        let ((top, left), shift) = (self.window, self.recipe.perceptual_shift);
+        let (_, _, height, width) = image.dims4()?;
+        Ok(image.narrow(2, top, height - shift)?.narrow(3, left, width - shift)?)
     }
 
     /// Weight of the adversarial loss: the gradient norm of the other reconstruction losses, divided by the gradient
@@ -409,7 +420,11 @@ impl Task for TokenizerTask {
         let discriminator = adversary.as_ref().map(|discriminator| discriminator.weights()).transpose()?;
         let Networks { perceptual, semantic, .. } = &self.networks;
         let semantic = semantic.as_ref().filter(|_| step >= self.recipe.semantic_start);
-        let objective = Objective { recipe: &self.recipe, perceptual: perceptual.as_ref(), semantic, discriminator };
+        let mut places = randomness(plan.seed, Purpose::Window, step);
+        let mut place = || places.random_range(0..=self.recipe.perceptual_shift);
+        let window = (place(), place());
+        let perceptual = perceptual.as_ref();
+        let objective = Objective { recipe: &self.recipe, perceptual, window, semantic, discriminator };
         let mut weights = self.learner.weights()?;
         add(&mut weights, &self.frozen)?;
         let (gradients, mut measures) =
