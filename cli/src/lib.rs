@@ -14,6 +14,7 @@ pub mod table;
 
 use std::fmt::{self, Display};
 use std::io::{self, ErrorKind, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use eqim::{Error, Result, ResultExt};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -52,7 +53,7 @@ fn exit_code(result: Result<()>) -> u8 {
     match result {
         Ok(()) => 0,
         Err(error) => {
-            note(format_args!("error: {}", with_flag(&error)));
+            note_error(format_args!("error: {}", with_flag(&error)));
             error.exit_code()
         }
     }
@@ -116,11 +117,26 @@ where
     }
 }
 
+/// Whether the process writes errors only.
+static IS_SILENT: AtomicBool = AtomicBool::new(false);
+
+/// From now on, the process writes no output and no messages, only errors.
+pub fn silence() {
+    IS_SILENT.store(true, Ordering::Relaxed);
+}
+
+fn is_silent() -> bool {
+    IS_SILENT.load(Ordering::Relaxed)
+}
+
 /// Writes lines to standard output. A closed pipe, for example to `head`, is not an error.
 ///
 /// # Errors
 /// [`Error::run`] if the lines cannot be written.
 pub fn print(text: impl Display) -> Result<()> {
+    if is_silent() {
+        return Ok(());
+    }
     let mut output = io::stdout().lock();
     match writeln!(output, "{text}").and_then(|()| output.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::run("standard output", error)),
@@ -135,6 +151,13 @@ pub fn say(text: impl Display) {
 
 /// Writes a message to standard error, separate from the output of the program.
 pub fn note(text: impl Display) {
+    if !is_silent() {
+        note_error(text);
+    }
+}
+
+/// Writes an error to standard error, also if the process is [silent](silence).
+pub fn note_error(text: impl Display) {
     // Errors are ignored, because there is no other place to report them.
     let _ = writeln!(io::stderr(), "{text}");
 }

@@ -3,7 +3,10 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
 
+use candle_core::Device;
 use clap::{Args, Parser, Subcommand};
 use eqim::bundle::FileRecord;
 use eqim::checkpoint::{self, Hints};
@@ -14,6 +17,7 @@ use eqim_training::evaluation::Evaluation;
 use eqim_training::generator::{self, GeneratorTask};
 use eqim_training::latents::Encoder;
 use eqim_training::perceptual::Perceptual;
+use eqim_training::ranks::Ranks;
 use eqim_training::recipe::{Base, Recipe, TrainingPlan};
 use eqim_training::run::{Output, Task, run as run_task};
 use eqim_training::semantic::Semantic;
@@ -25,9 +29,29 @@ use serde::Serialize;
 /// Runs the program with its arguments, the first of which is its name. Returns the exit code of the process.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
     let arguments = Arguments::parse_from(arguments);
-    eqim_cli::main(|| {
+    let mut ranks = None;
+    let code = eqim_cli::main(|| {
         restart_with_variables()?;
-        run(&arguments)
+        let ranks = ranks.insert(Arc::new(Ranks::join()?));
+        run_on(ranks, &arguments)
+    });
+    if let Some(ranks) = ranks.filter(|_| code != 0) {
+        ranks.abort(code);
+    }
+    code
+}
+
+/// Runs the command on one of several ranks. The first writes the messages, and all write their errors.
+fn run_on(ranks: &Arc<Ranks>, arguments: &Arguments) -> Result<()> {
+    if !ranks.is_first() {
+        eqim_cli::silence();
+    }
+    run(arguments, ranks).map_err(|error| {
+        if !ranks.is_first() {
+            // An error that all ranks have is written once: the first ends the others.
+            std::thread::sleep(Duration::from_secs(2));
+        }
+        if ranks.size() > 1 { error.about(format!("rank {} of {}", ranks.rank(), ranks.size())) } else { error }
     })
 }
 
@@ -97,7 +121,7 @@ struct Shared {
     /// TOML file with the settings that differ from the preset.
     #[arg(long, value_name = "FILE")]
     recipe: Option<PathBuf>,
-    /// Device to train on: cpu, or cuda:N if built with the feature cuda.
+    /// Device to train on: cpu, or cuda:N if built with the feature cuda. With several ranks, cuda is one GPU per rank.
     #[arg(long, value_name = "DEVICE", default_value = "cpu")]
     device: String,
     /// Resume from the last checkpoint in the output folder.
@@ -121,6 +145,13 @@ impl Shared {
     /// What checkpoints of the reference may lack: the values of the preset's size.
     fn hints(&self) -> Hints {
         Hints { preset: self.preset.size(), ..Hints::default() }
+    }
+
+    fn device(&self, ranks: &Ranks) -> Result<Device> {
+        match self.device.as_str() {
+            "cuda" => open_device(&format!("cuda:{}", ranks.local())),
+            name => open_device(name),
+        }
     }
 
     fn recipe(&self) -> Result<Recipe> {
@@ -188,22 +219,29 @@ fn restart_with_variables() -> Result<()> {
 ///
 /// # Errors
 /// [`Error::input`] naming the flag, file or key that cannot be used; [`Error::run`] if the training fails.
-fn run(arguments: &Arguments) -> Result<()> {
+fn run(arguments: &Arguments, ranks: &Arc<Ranks>) -> Result<()> {
     match &arguments.part {
         Part::Recipe { preset } => eqim_cli::print(Recipe::new(*preset).text()?),
         Part::Tokenizer { shared, from, perceptual, semantic } => {
-            tokenizer(shared, from.as_deref(), perceptual.as_deref(), semantic.as_deref())
+            tokenizer(shared, from.as_deref(), perceptual.as_deref(), semantic.as_deref(), ranks)
         }
         Part::Generator { shared, tokenizer, from, classes, freeze } => {
             let start = |path: &PathBuf| Start::open(path, &shared.hints(), classes, freeze.clone());
-            generator(shared, tokenizer, from.as_ref().map(start).transpose()?)
+            generator(shared, tokenizer, from.as_ref().map(start).transpose()?, ranks)
         }
     }
 }
 
-fn tokenizer(shared: &Shared, from: Option<&Path>, perceptual: Option<&Path>, semantic: Option<&Path>) -> Result<()> {
+fn tokenizer(
+    shared: &Shared,
+    from: Option<&Path>,
+    perceptual: Option<&Path>,
+    semantic: Option<&Path>,
+    ranks: &Arc<Ranks>,
+) -> Result<()> {
     let mut recipe = shared.recipe()?.tokenizer;
-    let device = open_device(&shared.device)?;
+    ranks.set_timeout(recipe.plan.timeout);
+    let device = shared.device(ranks)?;
     if recipe.plan.bf16 && device.is_cpu() {
         return Err(Error::input(
             "tokenizer.plan.bf16",
@@ -217,36 +255,42 @@ fn tokenizer(shared: &Shared, from: Option<&Path>, perceptual: Option<&Path>, se
     tokenizer::check_memory(&recipe, limits::memory())?;
     let evaluation = shared.evaluation(&recipe.plan)?;
     let photos = shared.photos(&recipe.plan, recipe.model.image_height(), recipe.model.token_width())?;
-    let output = Output::open(&shared.output, shared.resume)?;
+    let output = Output::open(&shared.output, shared.resume, ranks)?;
     let networks = Networks {
         perceptual: perceptual.map(|path| Perceptual::open(path, &device)).transpose()?,
         semantic: semantic.map(|path| Semantic::open(path, &device)).transpose()?,
         evaluation,
     };
-    let mut task = TokenizerTask::new(recipe, photos, initial.map(|(_, weights)| weights), networks, device)?;
+    let mut task =
+        TokenizerTask::new(recipe, photos, initial.map(|(_, weights)| weights), networks, device, ranks.clone())?;
     train(&mut task, &output, shared.resume)?;
+    if !ranks.is_first() {
+        return Ok(());
+    }
     let report = ReconstructionReport::new(&task)?;
     let text = serde_json::to_string_pretty(&report).or_run("report")?;
     files::write(&output.file("report.json"), text.as_bytes())?;
     eqim_cli::print(report.text())
 }
 
-fn generator(shared: &Shared, tokenizer: &Path, start: Option<Start>) -> Result<()> {
+fn generator(shared: &Shared, tokenizer: &Path, start: Option<Start>, ranks: &Arc<Ranks>) -> Result<()> {
     let mut recipe = shared.recipe()?;
+    ranks.set_timeout(recipe.generator.plan.timeout);
     if let Some(start) = &start {
         recipe.generator.model = start.config.clone();
     }
-    let device = open_device(&shared.device)?;
+    let device = shared.device(ranks)?;
     let (config, weights) = checkpoint::load_tokenizer_alone(tokenizer, None)?;
     let hash = FileRecord::at(tokenizer)?.sha256;
     generator::check_memory(&recipe.generator, &config, limits::memory())?;
     let evaluation = shared.evaluation(&recipe.generator.plan)?;
     let photos = shared.photos(&recipe.generator.plan, config.image_height(), config.token_width())?;
-    let output = Output::open(&shared.output, shared.resume)?;
+    let output = Output::open(&shared.output, shared.resume, ranks)?;
     let networks = generator::Networks { encoder: Encoder { config, weights, hash }, start, evaluation };
     let posterior_std = recipe.tokenizer.posterior_std;
     let cache = output.file("latents");
-    let mut task = GeneratorTask::new(recipe.generator, posterior_std, photos, networks, &cache, device)?;
+    let mut task =
+        GeneratorTask::new(recipe.generator, posterior_std, photos, networks, &cache, device, ranks.clone())?;
     train(&mut task, &output, shared.resume)?;
     eqim_cli::print(format_args!("classes: {}", task.classes().join(", ")))
 }

@@ -30,20 +30,21 @@ pub enum Purpose {
     Crop,
     /// Samples of the tokenizer's posterior.
     Posterior,
-    /// Dropped labels, and positions of the first token.
+    /// Dropped labels.
     Labels,
     /// Noise and times of flow matching.
     Flow,
     /// Dropout.
     Dropout,
-    /// Windows of the perceptual loss.
-    Window,
+    /// Positions of the first token.
+    Shift,
 }
 
-/// The random number generator of a step. It depends on the arguments only, so that a resumed run needs no saved state.
-pub fn randomness(seed: u64, purpose: Purpose, step: usize) -> ChaCha8Rng {
+/// The random number generator of a sample, counted over all steps, or of a step. It depends on the arguments only, so that a
+/// resumed run needs no saved state, and every rank draws the numbers of its own samples.
+pub fn randomness(seed: u64, purpose: Purpose, number: usize) -> ChaCha8Rng {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    random.set_stream(((purpose as u64) << 48) | step as u64);
+    random.set_stream(((purpose as u64) << 48) | number as u64);
     random
 }
 
@@ -229,6 +230,17 @@ const KEPT: usize = 512 << 20;
 // Largest number of batches in the queue.
 const AHEAD: usize = 2;
 
+/// Settings of the batches of a training.
+#[derive(Clone, Debug)]
+pub struct Batches {
+    /// Crops per batch.
+    pub size: usize,
+    /// Random seed.
+    pub seed: u64,
+    /// The crops of a batch that are made.
+    pub rows: Range<usize>,
+}
+
 /// Prepares batches on a separate thread, a few steps ahead.
 #[derive(Debug)]
 pub struct Ahead {
@@ -237,16 +249,16 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// Starts preparing the batches of `steps`, with `batch` crops each.
+    /// Starts preparing the batches of `steps`.
     ///
     /// # Errors
     /// [`Error::run`] if the thread cannot be started.
-    pub fn start(photos: Photos, crops: Crops, batch: usize, seed: u64, steps: Range<usize>) -> Result<Self> {
+    pub fn start(photos: Photos, crops: Crops, batches: Batches, steps: Range<usize>) -> Result<Self> {
         let (sender, receiver) = sync_channel(AHEAD);
         let work = move || {
             let mut decoded = Decoded::default();
             for step in steps {
-                let made = make(&photos, &mut decoded, crops, batch, seed, step);
+                let made = make(&photos, &mut decoded, crops, &batches, step);
                 let failed = made.is_err();
                 if sender.send(made).is_err() || failed {
                     return;
@@ -281,14 +293,15 @@ impl Drop for Ahead {
     }
 }
 
-fn make(photos: &Photos, decoded: &mut Decoded, crops: Crops, batch: usize, seed: u64, step: usize) -> Result<Batch> {
-    let mut random = randomness(seed, Purpose::Crop, step);
-    let mut images = Array4::zeros((batch, 3, crops.height, crops.width));
+fn make(photos: &Photos, decoded: &mut Decoded, crops: Crops, batches: &Batches, step: usize) -> Result<Batch> {
+    let Batches { size, seed, rows } = batches;
+    let mut images = Array4::zeros((rows.len(), 3, crops.height, crops.width));
     let mut labels = vec![];
-    for (row, index) in order(seed, photos.photos.len(), batch, step).into_iter().enumerate() {
-        let photo = &photos.photos[index];
-        let crop = decoded.with(&photo.path, |picture| crops.draw(picture, &mut random))?;
-        images.index_axis_mut(Axis(0), row).assign(&crop);
+    let order = order(*seed, photos.photos.len(), *size, step);
+    for (row, mut image) in rows.clone().zip(images.axis_iter_mut(Axis(0))) {
+        let photo = &photos.photos[order[row]];
+        let mut random = randomness(*seed, Purpose::Crop, step * size + row);
+        image.assign(&decoded.with(&photo.path, |picture| crops.draw(picture, &mut random))?);
         labels.push(photo.class);
     }
     Ok(Batch { images, labels })
@@ -319,6 +332,7 @@ impl Decoded {
 #[cfg(test)]
 mod tests {
     use image::Rgb;
+    use ndarray::s;
 
     use super::*;
 
@@ -354,22 +368,28 @@ mod tests {
     #[test]
     fn a_batch_depends_on_its_step_alone() {
         let (_folder, photos) = photos(5);
-        let start = |first| Ahead::start(photos.clone(), CROPS, 3, 7, first..6).unwrap();
-        let mut whole = start(0);
+        let start =
+            |rows, first| Ahead::start(photos.clone(), CROPS, Batches { size: 3, seed: 7, rows }, first..6).unwrap();
+        let mut whole = start(0..3, 0);
         let batches: Vec<Batch> = (0..6).map(|_| whole.next_batch().unwrap()).collect();
         assert!(whole.next_batch().is_err());
-        let mut later = start(4);
+        let mut later = start(0..3, 4);
         assert_eq!(later.next_batch().unwrap().images, batches[4].images);
+        // A part of a batch is that part of the whole.
+        let part = start(1..3, 4).next_batch().unwrap();
+        assert_eq!(part.images, batches[4].images.slice(s![1.., .., .., ..]));
+        assert_eq!(part.labels, batches[4].labels[1..]);
         assert_ne!(batches[4].images, batches[5].images);
         // Dropping it before the last batch does not hang.
-        drop(start(0));
+        drop(start(0..3, 0));
     }
 
     #[test]
     fn a_photograph_that_is_gone_is_named() {
         let (folder, photos) = photos(1);
         std::fs::remove_file(folder.path().join("class/0.png")).unwrap();
-        let error = Ahead::start(photos, CROPS, 1, 1, 0..1).unwrap().next_batch().unwrap_err();
+        let batches = Batches { size: 1, seed: 1, rows: 0..1 };
+        let error = Ahead::start(photos, CROPS, batches, 0..1).unwrap().next_batch().unwrap_err();
         assert!(error.is_input() && error.to_string().contains("0.png"), "{error}");
     }
 

@@ -1,6 +1,8 @@
 //! Training of the generator (reference: `generator/equ_modeling.py`, `engine_generator.py`, `diffusion/flows.py`).
 
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use eqim::checkpoint::tensors::TensorFile;
@@ -24,6 +26,7 @@ use crate::evaluation::Evaluation;
 use crate::initial::{self, normal};
 use crate::latents::{Encoder, Latents};
 use crate::learner::{Learner, Losses, Measures, Update};
+use crate::ranks::Ranks;
 use crate::recipe::{self, GeneratorRecipe, TrainingPlan};
 use crate::run::Task;
 use crate::start::Start;
@@ -49,6 +52,7 @@ pub struct GeneratorTask {
     held_out: Latents,
     /// The held-out photographs, for the evaluation.
     held_out_photos: Vec<Photo>,
+    ranks: Arc<Ranks>,
 }
 
 /// The trained networks of a training.
@@ -189,10 +193,11 @@ impl Beginning {
 
 impl GeneratorTask {
     /// A generator with random weights, or with those of a checkpoint. The latents of the photographs are computed first
-    /// and stored in `cache`.
+    /// and stored in `cache`. All `ranks` are created in the same way.
     ///
     /// # Errors
-    /// [`eqim::Error::input`] if the photographs, the recipe or the checkpoint do not fit the tokenizer.
+    /// [`eqim::Error::input`] if the photographs, the recipe or the checkpoint do not fit the tokenizer, or if a batch has
+    /// fewer shards than there are ranks.
     pub fn new(
         mut recipe: GeneratorRecipe,
         posterior_std: f64,
@@ -200,6 +205,7 @@ impl GeneratorTask {
         networks: Networks,
         cache: &Path,
         device: Device,
+        ranks: Arc<Ranks>,
     ) -> Result<Self> {
         let Networks { encoder, start, evaluation } = networks;
         let plan = &recipe.plan;
@@ -214,7 +220,8 @@ impl GeneratorTask {
             flip: plan.flip,
         };
         let placed = Encoder { weights: encoder.weights.to_device(&device)?, ..encoder.clone() };
-        let open = |photos: &Photos| Latents::open(cache, &placed, photos, crops, recipe.views, plan.seed);
+        recipe::check_ranks("generator", plan, rows_of_a_shard(plan, device.is_cpu()), &ranks)?;
+        let open = |photos: &Photos| Latents::open(cache, &placed, photos, crops, recipe.views, plan.seed, &ranks);
         let held_out_photos = held_out.photos.clone();
         let (training, held_out) = (open(&training)?, open(&held_out)?);
         recipe.model = given.unwrap_or_else(|| GeneratorConfig {
@@ -230,7 +237,8 @@ impl GeneratorTask {
         let config = Config { generator: recipe.model.clone(), tokenizer: encoder.config.clone() };
         config.check()?;
         let Beginning { learned, frozen, adapted } = Beginning::new(&config, start.as_ref(), &classes, &recipe)?;
-        let learner = Learner::new("generator", learned, &device)?;
+        let sharded = recipe.plan.shard_optimizer;
+        let learner = Learner::new("generator", learned, &device, ranks.clone(), sharded)?;
         let frozen = frozen.to_device(&device)?;
         Ok(Self {
             recipe,
@@ -247,6 +255,7 @@ impl GeneratorTask {
             training,
             held_out,
             held_out_photos,
+            ranks,
         })
     }
 
@@ -302,40 +311,73 @@ impl GeneratorTask {
         &self.classes
     }
 
-    /// Draws the inputs of a step from `latents`.
-    fn draw(&self, latents: &Latents, step: usize, training: bool) -> Result<StepInputs> {
+    /// The photographs of the batch of a step, by their index in `latents`.
+    fn order(&self, latents: &Latents, step: usize) -> Vec<usize> {
+        let plan = &self.recipe.plan;
+        order(plan.seed, latents.len(), plan.batch_size, step)
+    }
+
+    /// The inputs of a whole batch of validation.
+    fn validation(&self, latents: &Latents, step: usize) -> Result<StepInputs> {
+        self.draw(latents, &self.order(latents, step), step, 0..self.recipe.plan.batch_size, false)
+    }
+
+    /// Draws the inputs of these rows of the batch of a step, which has these `photos`.
+    fn draw(
+        &self,
+        latents: &Latents,
+        photos: &[usize],
+        step: usize,
+        rows: Range<usize>,
+        training: bool,
+    ) -> Result<StepInputs> {
         let GeneratorRecipe { model, plan, .. } = &self.recipe;
-        let (batch, n, embed) = (plan.batch_size, plan.tokens, model.embed);
-        let copies = self.recipe.diffusion_batch_mul;
-        let [mut crop, mut posterior, mut labels, mut flow, mut dropout] =
-            [Purpose::Crop, Purpose::Posterior, Purpose::Labels, Purpose::Flow, Purpose::Dropout]
-                .map(|purpose| randomness(plan.seed, purpose, step));
-        let (mut tokens, mut classes) = (vec![], vec![]);
-        for photo in order(plan.seed, latents.len(), batch, step) {
-            tokens.push(latents.draw(photo, n, &mut crop)?);
-            let dropped = training && labels.random_bool(self.recipe.label_drop_prob);
-            classes.push(if dropped { model.unconditional() } else { latents.class(photo) } as i64);
+        let (count, n, embed, copies) = (rows.len(), plan.tokens, model.embed, self.recipe.diffusion_batch_mul);
+        let of = |purpose, row: usize| randomness(plan.seed, purpose, step * plan.batch_size + row);
+        let (mut tokens, mut classes, mut spread) = (vec![], vec![], vec![]);
+        let (mut noise, mut times) = (vec![], vec![]);
+        for row in rows.clone() {
+            tokens.push(latents.draw(photos[row], n, &mut of(Purpose::Crop, row))?);
+            let dropped = training && of(Purpose::Labels, row).random_bool(self.recipe.label_drop_prob);
+            classes.push(if dropped { model.unconditional() } else { latents.class(photos[row]) } as i64);
+            spread.extend(normal(&mut of(Purpose::Posterior, row), n * embed));
+            let mut flow = of(Purpose::Flow, row);
+            noise.extend(normal(&mut flow, copies * n * embed));
+            times.extend((0..copies * n).map(|_| time(flow.random_range(0.0..1.0))));
         }
-        let spread = Tensor::from_vec(normal(&mut posterior, batch * n * embed), (batch, n, embed), &Device::Cpu)?;
+        let spread = Tensor::from_vec(spread, (count, n, embed), &Device::Cpu)?;
         let tokens = ((Tensor::stack(&tokens, 0)? + (spread * self.posterior_std)?)? * model.vae_norm)?;
-        let shift = if training { labels.random_range(0..self.recipe.shift_num) } else { 0 };
-        let noise = normal(&mut flow, copies * batch * n * embed);
-        let times: Vec<f32> = (0..copies * batch * n).map(|_| time(flow.random_range(0.0..1.0))).collect();
+        let mut place = randomness(plan.seed, Purpose::Shift, step);
+        let shift = if training { place.random_range(0..self.recipe.shift_num) } else { 0 };
         let forgotten = Dropout {
             attention: self.recipe.attn_dropout,
             projection: self.recipe.proj_dropout,
-            random: Mt::new(dropout.next_u32()),
+            random: Mt::new(of(Purpose::Dropout, rows.start).next_u32()),
         };
         let training = training.then(|| Training { dropout: Some(forgotten), products: plan.products() });
         let device = &self.device;
+        let noise = Tensor::from_vec(noise, (count, copies, n, embed), device)?;
+        let times = Tensor::from_vec(times, (count, copies, n), device)?;
         Ok(StepInputs {
             tokens: tokens.to_device(device)?,
-            labels: Tensor::from_vec(classes, batch, device)?,
+            labels: Tensor::from_vec(classes, count, device)?,
             shift,
-            noise: Tensor::from_vec(noise, (copies, batch, n, embed), device)?,
-            times: Tensor::from_vec(times, (copies, batch, n), device)?,
+            noise: noise.transpose(0, 1)?.contiguous()?,
+            times: times.transpose(0, 1)?.contiguous()?,
             training,
         })
+    }
+
+    /// The inputs of this rank's shards of a step, with their fractions of the batch.
+    fn shards(&self, step: usize) -> Result<Vec<(f64, StepInputs)>> {
+        let plan = &self.recipe.plan;
+        let (batch, most) = (plan.batch_size, rows_of_a_shard(plan, self.learner.is_on_cpu()));
+        let photos = self.order(&self.training, step);
+        let shard = |shard: usize| {
+            let rows = shard * most..batch.min((shard + 1) * most);
+            Ok((rows.len() as f64 / batch as f64, self.draw(&self.training, &photos, step, rows, true)?))
+        };
+        self.ranks.share(batch.div_ceil(most)).map(shard).collect()
     }
 
     /// The loss without gradients.
@@ -367,33 +409,9 @@ pub fn time(uniform: f32) -> f32 {
     uniform * (1.0 - LEAST) + LEAST
 }
 
-impl StepInputs {
-    /// Splits the batch into shards of at most `most` rows. Each shard comes with its fraction of the batch.
-    ///
-    /// # Errors
-    /// If a Candle operation fails.
-    pub fn shards(mut self, most: usize) -> Result<Vec<(f64, Self)>> {
-        let batch = self.tokens.dim(0)?;
-        let mut shards = vec![];
-        for start in (0..batch).step_by(most) {
-            let rows = most.min(batch - start);
-            let mut training = self.training.clone();
-            let own = training.as_mut().and_then(|training| training.dropout.as_mut());
-            if let (Some(own), Some(drawn)) = (own, self.training.as_mut().and_then(|all| all.dropout.as_mut())) {
-                own.random = Mt::new(drawn.random.next_u32());
-            }
-            let shard = Self {
-                tokens: self.tokens.narrow(0, start, rows)?,
-                labels: self.labels.narrow(0, start, rows)?,
-                shift: self.shift,
-                noise: self.noise.narrow(1, start, rows)?,
-                times: self.times.narrow(1, start, rows)?,
-                training,
-            };
-            shards.push((rows as f64 / batch as f64, shard));
-        }
-        Ok(shards)
-    }
+/// Rows of a shard of a batch.
+fn rows_of_a_shard(plan: &TrainingPlan, is_on_cpu: bool) -> usize {
+    if is_on_cpu { CPU_SHARD } else { plan.rows(GPU_SHARD) }
 }
 
 impl Task for GeneratorTask {
@@ -415,8 +433,7 @@ impl Task for GeneratorTask {
 
     fn step(&mut self, step: usize) -> Result<Measures> {
         let plan = &self.recipe.plan;
-        let rows = if self.learner.is_on_cpu() { CPU_SHARD } else { plan.rows(GPU_SHARD) };
-        let shards = self.draw(&self.training, step, true)?.shards(rows)?;
+        let shards = self.shards(step)?;
         let weights = self.weights()?;
         let model = &self.recipe.model;
         let (gradients, mut measures) = self.learner.differentiate(&shards, plan.accumulate, |inputs| {
@@ -443,7 +460,7 @@ impl Task for GeneratorTask {
         let weights = self.averaged()?;
         let mut sum = 0.0;
         for batch in 0..VALIDATION_BATCHES {
-            sum += self.loss_of(&weights, &self.draw(&self.held_out, batch, false)?)?;
+            sum += self.loss_of(&weights, &self.validation(&self.held_out, batch)?)?;
         }
         let mut measures = Measures::from([("loss".into(), sum / VALIDATION_BATCHES as f64)]);
         if let Some(evaluation) = &self.evaluation {
@@ -455,7 +472,7 @@ impl Task for GeneratorTask {
     fn check(&self) -> Result<()> {
         self.learner.check()?;
         let latents = if self.held_out.is_empty() { &self.training } else { &self.held_out };
-        let inputs = self.draw(latents, 0, false)?;
+        let inputs = self.validation(latents, 0)?;
         for weights in [self.weights()?, self.averaged()?] {
             self.loss_of(&weights, &inputs)?;
         }
@@ -476,6 +493,22 @@ impl Task for GeneratorTask {
         let images = engine.decode_tokens(tokens.view())?;
         let rows: Vec<_> = images.axis_iter(Axis(0)).collect();
         concatenate(Axis(1), &rows).or_run("samples")
+    }
+
+    fn ranks(&self) -> &Ranks {
+        &self.ranks
+    }
+
+    fn fingerprint(&self) -> Result<String> {
+        self.learner.fingerprint()
+    }
+
+    fn collect(&mut self) -> Result<()> {
+        self.learner.collect()
+    }
+
+    fn release(&mut self) {
+        self.learner.release();
     }
 
     fn state(&self) -> Vec<(String, Tensor)> {

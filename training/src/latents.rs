@@ -17,6 +17,7 @@ use ndarray::Axis;
 use rand::Rng;
 
 use crate::data::{Crops, Photo, Photos, Purpose, randomness};
+use crate::ranks::Ranks;
 
 /// A trained tokenizer that encodes the photographs, on the device of its weights.
 #[derive(Clone)]
@@ -56,11 +57,11 @@ struct Sums {
 
 impl Latents {
     /// Encodes `views` views of every photograph into `folder`, or reuses the files that an earlier run wrote there.
-    /// Files that do not hold what they should are written again.
+    /// Files that do not hold what they should are written again. Each of the ranks encodes its share.
     ///
     /// # Errors
     /// [`Error::input`] or [`Error::run`] if a photograph can no longer be read; [`Error::input`] if the tokenizer gives
-    /// latents that are not finite; [`Error::run`] if the folder cannot be written.
+    /// latents that are not finite; [`Error::run`] if the folder cannot be written, or if a rank does not answer.
     pub fn open(
         folder: &Path,
         encoder: &Encoder,
@@ -68,31 +69,37 @@ impl Latents {
         crops: Crops,
         views: usize,
         seed: u64,
+        ranks: &Ranks,
     ) -> Result<Self> {
         std::fs::create_dir_all(folder).or_run(folder.display())?;
-        let mut progress = Progress::new("encoded", photos.photos.len(), "photographs");
         let (embed, tokens) = (encoder.config.embed, crops.width / encoder.config.token_width());
-        let mut all = vec![];
-        for (index, photo) in photos.photos.iter().enumerate() {
+        let open = |photo: &Photo| {
             let file = folder.join(format!("{}.safetensors", key(encoder, photo, crops, views, seed)));
             let read = || PhotoViews::read(&file, photo.class, views, (tokens, embed));
-            let kept = match file.exists().then(read) {
-                Some(Err(error)) => {
-                    eqim_cli::note(format_args!("{error}; {} is encoded again", photo.path.display()));
-                    None
+            if file.exists() {
+                match read() {
+                    Ok(kept) => return Ok(kept),
+                    Err(error) => {
+                        eqim_cli::note(format_args!("{error}; {} is encoded again", photo.path.display()));
+                    }
                 }
-                kept => kept.and_then(Result::ok),
-            };
-            all.push(match kept {
-                Some(kept) => kept,
-                None => {
-                    encode(&file, encoder, photo, crops, views, seed)?;
-                    read()?
-                }
-            });
-            progress.at(index + 1);
+            }
+            encode(&file, encoder, photo, crops, views, seed)?;
+            read()
+        };
+        let photos = &photos.photos;
+        // Each rank encodes its share, and then reads all.
+        if ranks.size() > 1 {
+            photos[ranks.share(photos.len())].iter().try_for_each(|photo| open(photo).map(drop))?;
+            ranks.meet()?;
         }
-        Ok(Self { views: all, embed })
+        let mut progress = Progress::new("encoded", photos.len(), "photographs");
+        let opened = photos.iter().enumerate().map(|(index, photo)| {
+            let opened = open(photo);
+            progress.at(index + 1);
+            opened
+        });
+        Ok(Self { views: opened.collect::<Result<_>>()?, embed })
     }
 
     /// Standard deviation of all latents if they are sampled from posteriors with the standard deviation `posterior`.

@@ -26,6 +26,7 @@ pub mod learner;
 pub mod lpips;
 pub mod metrics;
 pub mod perceptual;
+pub mod ranks;
 pub mod recipe;
 mod resize;
 pub mod run;

@@ -12,9 +12,6 @@ use eqim::Result;
 use crate::efficientnet::EfficientNet;
 use crate::lpips::{self, Lpips, unit};
 
-/// Smallest height and width of images that can be compared, in pixels.
-pub const SMALLEST: usize = 16;
-
 /// A perceptual distance.
 #[derive(Debug)]
 pub enum Perceptual {
@@ -48,7 +45,7 @@ impl Perceptual {
     }
 
     /// The distance between reconstructions and images, a scalar: the mean over the batch. Both are
-    /// `[batch, 3, height, width]` in -1..1, with at least [`SMALLEST`] pixels on each side.
+    /// `[batch, 3, height, width]` in -1..1, with at least 16 pixels on each side.
     ///
     /// # Errors
     /// If the shapes do not match.

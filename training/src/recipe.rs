@@ -10,7 +10,7 @@ use eqim::{Config, Error, Result, ResultExt, files};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
-use crate::perceptual;
+use crate::ranks::Ranks;
 
 /// The preset that a recipe starts from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -91,6 +91,10 @@ pub struct TrainingPlan {
     pub clip: f64,
     /// Decay rate of the moving average of the weights (`ema_rate`).
     pub ema: f64,
+    /// Whether each of several ranks has the moments and averages of a part of the weights only, which needs less memory.
+    pub shard_optimizer: bool,
+    /// Seconds within which every rank has to answer the others.
+    pub timeout: u64,
     /// Whether products with weights are computed in BF16, for GPUs. Weights and moments stay in FP32.
     pub bf16: bool,
     /// Number of photographs held out for validation.
@@ -123,9 +127,6 @@ pub struct TokenizerRecipe {
     pub structure_weight: f64,
     /// Weight of the perceptual distance, used if the weights of its network are given (`perceptual_weight`).
     pub perceptual_weight: f64,
-    /// Pixels by which the windows of the perceptual distance are smaller than the crops. Their place is random in every
-    /// step; otherwise the strides of the network leave a regular pattern in the reconstructions. 0 compares whole crops.
-    pub perceptual_shift: usize,
     /// Weight of the patch discriminator (`disc_weight`); 0 trains no discriminator.
     pub discriminator_weight: f64,
     /// Channels of the first layer of the discriminator (`ndf`).
@@ -193,11 +194,13 @@ impl TrainingPlan {
         }
     }
 
-    /// The settings that must be equal for a run to be resumed. The passes of a step and the intervals of metrics,
-    /// checkpoints and samples may differ, and so may the number of steps if the learning rate does not depend on it.
+    /// The settings that must be equal for a run to be resumed. The passes of a step, the work of the ranks and the
+    /// intervals of metrics, checkpoints and samples may differ, and so may the number of steps if the learning rate does
+    /// not depend on it.
     pub fn identity(&self) -> Self {
         let steps = if self.schedule == Schedule::Constant { 0 } else { self.steps };
-        Self { steps, accumulate: 1, log_every: 0, checkpoint_every: 0, sample_every: 0, ..self.clone() }
+        let same = Self { steps, accumulate: 1, shard_optimizer: false, timeout: 0, ..self.clone() };
+        Self { log_every: 0, checkpoint_every: 0, sample_every: 0, ..same }
     }
 
     /// Rows of a pass on a GPU, at most `most`.
@@ -217,6 +220,7 @@ impl TrainingPlan {
             ("log_every", self.log_every, 1, usize::MAX),
             ("checkpoint_every", self.checkpoint_every, 1, usize::MAX),
             ("sample_every", self.sample_every, 1, usize::MAX),
+            ("timeout", self.timeout as usize, 1, MOST_STEPS),
         ];
         for (name, count, least, most) in counts {
             in_range(&format!("{part}.plan.{name}"), count, least, most)?;
@@ -278,6 +282,22 @@ pub fn check_memory(
     Ok(())
 }
 
+/// Checks that each of the ranks has a shard of every batch, if a shard has `rows` rows.
+///
+/// # Errors
+/// [`Error::input`] naming the size of the batch.
+pub fn check_ranks(part: &str, plan: &TrainingPlan, rows: usize, ranks: &Ranks) -> Result<()> {
+    let (batch, size) = (plan.batch_size, ranks.size());
+    match batch.div_ceil(rows) < size {
+        true => {
+            let least = (size - 1) * rows + 1;
+            let problem = format!("is {batch}, expected at least {least} for {size} ranks, in shards of {rows}");
+            Err(Error::input(format!("{part}.plan.batch_size"), problem))
+        }
+        false => Ok(()),
+    }
+}
+
 fn positive(name: &str, value: f64) -> Result<()> {
     let fits = value.is_finite() && value > 0.0;
     if fits { Ok(()) } else { Err(Error::input(name, format!("is {value}, expected a positive number"))) }
@@ -313,6 +333,8 @@ impl Recipe {
             betas: [0.9, 0.95],
             clip: 3.0,
             ema: 0.9999,
+            shard_optimizer: false,
+            timeout: 600,
             bf16: false,
             validation: 0,
             seed: 1,
@@ -340,7 +362,6 @@ impl Recipe {
                 pixel_weight: 1.0,
                 structure_weight: 1.0,
                 perceptual_weight: 1.0,
-                perceptual_shift: 0,
                 discriminator_weight: 0.5,
                 discriminator_channels: 64,
                 discriminator_start: 5001,
@@ -412,10 +433,7 @@ impl Recipe {
         in_range("generator.evaluation_images", g.evaluation_images, 2, MOST)?;
         in_range("tokenizer.discriminator_channels", t.discriminator_channels, 1, MOST)?;
         let generator = GeneratorConfig { embed: t.model.embed, ..g.model.clone() };
-        Config { generator, tokenizer: t.model.clone() }.check()?;
-        let width = t.plan.tokens.saturating_mul(t.model.token_width());
-        let most = t.model.image_height().min(width).saturating_sub(perceptual::SMALLEST);
-        in_range("tokenizer.perceptual_shift", t.perceptual_shift, 0, most)
+        Config { generator, tokenizer: t.model.clone() }.check()
     }
 
     /// The recipe as TOML, which can be edited and [read](Recipe::read).
@@ -481,6 +499,8 @@ fn demo() -> Recipe {
         betas: [0.9, 0.95],
         clip: 1.0,
         ema: 0.99,
+        shard_optimizer: false,
+        timeout: 600,
         bf16: false,
         validation: 2,
         seed: 1,

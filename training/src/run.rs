@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
+use eqim::bundle::FileRecord;
 use eqim::checkpoint::tensors::{self, TensorFile};
-use eqim::digest::Hash;
 use eqim::lock::Lock;
 use eqim::{Error, Result, ResultExt, files, picture};
 use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
@@ -14,8 +14,9 @@ use ndarray::Array3;
 use serde::{Deserialize, Serialize};
 
 use crate::curve;
-use crate::learner::Measures;
+use crate::learner::{self, Measures};
 use crate::metrics::{Metrics, Record};
+use crate::ranks::{Ranks, difference};
 use crate::recipe::TrainingPlan;
 
 /// The training of the tokenizer or of the generator.
@@ -57,7 +58,25 @@ pub trait Task {
     /// If the model fails.
     fn picture(&self) -> Result<Array3<f32>>;
 
-    /// All tensors that [`Task::restore`] needs.
+    /// The processes that share the training.
+    fn ranks(&self) -> &Ranks;
+
+    /// Hash of the trained weights.
+    ///
+    /// # Errors
+    /// If a Candle operation fails.
+    fn fingerprint(&self) -> Result<String>;
+
+    /// Brings to the first rank what the others have of the moments and averages. All ranks call it.
+    ///
+    /// # Errors
+    /// [`Error::run`] if a rank does not answer.
+    fn collect(&mut self) -> Result<()>;
+
+    /// Drops what [`Task::collect`] brought.
+    fn release(&mut self);
+
+    /// All tensors that [`Task::restore`] needs. With several ranks, the first has all of them after [`Task::collect`].
     fn state(&self) -> Vec<(String, Tensor)>;
 
     /// Restores a state that was saved after `steps` steps.
@@ -96,16 +115,23 @@ const METRICS: &str = "metrics.jsonl";
 #[derive(Debug)]
 pub struct Output {
     folder: PathBuf,
-    _lock: Lock,
+    /// Only the first rank writes.
+    _lock: Option<Lock>,
 }
 
 impl Output {
-    /// Opens the folder and creates it if it is missing. With `resume`, it may hold the state of an earlier run.
+    /// Opens the folder. The first rank creates it if it is missing. With `resume`, it may hold the state of an earlier run.
     ///
     /// # Errors
     /// [`Error::input`] if the folder already holds a run and `resume` is false, or if it cannot be created or written to;
     /// [`Error::run`] if another process trains in it.
-    pub fn open(folder: &Path, resume: bool) -> Result<Self> {
+    pub fn open(folder: &Path, resume: bool, ranks: &Ranks) -> Result<Self> {
+        let lock = if ranks.is_first() { Some(Self::lock(folder, resume)?) } else { None };
+        ranks.meet()?;
+        Ok(Self { folder: folder.to_path_buf(), _lock: lock })
+    }
+
+    fn lock(folder: &Path, resume: bool) -> Result<Lock> {
         let (state, metrics, samples) = (folder.join(STATE), folder.join(METRICS), folder.join("samples"));
         if !resume && (state.exists() || metrics.exists()) {
             let problem = "already contains a training run: resume it with --resume, or choose another folder";
@@ -113,7 +139,7 @@ impl Output {
         }
         std::fs::create_dir_all(&samples).or_input(samples.display())?;
         files::check_output(&state)?;
-        Ok(Self { folder: folder.to_path_buf(), _lock: Lock::beside(&state)? })
+        Lock::beside(&state)
     }
 
     /// Path of a file in the folder.
@@ -130,10 +156,11 @@ impl Output {
         self.file(METRICS)
     }
 
-    /// Restores `task` from the saved state. Returns the number of steps taken so far, 0 if no state was saved yet.
+    /// Restores `task` from the saved state, on all ranks. Returns the number of steps taken so far, 0 if no state was saved
+    /// yet.
     ///
     /// # Errors
-    /// [`Error::input`] if the state belongs to another training.
+    /// [`Error::input`] if the state belongs to another training; [`Error::run`] if a rank does not answer.
     pub fn resume(&self, task: &mut impl Task) -> Result<usize> {
         let path = self.state();
         if !path.exists() {
@@ -159,7 +186,8 @@ impl Output {
             return Err(bad(problem).with_field("steps"));
         }
         task.restore(&mut file, steps)?;
-        if hash(&task.state())? != saved.sha256 {
+        task.collect()?;
+        if task.ranks().is_first() && hash(&task.state())? != saved.sha256 {
             return Err(bad("its tensors do not have their hash: the file was changed".into()));
         }
         Ok(steps)
@@ -181,43 +209,36 @@ impl Output {
     }
 }
 
-/// The first line in which two texts differ. A line that is missing is empty.
-fn difference<'a>(was: &'a str, is: &'a str) -> Option<(&'a str, &'a str)> {
-    let (mut was, mut is) = (was.lines(), is.lines());
-    loop {
-        match (was.next(), is.next()) {
-            (None, None) => return None,
-            (was, is) if was == is => {}
-            (was, is) => return Some((was.unwrap_or_default(), is.unwrap_or_default())),
-        }
-    }
+/// Hash of a state.
+fn hash(state: &[(String, Tensor)]) -> Result<String> {
+    learner::hash(state.iter().map(|(name, tensor)| (name.as_str(), tensor)))
 }
 
-/// Hash of the names and values of tensors.
-fn hash(tensors: &[(String, Tensor)]) -> Result<String> {
-    let mut hash = Hash::default();
-    for (name, tensor) in tensors {
-        hash.add(name);
-        hash.add_values(&tensor.flatten_all()?.to_vec1::<f32>()?);
-    }
-    Ok(hash.hex())
-}
-
-/// Takes all steps from `start` to the end of the plan.
+/// Takes all steps from `start` to the end of the plan. All ranks call it; the first writes the files, and has the whole state
+/// at the end.
 ///
 /// # Errors
-/// The errors of the task, with the last checkpoint in the message; [`Error::run`] if a file cannot be written.
+/// The errors of the task, with the last checkpoint in the message; [`Error::run`] if a file cannot be written, or if a rank
+/// does not answer or has other weights.
 pub fn run(task: &mut impl Task, output: &Output, start: usize) -> Result<()> {
-    let mut metrics = Metrics::open(&output.metrics(), start)?;
     let plan = task.plan().clone();
+    agree(task, start)?;
+    if !task.ranks().is_first() {
+        return follow(task, &plan, start);
+    }
+    let mut metrics = Metrics::open(&output.metrics(), start)?;
     let mut pace = Pace::new(&plan, start);
     let mut kept = start;
     for step in start..plan.steps {
         let done = step + 1;
         let every = |interval: usize| done.is_multiple_of(interval) || done == plan.steps;
         let stopped = |error| stopped(error, step, kept, output);
+        task.release();
         pace.add(task.step(step).map_err(stopped)?);
         let (look, keep) = (every(plan.sample_every), every(plan.checkpoint_every));
+        if look || keep {
+            gather(task).map_err(stopped)?;
+        }
         if keep {
             task.check().map_err(stopped)?;
         }
@@ -244,7 +265,38 @@ pub fn run(task: &mut impl Task, output: &Output, start: usize) -> Result<()> {
             kept = done;
         }
     }
-    Ok(())
+    task.ranks().meet()
+}
+
+/// Checks that all ranks train the same from the same step with the same program.
+fn agree(task: &impl Task, start: usize) -> Result<()> {
+    let ranks = task.ranks();
+    if ranks.size() == 1 {
+        return Ok(());
+    }
+    let program = FileRecord::at(&std::env::current_exe().or_run("program")?)?.sha256;
+    ranks.agree("training", &format!("{}step = {start}\nprogram = {program}\n", task.identity()?))
+}
+
+/// Takes the steps of a rank that writes no files.
+fn follow(task: &mut impl Task, plan: &TrainingPlan, start: usize) -> Result<()> {
+    for step in start..plan.steps {
+        let done = step + 1;
+        task.step(step).map_err(|error| error.about(format!("step {done}")))?;
+        let every = |interval: usize| done.is_multiple_of(interval) || done == plan.steps;
+        if every(plan.sample_every) || every(plan.checkpoint_every) {
+            gather(task)?;
+        }
+    }
+    task.ranks().meet()
+}
+
+/// Brings the state to the first rank, and checks that the weights of all ranks are equal.
+fn gather(task: &mut impl Task) -> Result<()> {
+    if task.ranks().size() > 1 {
+        task.ranks().agree("weights", &task.fingerprint()?)?;
+    }
+    task.collect()
 }
 
 fn stopped(error: Error, step: usize, kept: usize, output: &Output) -> Error {

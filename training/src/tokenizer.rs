@@ -1,7 +1,9 @@
 //! Training of the tokenizer (reference: `tokenizer/models/tokenizer.py` and
 //! `tokenizer/modules/losses/contperceptual.py`).
 
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
 use eqim::checkpoint::tensors::TensorFile;
@@ -18,14 +20,14 @@ use eqim::picture::{self, Side};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, ResultExt};
 use ndarray::{Array3, Array4, ArrayView3, ArrayView4, Axis, concatenate, s};
-use rand::Rng;
 
-use crate::data::{Ahead, Crops, Photo, Photos, Purpose, randomness};
+use crate::data::{Ahead, Batches, Crops, Photo, Photos, Purpose, randomness};
 use crate::discriminator;
 use crate::evaluation::Evaluation;
 use crate::initial;
 use crate::learner::{Learner, Losses, Measures, Update};
 use crate::perceptual::Perceptual;
+use crate::ranks::Ranks;
 use crate::recipe::{self, TokenizerRecipe, TrainingPlan};
 use crate::run::Task;
 use crate::semantic::Semantic;
@@ -43,6 +45,7 @@ pub struct TokenizerTask {
     training: Photos,
     held_out: Photos,
     batches: Option<Ahead>,
+    ranks: Arc<Ranks>,
 }
 
 /// Pretrained networks; all are optional.
@@ -100,17 +103,21 @@ const STAGES: [Stage; 2] = [Stage::Encoder, Stage::Decoder];
 const ENCODER: [&str; 2] = ["encoder.", "quant_layer."];
 
 impl TokenizerTask {
-    /// A tokenizer that starts from the weights `initial`, or from random weights.
+    /// A tokenizer that starts from the weights `initial`, or from random weights. All `ranks` are created in the same way.
     ///
     /// # Errors
-    /// [`Error::input`] if the recipe requires initial weights that are not given, or holds out all photographs.
+    /// [`Error::input`] if the recipe requires initial weights that are not given, or holds out all photographs, or if a
+    /// batch has fewer shards than there are ranks.
     pub fn new(
         recipe: TokenizerRecipe,
         photos: Photos,
         initial: Option<Weights>,
         networks: Networks,
         device: Device,
+        ranks: Arc<Ranks>,
     ) -> Result<Self> {
+        let rows = rows_of_a_shard(&recipe, device.is_cpu());
+        recipe::check_ranks("tokenizer", &recipe.plan, rows, &ranks)?;
         let (training, held_out) = photos.split(recipe.plan.validation, recipe.plan.seed)?;
         let parameters = parameters_of(&whole(&recipe.model), &STAGES)?;
         let mut values = match &initial {
@@ -133,19 +140,16 @@ impl TokenizerTask {
         for (name, tensor) in kept {
             frozen.insert(name, &tensor.to_device(&device)?)?;
         }
-        let learner = Learner::new("tokenizer", learned, &device)?;
+        let learner = |name, values| Learner::new(name, values, &device, ranks.clone(), recipe.plan.shard_optimizer);
         let discriminator = match recipe.discriminator_weight > 0.0 {
             true => {
                 let random = &mut randomness(recipe.plan.seed, Purpose::Initial, 2);
-                Some(Learner::new(
-                    "discriminator",
-                    discriminator::initial(recipe.discriminator_channels, random)?,
-                    &device,
-                )?)
+                Some(learner("discriminator", discriminator::initial(recipe.discriminator_channels, random)?)?)
             }
             false => None,
         };
-        Ok(Self { recipe, learner, discriminator, networks, device, frozen, training, held_out, batches: None })
+        let learner = learner("tokenizer", learned)?;
+        Ok(Self { recipe, learner, discriminator, networks, device, frozen, training, held_out, batches: None, ranks })
     }
 
     fn crops(&self) -> Crops {
@@ -156,6 +160,21 @@ impl TokenizerTask {
             largest_scale: plan.largest_scale,
             flip: plan.flip,
         }
+    }
+
+    /// Rows of a shard, and this rank's shards of a batch.
+    fn shares(&self) -> (usize, Range<usize>) {
+        let rows = rows_of_a_shard(&self.recipe, self.learner.is_on_cpu());
+        (rows, self.ranks.share(self.recipe.plan.batch_size.div_ceil(rows)))
+    }
+
+    /// Prepares this rank's rows of the batches of `steps`.
+    fn prepare(&self, steps: Range<usize>) -> Result<Ahead> {
+        let plan = &self.recipe.plan;
+        let (rows, shards) = self.shares();
+        let rows = shards.start * rows..plan.batch_size.min(shards.end * rows);
+        let batches = Batches { size: plan.batch_size, seed: plan.seed, rows };
+        Ahead::start(self.training.clone(), self.crops(), batches, steps)
     }
 
     /// The averaged weights and the frozen weights.
@@ -223,6 +242,13 @@ impl TokenizerTask {
     }
 }
 
+/// Rows of a shard of a batch.
+fn rows_of_a_shard(recipe: &TokenizerRecipe, is_on_cpu: bool) -> usize {
+    let TokenizerRecipe { model, plan, .. } = recipe;
+    let values = model.image_height() * plan.tokens * model.token_width() * model.encoder.conv_in;
+    if is_on_cpu { 1 } else { plan.rows((GPU_SHARD / values).max(1)) }
+}
+
 /// Inputs of one shard of a batch.
 struct Shard {
     /// Images, `[rows, 3, height, width]`.
@@ -235,8 +261,6 @@ struct Shard {
 struct Objective<'a> {
     recipe: &'a TokenizerRecipe,
     perceptual: Option<&'a Perceptual>,
-    /// First row and column of the window of the perceptual loss.
-    window: (usize, usize),
     /// From the first step with the semantic loss.
     semantic: Option<&'a Semantic>,
     /// Weights of the discriminator, from the first step with the discriminator.
@@ -308,19 +332,11 @@ impl Objective<'_> {
             parts.push(("structure", structure));
         }
         if let Some(network) = self.perceptual {
-            let [reconstruction, image] = [reconstruction, image].map(|image| self.windowed(image));
-            let distance = network.distance(&reconstruction?, &image?)?;
+            let distance = network.distance(reconstruction, image)?;
             total = (total + (&distance * self.recipe.perceptual_weight)?)?;
             parts.push(("perceptual", distance));
         }
         Ok(Losses { total, parts })
-    }
-
-    /// The window of an image `[rows, 3, height, width]` that the perceptual loss compares.
-    fn windowed(&self, image: &Tensor) -> Result<Tensor> {
-        let ((top, left), shift) = (self.window, self.recipe.perceptual_shift);
-        let (_, _, height, width) = image.dims4()?;
-        Ok(image.narrow(2, top, height - shift)?.narrow(3, left, width - shift)?)
     }
 
     /// Weight of the adversarial loss: the gradient norm of the other reconstruction losses, divided by the gradient
@@ -391,23 +407,26 @@ impl Task for TokenizerTask {
         let plan = self.recipe.plan.clone();
         let mut batches = match self.batches.take() {
             Some(batches) => batches,
-            None => Ahead::start(self.training.clone(), self.crops(), plan.batch_size, plan.seed, step..plan.steps)?,
+            None => self.prepare(step..plan.steps)?,
         };
         let batch = batches.next_batch()?;
         self.batches = Some(batches);
-        let mut random = randomness(plan.seed, Purpose::Posterior, step);
         let embed = self.recipe.model.embed;
-        let shard = |images: ArrayView4<f32>| {
+        let (most, shares) = self.shares();
+        let shard = |(shard, images): (usize, ArrayView4<f32>)| {
             let rows = images.dim().0;
-            let noise = initial::normal(&mut random, rows * plan.tokens * embed);
+            let first = step * plan.batch_size + shard * most;
+            let noise = |sample| {
+                let mut random = randomness(plan.seed, Purpose::Posterior, sample);
+                initial::normal(&mut random, plan.tokens * embed)
+            };
+            let noise = (first..first + rows).flat_map(noise).collect();
             let noise = Tensor::from_vec(noise, (rows, plan.tokens, embed), &self.device)?;
             let image = candle::to_tensor(images)?.to_device(&self.device)?;
             Ok((rows as f64 / plan.batch_size as f64, Shard { image, noise }))
         };
-        let (_, _, height, width) = batch.images.dim();
-        let values = height * width * self.recipe.model.encoder.conv_in;
-        let rows = if self.learner.is_on_cpu() { 1 } else { plan.rows((GPU_SHARD / values).max(1)) };
-        let shards = batch.images.axis_chunks_iter(Axis(0), rows).map(shard).collect::<Result<Vec<_>>>()?;
+        let shards = shares.zip(batch.images.axis_chunks_iter(Axis(0), most)).map(shard);
+        let shards = shards.collect::<Result<Vec<_>>>()?;
         let update = Update {
             learning_rate: plan.learning_rate(step),
             betas: plan.betas,
@@ -420,11 +439,7 @@ impl Task for TokenizerTask {
         let discriminator = adversary.as_ref().map(|discriminator| discriminator.weights()).transpose()?;
         let Networks { perceptual, semantic, .. } = &self.networks;
         let semantic = semantic.as_ref().filter(|_| step >= self.recipe.semantic_start);
-        let mut places = randomness(plan.seed, Purpose::Window, step);
-        let mut place = || places.random_range(0..=self.recipe.perceptual_shift);
-        let window = (place(), place());
-        let perceptual = perceptual.as_ref();
-        let objective = Objective { recipe: &self.recipe, perceptual, window, semantic, discriminator };
+        let objective = Objective { recipe: &self.recipe, perceptual: perceptual.as_ref(), semantic, discriminator };
         let mut weights = self.learner.weights()?;
         add(&mut weights, &self.frozen)?;
         let (gradients, mut measures) =
@@ -491,6 +506,22 @@ impl Task for TokenizerTask {
         }
         let rows: Vec<ArrayView3<f32>> = rows.iter().map(|row| row.view()).collect();
         concatenate(Axis(1), &rows).or_run("samples")
+    }
+
+    fn ranks(&self) -> &Ranks {
+        &self.ranks
+    }
+
+    fn fingerprint(&self) -> Result<String> {
+        self.learner.fingerprint()
+    }
+
+    fn collect(&mut self) -> Result<()> {
+        [Some(&mut self.learner), self.discriminator.as_mut()].into_iter().flatten().try_for_each(Learner::collect)
+    }
+
+    fn release(&mut self) {
+        [Some(&mut self.learner), self.discriminator.as_mut()].into_iter().flatten().for_each(Learner::release);
     }
 
     fn state(&self) -> Vec<(String, Tensor)> {

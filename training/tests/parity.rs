@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use eqim::checkpoint::{self, Hints, WeightSet, adapter};
@@ -11,6 +12,7 @@ use eqim::engine::candle::open_device;
 use eqim_training::data::Photos;
 use eqim_training::generator::{StepInputs, decays, loss, time};
 use eqim_training::learner::{Learner, Losses, Measures, Update};
+use eqim_training::ranks::Ranks;
 use eqim_training::recipe::{Base, Recipe};
 use eqim_training::run::Task;
 use eqim_training::tokenizer::{Networks, TokenizerTask};
@@ -76,14 +78,20 @@ fn one_step_is_the_references() {
 
     let tokenizer = ["encoder.", "decoder.", "quant_layer.", "post_quant_layer."];
     let own = weights.iter().filter(|(name, _)| !tokenizer.iter().any(|part| name.starts_with(part)));
-    let mut learner =
-        Learner::new("generator", own.map(|(name, tensor)| (name.to_string(), tensor.clone())), &device).unwrap();
+    let mut learner = Learner::new(
+        "generator",
+        own.map(|(name, tensor)| (name.to_string(), tensor.clone())),
+        &device,
+        ranks(),
+        false,
+    )
+    .unwrap();
     let parameters = learner.weights().unwrap();
     let objective = |inputs: &StepInputs| {
         let total = loss(&config, &parameters, inputs)?;
         Ok(Losses { total: total.clone(), parts: vec![("loss", total)] })
     };
-    let shards = inputs.shards(8).unwrap();
+    let shards = shards(&inputs, 8);
     let (gradients, measures) = learner.differentiate(&shards, 1, objective).unwrap();
     println!("loss: {:e}", measures["loss"] as f32 / scalar("loss") - 1.0);
     assert!((measures["loss"] as f32 / scalar("loss") - 1.0).abs() <= 1e-6, "{}", measures["loss"]);
@@ -155,6 +163,29 @@ fn adapters_and_their_gradients_are_those_of_peft() {
     }
 }
 
+/// A training of one process.
+fn ranks() -> Arc<Ranks> {
+    Arc::new(Ranks::alone())
+}
+
+/// Shards of at most `most` rows, with their fractions of the batch.
+fn shards(inputs: &StepInputs, most: usize) -> Vec<(f64, StepInputs)> {
+    let batch = inputs.tokens.dim(0).unwrap();
+    let shard = |start: usize| {
+        let rows = most.min(batch - start);
+        let shard = StepInputs {
+            tokens: inputs.tokens.narrow(0, start, rows).unwrap(),
+            labels: inputs.labels.narrow(0, start, rows).unwrap(),
+            shift: inputs.shift,
+            noise: inputs.noise.narrow(1, start, rows).unwrap(),
+            times: inputs.times.narrow(1, start, rows).unwrap(),
+            training: None,
+        };
+        (rows as f64 / batch as f64, shard)
+    };
+    (0..batch).step_by(most).map(shard).collect()
+}
+
 /// The metrics of two steps of the demo's tokenizer with a discriminator, on a photograph in `folder`. With one image
 /// per step, the shards are the same on every device.
 fn tokenizer_steps(folder: &Path, device: Device) -> Vec<Measures> {
@@ -163,7 +194,7 @@ fn tokenizer_steps(folder: &Path, device: Device) -> Vec<Measures> {
     (recipe.discriminator_weight, recipe.discriminator_channels, recipe.discriminator_start) = (0.1, 16, 0);
     let width = recipe.plan.tokens * recipe.model.token_width();
     let photos = Photos::open(folder, recipe.model.image_height(), width).unwrap();
-    let mut task = TokenizerTask::new(recipe, photos, None, Networks::default(), device).unwrap();
+    let mut task = TokenizerTask::new(recipe, photos, None, Networks::default(), device, ranks()).unwrap();
     (0..2).map(|step| task.step(step).unwrap()).collect()
 }
 

@@ -1,10 +1,11 @@
-//! Development tasks of the workspace: `cargo xtask setup`, `demo`, `test`, `clients`, `wheel`, `fleet` and `gpu`.
+//! Development tasks of the workspace: `cargo xtask setup`, `demo`, `test`, `clients`, `wheel`, `fleet`, `mpi` and `gpu`.
 
 mod clients;
 mod command;
 mod debian;
 mod demo;
 mod gpu;
+mod mpi;
 mod setup;
 mod wheel;
 
@@ -61,6 +62,12 @@ enum Task {
         #[arg(last = true)]
         args: Vec<String>,
     },
+    /// Build eqim-train with MPI, and test trainings that several processes share. Open MPI is installed in .native/.
+    Mpi {
+        /// Arguments for the test binary.
+        #[arg(last = true)]
+        args: Vec<String>,
+    },
     /// Make a folder with programs, fixtures and one command that check eqim on a machine with an NVIDIA GPU, and measure
     /// it there. No GPU is needed to make it: the CUDA compiler is installed in .native/cuda.
     Gpu {
@@ -102,6 +109,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Clients { args } => clients::clients(root, &args),
         Task::Wheel { args } => wheel::wheel(root, &args),
         Task::Fleet { args } => wheel::fleet(root, &args),
+        Task::Mpi { args } => mpi::mpi(root, &args),
         Task::Gpu { reference, output } => gpu::gpu(root, reference.as_deref(), &output),
     }
 }

@@ -122,7 +122,7 @@ fn pythons() -> Result<Vec<(u32, PathBuf)>> {
 }
 
 /// Makes a virtual environment with packages.
-fn environment(python: &Path, folder: &Path, packages: &[&str]) -> Result<()> {
+pub fn environment(python: &Path, folder: &Path, packages: &[&str]) -> Result<()> {
     run(Command::new(python).args(["-m", "venv"]).arg(folder))?;
     run(pip(folder).args(["install", "--quiet", "--only-binary=:all:"]).args(packages))
 }

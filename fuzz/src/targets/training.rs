@@ -1,11 +1,13 @@
 //! Recipes, and states of unfinished trainings.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::Device;
 use eqim::digest::Hash;
 use eqim::{Result, ResultExt, files, limits};
 use eqim_training::data::Photos;
+use eqim_training::ranks::Ranks;
 use eqim_training::recipe::{Base, Recipe};
 use eqim_training::run::{Output, Task, run};
 use eqim_training::tokenizer::{Networks, TokenizerTask, check_memory};
@@ -108,9 +110,10 @@ impl State {
         let (height, width) = (recipe.model.image_height(), recipe.model.token_width() * recipe.plan.tokens);
         let photos = Photos::open(&photos, height, width)?;
         let folder = place.path("run");
-        let output = Output::open(&folder, true)?;
+        let ranks = Arc::new(Ranks::alone());
+        let output = Output::open(&folder, true, &ranks)?;
         let networks = Networks::default();
-        let mut task = TokenizerTask::new(recipe, photos, None, networks, Device::Cpu)?;
+        let mut task = TokenizerTask::new(recipe, photos, None, networks, Device::Cpu, ranks)?;
         run(&mut task, &output, 0)?;
         let path = folder.join("state.safetensors");
         let seed = files::read(&path)?;

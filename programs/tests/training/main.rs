@@ -1,9 +1,12 @@
 //! `eqim-train`, run from the command line with models and pictures that are small enough for a test.
 
+mod place;
+mod ranks;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor};
@@ -11,137 +14,10 @@ use eqim::checkpoint::tensors::{self, TensorFile};
 use eqim::checkpoint::{Hints, WeightSets, adapter};
 use eqim::close::{largest_difference, values};
 use eqim::digest::Hash;
-use image::{Rgb, RgbImage};
+use eqim_training::ranks::Ranks;
 use serde_json::Value;
-use tempfile::TempDir;
 
-/// Recipe of a model for images 32 pixels high, with tokens 4 pixels wide.
-const MICRO: &str = r#"
-[tokenizer.model]
-rows = 8
-embed = 16
-groups = 2
-[tokenizer.model.encoder]
-z_channels = 4
-conv_in = 8
-levels = [{ channels = 8, attention = false }, { channels = 8, attention = false }, { channels = 16, attention = true }]
-[tokenizer.model.decoder]
-z_channels = 4
-conv_in = 16
-levels = [{ channels = 8, attention = false }, { channels = 8, attention = false }, { channels = 16, attention = true }]
-[tokenizer.plan]
-steps = 6
-batch_size = 3
-tokens = 4
-validation = 1
-schedule = "constant"
-base_learning_rate = 0.1
-log_every = 2
-checkpoint_every = 3
-sample_every = 6
-[generator]
-views = 3
-[generator.model]
-buffer = 2
-dim = 16
-depth = 2
-heads = 2
-mlp_dim = 32
-flow_dim = 32
-flow_depth = 2
-time_dim = 32
-[generator.plan]
-steps = 6
-batch_size = 9
-tokens = 4
-validation = 1
-schedule = "constant"
-base_learning_rate = 0.1
-log_every = 2
-checkpoint_every = 3
-sample_every = 6
-"#;
-
-/// A folder with photographs of two classes, a recipe and the outputs of runs.
-struct Place(TempDir);
-
-impl Place {
-    fn new() -> Self {
-        let place = Self(tempfile::tempdir().unwrap());
-        fs::write(place.path("micro.toml"), MICRO).unwrap();
-        for (class, colour) in [("dusk", [200, 90, 40]), ("noon", [60, 120, 220])] {
-            fs::create_dir_all(place.path("photos").join(class)).unwrap();
-            for index in 0..3 {
-                picture(48 + 8 * index, 40, colour, index)
-                    .save(place.path(&format!("photos/{class}/{index}.png")))
-                    .unwrap();
-            }
-        }
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn command(&self, line: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_eqim-train"));
-        command.args(line.split_whitespace()).current_dir(self.0.path()).stdin(Stdio::null());
-        command
-    }
-
-    fn run(&self, line: &str) -> Output {
-        self.command(line).output().unwrap()
-    }
-
-    /// Runs a command line that has to succeed. Returns its output.
-    fn trains(&self, line: &str) -> String {
-        let output = self.run(line);
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert!(output.status.success(), "{line}: {said}");
-        said + &String::from_utf8(output.stdout).unwrap()
-    }
-
-    /// Runs a command line that has to fail with this exit code. Returns its standard error.
-    fn fails(&self, line: &str, code: i32) -> String {
-        let output = self.run(line);
-        let said = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(code), "{line}: {said}");
-        assert!(!said.contains("panicked"), "{said}");
-        said
-    }
-
-    fn tokenizer(&self, more: &str) -> String {
-        format!("tokenizer --images photos --recipe micro.toml {more}")
-    }
-
-    fn generator(&self, more: &str) -> String {
-        format!("generator --images photos --tokenizer t/tokenizer.safetensors --recipe micro.toml {more}")
-    }
-
-    fn metrics(&self, run: &str) -> Vec<Value> {
-        let text = fs::read_to_string(self.path(run).join("metrics.jsonl")).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-    }
-
-    fn recipe(&self, name: &str, from: &str, to: &str) {
-        assert!(MICRO.contains(from), "{from}");
-        fs::write(self.path(name), MICRO.replace(from, to)).unwrap();
-    }
-}
-
-/// A picture of a sky above hilly ground.
-fn picture(width: u32, height: u32, sky: [u8; 3], seed: u32) -> RgbImage {
-    RgbImage::from_fn(width, height, |x, y| {
-        let hill = f64::from(height) * (0.6 + 0.2 * (f64::from(x + 7 * seed) / 9.0).sin());
-        let shade = (y * 255 / height) as u8;
-        if f64::from(y) < hill {
-            Rgb(sky.map(|value| value.saturating_sub(shade / 3)))
-        } else {
-            Rgb([shade / 3, shade / 2, 30])
-        }
-    })
-}
+use place::{MICRO, Place, picture};
 
 fn same(a: &Path, b: &Path) {
     assert!(fs::read(a).unwrap() == fs::read(b).unwrap(), "{} and {} differ", a.display(), b.display());
@@ -638,7 +514,7 @@ fn a_state_of_another_training_is_refused() {
 #[test]
 fn a_folder_has_one_training() {
     let place = Place::new();
-    let other = eqim_training::run::Output::open(&place.path("t"), false).unwrap();
+    let other = eqim_training::run::Output::open(&place.path("t"), false, &Ranks::alone()).unwrap();
     let said = place.fails(&place.tokenizer("-o t"), 1);
     assert!(said.contains(&format!("t/state.safetensors: is in use by process {}", std::process::id())), "{said}");
     drop(other);
@@ -658,7 +534,7 @@ fn a_full_disk_is_an_error_that_loses_nothing() {
         env!("CARGO_BIN_EXE_eqim-train"),
         place.tokenizer("-o t --resume")
     );
-    let output = Command::new("bash").args(["-c", &line]).current_dir(place.0.path()).output().unwrap();
+    let output = Command::new("bash").args(["-c", &line]).current_dir(place.path("")).output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("cannot be written"), "{said}");
@@ -711,29 +587,6 @@ fn pretrained_networks_take_part() {
     }
     let said = place.fails(&place.tokenizer("-o t --steps 2 --resume"), 2);
     assert!(said.contains("perceptual = EfficientNet-Lite0"), "{said}");
-
-    // Windows of crops of 32×32 pixels: other ones in every step, and the same ones after a resumption.
-    let shifted = |shift: usize| {
-        let recipe =
-            MICRO.replace("[tokenizer.model]", &format!("[tokenizer]\nperceptual_shift = {shift}\n[tokenizer.model]"));
-        fs::write(
-            place.path("shifted.toml"),
-            recipe.replace("tokens = 4", "tokens = 8").replace("log_every = 2", "log_every = 1"),
-        )
-        .unwrap();
-        place.tokenizer("--perceptual lite0.pth").replace("micro.toml", "shifted.toml")
-    };
-    place.trains(&format!("{} -o fixed --steps 2", shifted(0)));
-    let line = shifted(8);
-    place.trains(&format!("{line} -o whole --steps 4"));
-    place.trains(&format!("{line} -o parts --steps 3"));
-    place.trains(&format!("{line} -o parts --steps 4 --resume"));
-    same(&place.path("whole/state.safetensors"), &place.path("parts/state.safetensors"));
-    let first = |run: &str| place.metrics(run)[0]["perceptual"].as_f64().unwrap();
-    assert_ne!(first("fixed"), first("whole"));
-    let said = place.fails(&format!("{} -o x", shifted(17)), 2);
-    assert!(said.contains("tokenizer.perceptual_shift: is 17, expected 0 to 16"), "{said}");
-
     place.trains(&place.generator("--evaluate lite0.pth -o g --steps 2"));
     let last = place.metrics("g").pop().unwrap();
     assert!(last["validation_frechet_distance"].as_f64().is_some_and(|value| value > 0.0), "{last}");

