@@ -62,7 +62,8 @@ enum Task {
         #[arg(last = true)]
         args: Vec<String>,
     },
-    /// Build eqim-train with MPI, and test trainings that several processes share. Open MPI is installed in .native/.
+    /// Build eqim-train with MPI, and test trainings that several processes share, also on Slurm. What is missing is
+    /// installed: Debian packages, which needs root, and Open MPI in .native/.
     Mpi {
         /// Arguments for the test binary.
         #[arg(last = true)]

