@@ -239,22 +239,22 @@ def test_beginnings_that_leave_no_token(engine):
 LATENTS = {
     "None": lambda: None,
     "text": lambda: "latents",
-    "integers": lambda: np.zeros((2, 256), int),
-    "complex": lambda: np.zeros((2, 256), complex),
-    "objects": lambda: np.zeros((2, 256), object),
-    "bool": lambda: np.zeros((2, 256), bool),
-    "one token": lambda: np.zeros((1, 256), np.float32),
-    "no token": lambda: np.zeros((0, 256), np.float32),
-    "other length": lambda: np.zeros((2, 255), np.float32),
-    "transposed": lambda: np.zeros((256, 2), np.float32),
-    "flat": lambda: np.zeros(512, np.float32),
-    "batch": lambda: np.zeros((1, 2, 256), np.float32),
-    "NaN": lambda: np.full((2, 256), np.nan, np.float32),
-    "one NaN": lambda: np.array([[0.0] * 256, [0.0] * 255 + [np.nan]]),
-    "infinite": lambda: np.full((2, 256), -np.inf),
-    "huge": lambda: np.broadcast_to(np.float32(0), (2**40, 256)),
-    "another device": lambda: Tensor(np.zeros((2, 256), np.float32), (2, 0)),
-    "integer tensor": lambda: Tensor(np.zeros((2, 256), int)),
+    "integers": lambda: np.zeros((2, 128), int),
+    "complex": lambda: np.zeros((2, 128), complex),
+    "objects": lambda: np.zeros((2, 128), object),
+    "bool": lambda: np.zeros((2, 128), bool),
+    "one token": lambda: np.zeros((1, 128), np.float32),
+    "no token": lambda: np.zeros((0, 128), np.float32),
+    "other length": lambda: np.zeros((2, 127), np.float32),
+    "transposed": lambda: np.zeros((128, 2), np.float32),
+    "flat": lambda: np.zeros(256, np.float32),
+    "batch": lambda: np.zeros((1, 2, 128), np.float32),
+    "NaN": lambda: np.full((2, 128), np.nan, np.float32),
+    "one NaN": lambda: np.array([[0.0] * 128, [0.0] * 127 + [np.nan]]),
+    "infinite": lambda: np.full((2, 128), -np.inf),
+    "huge": lambda: np.broadcast_to(np.float32(0), (2**40, 128)),
+    "another device": lambda: Tensor(np.zeros((2, 128), np.float32), (2, 0)),
+    "integer tensor": lambda: Tensor(np.zeros((2, 128), int)),
 }
 
 
@@ -267,7 +267,7 @@ def test_latents(engine, name):
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_latents_that_are_infinite_as_float32(engine):
     with pytest.raises(eqim.InputError, match="finite"):
-        engine.decode(np.full((2, 256), 1e300))
+        engine.decode(np.full((2, 128), 1e300))
 
 
 def test_interrupts_of_other_libraries_stay(engine):
@@ -483,7 +483,7 @@ for call in (
     lambda: engine.submit(tokens=1_000_000, num_inference_steps=1),
     lambda: engine.stream(tokens=1_000_000, num_inference_steps=1),
     lambda: engine.generate(tokens=200_000, tile="none", num_inference_steps=1),
-    lambda: engine.decode(np.zeros((100_000, 256), np.float32)),
+    lambda: engine.decode(np.zeros((100_000, 128), np.float32)),
 ):
     try:
         call()

@@ -36,8 +36,8 @@ struct Others {
 const FIRST_TIMEOUT: u64 = 600;
 /// How much longer the other ranks wait than the first, which knows the rank that does not answer.
 const GRACE: Duration = Duration::from_secs(5);
-/// Variables in which launchers tell a process the number of ranks: Open MPI, MPICH and Slurm with PMI.
-const SIZES: [&str; 2] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"];
+/// Variables in which launchers tell a process the number of ranks: `mpirun` of Open MPI and of MPICH, and `srun`.
+const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"];
 
 impl Ranks {
     /// A training of one process.
@@ -48,12 +48,17 @@ impl Ranks {
     /// Joins the ranks that a launcher of MPI started. Without one, the process is alone.
     ///
     /// # Errors
-    /// [`Error::input`] if a launcher started several processes and this build is without MPI; [`Error::run`] if MPI fails.
+    /// [`Error::input`] if a launcher started several processes, but this build is without MPI or its MPI does not find them.
     pub fn join() -> Result<Self> {
         let size = |name| std::env::var(name).ok().and_then(|size| size.parse::<usize>().ok());
-        let Some(size) = SIZES.into_iter().find_map(size).filter(|size| *size > 1) else { return Ok(Self::alone()) };
-        let world = World::join().map_err(|problem| Error::input(format!("{size} processes"), problem))?;
+        let Some(started) = SIZES.into_iter().find_map(size).filter(|size| *size > 1) else { return Ok(Self::alone()) };
+        let bad = |problem: String| Error::input(format!("{started} processes"), problem);
+        let world = World::join().map_err(bad)?;
         let (rank, size, local) = (world.rank(), world.size(), world.local());
+        if size != started {
+            let advice = "start them with mpirun of the MPI of this build, or with srun --mpi=pmix";
+            return Err(bad(format!("were started, but MPI finds {size}: {advice}")));
+        }
         let name = format!("rank {rank} of {size}");
         let others = Some(Others { world, watchdog: Watchdog::start(name)? });
         Ok(Self { rank, size, local, timeout: AtomicU64::new(FIRST_TIMEOUT), others })

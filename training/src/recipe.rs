@@ -466,7 +466,7 @@ fn demo() -> Recipe {
     let tokenizer = TokenizerConfig {
         image_channels: 3,
         rows: 16,
-        embed: 256,
+        embed: 128,
         len_down_scale: 4,
         groups: 4,
         encoder: Tower { z_channels: 16, conv_in: 16, res_blocks: 1, levels: levels(&[16, 32, 48, 64, 96]) },
@@ -477,17 +477,17 @@ fn demo() -> Recipe {
         class_names: vec![],
         buffer: 8,
         embed: tokenizer.embed,
-        dim: 192,
-        depth: 3,
+        dim: 144,
+        depth: 4,
         heads: 6,
-        mlp_dim: 768,
-        flow_dim: 368,
-        flow_depth: 2,
+        mlp_dim: 576,
+        flow_dim: 192,
+        flow_depth: 3,
         time_dim: 128,
         ..published.generator.model.clone()
     };
     let plan = TrainingPlan {
-        steps: 8000,
+        steps: 2800,
         batch_size: 4,
         accumulate: 1,
         tokens: 8,
@@ -498,15 +498,15 @@ fn demo() -> Recipe {
         schedule: Schedule::Cosine,
         betas: [0.9, 0.95],
         clip: 1.0,
-        ema: 0.998,
+        ema: 0.99,
         shard_optimizer: false,
         timeout: 600,
         bf16: false,
-        validation: 8,
+        validation: 2,
         seed: 1,
-        log_every: 50,
-        checkpoint_every: 200,
-        sample_every: 1000,
+        log_every: 10,
+        checkpoint_every: 100,
+        sample_every: 300,
     };
     Recipe {
         tokenizer: TokenizerRecipe {
@@ -514,7 +514,6 @@ fn demo() -> Recipe {
             plan: plan.clone(),
             posterior_std: 0.25,
             structure_weight: 0.2,
-            perceptual_weight: 0.05,
             discriminator_weight: 0.0,
             semantic_start: 0,
             ..published.tokenizer
@@ -522,16 +521,14 @@ fn demo() -> Recipe {
         generator: GeneratorRecipe {
             model: generator,
             plan: TrainingPlan {
-                steps: 7000,
-                batch_size: 64,
+                steps: 8000,
+                batch_size: 16,
                 tokens: 16,
-                base_learning_rate: 0.0048,
-                warmup_steps: 100,
+                base_learning_rate: 0.008,
                 ema: 0.999,
-                checkpoint_every: 250,
                 ..plan
             },
-            views: 16,
+            views: 24,
             lora_rank: 0,
             attn_dropout: 0.0,
             proj_dropout: 0.0,

@@ -82,6 +82,16 @@ fn a_build_without_mpi_refuses_several_ranks() {
 
 #[test]
 #[ignore = "needs MPI: cargo xtask mpi"]
+fn processes_that_do_not_find_each_other_are_refused() {
+    let place = Place::new();
+    let output = place.command("recipe").env("SLURM_STEP_NUM_TASKS", "4").output().unwrap();
+    let said = text(&output);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("4 processes: were started, but MPI finds 1: start them with mpirun"), "{said}");
+}
+
+#[test]
+#[ignore = "needs MPI: cargo xtask mpi"]
 fn ranks_train_as_one_process_does() {
     let place = Place::new();
     recipe(&place, "ranks.toml", "");
