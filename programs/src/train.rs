@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::rc::Rc;
 use std::time::Duration;
 
 use candle_core::Device;
@@ -32,7 +32,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
     let mut ranks = None;
     let code = eqim_cli::main(|| {
         restart_with_variables()?;
-        let ranks = ranks.insert(Arc::new(Ranks::join()?));
+        let ranks = ranks.insert(Rc::new(Ranks::join()?));
         run_on(ranks, &arguments)
     });
     if let Some(ranks) = ranks.filter(|_| code != 0) {
@@ -42,7 +42,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> u8 {
 }
 
 /// Runs the command on one of several ranks. The first writes the messages, and all write their errors.
-fn run_on(ranks: &Arc<Ranks>, arguments: &Arguments) -> Result<()> {
+fn run_on(ranks: &Rc<Ranks>, arguments: &Arguments) -> Result<()> {
     if !ranks.is_first() {
         eqim_cli::silence();
     }
@@ -219,7 +219,7 @@ fn restart_with_variables() -> Result<()> {
 ///
 /// # Errors
 /// [`Error::input`] naming the flag, file or key that cannot be used; [`Error::run`] if the training fails.
-fn run(arguments: &Arguments, ranks: &Arc<Ranks>) -> Result<()> {
+fn run(arguments: &Arguments, ranks: &Rc<Ranks>) -> Result<()> {
     match &arguments.part {
         Part::Recipe { preset } => eqim_cli::print(Recipe::new(*preset).text()?),
         Part::Tokenizer { shared, from, perceptual, semantic } => {
@@ -237,7 +237,7 @@ fn tokenizer(
     from: Option<&Path>,
     perceptual: Option<&Path>,
     semantic: Option<&Path>,
-    ranks: &Arc<Ranks>,
+    ranks: &Rc<Ranks>,
 ) -> Result<()> {
     let mut recipe = shared.recipe()?.tokenizer;
     ranks.set_timeout(recipe.plan.timeout);
@@ -273,7 +273,7 @@ fn tokenizer(
     eqim_cli::print(report.text())
 }
 
-fn generator(shared: &Shared, tokenizer: &Path, start: Option<Start>, ranks: &Arc<Ranks>) -> Result<()> {
+fn generator(shared: &Shared, tokenizer: &Path, start: Option<Start>, ranks: &Rc<Ranks>) -> Result<()> {
     let mut recipe = shared.recipe()?;
     ranks.set_timeout(recipe.generator.plan.timeout);
     if let Some(start) = &start {

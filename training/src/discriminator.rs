@@ -98,7 +98,7 @@ pub fn hinge(real: &Tensor, made: &Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::rc::Rc;
 
     use super::*;
     use crate::data::{Purpose, randomness};
@@ -109,7 +109,7 @@ mod tests {
     fn it_learns_to_tell_images_apart() {
         let random = &mut randomness(1, Purpose::Initial, 0);
         let mut learner =
-            Learner::new("discriminator", initial(64, random).unwrap(), &Device::Cpu, Arc::new(Ranks::alone()), false)
+            Learner::new("discriminator", initial(64, random).unwrap(), &Device::Cpu, Rc::new(Ranks::alone()), false)
                 .unwrap();
         let real = Tensor::from_vec(normal(random, 3 * 32 * 32), (1, 3, 32, 32), &Device::Cpu).unwrap();
         let made = Tensor::full(0.3f32, (1, 3, 32, 32), &Device::Cpu).unwrap();

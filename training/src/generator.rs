@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::rc::Rc;
 
 use candle_core::{DType, Device, Tensor};
 use eqim::checkpoint::tensors::TensorFile;
@@ -52,7 +52,7 @@ pub struct GeneratorTask {
     held_out: Latents,
     /// The held-out photographs, for the evaluation.
     held_out_photos: Vec<Photo>,
-    ranks: Arc<Ranks>,
+    ranks: Rc<Ranks>,
 }
 
 /// The trained networks of a training.
@@ -205,7 +205,7 @@ impl GeneratorTask {
         networks: Networks,
         cache: &Path,
         device: Device,
-        ranks: Arc<Ranks>,
+        ranks: Rc<Ranks>,
     ) -> Result<Self> {
         let Networks { encoder, start, evaluation } = networks;
         let plan = &recipe.plan;

@@ -1,7 +1,7 @@
 //! Trained parameters and the state of their optimizer.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::rc::Rc;
 
 use candle_core::{Device, Tensor, Var};
 use eqim::checkpoint::tensors::TensorFile;
@@ -24,7 +24,7 @@ pub struct Learner {
     name: &'static str,
     parameters: BTreeMap<String, Parameter>,
     updates: usize,
-    ranks: Arc<Ranks>,
+    ranks: Rc<Ranks>,
 }
 
 #[derive(Debug)]
@@ -76,7 +76,7 @@ impl Learner {
         name: &'static str,
         values: impl IntoIterator<Item = (String, Tensor)>,
         device: &Device,
-        ranks: Arc<Ranks>,
+        ranks: Rc<Ranks>,
         sharded: bool,
     ) -> Result<Self> {
         let values: BTreeMap<String, Tensor> = values.into_iter().collect();

@@ -1,8 +1,8 @@
 //! The processes that share a training, its ranks. MPI starts them (`mpirun -n 4 eqim-train …`), and each takes its share of
 //! the batches.
 
+use std::cell::Cell;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use eqim::{Error, Result};
@@ -21,7 +21,7 @@ pub struct Ranks {
     size: usize,
     local: usize,
     /// Seconds within which every rank answers.
-    timeout: AtomicU64,
+    timeout: Cell<u64>,
     others: Option<Others>,
 }
 
@@ -42,7 +42,7 @@ const SIZES: [&str; 3] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TA
 impl Ranks {
     /// A training of one process.
     pub fn alone() -> Self {
-        Self { rank: 0, size: 1, local: 0, timeout: AtomicU64::new(FIRST_TIMEOUT), others: None }
+        Self { rank: 0, size: 1, local: 0, timeout: Cell::new(FIRST_TIMEOUT), others: None }
     }
 
     /// Joins the ranks that a launcher of MPI started. Without one, the process is alone.
@@ -61,7 +61,7 @@ impl Ranks {
         }
         let name = format!("rank {rank} of {size}");
         let others = Some(Others { world, watchdog: Watchdog::start(name)? });
-        Ok(Self { rank, size, local, timeout: AtomicU64::new(FIRST_TIMEOUT), others })
+        Ok(Self { rank, size, local, timeout: Cell::new(FIRST_TIMEOUT), others })
     }
 
     /// Number of this rank, from 0.
@@ -86,11 +86,11 @@ impl Ranks {
 
     /// Sets the seconds within which every rank has to answer.
     pub fn set_timeout(&self, seconds: u64) {
-        self.timeout.store(seconds, Ordering::Relaxed);
+        self.timeout.set(seconds);
     }
 
     fn timeout(&self) -> Duration {
-        Duration::from_secs(self.timeout.load(Ordering::Relaxed))
+        Duration::from_secs(self.timeout.get())
     }
 
     /// The part of `count` things that is this rank's. The parts are contiguous, in the order of the ranks.

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::rc::Rc;
 
 use candle_core::{Device, Tensor, Var};
 use eqim::checkpoint::tensors::TensorFile;
@@ -45,7 +45,7 @@ pub struct TokenizerTask {
     training: Photos,
     held_out: Photos,
     batches: Option<Ahead>,
-    ranks: Arc<Ranks>,
+    ranks: Rc<Ranks>,
 }
 
 /// Pretrained networks; all are optional.
@@ -114,7 +114,7 @@ impl TokenizerTask {
         initial: Option<Weights>,
         networks: Networks,
         device: Device,
-        ranks: Arc<Ranks>,
+        ranks: Rc<Ranks>,
     ) -> Result<Self> {
         let rows = rows_of_a_shard(&recipe, device.is_cpu());
         recipe::check_ranks("tokenizer", &recipe.plan, rows, &ranks)?;

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::rc::Rc;
 
 use candle_core::{DType, Device, Tensor, Var};
 use eqim::checkpoint::{self, Hints, WeightSet, adapter};
@@ -164,8 +164,8 @@ fn adapters_and_their_gradients_are_those_of_peft() {
 }
 
 /// A training of one process.
-fn ranks() -> Arc<Ranks> {
-    Arc::new(Ranks::alone())
+fn ranks() -> Rc<Ranks> {
+    Rc::new(Ranks::alone())
 }
 
 /// Shards of at most `most` rows, with their fractions of the batch.

@@ -1,7 +1,7 @@
 //! Recipes, and states of unfinished trainings.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::rc::Rc;
 
 use candle_core::Device;
 use eqim::digest::Hash;
@@ -110,7 +110,7 @@ impl State {
         let (height, width) = (recipe.model.image_height(), recipe.model.token_width() * recipe.plan.tokens);
         let photos = Photos::open(&photos, height, width)?;
         let folder = place.path("run");
-        let ranks = Arc::new(Ranks::alone());
+        let ranks = Rc::new(Ranks::alone());
         let output = Output::open(&folder, true, &ranks)?;
         let networks = Networks::default();
         let mut task = TokenizerTask::new(recipe, photos, None, networks, Device::Cpu, ranks)?;
