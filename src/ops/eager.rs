@@ -183,8 +183,7 @@ impl Ops for Eager<'_> {
     fn gemm(&mut self, x: &Tensor, input: usize, output: usize) -> Result<Tensor> {
         let (weight, bias) = (self.param("weight", &[output, input])?, self.param("bias", &[output])?);
         let products = self.products();
-        let y = x.to_dtype(products)?.matmul(&weight.to_dtype(products)?.t()?)?.to_dtype(DType::F32)?;
-        Ok(y.broadcast_add(&bias)?)
+        Ok(kernels::linear(&x.to_dtype(products)?, &weight.to_dtype(products)?, &bias)?)
     }
 
     fn layer_normalization(
@@ -194,11 +193,7 @@ impl Ops for Eager<'_> {
         _width: usize,
         eps: f32,
     ) -> Result<Tensor> {
-        let x = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-        let variance = x.sqr()?.mean_keepdim(D::Minus1)?;
-        let x = x.broadcast_div(&(variance + eps as f64)?.sqrt()?)?;
-        let Some((weight, bias)) = affine else { return Ok(x) };
-        Ok(x.broadcast_mul(weight)?.broadcast_add(bias)?)
+        Ok(kernels::layer_norm(x, affine, eps)?)
     }
 
     fn group_normalization(

@@ -101,8 +101,9 @@ mod tests {
     use std::rc::Rc;
 
     use super::*;
+    use crate::adamw::Update;
     use crate::data::{Purpose, randomness};
-    use crate::learner::{Learner, Losses, Update};
+    use crate::learner::{Learner, Losses};
     use crate::ranks::Ranks;
 
     #[test]

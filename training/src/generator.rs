@@ -21,11 +21,12 @@ use ndarray::{Array3, Axis, concatenate};
 use rand::{Rng, RngCore};
 use rand_mt::Mt;
 
+use crate::adamw::Update;
 use crate::data::{Crops, Photo, Photos, Purpose, order, randomness};
 use crate::evaluation::Evaluation;
 use crate::initial::{self, normal};
 use crate::latents::{Encoder, Latents};
-use crate::learner::{Learner, Losses, Measures, Update};
+use crate::learner::{Learner, Losses, Measures};
 use crate::ranks::Ranks;
 use crate::recipe::{self, GeneratorRecipe, TrainingPlan};
 use crate::run::Task;

@@ -10,6 +10,7 @@ use eqim::weights::Weights;
 use eqim::{Error, Result};
 use rayon::prelude::*;
 
+use crate::adamw::{Kept, Update};
 use crate::ranks::Ranks;
 
 /// Gradients by parameter name.
@@ -36,32 +37,6 @@ struct Parameter {
     kept: Option<Kept>,
 }
 
-#[derive(Debug)]
-struct Kept {
-    first_moment: Tensor,
-    second_moment: Tensor,
-    average: Tensor,
-}
-
-/// Settings of one step of AdamW (Loshchilov & Hutter 2019; PyTorch's `torch.optim.AdamW`).
-pub struct Update<'a> {
-    /// Learning rate of the step.
-    pub learning_rate: f64,
-    /// Decay rates of the moments.
-    pub betas: [f64; 2],
-    /// Weight decay of the parameters for which `decays` is true.
-    pub weight_decay: f64,
-    /// Whether weight decay applies to a parameter, from its name and number of axes.
-    pub decays: &'a (dyn Fn(&str, usize) -> bool + Sync),
-    /// Largest global norm of the gradients; gradients with a larger norm are scaled down to it.
-    pub clip: Option<f64>,
-    /// Decay rate of the moving average.
-    pub average: f64,
-}
-
-const EPS: f64 = 1e-8;
-// As in `torch.nn.utils.clip_grad_norm_`.
-const CLIP_EPS: f64 = 1e-6;
 /// Values that are exchanged at a time.
 const BUCKET: usize = 1 << 22;
 
@@ -288,30 +263,12 @@ impl Learner {
                 format!("their norm is {norm}, not finite: lower base_learning_rate, or set clip"),
             ));
         }
-        let factor = update.clip.map_or(1.0, |clip| (clip / (norm + CLIP_EPS)).min(1.0));
+        let factor = update.clipping(norm);
         self.updates += 1;
-        let [beta1, beta2] = update.betas;
-        let bias1 = 1.0 - beta1.powi(self.updates as i32);
-        let bias2 = 1.0 - beta2.powi(self.updates as i32);
-        let change = |(name, parameter): (&String, &mut Parameter)| -> Result<()> {
-            let Some(kept) = &mut parameter.kept else { return Ok(()) };
-            let value = parameter.value.as_tensor();
-            if let Some(gradient) = gradients.get(name) {
-                let gradient = (gradient * factor)?;
-                let first = ((&kept.first_moment * beta1)? + (&gradient * (1.0 - beta1))?)?;
-                let second = ((&kept.second_moment * beta2)? + (gradient.sqr()? * (1.0 - beta2))?)?;
-                let spread = ((&second / bias2)?.sqrt()? + EPS)?;
-                let change = ((&first * (update.learning_rate / bias1))? / spread)?;
-                let decays = (update.decays)(name, value.rank());
-                let decay = if decays { update.learning_rate * update.weight_decay } else { 0.0 };
-                let new = ((value * (1.0 - decay))? - change)?;
-                parameter.value.set(&new.detach())?;
-                (kept.first_moment, kept.second_moment) = (first.detach(), second.detach());
-            }
-            let value = parameter.value.as_tensor();
-            let average = ((&kept.average * update.average)? + (value * (1.0 - update.average))?)?;
-            kept.average = average.detach();
-            Ok(())
+        let count = self.updates;
+        let change = |(name, Parameter { value, kept, .. }): (&String, &mut Parameter)| match kept {
+            Some(kept) => kept.update((name, value), gradients.get(name), (update, factor, count)),
+            None => Ok(()),
         };
         match self.is_on_cpu() {
             true => self.parameters.par_iter_mut().try_for_each(change)?,
@@ -371,14 +328,6 @@ impl Learner {
         }
         self.updates = updates;
         Ok(())
-    }
-}
-
-impl Kept {
-    /// Moments of zero, and the value as its average.
-    fn new(value: &Var) -> Result<Self> {
-        let zeros = value.zeros_like()?;
-        Ok(Self { first_moment: zeros.clone(), second_moment: zeros, average: value.as_tensor().copy()? })
     }
 }
 

@@ -13,6 +13,7 @@
 //! # Ok::<(), eqim::Error>(())
 //! ```
 
+pub mod adamw;
 pub mod curve;
 pub mod data;
 pub mod dino;

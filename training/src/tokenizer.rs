@@ -21,11 +21,12 @@ use eqim::weights::Weights;
 use eqim::{Config, Error, Result, ResultExt};
 use ndarray::{Array3, Array4, ArrayView3, ArrayView4, Axis, concatenate, s};
 
+use crate::adamw::Update;
 use crate::data::{Ahead, Batches, Crops, Photo, Photos, Purpose, randomness};
 use crate::discriminator;
 use crate::evaluation::Evaluation;
 use crate::initial;
-use crate::learner::{Learner, Losses, Measures, Update};
+use crate::learner::{Learner, Losses, Measures};
 use crate::perceptual::Perceptual;
 use crate::ranks::Ranks;
 use crate::recipe::{self, TokenizerRecipe, TrainingPlan};

@@ -6,6 +6,8 @@
 mod clamp;
 mod conv;
 mod depthwise;
+mod layer_norm;
+mod linear;
 mod norm;
 mod pad;
 pub mod portable;
@@ -16,13 +18,15 @@ mod unfold;
 use clamp::Clamp;
 use conv::Conv3x3;
 use depthwise::Depthwise;
+use layer_norm::LayerNorm;
+use linear::Linear;
 use norm::GroupNorm;
 use pad::PadReflect;
 use silu::Silu;
 pub use silu::exp;
 use unfold::Unfold;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 
 /// Whether the operators of this module support a tensor.
 fn ours(x: &Tensor) -> bool {
@@ -54,6 +58,41 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
         return x.contiguous()?.apply_op3(weight, bias, GroupNorm { groups, eps });
     }
     portable::group_norm(x, weight, bias, groups, eps)
+}
+
+/// Normalization of the rows of `x [rows, width]`, with `affine`, a weight and a bias `[width]`.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn layer_norm(x: &Tensor, affine: Option<(&Tensor, &Tensor)>, eps: f32) -> Result<Tensor> {
+    if !ours(x) {
+        return portable::layer_norm(x, affine, eps);
+    }
+    let width = x.dim(D::Minus1)?;
+    let (weight, bias) = match affine {
+        Some((weight, bias)) => (weight.contiguous()?, bias.contiguous()?),
+        None => (Tensor::ones(width, DType::F32, x.device())?, Tensor::zeros(width, DType::F32, x.device())?),
+    };
+    if weight.dims() != [width] || bias.dims() != [width] {
+        candle_core::bail!("a weight of {:?} and a bias of {:?} do not fit {:?}", weight.dims(), bias.dims(), x.dims());
+    }
+    x.contiguous()?.apply_op3(&weight, &bias, LayerNorm { eps })
+}
+
+/// `x [rows, input]` times the transposed `weight [output, input]`, plus `bias [output]`. The bias is of `f32`, and so is the
+/// result; `x` and the weight may be of another type.
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    if !ours(x) {
+        return x.matmul(&weight.t()?)?.to_dtype(DType::F32)?.broadcast_add(bias);
+    }
+    let ((_, input), (output, of_input)) = (x.dims2()?, weight.dims2()?);
+    if of_input != input || bias.dims() != [output] {
+        candle_core::bail!("a weight of {:?} and a bias of {:?} do not fit {:?}", weight.dims(), bias.dims(), x.dims());
+    }
+    x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, Linear)
 }
 
 /// Convolution of `x [batch, input, height+2, width+2]` with `weight [output, input, 3, 3]` and `bias [output]`.
@@ -156,6 +195,29 @@ mod tests {
             let theirs = |t: &[&Tensor]| reference(t, 1, 1);
             same(&[&x, &weight, &bias], 1e-5, |t| conv3x3(t[0], t[1], t[2]), theirs);
         }
+    }
+
+    #[test]
+    fn layer_norm_is_candles_own() {
+        for (rows, width) in [(1, 1), (3, 17), (130, 40), (64, 368)] {
+            let (x, weight, bias) = (random(&[rows, width]), random(&[width]), random(&[width]));
+            let ours = |t: &[&Tensor]| layer_norm(t[0], Some((t[1], t[2])), 1e-3);
+            same(&[&x, &weight, &bias], 1e-5, ours, |t| portable::layer_norm(t[0], Some((t[1], t[2])), 1e-3));
+            same(&[&x], 1e-5, |t| layer_norm(t[0], None, 1e-3), |t| portable::layer_norm(t[0], None, 1e-3));
+        }
+        let wrong = layer_norm(&random(&[3, 4]), Some((&random(&[3]), &random(&[4]))), 1e-6);
+        assert!(wrong.unwrap_err().to_string().contains("do not fit"));
+    }
+
+    #[test]
+    fn linear_is_candles_own() {
+        for (rows, input, output) in [(1, 1, 1), (3, 17, 5), (130, 40, 33), (64, 16, 368)] {
+            let (x, weight, bias) = (random(&[rows, input]), random(&[output, input]), random(&[output]));
+            let theirs = |t: &[&Tensor]| t[0].matmul(&t[1].t()?)?.broadcast_add(t[2]);
+            same(&[&x, &weight, &bias], 1e-5, |t| linear(t[0], t[1], t[2]), theirs);
+        }
+        let wrong = linear(&random(&[3, 4]), &random(&[5, 3]), &random(&[5]));
+        assert!(wrong.unwrap_err().to_string().contains("do not fit"));
     }
 
     /// A convolution by Candle with stride 1, of which every `stride`-th row and column is taken. Candle's own gradients

@@ -19,6 +19,18 @@ pub fn group_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, groups: usize, eps
     normed.broadcast_mul(&weight.reshape(affine.as_slice())?)?.broadcast_add(&bias.reshape(affine.as_slice())?)
 }
 
+/// Same as [`super::layer_norm`].
+///
+/// # Errors
+/// If the shapes do not fit.
+pub fn layer_norm(x: &Tensor, affine: Option<(&Tensor, &Tensor)>, eps: f32) -> Result<Tensor> {
+    let centered = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let variance = centered.sqr()?.mean_keepdim(D::Minus1)?;
+    let normed = centered.broadcast_div(&(variance + f64::from(eps))?.sqrt()?)?;
+    let Some((weight, bias)) = affine else { return Ok(normed) };
+    normed.broadcast_mul(weight)?.broadcast_add(bias)
+}
+
 /// Same as [`super::conv2d`].
 ///
 /// # Errors

@@ -23,7 +23,6 @@ pub fn with_values<const N: usize, R>(tensors: [&Tensor; N], read: impl FnOnce([
 
 /// Sums `term(x)`. Short runs are added in single precision, and their sums in double precision.
 pub fn sum(x: &[f32], term: impl Fn(f32) -> f32) -> f64 {
-    const LANES: usize = 16;
     const RUN: usize = 64 * LANES;
     let mut total = 0.0;
     for run in x.chunks(RUN) {
@@ -42,4 +41,29 @@ pub fn bias_gradient(channels: usize, area: usize, gradient: &[f32]) -> Vec<f32>
     let of_planes: Vec<f64> = gradient.par_chunks(area).map(|plane| sum(plane, |value| value)).collect();
     let of_channel = |channel| of_planes.iter().skip(channel).step_by(channels).sum::<f64>() as f32;
     (0..channels).map(of_channel).collect()
+}
+
+/// Rows whose values are added one after the other. The number is fixed, so that sums do not depend on the number of cores.
+pub const BLOCK: usize = 64;
+/// Values that compilers put in one vector.
+pub const LANES: usize = 16;
+
+/// Adds every row of `rows` to `sums`.
+pub fn add_rows(sums: &mut [f32], rows: &[f32]) {
+    for row in rows.chunks(sums.len()) {
+        sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
+    }
+}
+
+/// Sums over the rows of `x [rows, width]`.
+pub fn column_sums(x: &[f32], width: usize) -> Vec<f32> {
+    let of_block = |block: &[f32]| {
+        let mut sums = vec![0.0; width];
+        add_rows(&mut sums, block);
+        sums
+    };
+    let blocks: Vec<Vec<f32>> = x.par_chunks(BLOCK * width).map(of_block).collect();
+    let mut total = vec![0.0; width];
+    blocks.iter().for_each(|sums| add_rows(&mut total, sums));
+    total
 }
