@@ -16,33 +16,8 @@ sys.path.insert(0, str(ROOT / "tests/fleet"))
 
 from conftest import PATIENCE, PROGRAMS, slurm, until  # noqa: E402, F401
 
-# A tokenizer for images 32 pixels high, with tokens 4 pixels wide.
-RECIPE = """
-[tokenizer]
-perceptual_weight = 0
-[tokenizer.model]
-rows = 8
-embed = 16
-groups = 2
-[tokenizer.model.encoder]
-z_channels = 4
-conv_in = 8
-levels = [{channels = 8, attention = false}, {channels = 8, attention = false}, {channels = 16, attention = true}]
-[tokenizer.model.decoder]
-z_channels = 4
-conv_in = 16
-levels = [{channels = 8, attention = false}, {channels = 8, attention = false}, {channels = 16, attention = true}]
-[tokenizer.plan]
-steps = STEPS
-batch_size = 8
-tokens = 4
-validation = 1
-schedule = "constant"
-base_learning_rate = 0.1
-shard_optimizer = true
-checkpoint_every = 10
-sample_every = 1000
-"""
+# The recipe of the tests of eqim-train: images 32 pixels high, tokens 4 pixels wide.
+MICRO = (ROOT / "programs/tests/training/micro.toml").read_text()
 TRAINING = ["tokenizer", "--images", "photos", "--recipe", "recipe.toml"]
 
 
@@ -57,7 +32,16 @@ def place(tmp_path):
 
 
 def submit(slurm, place, steps, output):
-    (place / "recipe.toml").write_text(RECIPE.replace("STEPS", str(steps)))
+    recipe = MICRO
+    for old, new in [
+        ("steps = 6", f"steps = {steps}\nshard_optimizer = true"),
+        ("batch_size = 3", "batch_size = 8"),
+        ("checkpoint_every = 3", "checkpoint_every = 10"),
+        ("sample_every = 6", "sample_every = 1000"),
+    ]:
+        assert old in recipe
+        recipe = recipe.replace(old, new)
+    (place / "recipe.toml").write_text(recipe)
     # mpirun refuses to run as root otherwise.
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     flags = ["--parsable", "--ntasks-per-node=2", "--cpus-per-task=1"]

@@ -1,7 +1,8 @@
 //! AdamW with a moving average of the parameters (Loshchilov & Hutter 2019; PyTorch's `torch.optim.AdamW`).
 
-use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor, Var, bail};
+use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
 use eqim::Result;
+use eqim::ops::kernels::storage::{values, values_mut};
 
 /// Settings of one update.
 pub struct Update<'a> {
@@ -113,20 +114,6 @@ impl Descent {
         let new = ((x.as_tensor() * self.keep)? - ((first * self.rate)? / spread)?)?;
         Ok(x.set(&new.detach())?)
     }
-}
-
-/// The values of a contiguous tensor.
-fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    let CpuStorage::F32(values) = storage else { bail!("expected a tensor of f32") };
-    let Some((start, end)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
-    Ok(&values[start..end])
-}
-
-/// The values of a contiguous tensor, to be changed.
-fn values_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> candle_core::Result<&'a mut [f32]> {
-    let CpuStorage::F32(values) = storage else { bail!("expected a tensor of f32") };
-    let Some((start, end)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
-    Ok(&mut values[start..end])
 }
 
 impl InplaceOp2 for Blend {

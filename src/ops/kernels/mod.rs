@@ -12,7 +12,7 @@ mod norm;
 mod pad;
 pub mod portable;
 mod silu;
-mod storage;
+pub mod storage;
 mod unfold;
 
 use clamp::Clamp;

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::storage::{sum, values, with_values};
+use super::storage::{LANES, sum, values, with_values};
 
 /// Group normalization of `x [batch, channels, …]` with `weight [channels]` and `bias [channels]` (ONNX
 /// `GroupNormalization`).
@@ -30,7 +30,6 @@ impl GroupNorm {
 
 /// Sums of `gradient` and of `gradient · x` over a channel.
 fn sums(x: &[f32], gradient: &[f32]) -> (f64, f64) {
-    const LANES: usize = 16;
     const RUN: usize = 64 * LANES;
     let (mut plain, mut product) = (0.0, 0.0);
     for (x, gradient) in x.chunks(RUN).zip(gradient.chunks(RUN)) {

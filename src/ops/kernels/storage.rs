@@ -4,13 +4,29 @@ use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
 /// The values of a contiguous tensor of `f32`.
+///
+/// # Errors
+/// If the tensor is of another type, or not contiguous.
 pub fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let CpuStorage::F32(values) = storage else { bail!("expected a tensor of f32") };
     let Some((start, end)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
     Ok(&values[start..end])
 }
 
+/// The values of a contiguous tensor of `f32`, to be changed.
+///
+/// # Errors
+/// If the tensor is of another type, or not contiguous.
+pub fn values_mut<'a>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [f32]> {
+    let CpuStorage::F32(values) = storage else { bail!("expected a tensor of f32") };
+    let Some((start, end)) = layout.contiguous_offsets() else { bail!("expected a contiguous tensor") };
+    Ok(&mut values[start..end])
+}
+
 /// Calls `read` with the values of contiguous tensors of `f32` on the CPU.
+///
+/// # Errors
+/// If a tensor is of another type, on another device or not contiguous, and the errors of `read`.
 pub fn with_values<const N: usize, R>(tensors: [&Tensor; N], read: impl FnOnce([&[f32]; N]) -> Result<R>) -> Result<R> {
     let stored = tensors.map(Tensor::storage_and_layout);
     let mut slices: [&[f32]; N] = [&[]; N];
