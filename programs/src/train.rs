@@ -12,11 +12,11 @@ use eqim::bundle::FileRecord;
 use eqim::checkpoint::{self, Hints};
 use eqim::engine::candle::open_device;
 use eqim::{Error, Result, ResultExt, files, limits};
-use eqim_training::data::Photos;
 use eqim_training::evaluation::Evaluation;
 use eqim_training::generator::{self, GeneratorTask};
 use eqim_training::latents::Encoder;
 use eqim_training::perceptual::Perceptual;
+use eqim_training::photos::Photos;
 use eqim_training::ranks::Ranks;
 use eqim_training::recipe::{Base, Recipe, TrainingPlan};
 use eqim_training::run::{Output, Task, run as run_task};
@@ -109,7 +109,7 @@ enum Part {
 /// Arguments of both training commands.
 #[derive(Args)]
 struct Shared {
-    /// Folder of photographs (.jpg, .png), with one subfolder per class.
+    /// Folder of photographs (.jpg, .png), with one subfolder per class, or tar shards (.tar) as WebDataset writes them.
     #[arg(long, value_name = "DIR")]
     images: PathBuf,
     /// Output folder for the model, checkpoints, metrics and samples.
@@ -140,6 +140,9 @@ struct Shared {
     #[arg(long)]
     seed: Option<u64>,
 }
+
+/// Names of classes in the message about the photographs.
+const MOST_NAMES: usize = 20;
 
 impl Shared {
     /// What checkpoints of the reference may lack: the values of the preset's size.
@@ -178,8 +181,11 @@ impl Shared {
     fn photos(&self, plan: &TrainingPlan, height: usize, token_width: usize) -> Result<Photos> {
         let photos = Photos::open(&self.images, height, plan.tokens * token_width)?;
         photos.skipped.iter().for_each(|problem| eqim_cli::note(format_args!("skipped: {problem}")));
-        let classes = photos.classes.join(", ");
-        let (found, skipped) = (photos.photos.len(), photos.skipped.len());
+        let classes = match photos.classes.len() {
+            0..=MOST_NAMES => photos.classes.join(", "),
+            many => format!("{} and {} more", photos.classes[..MOST_NAMES].join(", "), many - MOST_NAMES),
+        };
+        let (found, skipped) = (photos.len(), photos.skipped.len());
         eqim_cli::note(format_args!("{found} photographs ({skipped} skipped), classes: {classes}"));
         Ok(photos)
     }

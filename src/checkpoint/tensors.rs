@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -106,14 +107,34 @@ impl TensorFile {
     /// # Errors
     /// [`Error::input`] if there is no tensor of this name, or if Candle does not support its type.
     pub fn read(&mut self, name: &str) -> Result<Tensor> {
+        self.read_part(name, None)
+    }
+
+    /// Reads these rows of the first axis of a tensor.
+    ///
+    /// # Errors
+    /// Those of [`TensorFile::read`]; [`Error::input`] if the tensor does not have these rows.
+    pub fn read_rows(&mut self, name: &str, rows: Range<usize>) -> Result<Tensor> {
+        self.read_part(name, Some(rows))
+    }
+
+    fn read_part(&mut self, name: &str, rows: Option<Range<usize>>) -> Result<Tensor> {
         let bad = |problem: String| Error::input(self.path.display(), format!("tensor {name}: {problem}"));
         let info = self.metadata.info(name).ok_or_else(|| bad("is missing".into()))?;
         let dtype = DType::try_from(info.dtype).or_input(format!("{}: tensor {name}", self.path.display()))?;
-        let (start, length) = self.place(info);
+        let (mut start, mut length) = self.place(info);
+        let mut shape = info.shape.clone();
+        if let Some(rows) = rows {
+            let count = shape.first_mut().filter(|count| rows.start < rows.end && rows.end <= **count);
+            let count = count.ok_or_else(|| bad(format!("is {:?}, expected rows {rows:?}", info.shape)))?;
+            let row = length / *count as u64;
+            (start, length) = (start + row * rows.start as u64, row * rows.len() as u64);
+            *count = rows.len();
+        }
         let mut bytes = vec![0; length as usize];
         let read = self.file.seek(SeekFrom::Start(start)).and_then(|_| self.file.read_exact(&mut bytes));
         read.or_input(format!("{}: tensor {name}", self.path.display()))?;
-        Ok(Tensor::from_raw_buffer(&bytes, dtype, &info.shape, &Device::Cpu)?)
+        Ok(Tensor::from_raw_buffer(&bytes, dtype, &shape, &Device::Cpu)?)
     }
 }
 

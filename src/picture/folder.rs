@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use crate::{Error, Result, ResultExt, picture};
 
 /// File extensions of pictures.
-const EXTENSIONS: [&str; 3] = ["jpg", "jpeg", "png"];
+pub const PICTURES: [&str; 3] = ["jpg", "jpeg", "png"];
 
 /// Folders that systems put beside photographs: copies of metadata, previews and deleted files.
 const FOREIGN: [&str; 5] = ["__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"];
@@ -50,44 +50,107 @@ impl<T: Send> Folder<T> {
     /// [`Error::input`] if the folder cannot be read or no picture can be used; [`Error::run`] if a file cannot be read;
     /// other errors of `look`.
     pub fn open(folder: &Path, look: impl Fn(&Path, &[u8]) -> Result<T> + Sync) -> Result<Self> {
-        let Walk { pictures, skipped, .. } = Walk::through(folder)?;
-        let read = |path: PathBuf| Ok((look(&path, &picture::contents(&path)?), path));
-        let looked = pictures.into_par_iter().map(read).collect::<Result<Vec<_>>>()?;
-        let mut found = Self { classes: vec![], pictures: vec![], skipped };
-        let mut first = None;
-        for (content, path) in looked {
-            match content {
-                Ok(content) => found.add(folder, path, content),
-                Err(error) if error.is_input() => {
-                    found.skipped.push(error.to_string());
-                    first.get_or_insert(error);
-                }
-                Err(error) => return Err(error),
-            }
+        let Files { paths, mut skipped } = Files::below(folder, &PICTURES)?;
+        let read = |path: PathBuf| {
+            let content = look(&path, &picture::contents(&path)?);
+            Ok(content.map(|content| (path, content)))
+        };
+        let mut found = Self { classes: vec![], pictures: vec![], skipped: vec![] };
+        for (path, content) in sift(folder, paths, &mut skipped, read)? {
+            found.add(folder, path, content);
         }
-        match (found.pictures.is_empty(), first) {
-            (false, _) => Ok(found),
-            (true, None) => Err(Error::input(folder.display(), "contains no PNG or JPEG")),
-            (true, Some(error)) => {
-                let skipped = found.skipped.len();
-                Err(error
-                    .about(format!("{}: no picture can be used, {skipped} skipped, for example", folder.display())))
-            }
-        }
+        Ok(Self { skipped, ..found })
     }
 
     /// Adds the next picture in the order of the paths.
     fn add(&mut self, folder: &Path, path: PathBuf, content: T) {
-        let mut parts = path.strip_prefix(folder).unwrap_or(&path).components();
-        let (first, is_nested) = (parts.next(), parts.next().is_some());
-        let name = first.filter(|_| is_nested).map(|name| name.as_os_str().to_string_lossy().into_owned());
-        if let Some(name) = name
-            && self.classes.last() != Some(&name)
-        {
-            self.classes.push(name);
-        }
-        let class = is_nested.then(|| self.classes.len() - 1);
+        let name = class_of(folder, &path);
+        let class = name.map(|name| {
+            if self.classes.last() != Some(&name) {
+                self.classes.push(name);
+            }
+            self.classes.len() - 1
+        });
         self.pictures.push(Entry { path, class, content });
+    }
+}
+
+/// Name of the sub-folder of `folder` that `path` lies in, directly or deeper.
+pub fn class_of(folder: &Path, path: &Path) -> Option<String> {
+    let mut parts = path.strip_prefix(folder).unwrap_or(path).components();
+    let (first, is_nested) = (parts.next(), parts.next().is_some());
+    first.filter(|_| is_nested).map(|name| name.as_os_str().to_string_lossy().into_owned())
+}
+
+/// Looks at pictures of `folder` on several threads. A picture for which `look` returns an inner [`Error::input`] is added to
+/// `skipped`.
+///
+/// # Errors
+/// [`Error::input`] if no picture can be used; other errors of `look`.
+pub fn sift<P: Send, T: Send>(
+    folder: &Path,
+    pictures: Vec<P>,
+    skipped: &mut Vec<String>,
+    look: impl Fn(P) -> Result<Result<T>> + Sync,
+) -> Result<Vec<T>> {
+    let looked = pictures.into_par_iter().map(&look).collect::<Result<Vec<_>>>()?;
+    let (mut usable, mut first) = (vec![], None);
+    for content in looked {
+        match content {
+            Ok(content) => usable.push(content),
+            Err(error) if error.is_input() => {
+                skipped.push(error.to_string());
+                first.get_or_insert(error);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    match (usable.is_empty(), first) {
+        (false, _) => Ok(usable),
+        (true, None) => Err(Error::input(folder.display(), "contains no PNG or JPEG")),
+        (true, Some(error)) => {
+            let skipped = skipped.len();
+            Err(error.about(format!("{}: no picture can be used, {skipped} skipped, for example", folder.display())))
+        }
+    }
+}
+
+/// The files of a folder.
+#[derive(Clone, Debug, Default)]
+pub struct Files {
+    /// Their paths, sorted.
+    pub paths: Vec<PathBuf>,
+    /// Why each of the links that lead nowhere is skipped. The text begins with its path.
+    pub skipped: Vec<String>,
+}
+
+impl Files {
+    /// Finds all files below `folder` with one of these `extensions`, which are in lower case. There may be none. Hidden files
+    /// are left out and links are followed as by [`Folder::open`].
+    ///
+    /// # Errors
+    /// [`Error::input`] if a folder cannot be read.
+    pub fn below(folder: &Path, extensions: &[&str]) -> Result<Self> {
+        let mut walk = Walk {
+            seen: HashSet::new(),
+            folders: BTreeSet::new(),
+            links: BTreeSet::new(),
+            extensions,
+            files: Self::default(),
+        };
+        let real = fs::canonicalize(folder).map_err(unreadable(folder))?;
+        walk.seen.insert(real.clone());
+        walk.folders.insert(Place { shown: folder.to_path_buf(), real });
+        loop {
+            if let Some(folder) = walk.folders.pop_first() {
+                walk.read(&folder)?;
+            } else if let Some(link) = walk.links.pop_first() {
+                walk.follow(link)?;
+            } else {
+                walk.files.paths.sort();
+                return Ok(walk.files);
+            }
+        }
     }
 }
 
@@ -98,38 +161,20 @@ struct Place {
     real: PathBuf,
 }
 
-/// A search for pictures.
-#[derive(Default)]
-struct Walk {
-    /// Canonical paths of the folders and pictures so far. Each counts once, so that loops of links end.
+/// A search for files.
+struct Walk<'a> {
+    /// Canonical paths of the folders and files so far. Each counts once, so that loops of links end.
     seen: HashSet<PathBuf>,
     /// Folders to read.
     folders: BTreeSet<Place>,
     /// Links to follow, after all folders: a photograph is known by its own path rather than by that of a link.
     links: BTreeSet<PathBuf>,
-    pictures: Vec<PathBuf>,
-    skipped: Vec<String>,
+    /// Extensions of the files to find.
+    extensions: &'a [&'a str],
+    files: Files,
 }
 
-impl Walk {
-    /// Finds all pictures below `folder`, sorted. There may be none.
-    fn through(folder: &Path) -> Result<Self> {
-        let mut walk = Self::default();
-        let real = fs::canonicalize(folder).map_err(unreadable(folder))?;
-        walk.seen.insert(real.clone());
-        walk.folders.insert(Place { shown: folder.to_path_buf(), real });
-        loop {
-            if let Some(folder) = walk.folders.pop_first() {
-                walk.read(&folder)?;
-            } else if let Some(link) = walk.links.pop_first() {
-                walk.follow(link)?;
-            } else {
-                walk.pictures.sort();
-                return Ok(walk);
-            }
-        }
-    }
-
+impl Walk<'_> {
     fn read(&mut self, folder: &Place) -> Result<()> {
         for entry in fs::read_dir(&folder.shown).map_err(unreadable(&folder.shown))? {
             let entry = entry.map_err(unreadable(&folder.shown))?;
@@ -152,23 +197,23 @@ impl Walk {
         match followed {
             Ok((kind, real)) => self.add(Place { shown: link, real }, kind),
             Err(error) if leads_nowhere(&error) => {
-                self.skipped.push(format!("{}: is a link to nothing", link.display()));
+                self.files.skipped.push(format!("{}: is a link to nothing", link.display()));
             }
             Err(error) => return Err(error).or_input(link.display()),
         }
         Ok(())
     }
 
-    /// Adds a folder or picture, unless it is known.
+    /// Adds a folder or file, unless it is known.
     fn add(&mut self, place: Place, kind: FileType) {
-        let is_wanted = kind.is_dir() || kind.is_file() && is_picture(&place.shown);
+        let is_wanted = kind.is_dir() || kind.is_file() && has_extension(&place.shown, self.extensions);
         if !is_wanted || !self.seen.insert(place.real.clone()) {
             return;
         }
         if kind.is_dir() {
             self.folders.insert(place);
         } else {
-            self.pictures.push(place.shown);
+            self.files.paths.push(place.shown);
         }
     }
 }
@@ -178,7 +223,7 @@ fn unreadable(folder: &Path) -> impl Fn(io::Error) -> Error {
 }
 
 /// Whether a file or folder is hidden, as AppleDouble files `._name` are, or belongs to the system.
-fn is_hidden(name: &OsStr) -> bool {
+pub fn is_hidden(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(b".") || FOREIGN.iter().any(|foreign| name == *foreign)
 }
 
@@ -190,9 +235,10 @@ fn leads_nowhere(error: &io::Error) -> bool {
     is_loop || matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
 }
 
-fn is_picture(path: &Path) -> bool {
+/// Whether the name of a file ends in one of these extensions, which are in lower case.
+pub fn has_extension(path: &Path, extensions: &[&str]) -> bool {
     let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
-    EXTENSIONS.iter().any(|known| extension == *known)
+    extensions.iter().any(|known| extension == *known)
 }
 
 #[cfg(test)]

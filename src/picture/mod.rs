@@ -146,8 +146,16 @@ pub struct Picture {
 /// # Errors
 /// [`Error::input`] if it cannot be opened; [`Error::run`] if it cannot be read.
 pub fn contents(path: &Path) -> Result<Vec<u8>> {
+    contents_of(path, files::open(path)?)
+}
+
+/// Reads the bytes of the picture at `path` from `file`, as [`contents`] does.
+///
+/// # Errors
+/// [`Error::run`] if they cannot be read.
+pub fn contents_of(path: &Path, file: impl Read) -> Result<Vec<u8>> {
     let mut bytes = vec![];
-    let read = files::open(path)?.take(LARGEST_FILE + 1).read_to_end(&mut bytes);
+    let read = file.take(LARGEST_FILE + 1).read_to_end(&mut bytes);
     read.map_err(|error| Error::run(path.display(), "cannot be read").because(error))?;
     Ok(bytes)
 }

@@ -1,143 +1,22 @@
-//! Training photographs: finding them in folders, decoding them ahead of time, and cutting crops.
+//! Batches of photographs: their order, decoding ahead of time, and crops.
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use eqim::digest::{Hash, sha256};
-use eqim::picture::folder::{Entry, Folder};
-use eqim::{Error, Result, ResultExt, picture};
+use eqim::{Error, Result, ResultExt};
 use image::RgbImage;
 use image::imageops::{self, FilterType};
 use ndarray::{Array3, Array4, Axis};
+use rand::Rng;
 use rand::seq::SliceRandom;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
 
-/// Purpose of random numbers. Each purpose has its own stream, so that its numbers do not depend on how many numbers
-/// are drawn for other purposes.
-#[derive(Clone, Copy, Debug)]
-pub enum Purpose {
-    /// Initial weights.
-    Initial,
-    /// Choice of the validation photographs.
-    Split,
-    /// Order of the photographs in an epoch.
-    Order,
-    /// Crops.
-    Crop,
-    /// Samples of the tokenizer's posterior.
-    Posterior,
-    /// Dropped labels.
-    Labels,
-    /// Noise and times of flow matching.
-    Flow,
-    /// Dropout.
-    Dropout,
-    /// Positions of the first token.
-    Shift,
-}
-
-/// The random number generator of a sample, counted over all steps, or of a step. It depends on the arguments only, so that a
-/// resumed run needs no saved state, and every rank draws the numbers of its own samples.
-pub fn randomness(seed: u64, purpose: Purpose, number: usize) -> ChaCha8Rng {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    random.set_stream(((purpose as u64) << 48) | number as u64);
-    random
-}
-
-/// A usable photograph.
-#[derive(Clone, Debug)]
-pub struct Photo {
-    /// Path of the file.
-    pub path: PathBuf,
-    /// Index of the class in [`Photos::classes`].
-    pub class: usize,
-    /// SHA-256 of the file.
-    pub hash: String,
-}
-
-/// The photographs of a folder.
-#[derive(Clone, Debug)]
-pub struct Photos {
-    /// Names of the subfolders, sorted; a single empty name if the photographs lie in the folder itself.
-    pub classes: Vec<String>,
-    /// The photographs, sorted by class and path.
-    pub photos: Vec<Photo>,
-    /// Why each of the pictures that cannot be used is skipped. The text begins with its path.
-    pub skipped: Vec<String>,
-}
-
-impl Photos {
-    /// Decodes all PNGs and JPEGs in `folder`, whose subfolders are the classes. A picture has to be at least `height`
-    /// pixels high and, after scaling to that height, at least `width` pixels wide. Other pictures are skipped with a
-    /// reason. Hidden files and files of other types are ignored.
-    ///
-    /// # Errors
-    /// Those of [`Folder::open`]; [`Error::input`] if a picture lies next to the subfolders.
-    pub fn open(folder: &Path, height: usize, width: usize) -> Result<Self> {
-        let look = |path: &Path, bytes: &[u8]| {
-            check(path, picture::decode(path, bytes)?.dimensions(), (height, width))?;
-            Ok(sha256(bytes))
-        };
-        let Folder { classes, pictures, skipped } = Folder::open(folder, look)?;
-        let loose = pictures.iter().find(|picture| picture.class.is_none());
-        if let Some(Entry { path, .. }) = loose.filter(|_| !classes.is_empty()) {
-            let problem = "lies next to the folders of classes: put it into one of them, or remove the folders";
-            return Err(Error::input(path.display(), problem));
-        }
-        let classes = if classes.is_empty() { vec![String::new()] } else { classes };
-        let photo = |Entry { path, class, content: hash }| Photo { path, class: class.unwrap_or(0), hash };
-        Ok(Self { classes, photos: pictures.into_iter().map(photo).collect(), skipped })
-    }
-
-    /// Holds out `count` photographs, chosen at random from `seed`. Returns the photographs to train on and the
-    /// held-out photographs.
-    ///
-    /// # Errors
-    /// [`Error::input`] if no photograph would be left to train on.
-    pub fn split(self, count: usize, seed: u64) -> Result<(Self, Self)> {
-        if count >= self.photos.len() {
-            let problem =
-                format!("holds out {count} of {} photographs, so none is left for training", self.photos.len());
-            return Err(Error::input("validation", problem));
-        }
-        let mut drawn: Vec<usize> = (0..self.photos.len()).collect();
-        drawn.shuffle(&mut randomness(seed, Purpose::Split, 0));
-        let part = |held_out: bool| {
-            let chosen = |(index, _): &(usize, &Photo)| drawn[..count].contains(index) == held_out;
-            self.photos.iter().enumerate().filter(chosen).map(|(_, photo)| photo.clone()).collect()
-        };
-        let with = |photos| Self { classes: self.classes.clone(), photos, skipped: vec![] };
-        Ok((with(part(false)), with(part(true))))
-    }
-
-    /// Hash of the names, classes and contents of the photographs, in order.
-    pub fn fingerprint(&self) -> String {
-        let mut hash = Hash::default();
-        for Photo { path, class, hash: contents } in &self.photos {
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            hash.add(format!("{}/{name} {contents}\n", self.classes[*class]));
-        }
-        hash.hex()
-    }
-}
-
-/// Checks that a picture of this width and height is large enough.
-fn check(path: &Path, size: (u32, u32), (height, width): (usize, usize)) -> Result<()> {
-    let (found_width, found_height) = size;
-    let scaled = (f64::from(found_width) * height as f64 / f64::from(found_height)).round() as usize;
-    if (found_height as usize) < height || scaled < width {
-        let problem = format!(
-            "is {found_width}×{found_height} pixels, expected a height of at least {height} and, scaled to that, a \
-             width of at least {width}"
-        );
-        return Err(Error::input(path.display(), problem));
-    }
-    Ok(())
-}
+use crate::photos::Photos;
+use crate::random::{Purpose, randomness};
 
 /// Settings of random crops.
 #[derive(Clone, Copy, Debug)]
@@ -210,19 +89,37 @@ pub struct Batch {
     pub labels: Vec<usize>,
 }
 
-/// Indices of the photographs in the batch of `step`, out of `count` photographs. Successive batches run through
-/// epochs, and each epoch is a permutation of all photographs.
-pub fn order(seed: u64, count: usize, batch: usize, step: usize) -> Vec<usize> {
-    let mut epoch = (usize::MAX, vec![]);
-    let mut at = |place: usize| {
-        if epoch.0 != place / count {
-            let mut permutation: Vec<usize> = (0..count).collect();
-            permutation.shuffle(&mut randomness(seed, Purpose::Order, place / count));
-            epoch = (place / count, permutation);
+/// The order of photographs in batches. Successive batches run through epochs, and each epoch is a permutation of all
+/// photographs.
+#[derive(Clone, Debug)]
+pub struct Order {
+    seed: u64,
+    count: usize,
+    /// The last epoch that was needed, and its permutation.
+    epoch: Option<(usize, Vec<usize>)>,
+}
+
+impl Order {
+    /// The order of `count` photographs.
+    pub fn new(seed: u64, count: usize) -> Self {
+        Self { seed, count, epoch: None }
+    }
+
+    /// Indices of the photographs in the batch of `step`, which has `size` photographs.
+    pub fn batch(&mut self, size: usize, step: usize) -> Vec<usize> {
+        (step * size..(step + 1) * size).map(|place| self.at(place)).collect()
+    }
+
+    fn at(&mut self, place: usize) -> usize {
+        let Self { seed, count, epoch } = self;
+        let number = place / *count;
+        if epoch.as_ref().is_none_or(|(known, _)| *known != number) {
+            let mut permutation: Vec<usize> = (0..*count).collect();
+            permutation.shuffle(&mut randomness(*seed, Purpose::Order, number));
+            *epoch = Some((number, permutation));
         }
-        epoch.1[place % count]
-    };
-    (step * batch..(step + 1) * batch).map(&mut at).collect()
+        epoch.as_ref().map_or(0, |(_, permutation)| permutation[place % *count])
+    }
 }
 
 // Largest total size of the cached pictures, in bytes.
@@ -241,7 +138,7 @@ pub struct Batches {
     pub rows: Range<usize>,
 }
 
-/// Prepares batches on a separate thread, a few steps ahead.
+/// Prepares batches a few steps ahead, on one thread per core.
 #[derive(Debug)]
 pub struct Ahead {
     batches: Option<Receiver<Result<Batch>>>,
@@ -252,13 +149,17 @@ impl Ahead {
     /// Starts preparing the batches of `steps`.
     ///
     /// # Errors
-    /// [`Error::run`] if the thread cannot be started.
+    /// [`Error::run`] if the threads cannot be started.
     pub fn start(photos: Photos, crops: Crops, batches: Batches, steps: Range<usize>) -> Result<Self> {
         let (sender, receiver) = sync_channel(AHEAD);
+        let pool = rayon::ThreadPoolBuilder::new().thread_name(|index| format!("decode-{index}"));
+        let pool = pool.build().or_run("decoding")?;
         let work = move || {
-            let mut decoded = Decoded::default();
+            let mut order = Order::new(batches.seed, photos.len());
+            let decoded = Decoded::new(photos);
             for step in steps {
-                let made = make(&photos, &mut decoded, crops, &batches, step);
+                let chosen = order.batch(batches.size, step);
+                let made = pool.install(|| make(&decoded, crops, &batches, step, &chosen));
                 let failed = made.is_err();
                 if sender.send(made).is_err() || failed {
                     return;
@@ -273,7 +174,8 @@ impl Ahead {
     /// The batch of the next step.
     ///
     /// # Errors
-    /// [`Error::input`] or [`Error::run`] if a photograph can no longer be read; [`Error::run`] if all steps are done.
+    /// [`Error::input`] or [`Error::run`] if a photograph can no longer be read, or if too many cannot be used; [`Error::run`]
+    /// if all steps are done.
     pub fn next_batch(&mut self) -> Result<Batch> {
         let batch = self.batches.as_ref().and_then(|batches| batches.recv().ok());
         batch.unwrap_or_else(|| {
@@ -293,39 +195,73 @@ impl Drop for Ahead {
     }
 }
 
-fn make(photos: &Photos, decoded: &mut Decoded, crops: Crops, batches: &Batches, step: usize) -> Result<Batch> {
+/// Makes the batch of `step`, which has the photographs `chosen`.
+fn make(decoded: &Decoded, crops: Crops, batches: &Batches, step: usize, chosen: &[usize]) -> Result<Batch> {
     let Batches { size, seed, rows } = batches;
+    let crop = |row: usize| {
+        let sample = step * size + row;
+        let (class, picture) = decoded.usable(chosen[row], *seed, sample)?;
+        Ok((crops.draw(&picture, &mut randomness(*seed, Purpose::Crop, sample)), class))
+    };
+    let made: Vec<(Array3<f32>, usize)> = rows.clone().into_par_iter().map(crop).collect::<Result<_>>()?;
     let mut images = Array4::zeros((rows.len(), 3, crops.height, crops.width));
-    let mut labels = vec![];
-    let order = order(*seed, photos.photos.len(), *size, step);
-    for (row, mut image) in rows.clone().zip(images.axis_iter_mut(Axis(0))) {
-        let photo = &photos.photos[order[row]];
-        let mut random = randomness(*seed, Purpose::Crop, step * size + row);
-        image.assign(&decoded.with(&photo.path, |picture| crops.draw(picture, &mut random))?);
-        labels.push(photo.class);
+    for ((crop, _), mut image) in made.iter().zip(images.axis_iter_mut(Axis(0))) {
+        image.assign(crop);
     }
-    Ok(Batch { images, labels })
+    Ok(Batch { images, labels: made.into_iter().map(|(_, class)| class).collect() })
 }
 
-/// Cache of decoded pictures, up to `KEPT` bytes.
-#[derive(Debug, Default)]
+// Photographs that are drawn in the place of one that cannot be used.
+const DRAWS: usize = 100;
+
+/// Photographs, with a cache of decoded pictures, up to `KEPT` bytes.
+#[derive(Debug)]
 struct Decoded {
-    pictures: HashMap<PathBuf, RgbImage>,
+    photos: Photos,
+    cache: Mutex<Cache>,
+}
+
+#[derive(Debug, Default)]
+struct Cache {
+    pictures: HashMap<PathBuf, Arc<RgbImage>>,
     bytes: usize,
 }
 
 impl Decoded {
-    fn with<R>(&mut self, path: &Path, work: impl FnOnce(&RgbImage) -> R) -> Result<R> {
-        if let Some(picture) = self.pictures.get(path) {
-            return Ok(work(picture));
+    fn new(photos: Photos) -> Self {
+        Self { photos, cache: Mutex::default() }
+    }
+
+    /// The class and the pixels of the photograph at `index`, or of one that is drawn in its place for this sample.
+    fn usable(&self, index: usize, seed: u64, sample: usize) -> Result<(usize, Arc<RgbImage>)> {
+        let mut random = randomness(seed, Purpose::Replacement, sample);
+        let mut index = index;
+        for _ in 0..=DRAWS {
+            let photo = &self.photos.photos[index];
+            if let Some(picture) = self.picture(index)? {
+                return Ok((photo.class, picture));
+            }
+            index = random.random_range(0..self.photos.len());
         }
-        let picture = picture::load(path)?;
-        let result = work(&picture);
-        if self.bytes + picture.len() <= KEPT {
-            self.bytes += picture.len();
-            self.pictures.insert(path.to_path_buf(), picture);
+        let problem = format!("of {DRAWS} that were drawn at random, none can be used: look at the messages above");
+        Err(Error::input("photographs", problem))
+    }
+
+    /// The pixels of a photograph; `None` if it cannot be used.
+    fn picture(&self, index: usize) -> Result<Option<Arc<RgbImage>>> {
+        let photo = &self.photos.photos[index];
+        let cache = || self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(picture) = cache().pictures.get(&photo.path) {
+            return Ok(Some(picture.clone()));
         }
-        Ok(result)
+        let Some(picture) = self.photos.load(photo)? else { return Ok(None) };
+        let picture = Arc::new(picture);
+        let mut cache = cache();
+        if cache.bytes + picture.len() <= KEPT && !cache.pictures.contains_key(&photo.path) {
+            cache.bytes += picture.len();
+            cache.pictures.insert(photo.path.clone(), picture.clone());
+        }
+        Ok(Some(picture))
     }
 }
 
@@ -353,7 +289,7 @@ mod tests {
     #[test]
     fn an_epoch_has_every_photograph_once() {
         for seed in 0..20 {
-            let mut seen: Vec<usize> = (0..5).flat_map(|step| order(seed, 10, 4, step)).collect();
+            let mut seen: Vec<usize> = (0..5).flat_map(|step| Order::new(seed, 10).batch(4, step)).collect();
             let mut first = seen.split_off(10);
             std::mem::swap(&mut first, &mut seen);
             for epoch in [&mut first, &mut seen] {
@@ -361,8 +297,11 @@ mod tests {
                 assert_eq!(*epoch, (0..10).collect::<Vec<_>>());
             }
         }
-        assert_ne!(order(1, 10, 10, 0), order(2, 10, 10, 0));
-        assert_ne!(order(1, 10, 10, 0), order(1, 10, 10, 1));
+        let mut order = Order::new(1, 10);
+        let first = order.batch(10, 0);
+        assert_ne!(first, Order::new(2, 10).batch(10, 0));
+        assert_ne!(first, order.batch(10, 1));
+        assert_eq!(first, order.batch(10, 0));
     }
 
     #[test]
@@ -404,26 +343,5 @@ mod tests {
             assert!(view.dim().2.is_multiple_of(4) && (32..=60).contains(&view.dim().2), "{:?}", view.dim());
             assert!(crop.iter().chain(&view).all(|value| (-1.0..=1.0).contains(value)));
         }
-    }
-
-    #[test]
-    fn validation_takes_what_training_leaves() {
-        let (_folder, photos) = photos(6);
-        let names = |photos: &Photos| photos.photos.iter().map(|photo| photo.path.clone()).collect::<Vec<_>>();
-        let (training, held_out) = photos.clone().split(2, 3).unwrap();
-        let mut all = [names(&training), names(&held_out)].concat();
-        all.sort();
-        assert_eq!((all, held_out.photos.len()), (names(&photos), 2));
-        assert!(photos.split(6, 3).is_err());
-    }
-
-    #[test]
-    fn photographs_beside_folders_are_an_error_and_alone_a_class() {
-        let (folder, _) = photos(2);
-        let class = folder.path().join("class");
-        assert_eq!(Photos::open(&class, 32, 32).unwrap().classes, [""]);
-        std::fs::copy(class.join("0.png"), folder.path().join("lost.png")).unwrap();
-        let error = Photos::open(folder.path(), 32, 32).unwrap_err();
-        assert!(error.is_input() && error.to_string().contains("lost.png"), "{error}");
     }
 }

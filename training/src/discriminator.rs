@@ -102,8 +102,8 @@ mod tests {
 
     use super::*;
     use crate::adamw::Update;
-    use crate::data::{Purpose, randomness};
     use crate::learner::{Learner, Losses};
+    use crate::random::{Purpose, randomness};
     use crate::ranks::Ranks;
 
     #[test]

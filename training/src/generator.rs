@@ -22,11 +22,13 @@ use rand::{Rng, RngCore};
 use rand_mt::Mt;
 
 use crate::adamw::Update;
-use crate::data::{Crops, Photo, Photos, Purpose, order, randomness};
+use crate::data::{Crops, Order};
 use crate::evaluation::Evaluation;
 use crate::initial::{self, normal};
 use crate::latents::{Encoder, Latents};
 use crate::learner::{Learner, Losses, Measures};
+use crate::photos::{Photo, Photos};
+use crate::random::{Purpose, randomness};
 use crate::ranks::Ranks;
 use crate::recipe::{self, GeneratorRecipe, TrainingPlan};
 use crate::run::Task;
@@ -52,7 +54,9 @@ pub struct GeneratorTask {
     training: Latents,
     held_out: Latents,
     /// The held-out photographs, for the evaluation.
-    held_out_photos: Vec<Photo>,
+    held_out_photos: Photos,
+    /// Order of the photographs of `training`.
+    order: Order,
     ranks: Rc<Ranks>,
 }
 
@@ -223,8 +227,9 @@ impl GeneratorTask {
         let placed = Encoder { weights: encoder.weights.to_device(&device)?, ..encoder.clone() };
         recipe::check_ranks("generator", plan, rows_of_a_shard(plan, device.is_cpu()), &ranks)?;
         let open = |photos: &Photos| Latents::open(cache, &placed, photos, crops, recipe.views, plan.seed, &ranks);
-        let held_out_photos = held_out.photos.clone();
-        let (training, held_out) = (open(&training)?, open(&held_out)?);
+        let held_out_photos = held_out;
+        let (training, held_out) = (open(&training)?, open(&held_out_photos)?);
+        let order = Order::new(plan.seed, training.len());
         recipe.model = given.unwrap_or_else(|| GeneratorConfig {
             class_num: classes.len(),
             embed: encoder.config.embed,
@@ -256,6 +261,7 @@ impl GeneratorTask {
             training,
             held_out,
             held_out_photos,
+            order,
             ranks,
         })
     }
@@ -301,8 +307,13 @@ impl GeneratorTask {
             let tokens = generate(&engine, &request, |_| {})?.tokens;
             images.push(engine.decode_tokens(tokens.view())?);
         }
-        let read = |photo: &Photo| Ok(picture::read(&photo.path, height, width, Side::Right)?.pixels);
-        let real: Vec<Array3<f32>> = self.held_out_photos.iter().map(read).collect::<Result<_>>()?;
+        let photos = &self.held_out_photos;
+        let read = |photo: &Photo| {
+            let scale = |picture| picture::scale(&photo.path, picture, height, width, Side::Right);
+            Ok(photos.load(photo)?.map(scale).transpose()?.map(|picture| picture.pixels))
+        };
+        let real: Vec<Array3<f32>> =
+            photos.photos.iter().map(read).filter_map(Result::transpose).collect::<Result<_>>()?;
         let images: Vec<_> = images.iter().flat_map(|batch| batch.axis_iter(Axis(0))).collect();
         evaluation.distance(&images, &real.iter().map(|image| image.view()).collect::<Vec<_>>())
     }
@@ -312,15 +323,11 @@ impl GeneratorTask {
         &self.classes
     }
 
-    /// The photographs of the batch of a step, by their index in `latents`.
-    fn order(&self, latents: &Latents, step: usize) -> Vec<usize> {
-        let plan = &self.recipe.plan;
-        order(plan.seed, latents.len(), plan.batch_size, step)
-    }
-
     /// The inputs of a whole batch of validation.
     fn validation(&self, latents: &Latents, step: usize) -> Result<StepInputs> {
-        self.draw(latents, &self.order(latents, step), step, 0..self.recipe.plan.batch_size, false)
+        let TrainingPlan { seed, batch_size, .. } = self.recipe.plan;
+        let photos = Order::new(seed, latents.len()).batch(batch_size, step);
+        self.draw(latents, &photos, step, 0..batch_size, false)
     }
 
     /// Draws the inputs of these rows of the batch of a step, which has these `photos`.
@@ -370,10 +377,10 @@ impl GeneratorTask {
     }
 
     /// The inputs of this rank's shards of a step, with their fractions of the batch.
-    fn shards(&self, step: usize) -> Result<Vec<(f64, StepInputs)>> {
+    fn shards(&mut self, step: usize) -> Result<Vec<(f64, StepInputs)>> {
         let plan = &self.recipe.plan;
         let (batch, most) = (plan.batch_size, rows_of_a_shard(plan, self.learner.is_on_cpu()));
-        let photos = self.order(&self.training, step);
+        let photos = self.order.batch(batch, step);
         let shard = |shard: usize| {
             let rows = shard * most..batch.min((shard + 1) * most);
             Ok((rows.len() as f64 / batch as f64, self.draw(&self.training, &photos, step, rows, true)?))
@@ -433,8 +440,8 @@ impl Task for GeneratorTask {
     }
 
     fn step(&mut self, step: usize) -> Result<Measures> {
-        let plan = &self.recipe.plan;
         let shards = self.shards(step)?;
+        let plan = &self.recipe.plan;
         let weights = self.weights()?;
         let model = &self.recipe.model;
         let (gradients, mut measures) = self.learner.differentiate(&shards, plan.accumulate, |inputs| {

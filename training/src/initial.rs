@@ -6,7 +6,7 @@ use eqim::checkpoint::adapter;
 use rand::Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-use crate::data::{Purpose, randomness};
+use crate::random::{Purpose, randomness};
 
 /// Initial values of a tensor.
 enum Start {

@@ -1,4 +1,4 @@
-//! Latents of photographs, computed once and cached on disk.
+//! Latents of photographs, computed once and cached on disk in shards.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -11,12 +11,15 @@ use eqim::engine::candle;
 use eqim::model::tokenizer;
 use eqim::ops::eager::Eager;
 use eqim::weights::Weights;
-use eqim::{Error, Result, ResultExt, picture};
+use eqim::{Error, Result, ResultExt};
 use eqim_cli::Progress;
 use ndarray::Axis;
 use rand::Rng;
+use serde::{Deserialize, Serialize};
 
-use crate::data::{Crops, Photo, Photos, Purpose, randomness};
+use crate::data::Crops;
+use crate::photos::{Photo, Photos};
+use crate::random::{Purpose, randomness};
 use crate::ranks::Ranks;
 
 /// A trained tokenizer that encodes the photographs, on the device of its weights.
@@ -33,19 +36,24 @@ pub struct Encoder {
 /// The latents of several views of each photograph. A view is nearly as wide as the photograph.
 #[derive(Debug)]
 pub struct Latents {
-    views: Vec<PhotoViews>,
-    /// Width of a token.
-    embed: usize,
-}
-
-#[derive(Debug)]
-struct PhotoViews {
-    file: PathBuf,
-    class: usize,
-    /// Number of tokens of each view.
-    lengths: Vec<usize>,
+    files: Vec<PathBuf>,
+    /// The photographs that can be used.
+    photos: Vec<PhotoViews>,
     sums: Sums,
 }
+
+/// The latents of a photograph.
+#[derive(Debug)]
+struct PhotoViews {
+    /// Index of the file.
+    file: usize,
+    class: usize,
+    /// First row of each view in the file, and the end of the last.
+    rows: Vec<u32>,
+}
+
+/// Photographs whose latents are in one file.
+const PHOTOS: usize = 32;
 
 /// Sums over latents.
 #[derive(Clone, Copy, Debug, Default)]
@@ -57,11 +65,13 @@ struct Sums {
 
 impl Latents {
     /// Encodes `views` views of every photograph into `folder`, or reuses the files that an earlier run wrote there.
-    /// Files that do not hold what they should are written again. Each of the ranks encodes its share.
+    /// Files that do not hold what they should are written again. Photographs that cannot be used are left out. Each of the
+    /// ranks encodes its share.
     ///
     /// # Errors
     /// [`Error::input`] or [`Error::run`] if a photograph can no longer be read; [`Error::input`] if the tokenizer gives
-    /// latents that are not finite; [`Error::run`] if the folder cannot be written, or if a rank does not answer.
+    /// latents that are not finite, or if no photograph can be used; [`Error::run`] if the folder cannot be written, or if a
+    /// rank does not answer.
     pub fn open(
         folder: &Path,
         encoder: &Encoder,
@@ -73,60 +83,74 @@ impl Latents {
     ) -> Result<Self> {
         std::fs::create_dir_all(folder).or_run(folder.display())?;
         let (embed, tokens) = (encoder.config.embed, crops.width / encoder.config.token_width());
-        let open = |photo: &Photo| {
-            let file = folder.join(format!("{}.safetensors", key(encoder, photo, crops, views, seed)));
-            let read = || PhotoViews::read(&file, photo.class, views, (tokens, embed));
+        let open = |part: &[Photo]| {
+            let file = folder.join(format!("{}.safetensors", key(encoder, photos, part, crops, views, seed)));
+            let read = || Shard::read(&file, part.len() * views, (tokens, embed));
             if file.exists() {
                 match read() {
-                    Ok(kept) => return Ok(kept),
+                    Ok(kept) => return Ok((file.clone(), kept)),
                     Err(error) => {
-                        eqim_cli::note(format_args!("{error}; {} is encoded again", photo.path.display()));
+                        let many = part.len();
+                        eqim_cli::note(format_args!("{error}; its {many} photographs are encoded again"));
                     }
                 }
             }
-            encode(&file, encoder, photo, crops, views, seed)?;
-            read()
+            encode(&file, encoder, photos, part, crops, views, seed)?;
+            read().map(|shard| (file.clone(), shard))
         };
-        let photos = &photos.photos;
+        let parts: Vec<&[Photo]> = photos.photos.chunks(PHOTOS).collect();
         // Each rank encodes its share, and then reads all.
         if ranks.size() > 1 {
-            photos[ranks.share(photos.len())].iter().try_for_each(|photo| open(photo).map(drop))?;
+            parts[ranks.share(parts.len())].iter().try_for_each(|part| open(part).map(drop))?;
             ranks.meet()?;
         }
         let mut progress = Progress::new("encoded", photos.len(), "photographs");
-        let opened = photos.iter().enumerate().map(|(index, photo)| {
-            let opened = open(photo);
-            progress.at(index + 1);
-            opened
-        });
-        Ok(Self { views: opened.collect::<Result<_>>()?, embed })
+        let mut latents = Self { files: vec![], photos: vec![], sums: Sums::default() };
+        for part in parts {
+            let (file, shard) = open(part)?;
+            latents.add(file, shard, part, views);
+            progress.at(photos.len().min(latents.files.len() * PHOTOS));
+        }
+        match latents.photos.is_empty() && !photos.is_empty() {
+            true => Err(Error::input("photographs", "none can be used: look at the messages above")),
+            false => Ok(latents),
+        }
+    }
+
+    fn add(&mut self, file: PathBuf, shard: Shard, part: &[Photo], views: usize) {
+        let number = self.files.len();
+        for (photo, rows) in part.iter().zip(shard.starts.windows(views + 1).step_by(views)) {
+            // A photograph that could not be used has no rows.
+            if rows[0] < rows[views] {
+                self.photos.push(PhotoViews { file: number, class: photo.class, rows: rows.to_vec() });
+            }
+        }
+        self.files.push(file);
+        self.sums.count += shard.sums.count;
+        self.sums.values += shard.sums.values;
+        self.sums.squares += shard.sums.squares;
     }
 
     /// Standard deviation of all latents if they are sampled from posteriors with the standard deviation `posterior`.
     pub fn deviation(&self, posterior: f64) -> f64 {
-        let mut all = Sums::default();
-        for PhotoViews { sums, .. } in &self.views {
-            all.count += sums.count;
-            all.values += sums.values;
-            all.squares += sums.squares;
-        }
+        let all = self.sums;
         let mean = all.values / all.count;
         (all.squares / all.count - mean * mean + posterior * posterior).sqrt()
     }
 
-    /// Number of photographs.
+    /// Number of photographs that can be used.
     pub fn len(&self) -> usize {
-        self.views.len()
+        self.photos.len()
     }
 
     /// Whether there are no photographs.
     pub fn is_empty(&self) -> bool {
-        self.views.is_empty()
+        self.photos.is_empty()
     }
 
     /// Index of the class of a photograph.
     pub fn class(&self, photo: usize) -> usize {
-        self.views[photo].class
+        self.photos[photo].class
     }
 
     /// Draws `tokens` adjacent tokens, `[tokens, E]`, from a random view of a photograph.
@@ -134,80 +158,118 @@ impl Latents {
     /// # Errors
     /// [`Error::input`] if the file can no longer be read.
     pub fn draw(&self, photo: usize, tokens: usize, random: &mut impl Rng) -> Result<Tensor> {
-        let PhotoViews { file, lengths, .. } = &self.views[photo];
-        let view = random.random_range(0..lengths.len());
-        let latents = view_of(&mut TensorFile::open(file)?, view, (lengths[view], self.embed))?;
-        let start = random.random_range(0..=lengths[view] - tokens);
-        Ok(latents.narrow(0, start, tokens)?)
+        let PhotoViews { file, rows, .. } = &self.photos[photo];
+        let view = random.random_range(0..rows.len() - 1);
+        let (first, end) = (rows[view] as usize, rows[view + 1] as usize);
+        let start = first + random.random_range(0..=end - first - tokens);
+        TensorFile::open(&self.files[*file])?.read_rows(TOKENS, start..start + tokens)
     }
 }
 
-impl PhotoViews {
-    /// Reads the latents in a file and checks them: all values are finite and those that were written, and every view
-    /// has at least `tokens` tokens of width `embed`.
-    fn read(path: &Path, class: usize, views: usize, least: (usize, usize)) -> Result<Self> {
+/// The content of a file of latents, without the latents.
+struct Shard {
+    /// First row of each view, and the end of the last.
+    starts: Vec<u32>,
+    sums: Sums,
+}
+
+impl Shard {
+    /// Reads a file and checks it: there are this many `views`, which have at least `tokens` tokens of width `embed` or none, and
+    /// all values are finite and those that were written.
+    fn read(path: &Path, views: usize, (tokens, embed): (usize, usize)) -> Result<Self> {
         let bad = |problem: String| Error::input(path.display(), problem);
         let mut file = TensorFile::open(path)?;
-        let (mut lengths, mut sums, mut hash) = (vec![], Sums::default(), Hash::default());
-        for view in 0..views {
-            let latents = view_of(&mut file, view, least)?;
-            let [value, square] = [latents.sum_all()?, latents.sqr()?.sum_all()?];
-            let (value, square) = (value.to_scalar::<f32>()?, square.to_scalar::<f32>()?);
-            if !value.is_finite() || !square.is_finite() {
-                return Err(bad(format!("tensor {} has a value that is not finite, or too large", name(view))));
-            }
-            sums.count += latents.elem_count() as f64;
-            sums.values += f64::from(value);
-            sums.squares += f64::from(square);
-            lengths.push(latents.dim(0)?);
-            hash.add_values(&latents.flatten_all()?.to_vec1::<f32>()?);
+        let latents = file.read(TOKENS)?;
+        let content: Option<Content> = file.text(CONTENT).and_then(|text| serde_json::from_str(text).ok());
+        let content = content.filter(|content| content.lengths.len() == views);
+        let content = content.ok_or_else(|| bad(format!("does not have the lengths of {views} views")))?;
+        let mut starts = vec![0];
+        for length in &content.lengths {
+            let end = u32::checked_add(starts[starts.len() - 1], *length);
+            starts.push(end.ok_or_else(|| bad("has lengths that are too large".into()))?);
         }
-        if file.text(HASH) != Some(&hash.hex()) {
+        let rows = starts[views] as usize;
+        let fits = latents.dtype() == DType::F32 && latents.dims() == [rows, embed];
+        if !fits || content.lengths.iter().any(|&length| length > 0 && (length as usize) < tokens) {
+            let found = (latents.dtype(), latents.dims());
+            let problem = format!(
+                "tensor {TOKENS} is {found:?}, expected F32 and [{rows}, {embed}] with views of at least {tokens}"
+            );
+            return Err(bad(problem));
+        }
+        let values: Vec<f32> = latents.flatten_all()?.to_vec1()?;
+        let sum = |of: fn(f64) -> f64| values.iter().map(|value| of(f64::from(*value))).sum::<f64>();
+        let sums = Sums { count: values.len() as f64, values: sum(|value| value), squares: sum(|value| value * value) };
+        if !sums.squares.is_finite() {
+            return Err(bad(format!("tensor {TOKENS} has a value that is not finite")));
+        }
+        if content != Content::new(content.lengths.clone(), &values) {
             return Err(bad("its latents do not have their hash".into()));
         }
-        Ok(Self { file: path.to_path_buf(), class, lengths, sums })
+        Ok(Self { starts, sums })
     }
 }
 
-/// Metadata key for the hash of all latents of a file.
-const HASH: &str = "sha256";
+/// Name of the tensor of the latents of all views, one after the other, `[rows, E]`.
+const TOKENS: &str = "tokens";
+/// Metadata key for the [`Content`].
+const CONTENT: &str = "latents";
 
-/// Reads a view of at least `tokens` tokens of width `embed`, `[tokens, E]`.
-fn view_of(file: &mut TensorFile, view: usize, (tokens, embed): (usize, usize)) -> Result<Tensor> {
-    let latents = file.read(&name(view))?;
-    let fits = latents.dtype() == DType::F32 && latents.dims2().is_ok_and(|(n, e)| n >= tokens && e == embed);
-    if !fits {
-        let (name, path, found) = (name(view), file.path().display(), (latents.dtype(), latents.dims()));
-        let problem = format!("tensor {name} is {found:?}, expected F32 and at least [{tokens}, {embed}]");
-        return Err(Error::input(path, problem));
-    }
-    Ok(latents)
+/// What a file of latents has. It is one text, so that equal latents give equal files.
+#[derive(PartialEq, Eq, Serialize, Deserialize)]
+struct Content {
+    /// Number of tokens of each view.
+    lengths: Vec<u32>,
+    /// Hash of the lengths and of all latents.
+    sha256: String,
 }
 
-fn name(view: usize) -> String {
-    format!("view.{view}")
+impl Content {
+    fn new(lengths: Vec<u32>, values: &[f32]) -> Self {
+        let mut hash = Hash::default();
+        hash.add(format!("{lengths:?}"));
+        hash.add_values(values);
+        Self { lengths, sha256: hash.hex() }
+    }
 }
 
 /// Name of the cache file: a hash of everything that the latents depend on.
-fn key(encoder: &Encoder, photo: &Photo, crops: Crops, views: usize, seed: u64) -> String {
+fn key(encoder: &Encoder, photos: &Photos, part: &[Photo], crops: Crops, views: usize, seed: u64) -> String {
     let mut hash = Hash::default();
-    hash.add(format!("{} {crops:?} {views} {seed} {}", encoder.hash, photo.hash));
+    hash.add(format!("{} {crops:?} {views} {seed}\n", encoder.hash));
+    part.iter().for_each(|photo| hash.add(photos.identity(photo)));
     hash.hex()[..32].to_string()
 }
 
-fn encode(file: &Path, encoder: &Encoder, photo: &Photo, crops: Crops, views: usize, seed: u64) -> Result<()> {
+fn encode(
+    file: &Path,
+    encoder: &Encoder,
+    photos: &Photos,
+    part: &[Photo],
+    crops: Crops,
+    views: usize,
+    seed: u64,
+) -> Result<()> {
     let device = encoder.weights.device();
-    let picture = picture::load(&photo.path)?;
-    let mut random = randomness(seed, Purpose::Crop, 0);
-    let (mut stored, mut hash) = (vec![], Hash::default());
-    for view in 0..views {
-        let image = crops.draw_wide(&picture, encoder.config.token_width(), &mut random);
-        let image = candle::to_tensor(image.view().insert_axis(Axis(0)))?.to_device(&device)?;
-        let latent = tokenizer::encode(&mut Eager::new(&encoder.weights), &encoder.config, &image)?;
-        let latent = latent.squeeze(0)?.to_device(&Device::Cpu)?;
-        hash.add_values(&latent.flatten_all()?.to_vec1::<f32>()?);
-        stored.push((name(view), latent));
+    let (mut values, mut lengths) = (Vec::<f32>::new(), Vec::<u32>::new());
+    for photo in part {
+        let Some(picture) = photos.load(photo)? else {
+            lengths.extend(vec![0; views]);
+            continue;
+        };
+        let mut random = randomness(seed, Purpose::Crop, 0);
+        for _ in 0..views {
+            let image = crops.draw_wide(&picture, encoder.config.token_width(), &mut random);
+            let image = candle::to_tensor(image.view().insert_axis(Axis(0)))?.to_device(&device)?;
+            let latent = tokenizer::encode(&mut Eager::new(&encoder.weights), &encoder.config, &image)?.squeeze(0)?;
+            lengths.push(latent.dim(0)? as u32);
+            values.extend(latent.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?);
+        }
     }
-    let stored: Vec<(&str, Tensor)> = stored.iter().map(|(name, tensor)| (name.as_str(), tensor.clone())).collect();
-    tensors::write(file, &stored, HashMap::from([(HASH.into(), hash.hex())]))
+    let content = Content::new(lengths, &values);
+    let embed = encoder.config.embed;
+    let shape = (values.len() / embed, embed);
+    let tokens = Tensor::from_vec(values, shape, &Device::Cpu)?;
+    let content = serde_json::to_string(&content).or_run("latents")?;
+    tensors::write(file, &[(TOKENS, tokens)], HashMap::from([(CONTENT.into(), content)]))
 }

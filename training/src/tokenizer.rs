@@ -22,12 +22,14 @@ use eqim::{Config, Error, Result, ResultExt};
 use ndarray::{Array3, Array4, ArrayView3, ArrayView4, Axis, concatenate, s};
 
 use crate::adamw::Update;
-use crate::data::{Ahead, Batches, Crops, Photo, Photos, Purpose, randomness};
+use crate::data::{Ahead, Batches, Crops};
 use crate::discriminator;
 use crate::evaluation::Evaluation;
 use crate::initial;
 use crate::learner::{Learner, Losses, Measures};
 use crate::perceptual::Perceptual;
+use crate::photos::{LOOKED_AT, Photo, Photos};
+use crate::random::{Purpose, randomness};
 use crate::ranks::Ranks;
 use crate::recipe::{self, TokenizerRecipe, TrainingPlan};
 use crate::run::Task;
@@ -210,31 +212,42 @@ impl TokenizerTask {
         }
     }
 
-    /// A whole photograph, scaled to the image height of the model, `[3, height, width]`.
-    fn whole_picture(&self, path: &Path) -> Result<Array3<f32>> {
+    /// A whole photograph, scaled to the image height of the model, `[3, height, width]`; `None` if it cannot be used.
+    fn whole_picture(&self, photo: &Photo) -> Result<Option<Array3<f32>>> {
         let model = &self.recipe.model;
-        Ok(picture::read(path, model.image_height(), model.token_width(), Side::Right)?.pixels)
+        let scale =
+            |picture| picture::scale(&photo.path, picture, model.image_height(), model.token_width(), Side::Right);
+        Ok(self.training.load(photo)?.map(scale).transpose()?.map(|picture| picture.pixels))
+    }
+
+    /// The first photographs that can be used, at most `most`: held-out ones first. With their pixels.
+    fn first(&self, most: usize) -> Result<Vec<(&Photo, Array3<f32>)>> {
+        let photos = self.held_out.photos.iter().chain(self.training.photos.iter());
+        let pictures = photos.map(|photo| Ok(self.whole_picture(photo)?.map(|picture| (photo, picture))));
+        pictures.filter_map(Result::transpose).take(most).collect()
     }
 
     /// Peak signal-to-noise ratio in dB of the reconstruction of each photograph with the averaged weights, by file. It
-    /// covers all pixels of the photograph at the image height of the model.
+    /// covers all pixels of the photograph at the image height of the model. Of more than [`LOOKED_AT`] photographs, these are
+    /// the first.
     ///
     /// # Errors
     /// If a photograph can no longer be read.
     pub fn psnr(&self, photos: &Photos) -> Result<Vec<(String, f64)>> {
         let weights = self.averaged()?;
         let of = |photo: &Photo| {
-            let (picture, reconstruction) = self.pair(&weights, photo)?;
-            Ok((photo.path.display().to_string(), psnr_of_values(reconstruction.view(), picture.view())))
+            let pair = self.pair(&weights, photo)?;
+            let psnr = pair.map(|(picture, made)| psnr_of_values(made.view(), picture.view()));
+            Ok(psnr.map(|psnr| (photo.path.display().to_string(), psnr)))
         };
-        photos.photos.iter().map(of).collect()
+        photos.photos.iter().take(LOOKED_AT).map(of).filter_map(Result::transpose).collect()
     }
 
-    /// A photograph and its reconstruction with `weights`, both `[3, height, width]` in -1..1.
-    fn pair(&self, weights: &Weights, photo: &Photo) -> Result<(Array3<f32>, Array3<f32>)> {
-        let picture = self.whole_picture(&photo.path)?;
+    /// A photograph and its reconstruction with `weights`, both `[3, height, width]` in -1..1; `None` if it cannot be used.
+    fn pair(&self, weights: &Weights, photo: &Photo) -> Result<Option<(Array3<f32>, Array3<f32>)>> {
+        let Some(picture) = self.whole_picture(photo)? else { return Ok(None) };
         let reconstruction = self.finite_reconstruction(weights, &photo.path, picture.view())?;
-        Ok((picture, reconstruction.mapv(|value| value.clamp(-1.0, 1.0))))
+        Ok(Some((picture, reconstruction.mapv(|value| value.clamp(-1.0, 1.0)))))
     }
 
     /// The training photographs and the held-out photographs.
@@ -465,8 +478,8 @@ impl Task for TokenizerTask {
 
     fn validate(&self) -> Result<Measures> {
         let weights = self.averaged()?;
-        let pairs: Vec<_> =
-            self.held_out.photos.iter().map(|photo| self.pair(&weights, photo)).collect::<Result<_>>()?;
+        let pairs = self.held_out.photos.iter().map(|photo| self.pair(&weights, photo));
+        let pairs: Vec<_> = pairs.filter_map(Result::transpose).collect::<Result<_>>()?;
         if pairs.is_empty() {
             return Ok(Measures::new());
         }
@@ -481,8 +494,7 @@ impl Task for TokenizerTask {
 
     fn check(&self) -> Result<()> {
         [Some(&self.learner), self.discriminator.as_ref()].into_iter().flatten().try_for_each(Learner::check)?;
-        let Some(photo) = self.held_out.photos.iter().chain(&self.training.photos).next() else { return Ok(()) };
-        let picture = self.whole_picture(&photo.path)?;
+        let Some((photo, picture)) = self.first(1)?.pop() else { return Ok(()) };
         let mut trained = self.learner.weights()?;
         add(&mut trained, &self.frozen)?;
         for weights in [trained, self.averaged()?] {
@@ -493,10 +505,8 @@ impl Task for TokenizerTask {
 
     fn picture(&self) -> Result<Array3<f32>> {
         let weights = self.averaged()?;
-        let shown = self.held_out.photos.iter().chain(&self.training.photos).take(4);
         let mut rows = vec![];
-        for photo in shown {
-            let picture = self.whole_picture(&photo.path)?;
+        for (_, picture) in self.first(4)? {
             let width = (2 * self.recipe.model.image_height()).min(picture.dim().2);
             let reconstruction = self.reconstruct(&weights, picture.view())?;
             let (left, right) = (picture.slice(s![.., .., ..width]), reconstruction.slice(s![.., .., ..width]));

@@ -1,4 +1,4 @@
-//! Recipes, and states of unfinished trainings.
+//! Recipes, shards of photographs, and states of unfinished trainings.
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -6,12 +6,14 @@ use std::rc::Rc;
 use candle_core::Device;
 use eqim::digest::Hash;
 use eqim::{Result, ResultExt, files, limits};
-use eqim_training::data::Photos;
+use eqim_training::photos::Photos;
 use eqim_training::ranks::Ranks;
 use eqim_training::recipe::{Base, Recipe};
 use eqim_training::run::{Output, Task, run};
+use eqim_training::shards::photographs;
 use eqim_training::tokenizer::{Networks, TokenizerTask, check_memory};
 use image::{Rgb, RgbImage};
+use tar::{Builder, Header};
 
 use super::{Place, write};
 use crate::target::{Hostile, Target};
@@ -44,7 +46,13 @@ sample_every = 1
 pub(super) fn all() -> Result<Vec<Box<dyn Target>>> {
     let place = Place::new()?;
     let path = place.path("recipe.toml");
-    Ok(vec![Box::new(Recipes { _place: place, path }), Box::new(State::new()?)])
+    let shards = Place::new()?;
+    let shard = shards.path("shard.tar");
+    Ok(vec![
+        Box::new(Recipes { _place: place, path }),
+        Box::new(Shards { _place: shards, path: shard }),
+        Box::new(State::new()?),
+    ])
 }
 
 /// Reads a recipe.
@@ -82,6 +90,58 @@ impl Target for Recipes {
         let recipe = Recipe::read(Base::Demo, &self.path)?;
         check_memory(&recipe.tokenizer, limits::memory()).map_err(|error| error.about(self.path.display()))?;
         Ok(String::new())
+    }
+}
+
+/// Reads the members of a shard.
+struct Shards {
+    _place: Place,
+    path: PathBuf,
+}
+
+/// A shard of members with these names and contents, whose first header says another length if one is given.
+fn shard(members: &[(&str, &[u8])], length: Option<u64>) -> Vec<u8> {
+    let mut builder = Builder::new(vec![]);
+    for (index, (name, contents)) in members.iter().enumerate() {
+        let mut header = Header::new_gnu();
+        header.set_size(length.filter(|_| index == 0).unwrap_or(contents.len() as u64));
+        // Writing to memory does not fail.
+        let _ = builder.append_data(&mut header, name, *contents);
+    }
+    builder.into_inner().unwrap_or_default()
+}
+
+impl Target for Shards {
+    fn name(&self) -> &'static str {
+        "shards"
+    }
+
+    fn seeds(&self) -> Vec<Vec<u8>> {
+        let long = format!("{}/3.png", "x".repeat(120));
+        let named: [(&str, &[u8]); 3] = [("a/1.jpg", &[1; 700]), ("b/2.jpg", b"2"), (&long, b"3")];
+        let numbered: [(&str, &[u8]); 4] = [("1.jpg", &[1; 700]), ("1.cls", b"7"), ("2.png", b"2"), ("2.cls", b"0\n")];
+        vec![shard(&named, None), shard(&numbered, None)]
+    }
+
+    fn hostile(&self) -> Vec<Hostile> {
+        let picture: [(&str, &[u8]); 1] = [("1.jpg", b"1")];
+        let class: [(&str, &[u8]); 2] = [("1.cls", &[b'9'; 600]), ("1.jpg", b"1")];
+        vec![
+            ("a member of 2^62 bytes", shard(&picture, Some(1 << 62))),
+            ("a member of 2^64-1 bytes", shard(&picture, Some(u64::MAX))),
+            ("a class of 600 digits", shard(&class, None)),
+        ]
+    }
+
+    fn path(&self) -> Option<&Path> {
+        Some(&self.path)
+    }
+
+    fn read(&mut self, input: &[u8]) -> Result<String> {
+        write(&self.path, input)?;
+        let found = photographs(std::slice::from_ref(&self.path), &mut vec![])?;
+        let read = found.iter().map(|shown| Ok(format!("{:?} {:?}", shown.label, shown.member.contents(&shown.path)?)));
+        Ok(read.collect::<Result<Vec<_>>>()?.join("\n"))
     }
 }
 
