@@ -15,6 +15,7 @@ use eqim::{Error, Result, ResultExt};
 use eqim_cli::Progress;
 use ndarray::Axis;
 use rand::Rng;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::data::Crops;
@@ -83,8 +84,9 @@ impl Latents {
     ) -> Result<Self> {
         std::fs::create_dir_all(folder).or_run(folder.display())?;
         let (embed, tokens) = (encoder.config.embed, crops.width / encoder.config.token_width());
+        let source = Source { encoder, photos, crops, views, seed };
         let open = |part: &[Photo]| {
-            let file = folder.join(format!("{}.safetensors", key(encoder, photos, part, crops, views, seed)));
+            let file = folder.join(format!("{}.safetensors", source.key(part)));
             let read = || Shard::read(&file, part.len() * views, (tokens, embed));
             if file.exists() {
                 match read() {
@@ -95,7 +97,7 @@ impl Latents {
                     }
                 }
             }
-            encode(&file, encoder, photos, part, crops, views, seed)?;
+            source.encode(&file, part)?;
             read().map(|shard| (file.clone(), shard))
         };
         let parts: Vec<&[Photo]> = photos.photos.chunks(PHOTOS).collect();
@@ -233,43 +235,54 @@ impl Content {
     }
 }
 
-/// Name of the cache file: a hash of everything that the latents depend on.
-fn key(encoder: &Encoder, photos: &Photos, part: &[Photo], crops: Crops, views: usize, seed: u64) -> String {
-    let mut hash = Hash::default();
-    hash.add(format!("{} {crops:?} {views} {seed}\n", encoder.hash));
-    part.iter().for_each(|photo| hash.add(photos.identity(photo)));
-    hash.hex()[..32].to_string()
-}
-
-fn encode(
-    file: &Path,
-    encoder: &Encoder,
-    photos: &Photos,
-    part: &[Photo],
+/// What latents are made of.
+struct Source<'a> {
+    encoder: &'a Encoder,
+    photos: &'a Photos,
     crops: Crops,
     views: usize,
     seed: u64,
-) -> Result<()> {
-    let device = encoder.weights.device();
-    let (mut values, mut lengths) = (Vec::<f32>::new(), Vec::<u32>::new());
-    for photo in part {
-        let Some(picture) = photos.load(photo)? else {
-            lengths.extend(vec![0; views]);
-            continue;
+}
+
+impl Source<'_> {
+    /// Name of the cache file of `part` of the photographs: a hash of everything that the latents depend on.
+    fn key(&self, part: &[Photo]) -> String {
+        let Self { encoder, photos, crops, views, seed } = self;
+        let mut hash = Hash::default();
+        hash.add(format!("{} {crops:?} {views} {seed}\n", encoder.hash));
+        part.iter().for_each(|photo| hash.add(photos.identity(photo)));
+        hash.hex()[..32].to_string()
+    }
+
+    /// Encodes `part` of the photographs into `file`: on a CPU one photograph per core, on a GPU one after the other.
+    fn encode(&self, file: &Path, part: &[Photo]) -> Result<()> {
+        let encoded: Vec<(Vec<u32>, Vec<f32>)> = match self.encoder.weights.device().is_cpu() {
+            true => part.par_iter().map(|photo| self.encoded(photo)).collect::<Result<_>>()?,
+            false => part.iter().map(|photo| self.encoded(photo)).collect::<Result<_>>()?,
         };
-        let mut random = randomness(seed, Purpose::Crop, 0);
-        for _ in 0..views {
-            let image = crops.draw_wide(&picture, encoder.config.token_width(), &mut random);
-            let image = candle::to_tensor(image.view().insert_axis(Axis(0)))?.to_device(&device)?;
-            let latent = tokenizer::encode(&mut Eager::new(&encoder.weights), &encoder.config, &image)?.squeeze(0)?;
-            lengths.push(latent.dim(0)? as u32);
+        let (lengths, values): (Vec<_>, Vec<_>) = encoded.into_iter().unzip();
+        let (lengths, values) = (lengths.concat(), values.concat());
+        let content = serde_json::to_string(&Content::new(lengths, &values)).or_run("latents")?;
+        let embed = self.encoder.config.embed;
+        let shape = (values.len() / embed, embed);
+        let tokens = Tensor::from_vec(values, shape, &Device::Cpu)?;
+        tensors::write(file, &[(TOKENS, tokens)], HashMap::from([(CONTENT.into(), content)]))
+    }
+
+    /// The number of tokens of each view of a photograph, and the latents of all views. A photograph that cannot be used has
+    /// none.
+    fn encoded(&self, photo: &Photo) -> Result<(Vec<u32>, Vec<f32>)> {
+        let Encoder { config, weights, .. } = self.encoder;
+        let (mut lengths, mut values) = (vec![0; self.views], vec![]);
+        let Some(picture) = self.photos.load(photo)? else { return Ok((lengths, values)) };
+        let mut random = randomness(self.seed, Purpose::Crop, 0);
+        for length in &mut lengths {
+            let image = self.crops.draw_wide(&picture, config.token_width(), &mut random);
+            let image = candle::to_tensor(image.view().insert_axis(Axis(0)))?.to_device(&weights.device())?;
+            let latent = tokenizer::encode(&mut Eager::new(weights), config, &image)?.squeeze(0)?;
+            *length = latent.dim(0)? as u32;
             values.extend(latent.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?);
         }
+        Ok((lengths, values))
     }
-    let content = Content::new(lengths, &values);
-    let embed = encoder.config.embed;
-    let shape = (values.len() / embed, embed);
-    let tokens = Tensor::from_vec(values, shape, &Device::Cpu)?;
-    let content = serde_json::to_string(&content).or_run("latents")?;
-    tensors::write(file, &[(TOKENS, tokens)], HashMap::from([(CONTENT.into(), content)]))
 }
