@@ -280,8 +280,8 @@ def test_all_controls_have_names(service, new_page):
 
 
 def test_an_error_is_shown_in_words(service, new_page):
-    page = new_page(link(service, prompt="desert"))
-    expect(page.get_by_role("alert")).to_contain_text("desert")
+    page = new_page(link(service, prompt="jungle"))
+    expect(page.get_by_role("alert")).to_contain_text("jungle")
     expect(button(page, "Start")).to_be_visible()
     # The browser reports the status of the response, too.
     assert all("400" in problem for problem in new_page.problems)

@@ -1,6 +1,7 @@
 """Input that cannot be used raises the exceptions of the package, and never ends the interpreter."""
 
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,9 @@ from PIL import Image as Pillow
 import eqim
 
 TINY = {"tokens": 2, "num_inference_steps": 1}
+SIZES = json.loads((BUNDLE / "config.json").read_text())["model"]["generator"]
+# Values of a token, and number of the classes.
+WIDTH, CLASSES = SIZES["embed"], SIZES["class_num"]
 
 
 def test_the_tree():
@@ -62,7 +66,7 @@ def deep():
 SETTINGS = [
     # The error names the keyword, and what was found.
     ({"class_": "cat"}, "class_ is cat"),
-    ({"class_": 5}, "class_ is 5"),
+    ({"class_": CLASSES}, f"class_ is {CLASSES}"),
     ({"class_": -1}, "class_"),
     ({"class_": 1.0}, "class_"),
     ({"class_": True}, "class_"),
@@ -239,22 +243,22 @@ def test_beginnings_that_leave_no_token(engine):
 LATENTS = {
     "None": lambda: None,
     "text": lambda: "latents",
-    "integers": lambda: np.zeros((2, 128), int),
-    "complex": lambda: np.zeros((2, 128), complex),
-    "objects": lambda: np.zeros((2, 128), object),
-    "bool": lambda: np.zeros((2, 128), bool),
-    "one token": lambda: np.zeros((1, 128), np.float32),
-    "no token": lambda: np.zeros((0, 128), np.float32),
-    "other length": lambda: np.zeros((2, 127), np.float32),
-    "transposed": lambda: np.zeros((128, 2), np.float32),
-    "flat": lambda: np.zeros(256, np.float32),
-    "batch": lambda: np.zeros((1, 2, 128), np.float32),
-    "NaN": lambda: np.full((2, 128), np.nan, np.float32),
-    "one NaN": lambda: np.array([[0.0] * 128, [0.0] * 127 + [np.nan]]),
-    "infinite": lambda: np.full((2, 128), -np.inf),
-    "huge": lambda: np.broadcast_to(np.float32(0), (2**40, 128)),
-    "another device": lambda: Tensor(np.zeros((2, 128), np.float32), (2, 0)),
-    "integer tensor": lambda: Tensor(np.zeros((2, 128), int)),
+    "integers": lambda: np.zeros((2, WIDTH), int),
+    "complex": lambda: np.zeros((2, WIDTH), complex),
+    "objects": lambda: np.zeros((2, WIDTH), object),
+    "bool": lambda: np.zeros((2, WIDTH), bool),
+    "one token": lambda: np.zeros((1, WIDTH), np.float32),
+    "no token": lambda: np.zeros((0, WIDTH), np.float32),
+    "other length": lambda: np.zeros((2, WIDTH - 1), np.float32),
+    "transposed": lambda: np.zeros((WIDTH, 2), np.float32),
+    "flat": lambda: np.zeros(WIDTH, np.float32),
+    "batch": lambda: np.zeros((1, 2, WIDTH), np.float32),
+    "NaN": lambda: np.full((2, WIDTH), np.nan, np.float32),
+    "one NaN": lambda: np.array([[0.0] * WIDTH, [0.0] * (WIDTH - 1) + [np.nan]]),
+    "infinite": lambda: np.full((2, WIDTH), -np.inf),
+    "huge": lambda: np.broadcast_to(np.float32(0), (2**40, WIDTH)),
+    "another device": lambda: Tensor(np.zeros((2, WIDTH), np.float32), (2, 0)),
+    "integer tensor": lambda: Tensor(np.zeros((2, WIDTH), int)),
 }
 
 
@@ -267,7 +271,7 @@ def test_latents(engine, name):
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_latents_that_are_infinite_as_float32(engine):
     with pytest.raises(eqim.InputError, match="finite"):
-        engine.decode(np.full((2, 128), 1e300))
+        engine.decode(np.full((2, WIDTH), 1e300))
 
 
 def test_interrupts_of_other_libraries_stay(engine):
@@ -483,7 +487,7 @@ for call in (
     lambda: engine.submit(tokens=1_000_000, num_inference_steps=1),
     lambda: engine.stream(tokens=1_000_000, num_inference_steps=1),
     lambda: engine.generate(tokens=200_000, tile="none", num_inference_steps=1),
-    lambda: engine.decode(np.zeros((100_000, 128), np.float32)),
+    lambda: engine.decode(np.zeros((100_000, int(sys.argv[2])), np.float32)),
 ):
     try:
         call()
@@ -494,7 +498,7 @@ engine.generate(tokens=2, num_inference_steps=1)
 
 
 def test_images_that_do_not_fit_in_memory():
-    assert printed(MEMORY, BUNDLE).split() == ["raised"] * 5
+    assert printed(MEMORY, BUNDLE, WIDTH).split() == ["raised"] * 5
 
 
 @pytest.mark.parametrize("seed", [1])
