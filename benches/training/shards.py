@@ -1,0 +1,128 @@
+"""Trains on 100,000 members of tar shards, and measures the start, the memory and the time of decoding.
+
+    python benches/training/shards.py target/release/eqim-train FOLDER
+
+Needs numpy and Pillow. FOLDER gets ten shards with 100,000 JPEGs of 256 x 256 pixels (64 different ones), and takes 2 GB.
+The model is as small as possible.
+"""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SHARDS, MEMBERS = 10, 10_000
+RECIPE = """
+[tokenizer.model]
+rows = 8
+embed = 4
+groups = 2
+[tokenizer.model.encoder]
+z_channels = 2
+conv_in = 4
+levels = [{ channels = 4, attention = false }, { channels = 4, attention = false }, { channels = 4, attention = false }]
+[tokenizer.model.decoder]
+z_channels = 2
+conv_in = 4
+levels = [{ channels = 4, attention = false }, { channels = 4, attention = false }, { channels = 4, attention = false }]
+[tokenizer.plan]
+steps = 1000000
+batch_size = 64
+tokens = 4
+validation = 1
+log_every = 1
+checkpoint_every = 1000000
+sample_every = 1000000
+"""
+
+
+def jpeg(seed):
+    """A photograph of 256 x 256 pixels: waves and noise."""
+    draw = np.random.default_rng(seed)
+    y, x = np.mgrid[0:256, 0:256] / 256
+    waves = [np.sin(draw.uniform(2, 30) * x + draw.uniform(2, 30) * y) for _ in range(3)]
+    pixels = 127 + 60 * np.stack(waves, -1) + draw.normal(0, 12, (256, 256, 3))
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def make(folder):
+    """Writes the shards that are missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    photographs = [jpeg(seed) for seed in range(64)]
+    for shard in range(SHARDS):
+        path = folder / f"{shard:03}.tar"
+        if path.exists():
+            continue
+        with tarfile.open(path.with_suffix(".partial"), "w") as tar:
+            for member in range(MEMBERS):
+                for suffix, contents in [("jpg", photographs[member % 64]), ("cls", str(member % 1000).encode())]:
+                    info = tarfile.TarInfo(f"{member:06}.{suffix}")
+                    info.size = len(contents)
+                    tar.addfile(info, io.BytesIO(contents))
+        os.rename(path.with_suffix(".partial"), path)
+
+
+def processor_seconds(process, thread=None):
+    """CPU time of a process, or of its threads whose name begins with `thread`."""
+    tasks = [Path(f"/proc/{process}")] if thread is None else Path(f"/proc/{process}/task").iterdir()
+    ticks = 0
+    for task in tasks:
+        name, fields = (task / "stat").read_text().split("(", 1)[1].rsplit(")", 1)
+        if thread is None or name.startswith(thread):
+            ticks += sum(map(int, fields.split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def memory(process):
+    """Resident memory in MiB."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def steps(metrics):
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def main():
+    program, folder = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
+    make(folder / "shards")
+    (folder / "recipe.toml").write_text(RECIPE)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    line = [program, "tokenizer", "--images", "shards", "--recipe", "recipe.toml", "-o", "run"]
+    start = time.monotonic()
+    run = subprocess.Popen(line, cwd=folder, stderr=subprocess.DEVNULL)
+    metrics, measured = folder / "run/metrics.jsonl", []
+    try:
+        while steps(metrics) < 1:
+            assert run.poll() is None, "the training has ended"
+            time.sleep(0.01)
+        first = time.monotonic() - start
+        for _ in range(6):
+            seconds = [processor_seconds(run.pid), processor_seconds(run.pid, "decode")]
+            measured.append((time.monotonic(), steps(metrics), *seconds, memory(run.pid)))
+            time.sleep(10)
+    finally:
+        run.kill()
+        run.wait()
+    (begin, *_), (end, *_) = measured[0], measured[-1]
+    done, all_cores, decoding = (measured[-1][column] - measured[0][column] for column in (1, 2, 3))
+    report = {
+        "seconds until the first step": round(first, 2),
+        "images per second": round(64 * done / (end - begin), 1),
+        "cores busy": round(all_cores / (end - begin), 2),
+        "ms of CPU time to decode an image": round(1000 * decoding / (64 * done), 2),
+        "MiB every ten seconds": [round(row[4]) for row in measured],
+    }
+    print(json.dumps(report, indent=1))
+
+
+main()
