@@ -1,4 +1,5 @@
-//! `cargo xtask gpu`: packs what a machine with an NVIDIA GPU needs to check eqim and to measure it.
+//! `cargo xtask gpu`: packs what a machine with an NVIDIA GPU needs to check eqim and to measure it. `cargo xtask cuda-check`:
+//! checks the code with Candle's CUDA kernels, without a GPU.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
@@ -41,18 +42,13 @@ const FILES: [&str; 3] = ["assets/demo/model.safetensors", "tests/fixtures", "LI
 
 /// Makes the folder `output`, with the Python files of the checkout `reference`.
 pub fn gpu(root: &Path, reference: Option<&Path>, output: &Path) -> Result<()> {
-    if (OS, ARCH) != ("linux", "x86_64") {
-        bail!("this is {OS} on {ARCH}, expected linux on x86_64: the CUDA compiler is installed only there");
-    }
     if let Some(checkout) = reference.filter(|checkout| !checkout.join("generator/equ_modeling.py").is_file()) {
         bail!(
             "{} has no generator/equ_modeling.py: expected a checkout of drx-code/EquivariantModeling",
             checkout.display()
         );
     }
-    let toolkit = root.join(".native/cuda");
-    install("the CUDA compiler", CUDA, &toolkit, unpack_toolkit)?;
-    let programs = build(root, &toolkit)?;
+    let programs = build(root)?;
 
     println!("packing {}", output.display());
     let partial = output.with_extension("partial");
@@ -72,6 +68,41 @@ pub fn gpu(root: &Path, reference: Option<&Path>, output: &Path) -> Result<()> {
     rename(&partial, output)?;
     println!("copy {} to the machine with the GPU, and run there: python3 run.py", output.display());
     Ok(())
+}
+
+/// Compiles the library, the programs and their tests with Candle's CUDA kernels, and checks them with Clippy. Nothing is linked.
+pub fn check(root: &Path) -> Result<()> {
+    let mut clippy = cargo(root, "clippy")?;
+    run(clippy.args(["--all-targets", "--", "-D", "warnings"]))
+}
+
+/// The folder of the CUDA toolkit, which is installed if it is missing.
+fn toolkit(root: &Path) -> Result<PathBuf> {
+    if (OS, ARCH) != ("linux", "x86_64") {
+        bail!("this is {OS} on {ARCH}, expected linux on x86_64: the CUDA compiler is installed only there");
+    }
+    let folder = root.join(".native/cuda");
+    install("the CUDA compiler", CUDA, &folder, unpack_toolkit)?;
+    Ok(folder.join("toolkit"))
+}
+
+/// A command of Cargo for the packages with CUDA kernels, in target/cuda.
+fn cargo(root: &Path, command: &str) -> Result<Command> {
+    let toolkit = toolkit(root)?;
+    let mut path = OsString::from(toolkit.join("bin"));
+    path.push(":");
+    path.push(env::var_os("PATH").unwrap_or_default());
+    let mut cargo = Command::new("cargo");
+    cargo
+        .arg(command)
+        .args("--release --target-dir target/cuda --features cuda".split(' '))
+        .args("--package eqim --package eqim-programs --package eqim-training".split(' '))
+        .env("PATH", path)
+        .env("CUDA_HOME", &toolkit)
+        .env("CUDA_COMPUTE_CAP", COMPUTE_CAPABILITY)
+        .env("LIBRARY_PATH", toolkit.join("lib"))
+        .current_dir(root);
+    Ok(cargo)
 }
 
 /// Fills `folder` with the CUDA compiler and the libraries to link with.
@@ -115,23 +146,12 @@ fn stub_driver(toolkit: &Path) -> Result<()> {
 }
 
 /// Builds the programs and the tests with Candle's CUDA kernels. Returns their paths by name.
-fn build(root: &Path, toolkit: &Path) -> Result<BTreeMap<String, PathBuf>> {
-    let toolkit = toolkit.join("toolkit");
+fn build(root: &Path) -> Result<BTreeMap<String, PathBuf>> {
     println!("building with CUDA in target/cuda; the first time takes 15 minutes on two cores");
-    let mut path = OsString::from(toolkit.join("bin"));
-    path.push(":");
-    path.push(env::var_os("PATH").unwrap_or_default());
     let output = capture(
-        Command::new("cargo")
-            .args("build --release --target-dir target/cuda --features cuda".split(' '))
-            .args("--package eqim --package eqim-programs --package eqim-training".split(' '))
+        cargo(root, "build")?
             .args("--bins --test suite --test parity --message-format json-render-diagnostics".split(' '))
-            .env("PATH", path)
-            .env("CUDA_HOME", &toolkit)
-            .env("CUDA_COMPUTE_CAP", COMPUTE_CAPABILITY)
-            .env("LIBRARY_PATH", toolkit.join("lib"))
-            .env("CARGO_PROFILE_RELEASE_STRIP", "symbols")
-            .current_dir(root),
+            .env("CARGO_PROFILE_RELEASE_STRIP", "symbols"),
     )?;
     let messages = output.lines().map(|line| serde_json::from_str::<Value>(line).context("the output of Cargo"));
     let messages = messages.collect::<Result<Vec<_>>>()?;

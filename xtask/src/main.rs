@@ -1,4 +1,5 @@
-//! Development tasks of the workspace: `cargo xtask setup`, `demo`, `test`, `clients`, `wheel`, `fleet`, `mpi` and `gpu`.
+//! Development tasks of the workspace: `cargo xtask setup`, `demo`, `test`, `clients`, `wheel`, `fleet`, `mpi`,
+//! `cuda-check` and `gpu`.
 
 mod clients;
 mod command;
@@ -69,6 +70,9 @@ enum Task {
         #[arg(last = true)]
         args: Vec<String>,
     },
+    /// Compile the library, the programs and their tests with Candle's CUDA kernels, and check them with Clippy. No GPU is needed:
+    /// the CUDA compiler is installed in .native/cuda.
+    CudaCheck,
     /// Make a folder with programs, fixtures and one command that check eqim on a machine with an NVIDIA GPU, and measure
     /// it there. No GPU is needed to make it: the CUDA compiler is installed in .native/cuda.
     Gpu {
@@ -111,6 +115,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Wheel { args } => wheel::wheel(root, &args),
         Task::Fleet { args } => wheel::fleet(root, &args),
         Task::Mpi { args } => mpi::mpi(root, &args),
+        Task::CudaCheck => gpu::check(root),
         Task::Gpu { reference, output } => gpu::gpu(root, reference.as_deref(), &output),
     }
 }
