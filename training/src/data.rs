@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -223,7 +222,8 @@ struct Decoded {
 
 #[derive(Debug, Default)]
 struct Cache {
-    pictures: HashMap<PathBuf, Arc<RgbImage>>,
+    /// By the index of the photograph.
+    pictures: HashMap<usize, Arc<RgbImage>>,
     bytes: usize,
 }
 
@@ -249,17 +249,16 @@ impl Decoded {
 
     /// The pixels of a photograph; `None` if it cannot be used.
     fn picture(&self, index: usize) -> Result<Option<Arc<RgbImage>>> {
-        let photo = &self.photos.photos[index];
         let cache = || self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(picture) = cache().pictures.get(&photo.path) {
+        if let Some(picture) = cache().pictures.get(&index) {
             return Ok(Some(picture.clone()));
         }
-        let Some(picture) = self.photos.load(photo)? else { return Ok(None) };
+        let Some(picture) = self.photos.load(&self.photos.photos[index])? else { return Ok(None) };
         let picture = Arc::new(picture);
         let mut cache = cache();
-        if cache.bytes + picture.len() <= KEPT && !cache.pictures.contains_key(&photo.path) {
+        if cache.bytes + picture.len() <= KEPT && !cache.pictures.contains_key(&index) {
             cache.bytes += picture.len();
-            cache.pictures.insert(photo.path.clone(), picture.clone());
+            cache.pictures.insert(index, picture.clone());
         }
         Ok(Some(picture))
     }
@@ -271,18 +270,7 @@ mod tests {
     use ndarray::s;
 
     use super::*;
-
-    /// A folder with one class of pictures that differ in their red channel.
-    fn photos(count: u8) -> (tempfile::TempDir, Photos) {
-        let folder = tempfile::tempdir().unwrap();
-        std::fs::create_dir(folder.path().join("class")).unwrap();
-        for index in 0..count {
-            let picture = RgbImage::from_fn(90, 50, |x, y| Rgb([20 * index, (2 * x) as u8, (5 * y) as u8]));
-            picture.save(folder.path().join(format!("class/{index}.png"))).unwrap();
-        }
-        let photos = Photos::open(folder.path(), 32, 32).unwrap();
-        (folder, photos)
-    }
+    use crate::photos::tests::photos;
 
     const CROPS: Crops = Crops { height: 32, width: 32, largest_scale: 1.5, flip: true };
 

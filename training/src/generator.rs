@@ -13,7 +13,6 @@ use eqim::engine::candle::CandleEngine;
 use eqim::generate::generate;
 use eqim::model::{Stage, flow, parameters_of, transformer};
 use eqim::ops::eager::{Dropout, Eager, Training};
-use eqim::picture::{self, Side};
 use eqim::request::{GuidanceSchedule, Noise, Request};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, ResultExt};
@@ -27,7 +26,7 @@ use crate::evaluation::Evaluation;
 use crate::initial::{self, normal};
 use crate::latents::{Encoder, Latents};
 use crate::learner::{Learner, Losses, Measures};
-use crate::photos::{Photo, Photos};
+use crate::photos::Photos;
 use crate::random::{Purpose, randomness};
 use crate::ranks::Ranks;
 use crate::recipe::{self, GeneratorRecipe, TrainingPlan};
@@ -308,12 +307,8 @@ impl GeneratorTask {
             images.push(engine.decode_tokens(tokens.view())?);
         }
         let photos = &self.held_out_photos;
-        let read = |photo: &Photo| {
-            let scale = |picture| picture::scale(&photo.path, picture, height, width, Side::Right);
-            Ok(photos.load(photo)?.map(scale).transpose()?.map(|picture| picture.pixels))
-        };
-        let real: Vec<Array3<f32>> =
-            photos.photos.iter().map(read).filter_map(Result::transpose).collect::<Result<_>>()?;
+        let real = photos.photos.iter().map(|photo| photos.whole(photo, height, width));
+        let real: Vec<Array3<f32>> = real.filter_map(Result::transpose).collect::<Result<_>>()?;
         let images: Vec<_> = images.iter().flat_map(|batch| batch.axis_iter(Axis(0))).collect();
         evaluation.distance(&images, &real.iter().map(|image| image.view()).collect::<Vec<_>>())
     }

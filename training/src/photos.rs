@@ -6,13 +6,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use eqim::digest::{Hash, sha256};
 use eqim::picture::folder::{Files, PICTURES, class_of, has_extension, sift};
-use eqim::{Error, Result, ResultExt, picture};
+use eqim::picture::{self, Side};
+use eqim::{Error, Result, ResultExt};
 use image::RgbImage;
+use ndarray::Array3;
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
 use crate::random::{Purpose, randomness};
-use crate::shards::{self, Label, Member, Shown};
+use crate::shards::{self, Label, Member, Names, Shown};
 
 /// Photographs up to this number are decoded and hashed at the start. Of more, only names and lengths are read.
 pub const LOOKED_AT: usize = 1000;
@@ -110,6 +112,16 @@ impl Photos {
         Ok(None)
     }
 
+    /// A whole photograph, scaled to `height` and cut to a multiple of `multiple` pixels on its left, `[3, height, width]` in
+    /// -1..1; `None` if it cannot be [loaded](Photos::load).
+    ///
+    /// # Errors
+    /// Those of [`Photos::load`] and [`picture::scale`].
+    pub fn whole(&self, photo: &Photo, height: usize, multiple: usize) -> Result<Option<Array3<f32>>> {
+        let scale = |picture| picture::scale(&photo.path, picture, height, multiple, Side::Right);
+        Ok(self.load(photo)?.map(scale).transpose()?.map(|picture| picture.pixels))
+    }
+
     /// Holds out `count` photographs that can be used, chosen at random from `seed`. Returns the photographs to train on and
     /// the held-out photographs.
     ///
@@ -191,7 +203,7 @@ fn find(folder: &Path) -> Result<(Vec<Found>, Vec<String>)> {
     }
     let mut names = Names::default();
     let single = |path: PathBuf| {
-        let label = class_of(folder, &path).map(|name| Label::Name(names.get(&name)));
+        let label = class_of(folder, &path).map(|name| names.label(&name));
         Found { path, label, contents: String::new(), member: None }
     };
     let found: Vec<Found> = match shards.is_empty() {
@@ -214,39 +226,16 @@ fn find(folder: &Path) -> Result<(Vec<Found>, Vec<String>)> {
     }
 }
 
-/// Names of which there are many equal ones.
-#[derive(Default)]
-struct Names(BTreeSet<Arc<str>>);
-
-impl Names {
-    fn get(&mut self, name: &str) -> Arc<str> {
-        if let Some(known) = self.0.get(name) {
-            return known.clone();
-        }
-        let new = Arc::<str>::from(name);
-        self.0.insert(new.clone());
-        new
-    }
-}
-
 /// Names of the classes: numbers up to the largest, or sorted names.
 fn classes(found: &[Found]) -> Result<Vec<String>> {
-    let largest = found.iter().filter_map(|found| match found.label {
-        Some(Label::Number(number)) => Some(number),
-        _ => None,
-    });
-    if let Some(largest) = largest.max() {
+    if let Some(largest) = found.iter().filter_map(|found| found.label.as_ref()?.number()).max() {
         return Ok((0..=largest).map(|number| number.to_string()).collect());
     }
-    let name = |found: &Found| match &found.label {
-        Some(Label::Name(name)) => Some(name.to_string()),
-        _ => None,
-    };
-    let names: BTreeSet<String> = found.iter().filter_map(name).collect();
+    let names: BTreeSet<&str> = found.iter().filter_map(|found| found.label.as_ref()?.name()).collect();
     let loose = found.iter().find(|found| found.label.is_none());
     match (loose, names.is_empty()) {
         (_, true) => Ok(vec![String::new()]),
-        (None, false) => Ok(names.into_iter().collect()),
+        (None, false) => Ok(names.into_iter().map(String::from).collect()),
         (Some(loose), false) => {
             let problem = "lies next to the folders of classes: put it into one of them, or remove the folders";
             Err(Error::input(loose.path.display(), problem))
@@ -278,7 +267,7 @@ fn usable(path: &Path, bytes: &[u8], (height, width): (usize, usize)) -> Result<
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::fs;
 
     use image::Rgb;
@@ -286,7 +275,7 @@ mod tests {
     use super::*;
 
     /// A folder with one class of pictures that differ in their red channel.
-    fn photos(count: u8) -> (tempfile::TempDir, Photos) {
+    pub(crate) fn photos(count: u8) -> (tempfile::TempDir, Photos) {
         let folder = tempfile::tempdir().unwrap();
         fs::create_dir(folder.path().join("class")).unwrap();
         for index in 0..count {

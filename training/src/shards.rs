@@ -3,7 +3,7 @@
 //! A sample is the members that have the same name up to the first dot of their last component: `0001.jpg` and `0001.cls`. The
 //! extension is what follows that dot.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -34,18 +34,12 @@ impl Member {
     /// [`Error::input`] if the shard cannot be opened; [`Error::run`] if it cannot be read or is shorter than it was.
     pub fn contents(&self, path: &Path) -> Result<Vec<u8>> {
         let mut file = files::open(&self.shard)?;
-        file.seek(SeekFrom::Start(self.start)).or_run(path.display())?;
-        let bytes = picture::contents_of(path, file.take(self.length))?;
-        match file_ends_early(&self.shard, self.start + bytes.len() as u64, self.start + self.length)? {
-            true => Err(Error::run(path.display(), "ends early: the shard has changed")),
-            false => Ok(bytes),
+        if file.metadata().or_run(path.display())?.len() < self.start + self.length {
+            return Err(Error::run(path.display(), "ends early: the shard has changed"));
         }
+        file.seek(SeekFrom::Start(self.start)).or_run(path.display())?;
+        picture::contents_of(path, file.take(self.length))
     }
-}
-
-/// Whether a file whose bytes were read up to `read` ends before `expected`.
-fn file_ends_early(path: &Path, read: u64, expected: u64) -> Result<bool> {
-    Ok(read < expected && files::open(path)?.metadata().or_run(path.display())?.len() < expected)
 }
 
 /// The class of a photograph, as it is stored.
@@ -55,6 +49,40 @@ pub enum Label {
     Name(Arc<str>),
     /// Number in a `.cls` member.
     Number(usize),
+}
+
+impl Label {
+    /// The name, if it is one.
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Self::Name(name) => Some(name),
+            Self::Number(_) => None,
+        }
+    }
+
+    /// The number, if it is one.
+    pub fn number(&self) -> Option<usize> {
+        match self {
+            Self::Name(_) => None,
+            Self::Number(number) => Some(*number),
+        }
+    }
+}
+
+/// Names of folders, of which many are equal.
+#[derive(Debug, Default)]
+pub struct Names(BTreeSet<Arc<str>>);
+
+impl Names {
+    /// The label of this name. Labels of equal names share it.
+    pub fn label(&mut self, name: &str) -> Label {
+        let known = self.0.get(name).cloned();
+        Label::Name(known.unwrap_or_else(|| {
+            let new = Arc::<str>::from(name);
+            self.0.insert(new.clone());
+            new
+        }))
+    }
 }
 
 /// A photograph in a shard.
@@ -119,42 +147,33 @@ impl Shard {
         let length = file.metadata().or_run(path.display())?.len();
         let (mut shard, mut archive, path) = (Self::default(), Archive::new(file), Arc::<Path>::from(path));
         let unreadable = |error| Error::input(path.display(), "is not a tar file that can be read").because(error);
-        let mut names = HashMap::new();
-        let mut last = None;
+        let (mut names, mut last) = (Names::default(), None);
         for entry in archive.entries_with_seek().map_err(unreadable)? {
-            let added = entry.map_err(|error| (error, last.clone()));
-            let mut entry = match added {
-                Ok(entry) => entry,
-                Err((error, None)) => return Err(unreadable(error)),
+            let mut entry = match (entry, &last) {
+                (Ok(entry), _) => entry,
+                (Err(error), None) => return Err(unreadable(error)),
                 // The place of the next member is not known.
-                Err((error, Some(name))) => {
+                (Err(error), Some(name)) => {
                     let left = format!("{}: its members after {name} are not read: {error}", path.display());
                     shard.skipped.push(left);
                     break;
                 }
             };
             let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-            shard.add(&path, length, &name, &mut entry, &mut names)?;
+            shard.add(&path, length, &name, &mut entry, &mut names);
             last = Some(name);
         }
         Ok(shard)
     }
 
-    fn add(
-        &mut self,
-        shard: &Arc<Path>,
-        length: u64,
-        name: &str,
-        entry: &mut Entry<File>,
-        folders: &mut HashMap<String, Arc<str>>,
-    ) -> Result<()> {
+    fn add(&mut self, shard: &Arc<Path>, length: u64, name: &str, entry: &mut Entry<File>, names: &mut Names) {
         let inside = Path::new(name);
         let is_left_out = inside.iter().any(|part| part != OsStr::new(".") && is_hidden(part));
         let (folder, file) = name.rsplit_once('/').map_or(("", name), |(folder, file)| (folder, file));
         let (stem, extension) = file.split_once('.').unwrap_or((file, ""));
         let is_class = extension == "cls";
         if is_left_out || !entry.header().entry_type().is_file() || !(is_class || has_extension(inside, &PICTURES)) {
-            return Ok(());
+            return;
         }
         let key = if folder.is_empty() { stem.to_string() } else { format!("{folder}/{stem}") };
         let path = shard.join(inside.strip_prefix("/").unwrap_or(inside));
@@ -164,7 +183,7 @@ impl Shard {
             let read = entry.take(32).read_to_string(&mut text);
             let number = text.trim().parse().ok().filter(|number| *number < MOST_CLASSES && read.is_ok());
             self.classes.insert(key, number.ok_or(text));
-            return Ok(());
+            return;
         }
         let member = Member { shard: shard.clone(), start: entry.raw_file_position(), length: entry.size() };
         let problem = if !PICTURES.contains(&extension.to_ascii_lowercase().as_str()) {
@@ -176,12 +195,11 @@ impl Shard {
         };
         if let Some(problem) = problem {
             self.skipped.push(format!("{}: {problem}", path.display()));
-            return Ok(());
+            return;
         }
         let parent = folder.rsplit('/').next().filter(|name| !matches!(*name, "" | "."));
-        let label = parent.map(|name| folders.entry(name.into()).or_insert_with(|| name.into()).clone());
-        self.pictures.push((key, Shown { path, label: label.map(Label::Name), member }));
-        Ok(())
+        let label = parent.map(|name| names.label(name));
+        self.pictures.push((key, Shown { path, label, member }));
     }
 }
 

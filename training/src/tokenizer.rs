@@ -16,7 +16,6 @@ use eqim::model::{Stage, parameters_of};
 use eqim::ops::cost::Cost;
 use eqim::ops::eager::{Eager, Training};
 use eqim::picture::quality::psnr_of_values;
-use eqim::picture::{self, Side};
 use eqim::weights::Weights;
 use eqim::{Config, Error, Result, ResultExt};
 use ndarray::{Array3, Array4, ArrayView3, ArrayView4, Axis, concatenate, s};
@@ -215,9 +214,7 @@ impl TokenizerTask {
     /// A whole photograph, scaled to the image height of the model, `[3, height, width]`; `None` if it cannot be used.
     fn whole_picture(&self, photo: &Photo) -> Result<Option<Array3<f32>>> {
         let model = &self.recipe.model;
-        let scale =
-            |picture| picture::scale(&photo.path, picture, model.image_height(), model.token_width(), Side::Right);
-        Ok(self.training.load(photo)?.map(scale).transpose()?.map(|picture| picture.pixels))
+        self.training.whole(photo, model.image_height(), model.token_width())
     }
 
     /// The first photographs that can be used, at most `most`: held-out ones first. With their pixels.
