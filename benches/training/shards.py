@@ -3,12 +3,13 @@
     python benches/training/shards.py target/release/eqim-train FOLDER
 
 Needs numpy and Pillow. FOLDER gets ten shards with 100,000 JPEGs of 256 x 256 pixels (64 different ones), and takes 2 GB.
-The model is as small as possible.
+The model is that of the tests.
 """
 
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,29 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SHARDS, MEMBERS = 10, 10_000
-RECIPE = """
-[tokenizer.model]
-rows = 8
-embed = 4
-groups = 2
-[tokenizer.model.encoder]
-z_channels = 2
-conv_in = 4
-levels = [{ channels = 4, attention = false }, { channels = 4, attention = false }, { channels = 4, attention = false }]
-[tokenizer.model.decoder]
-z_channels = 2
-conv_in = 4
-levels = [{ channels = 4, attention = false }, { channels = 4, attention = false }, { channels = 4, attention = false }]
-[tokenizer.plan]
-steps = 1000000
-batch_size = 64
-tokens = 4
-validation = 1
-log_every = 1
-checkpoint_every = 1000000
-sample_every = 1000000
-"""
+SHARDS, MEMBERS, BATCH = 10, 10_000, 64
+RECIPE = Path(__file__).resolve().parents[2] / "programs/tests/training/micro.toml"
+MANY = 1_000_000
 
 
 def jpeg(seed):
@@ -95,9 +76,11 @@ def steps(metrics):
 def main():
     program, folder = Path(sys.argv[1]).resolve(), Path(sys.argv[2])
     make(folder / "shards")
-    (folder / "recipe.toml").write_text(RECIPE)
+    every_step = RECIPE.read_text().replace("log_every = 2", "log_every = 1")
+    (folder / "recipe.toml").write_text(re.sub(r"(checkpoint|sample)_every = \d+", rf"\1_every = {MANY}", every_step))
     shutil.rmtree(folder / "run", ignore_errors=True)
     line = [program, "tokenizer", "--images", "shards", "--recipe", "recipe.toml", "-o", "run"]
+    line += ["--steps", str(MANY), "--batch-size", str(BATCH)]
     start = time.monotonic()
     run = subprocess.Popen(line, cwd=folder, stderr=subprocess.DEVNULL)
     metrics, measured = folder / "run/metrics.jsonl", []
@@ -117,9 +100,9 @@ def main():
     done, all_cores, decoding = (measured[-1][column] - measured[0][column] for column in (1, 2, 3))
     report = {
         "seconds until the first step": round(first, 2),
-        "images per second": round(64 * done / (end - begin), 1),
+        "images per second": round(BATCH * done / (end - begin), 1),
         "cores busy": round(all_cores / (end - begin), 2),
-        "ms of CPU time to decode an image": round(1000 * decoding / (64 * done), 2),
+        "ms of CPU time to decode an image": round(1000 * decoding / (BATCH * done), 2),
         "MiB every ten seconds": [round(row[4]) for row in measured],
     }
     print(json.dumps(report, indent=1))
