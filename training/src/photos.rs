@@ -21,6 +21,8 @@ pub const LOOKED_AT: usize = 1000;
 
 /// Extension of shards.
 const SHARD: &str = "tar";
+/// Extensions of compressed files. Shards among them are skipped, because the place of a member in them is not known.
+const COMPRESSED: [&str; 5] = ["bz2", "gz", "tgz", "xz", "zst"];
 
 /// A photograph.
 #[derive(Clone, Debug)]
@@ -185,13 +187,35 @@ impl Found {
     }
 }
 
+/// Whether this is a shard, by its name.
+fn is_shard(path: &Path) -> bool {
+    has_extension(path, &[SHARD])
+}
+
+/// Whether this is a compressed shard, by its name.
+fn is_compressed_shard(path: &Path) -> bool {
+    let inner = Path::new(path.file_stem().unwrap_or_default());
+    has_extension(path, &["tgz"]) || has_extension(path, &COMPRESSED) && is_shard(inner)
+}
+
+/// Finds the shards and pictures of a folder, and why others are skipped. `folder` may also be a shard.
+fn files(folder: &Path) -> Result<Files> {
+    let found = match folder.is_file() && (is_shard(folder) || is_compressed_shard(folder)) {
+        true => Files { paths: vec![folder.to_path_buf()], skipped: vec![] },
+        false => Files::below(folder, &[&PICTURES[..], &[SHARD], &COMPRESSED].concat())?,
+    };
+    let (compressed, paths): (Vec<_>, Vec<_>) =
+        found.paths.into_iter().partition(|path| has_extension(path, &COMPRESSED));
+    let mut skipped = found.skipped;
+    for path in compressed.iter().filter(|path| is_compressed_shard(path)) {
+        skipped.push(format!("{}: is a compressed shard, expected a .tar: decompress it", path.display()));
+    }
+    Ok(Files { paths, skipped })
+}
+
 /// Finds all photographs of a folder or a shard, and why others are skipped.
 fn find(folder: &Path) -> Result<(Vec<Found>, Vec<String>)> {
-    let is_shard = |path: &Path| has_extension(path, &[SHARD]);
-    let Files { paths, mut skipped } = match folder.is_file() && is_shard(folder) {
-        true => Files { paths: vec![folder.to_path_buf()], skipped: vec![] },
-        false => Files::below(folder, &[&PICTURES[..], &[SHARD]].concat())?,
-    };
+    let Files { paths, mut skipped } = files(folder)?;
     let (shards, pictures): (Vec<_>, Vec<_>) = paths.into_iter().partition(|path| is_shard(path));
     if let (Some(shard), Some(picture)) = (shards.first(), pictures.first()) {
         let problem = format!(

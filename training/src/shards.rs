@@ -17,6 +17,8 @@ use tar::{Archive, Entry};
 
 /// Largest number of a class.
 const MOST_CLASSES: usize = 1 << 16;
+/// Most shards whose headers are read at the same time. Readers wait for the disk, so it does not depend on the cores.
+const READERS: usize = 16;
 
 /// Where the bytes of a photograph are in a shard.
 #[derive(Clone, Debug)]
@@ -101,9 +103,12 @@ pub struct Shown {
 /// that they lie in.
 ///
 /// # Errors
-/// [`Error::input`] if a shard cannot be opened or is not a tar file.
+/// [`Error::input`] if a shard cannot be opened or is not a tar file; [`Error::run`] if threads cannot be started.
 pub fn photographs(shards: &[PathBuf], skipped: &mut Vec<String>) -> Result<Vec<Shown>> {
-    let read = shards.par_iter().map(|shard| Shard::read(shard)).collect::<Result<Vec<_>>>()?;
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(shards.len().min(READERS));
+    let threads = threads.thread_name(|index| format!("headers-{index}")).build().or_run("reading shards")?;
+    let read: Vec<Shard> =
+        threads.install(|| shards.par_iter().map(|shard| Shard::read(shard)).collect::<Result<_>>())?;
     let has_numbers = read.iter().any(|shard| !shard.classes.is_empty());
     let mut found = vec![];
     for shard in read {

@@ -105,6 +105,13 @@ fn shards_that_cannot_be_used_are_refused() {
     refused("mixed", "has shards and single pictures, expected one of them: mixed/0.tar and mixed/2.png");
     shard(&place.path("empty/0.tar"), [("notes.txt".to_string(), vec![])]);
     refused("empty", "empty: contains no PNG or JPEG, and no tar shard with one");
+    fs::create_dir(place.path("compressed")).unwrap();
+    for name in ["0.tar.gz", "1.tgz", "notes.gz"] {
+        fs::write(place.path("compressed").join(name), [7; 9]).unwrap();
+    }
+    let problem = "0.tar.gz: is a compressed shard, expected a .tar: decompress it";
+    refused("compressed", &format!("compressed: no picture can be used, 2 skipped, for example: compressed/{problem}"));
+    refused("compressed/0.tar.gz", problem);
     fs::write(place.path("bad.tar"), vec![7; 9000]).unwrap();
     refused("bad.tar", "bad.tar: is not a tar file that can be read");
     shard(&place.path("none/0.tar"), [("1.png".to_string(), b"no picture".to_vec())]);
