@@ -1,5 +1,5 @@
 //! The CPU operators of training and their gradients, compared with the same computation in Candle's own operators, at
-//! the sizes of the demo tokenizer: `cargo bench --bench kernels`.
+//! the sizes of the demo model: `cargo bench --bench kernels`.
 
 use std::hint::black_box;
 
@@ -49,6 +49,20 @@ fn kernels(criterion: &mut Criterion) {
     compare(criterion, "conv3x3", &[&padded, &weight, &bias], &|t| kernels::conv3x3(t[0], t[1], t[2]), &|t| {
         portable::conv2d(t[0], t[1], t[2], 1)
     });
+
+    // A shard of the generator's batch: hidden values of the MLP, attention weights, and the flow head's modulations.
+    compare(criterion, "gelu", &[&var(&[384, 768])], &|t| kernels::gelu(t[0]), &|t| t[0].gelu_erf());
+    let scores = var(&[16, 6, 24, 24]);
+    compare(criterion, "softmax", &[&scores], &|t| kernels::softmax(t[0]), &|t| portable::softmax(t[0]));
+    let (x, modulations) = (var(&[1024, 368]), var(&[1024, 3 * 368]));
+    let part = |t: &Tensor, part: usize| t.narrow(1, part * 368, 368);
+    compare(
+        criterion,
+        "modulate",
+        &[&x, &modulations],
+        &|t| kernels::modulate(t[0], &part(t[1], 0)?, &part(t[1], 1)?),
+        &|t| t[0].mul(&(part(t[1], 1)? + 1.0)?)?.add(&part(t[1], 0)?),
+    );
 }
 
 criterion_group!(benches, kernels);

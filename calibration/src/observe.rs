@@ -152,6 +152,14 @@ impl<O: Ops, F: FnMut(&str, Seen, &O::Tensor) -> Result<()>> Ops for Observe<O, 
         self.inner.pad_reflect(x, spatial)
     }
 
+    fn modulate(&mut self, x: &O::Tensor, shift: &O::Tensor, scale: &O::Tensor) -> Result<O::Tensor> {
+        self.inner.modulate(x, shift, scale)
+    }
+
+    fn gated_residual(&mut self, x: &O::Tensor, gate: &O::Tensor, y: &O::Tensor) -> Result<O::Tensor> {
+        self.inner.gated_residual(x, gate, y)
+    }
+
     fn pixel_shuffle(
         &mut self,
         x: &O::Tensor,

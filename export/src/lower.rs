@@ -10,7 +10,8 @@ use eqim::bundle::{Precision, WEIGHTS_FILE};
 use eqim::checkpoint::tensors::TensorFile;
 use eqim::model::{Dimension, Stage, ValueInfo, ValueKind};
 use eqim::ops::{
-    Binary, Conv, Dim, Dropped, Iteration, Ops, OpsExt, Padding, Unary, function as names, scoped, shuffle_by_transpose,
+    Binary, Conv, Dim, Dropped, Iteration, Ops, OpsExt, Padding, Unary, function as names, modulate_by_parts,
+    residual_by_parts, scoped, shuffle_by_transpose,
 };
 use eqim::{Config, Error, Result};
 use eqim_calibration::{Policy, Quantize};
@@ -594,6 +595,14 @@ impl Ops for Lower<'_> {
         let side = [vec![0; 2], vec![1; spatial]].concat();
         let pads = self.integers(&[2 * side.len()], &[side.clone(), side].concat());
         Ok(self.node("Pad", &[x, &pads], vec![AttributeProto::text("mode", "reflect")], x.data_type))
+    }
+
+    fn modulate(&mut self, x: &Value, shift: &Value, scale: &Value) -> Result<Value> {
+        modulate_by_parts(self, x, shift, scale)
+    }
+
+    fn gated_residual(&mut self, x: &Value, gate: &Value, y: &Value) -> Result<Value> {
+        residual_by_parts(self, x, gate, y)
     }
 
     fn pixel_shuffle(&mut self, x: &Value, channels: usize, rows: usize, (fy, fx): (usize, usize)) -> Result<Value> {

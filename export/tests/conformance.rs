@@ -377,6 +377,10 @@ cases! {
     fn modulate(o, x: "batch 4", shift: "1 4", scale: "batch 4") within ELEMENTWISE {
         o.modulate(x, shift, scale)
     }
+
+    fn gated_residual(o, x: "batch 4", gate: "1 4", y: "batch 4") within ELEMENTWISE {
+        o.gated_residual(x, gate, y)
+    }
 }
 
 fn infos<C: Case>(kinds: [ValueKind; 2]) -> Vec<ValueInfo> {

@@ -71,8 +71,7 @@ fn head<O: Ops>(o: &mut O, config: &GeneratorConfig, mut h: O::Tensor, modulatio
             let x = o.linear("mlp.0", &x, flow_dim, flow_dim)?;
             let x = o.unary(Unary::Silu, &x)?;
             let x = o.linear("mlp.2", &x, flow_dim, flow_dim)?;
-            let x = o.mul(&gate, &x)?;
-            o.add(&h, &x)
+            o.gated_residual(&h, &gate, &x)
         })?;
     }
     let x = o.scope("final_layer", |o| {

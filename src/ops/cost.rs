@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
-    Binary, Conv, Dim, Dropped, Iteration, Ops, OpsExt, Padding, Unary, position, scoped, shuffle_by_transpose,
+    Binary, Conv, Dim, Dropped, Iteration, Ops, OpsExt, Padding, Unary, modulate_by_parts, position, residual_by_parts,
+    scoped, shuffle_by_transpose,
 };
 use crate::{Error, Result};
 
@@ -285,6 +286,14 @@ impl Ops for Cost {
         let mut shape = x.clone();
         shape[2..2 + spatial].iter_mut().for_each(|size| *size += 2);
         self.result(shape)
+    }
+
+    fn modulate(&mut self, x: &Shape, shift: &Shape, scale: &Shape) -> Result<Shape> {
+        modulate_by_parts(self, x, shift, scale)
+    }
+
+    fn gated_residual(&mut self, x: &Shape, gate: &Shape, y: &Shape) -> Result<Shape> {
+        residual_by_parts(self, x, gate, y)
     }
 
     fn pixel_shuffle(&mut self, x: &Shape, channels: usize, rows: usize, factors: (usize, usize)) -> Result<Shape> {

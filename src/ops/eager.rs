@@ -150,7 +150,7 @@ impl Ops for Eager<'_> {
             Unary::Cos => x.cos(),
             Unary::Sin => x.sin(),
             Unary::Silu => kernels::silu(x),
-            Unary::Gelu => x.gelu_erf(),
+            Unary::Gelu => kernels::gelu(x),
             Unary::ToFloat => x.to_dtype(DType::F32),
         }?)
     }
@@ -172,8 +172,7 @@ impl Ops for Eager<'_> {
     }
 
     fn softmax(&mut self, x: &Tensor) -> Result<Tensor> {
-        let exp = x.broadcast_sub(&x.max_keepdim(D::Minus1)?)?.exp()?;
-        Ok(exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)?)
+        Ok(kernels::softmax(x)?)
     }
 
     fn matmul(&mut self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -245,6 +244,14 @@ impl Ops for Eager<'_> {
             return Ok(kernels::pad_reflect(x)?);
         }
         Ok(Tensor::cat(&[&x.narrow(2, 1, 1)?, x, &x.narrow(2, x.dim(2)? - 2, 1)?], 2)?)
+    }
+
+    fn modulate(&mut self, x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
+        Ok(kernels::modulate(x, shift, scale)?)
+    }
+
+    fn gated_residual(&mut self, x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
+        Ok(kernels::gated_residual(x, gate, y)?)
     }
 
     fn pixel_shuffle(&mut self, x: &Tensor, channels: usize, rows: usize, factors: (usize, usize)) -> Result<Tensor> {

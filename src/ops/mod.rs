@@ -276,6 +276,18 @@ pub trait Ops: Sized {
     /// If an axis has fewer than two elements.
     fn pad_reflect(&mut self, x: &Self::Tensor, spatial: usize) -> Result<Self::Tensor>;
 
+    /// x · (1 + scale) + shift, the modulation of adaptive layer norm (reference: `modulate`).
+    ///
+    /// # Errors
+    /// If the shapes cannot be broadcast.
+    fn modulate(&mut self, x: &Self::Tensor, shift: &Self::Tensor, scale: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// x + gate · y, the residual of adaptive layer norm.
+    ///
+    /// # Errors
+    /// If the shapes cannot be broadcast.
+    fn gated_residual(&mut self, x: &Self::Tensor, gate: &Self::Tensor, y: &Self::Tensor) -> Result<Self::Tensor>;
+
     /// Rearranges channels `[batch, channels·fy·fx, rows, width]` as the pixels of larger patches,
     /// `[batch, channels, rows·fy, width·fx]` (ONNX `DepthToSpace`, mode `CRD`, which supports only square patches).
     ///
@@ -418,17 +430,6 @@ pub trait OpsExt: Ops {
         self.mul(x, &factor)
     }
 
-    /// x · (1 + scale) + shift, the modulation of adaptive layer norm (reference: `modulate`).
-    ///
-    /// # Errors
-    /// Errors of [`Ops::binary`].
-    fn modulate(&mut self, x: &Self::Tensor, shift: &Self::Tensor, scale: &Self::Tensor) -> Result<Self::Tensor> {
-        let one = self.constant(&[], &[1.0])?;
-        let scale = self.add(scale, &one)?;
-        let x = self.mul(x, &scale)?;
-        self.add(&x, shift)
-    }
-
     /// Applies the module `nn.Linear(input, output)` named `name` to `x [rows, input]`.
     ///
     /// # Errors
@@ -546,6 +547,26 @@ pub fn shuffle_by_transpose<O: Ops>(
     let x = o.reshape(x, &shape)?;
     let x = o.permute(&x, &[0, 1, 4, 2, 5, 3])?;
     o.reshape(&x, &[Dim::Of(&x, 0), Dim::Is(channels), Dim::Is(rows * fy), Dim::Rest])
+}
+
+/// Computes [`Ops::modulate`] with [`Ops::binary`], for interpreters that have no operator for it.
+///
+/// # Errors
+/// If the shapes cannot be broadcast.
+pub fn modulate_by_parts<O: Ops>(o: &mut O, x: &O::Tensor, shift: &O::Tensor, scale: &O::Tensor) -> Result<O::Tensor> {
+    let one = o.constant(&[], &[1.0])?;
+    let scale = o.add(scale, &one)?;
+    let x = o.mul(x, &scale)?;
+    o.add(&x, shift)
+}
+
+/// Computes [`Ops::gated_residual`] with [`Ops::binary`], for interpreters that have no operator for it.
+///
+/// # Errors
+/// If the shapes cannot be broadcast.
+pub fn residual_by_parts<O: Ops>(o: &mut O, x: &O::Tensor, gate: &O::Tensor, y: &O::Tensor) -> Result<O::Tensor> {
+    let y = o.mul(gate, y)?;
+    o.add(x, &y)
 }
 
 /// The full name of `name` in nested scopes. The names are joined by dots, as PyTorch joins module names.

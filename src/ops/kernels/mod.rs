@@ -3,27 +3,29 @@
 //!
 //! Results on the CPU do not depend on the number of threads, so a resumed training continues bit for bit.
 
-mod clamp;
 mod conv;
 mod depthwise;
 mod layer_norm;
 mod linear;
+mod modulate;
 mod norm;
 mod pad;
+mod pointwise;
 pub mod portable;
-mod silu;
+mod softmax;
 pub mod storage;
 mod unfold;
 
-use clamp::Clamp;
 use conv::Conv3x3;
 use depthwise::Depthwise;
 use layer_norm::LayerNorm;
 use linear::Linear;
+use modulate::Modulate;
 use norm::GroupNorm;
 use pad::PadReflect;
-use silu::Silu;
-pub use silu::exp;
+pub use pointwise::exp;
+use pointwise::{Clamp, Gelu, Pointwise, Silu};
+use softmax::Softmax;
 use unfold::Unfold;
 
 use candle_core::{D, DType, Result, Tensor};
@@ -38,7 +40,51 @@ fn ours(x: &Tensor) -> bool {
 /// # Errors
 /// If Candle fails.
 pub fn silu(x: &Tensor) -> Result<Tensor> {
-    if ours(x) { x.contiguous()?.apply_op1(Silu) } else { x.silu() }
+    if ours(x) { x.contiguous()?.apply_op1(Pointwise(Silu)) } else { x.silu() }
+}
+
+/// Exact GELU, x · (1 + erf(x / √2)) / 2.
+///
+/// # Errors
+/// If Candle fails.
+pub fn gelu(x: &Tensor) -> Result<Tensor> {
+    if ours(x) { x.contiguous()?.apply_op1(Pointwise(Gelu)) } else { x.gelu_erf() }
+}
+
+/// Softmax over the last axis of `x` (ONNX `Softmax`).
+///
+/// # Errors
+/// If Candle fails.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    if ours(x) { x.contiguous()?.apply_op1(Softmax) } else { portable::softmax(x) }
+}
+
+/// x · (1 + scale) + shift, for `x`, `shift` and `scale` of `[rows, width]`.
+///
+/// # Errors
+/// If Candle fails.
+pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    if are_rows([x, shift, scale]) {
+        return x.apply_op3(scale, shift, Modulate { offset: 1.0 });
+    }
+    x.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)
+}
+
+/// x + gate · y, for `x`, `gate` and `y` of `[rows, width]`.
+///
+/// # Errors
+/// If Candle fails.
+pub fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
+    if are_rows([x, gate, y]) {
+        return y.apply_op3(gate, x, Modulate { offset: 0.0 });
+    }
+    x.broadcast_add(&gate.broadcast_mul(y)?)
+}
+
+/// Whether [`Modulate`] supports these tensors: matrices of one shape, whose rows may lie apart.
+fn are_rows(tensors: [&Tensor; 3]) -> bool {
+    let supported = |x: &Tensor| ours(x) && x.rank() == 2 && x.dims() == tensors[0].dims() && x.stride()[1] == 1;
+    tensors.into_iter().all(supported)
 }
 
 /// Limits `x` to `low..=high`. A value that is not a number stays one.
@@ -46,7 +92,7 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// If Candle fails.
 pub fn clamp(x: &Tensor, low: f32, high: f32) -> Result<Tensor> {
-    if ours(x) { x.contiguous()?.apply_op1(Clamp { low, high }) } else { x.clamp(low, high) }
+    if ours(x) { x.contiguous()?.apply_op1(Pointwise(Clamp { low, high })) } else { x.clamp(low, high) }
 }
 
 /// Normalization of `x [batch, channels, …]` over groups of channels, with `weight` and `bias` `[channels]`.
@@ -277,6 +323,39 @@ mod tests {
         let x = Tensor::arange(-100f32, 100f32, &Device::Cpu).unwrap();
         let x = Var::from_tensor(&x).unwrap();
         same(&[&x], 1e-6, |t| silu(t[0]), |t| t[0].silu());
+    }
+
+    #[test]
+    fn gelu_is_candles_own() {
+        let x = Tensor::arange(-800f32, 800f32, &Device::Cpu).unwrap();
+        let x = Var::from_tensor(&(x * 0.01).unwrap()).unwrap();
+        same(&[&x], 1e-6, |t| gelu(t[0]), |t| t[0].gelu_erf());
+        let nan = Tensor::new(&[f32::NAN], &Device::Cpu).unwrap();
+        assert!(gelu(&nan).unwrap().to_vec1::<f32>().unwrap()[0].is_nan());
+    }
+
+    #[test]
+    fn softmax_is_its_formula() {
+        for shape in [&[1, 1][..], &[3, 17], &[2, 3, 130, 24]] {
+            let x = Var::from_tensor(&(random(shape).as_tensor() * 5.0).unwrap()).unwrap();
+            same(&[&x], 1e-6, |t| softmax(t[0]), |t| portable::softmax(t[0]));
+        }
+        let x =
+            Tensor::new(&[[f32::NEG_INFINITY, 1.0, f32::NEG_INFINITY], [1.0, f32::NAN, 2.0]], &Device::Cpu).unwrap();
+        let y = softmax(&x).unwrap().to_vec2::<f32>().unwrap();
+        assert!(y[0] == [0.0, 1.0, 0.0] && y[1].iter().all(|y| y.is_nan()), "{y:?}");
+    }
+
+    #[test]
+    fn modulations_are_their_formulas() {
+        for (rows, width) in [(1, 1), (3, 17), (130, 40)] {
+            let (x, modulations) = (random(&[rows, width]), random(&[rows, 3 * width]));
+            let part = |t: &Tensor, part: usize| t.narrow(1, part * width, width);
+            let theirs = |t: &[&Tensor]| t[0].mul(&(part(t[1], 1)? + 1.0)?)?.add(&part(t[1], 0)?);
+            same(&[&x, &modulations], 1e-6, |t| modulate(t[0], &part(t[1], 0)?, &part(t[1], 1)?), theirs);
+            let theirs = |t: &[&Tensor]| part(t[1], 1)?.mul(t[0])?.add(&part(t[1], 2)?);
+            same(&[&x, &modulations], 1e-6, |t| gated_residual(&part(t[1], 2)?, &part(t[1], 1)?, t[0]), theirs);
+        }
     }
 
     #[test]

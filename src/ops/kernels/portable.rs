@@ -31,6 +31,15 @@ pub fn layer_norm(x: &Tensor, affine: Option<(&Tensor, &Tensor)>, eps: f32) -> R
     normed.broadcast_mul(weight)?.broadcast_add(bias)
 }
 
+/// Same as [`super::softmax`].
+///
+/// # Errors
+/// If Candle fails.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    let exp = x.broadcast_sub(&x.max_keepdim(D::Minus1)?)?.exp()?;
+    exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
+}
+
 /// Same as [`super::conv2d`].
 ///
 /// # Errors

@@ -37,6 +37,58 @@ pub fn with_values<const N: usize, R>(tensors: [&Tensor; N], read: impl FnOnce([
     read(slices)
 }
 
+/// The rows of a matrix of `f32`. The values of a row lie next to one another, and the rows may lie apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    values: &'a [f32],
+    stride: usize,
+    count: usize,
+    width: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// The rows of a tensor.
+    ///
+    /// # Errors
+    /// If the tensor is of another type, not a matrix, or if the values of a row lie apart.
+    pub fn new(storage: &'a CpuStorage, layout: &Layout) -> Result<Self> {
+        let CpuStorage::F32(values) = storage else { bail!("expected a tensor of f32") };
+        let ((count, width), &[stride, 1]) = (layout.shape().dims2()?, layout.stride()) else {
+            bail!("expected a matrix whose rows are contiguous")
+        };
+        Ok(Self { values: &values[layout.start_offset()..], stride, count, width })
+    }
+
+    /// Number of rows.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Values per row.
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The values of a row.
+    pub fn row(&self, index: usize) -> &'a [f32] {
+        &self.values[index * self.stride..][..self.width]
+    }
+}
+
+/// Calls `read` with the rows of matrices of `f32` on the CPU.
+///
+/// # Errors
+/// Those of [`Rows::new`], if a tensor is on another device, and the errors of `read`.
+pub fn with_rows<const N: usize, R>(tensors: [&Tensor; N], read: impl FnOnce([Rows; N]) -> Result<R>) -> Result<R> {
+    let stored = tensors.map(Tensor::storage_and_layout);
+    let mut rows = [Rows { values: &[], stride: 0, count: 0, width: 0 }; N];
+    for (rows, (storage, layout)) in rows.iter_mut().zip(&stored) {
+        let Storage::Cpu(storage) = &**storage else { bail!("expected a tensor on the CPU") };
+        *rows = Rows::new(storage, layout)?;
+    }
+    read(rows)
+}
+
 /// Sums `term(x)`. Short runs are added in single precision, and their sums in double precision.
 pub fn sum(x: &[f32], term: impl Fn(f32) -> f32) -> f64 {
     const RUN: usize = 64 * LANES;
