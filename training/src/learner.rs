@@ -116,7 +116,7 @@ impl Learner {
                 None => continue,
             };
             for tensor in [&mut kept.first_moment, &mut kept.second_moment, &mut kept.average] {
-                let mut values = flat([&*tensor])?;
+                let mut values = tensor.flatten_all()?.to_vec1()?;
                 self.ranks.send_to_first(owner, &mut values);
                 *tensor = Tensor::from_vec(values, tensor.dims(), tensor.device())?;
             }
@@ -201,10 +201,12 @@ impl Learner {
         for (owner, names) in self.buckets() {
             let own: Vec<(&str, Tensor)> =
                 names.iter().filter_map(|&name| Some((name, gradients.remove(name)?))).collect();
-            let mut values = flat(own.iter().map(|(_, gradient)| gradient))?;
-            self.ranks.sum(&mut values);
+            if own.is_empty() {
+                continue;
+            }
+            let values = self.ranks.sum(flat(own.iter().map(|(_, gradient)| gradient))?)?;
             if owner.is_none_or(|owner| owner == self.ranks.rank()) {
-                let tensors = apart(values, own.iter().map(|(_, gradient)| gradient))?;
+                let tensors = apart(&values, own.iter().map(|(_, gradient)| gradient))?;
                 sums.extend(own.iter().map(|(name, _)| name.to_string()).zip(tensors));
             }
         }
@@ -233,10 +235,9 @@ impl Learner {
         for (owner, names) in self.buckets() {
             let Some(owner) = owner else { continue };
             let tensors: Vec<&Tensor> = names.iter().map(|name| self.parameters[*name].value.as_tensor()).collect();
-            let mut values = flat(tensors.iter().copied())?;
-            self.ranks.broadcast(owner, &mut values);
+            let values = self.ranks.broadcast(owner, flat(tensors.iter().copied())?)?;
             if owner != self.ranks.rank() {
-                let new = apart(values, tensors.iter().copied())?;
+                let new = apart(&values, tensors.iter().copied())?;
                 names.iter().zip(new).try_for_each(|(name, new)| self.parameters[*name].value.set(&new))?;
             }
         }
@@ -363,21 +364,23 @@ fn owners(values: &BTreeMap<String, Tensor>, ranks: usize) -> BTreeMap<String, u
     owners
 }
 
-/// The values of tensors, one after the other.
-fn flat<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<Vec<f32>> {
+/// A new tensor `[count]` of the values of tensors, one after the other.
+fn flat<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<Tensor> {
     let tensors = tensors.into_iter().map(|tensor| Ok(tensor.flatten_all()?)).collect::<Result<Vec<_>>>()?;
-    // One transfer from a GPU.
-    if tensors.is_empty() { Ok(vec![]) } else { Ok(Tensor::cat(&tensors, 0)?.to_vec1()?) }
+    Ok(match &tensors[..] {
+        [one] => one.copy()?,
+        several => Tensor::cat(several, 0)?,
+    })
 }
 
-/// Divides values among tensors of the shapes and the device of `like`.
-fn apart<'a>(values: Vec<f32>, like: impl IntoIterator<Item = &'a Tensor>) -> Result<Vec<Tensor>> {
-    let mut rest = &values[..];
+/// Divides `values [count]` among tensors of the shapes of `like`.
+fn apart<'a>(values: &Tensor, like: impl IntoIterator<Item = &'a Tensor>) -> Result<Vec<Tensor>> {
+    let mut start = 0;
     let mut tensors = vec![];
     for like in like {
-        let (own, others) = rest.split_at(like.elem_count());
-        tensors.push(Tensor::from_slice(own, like.dims(), like.device())?);
-        rest = others;
+        let count = like.elem_count();
+        tensors.push(values.narrow(0, start, count)?.reshape(like.shape())?);
+        start += count;
     }
     Ok(tensors)
 }

@@ -2,13 +2,18 @@
 //! the batches.
 
 use std::cell::Cell;
+#[cfg(feature = "nccl")]
+use std::cell::OnceCell;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
+use candle_core::Tensor;
 use eqim::{Error, Result};
 
 #[cfg_attr(not(feature = "mpi"), path = "ranks/none.rs")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod watchdog;
 
 use mpi::World;
@@ -30,6 +35,9 @@ pub struct Ranks {
 struct Others {
     world: World,
     watchdog: Watchdog,
+    /// The GPUs of all ranks, if there are any.
+    #[cfg(feature = "nccl")]
+    gpus: OnceCell<nccl::Gpus>,
 }
 
 /// Seconds within which every rank answers until the recipe is known.
@@ -60,7 +68,14 @@ impl Ranks {
             return Err(bad(format!("were started, but MPI finds {size}: {advice}")));
         }
         let name = format!("rank {rank} of {size}");
-        let others = Some(Others { world, watchdog: Watchdog::start(name)? });
+        let watchdog = Watchdog::start(name)?;
+        let others = Others {
+            world,
+            watchdog,
+            #[cfg(feature = "nccl")]
+            gpus: OnceCell::new(),
+        };
+        let others = Some(others);
         Ok(Self { rank, size, local, timeout: Cell::new(FIRST_TIMEOUT), others })
     }
 
@@ -154,13 +169,23 @@ impl Ranks {
         self.meet()
     }
 
-    /// Replaces the values by their sums over all ranks. If their number is a power of two, the first half of the ranks is
-    /// summed, the second half, and then both.
-    pub fn sum(&self, values: &mut [f32]) {
+    /// The sums of `values [count]` over all ranks. On a CPU, and if the number of ranks is a power of two, the first half of
+    /// the ranks is summed, the second half, and then both. GPUs sum by NCCL, if this build has it.
+    ///
+    /// # Errors
+    /// If NCCL or a Candle operation fails.
+    pub fn sum(&self, values: Tensor) -> Result<Tensor> {
+        #[cfg(feature = "nccl")]
+        if values.device().is_cuda() {
+            self.with_gpus(&values, |gpus| gpus.sum(&values))?;
+            return Ok(values);
+        }
+        let mut summed = values.to_vec1()?;
         self.exchange(|world| match self.size.is_power_of_two() {
-            true => self.sum_in_pairs(world, values),
-            false => world.sum(values),
+            true => self.sum_in_pairs(world, &mut summed),
+            false => world.sum(&mut summed),
         });
+        Ok(Tensor::from_vec(summed, values.shape(), values.device())?)
     }
 
     /// Sums with the rank 1 away, then with the one 2 away, then 4, and so on. Each time a rank keeps the sums of one half of
@@ -190,9 +215,37 @@ impl Ranks {
         self.exchange(|world| world.sum(values));
     }
 
-    /// Replaces the values on all ranks by those of the rank `owner`.
-    pub fn broadcast(&self, owner: usize, values: &mut [f32]) {
-        self.exchange(|world| world.broadcast(owner, values));
+    /// The `values [count]` of the rank `owner`.
+    ///
+    /// # Errors
+    /// If NCCL or a Candle operation fails.
+    pub fn broadcast(&self, owner: usize, values: Tensor) -> Result<Tensor> {
+        #[cfg(feature = "nccl")]
+        if values.device().is_cuda() {
+            self.with_gpus(&values, |gpus| gpus.broadcast(owner, &values))?;
+            return Ok(values);
+        }
+        let mut shared = values.to_vec1::<f32>()?;
+        self.exchange(|world| world.broadcast(owner, &mut shared));
+        Ok(Tensor::from_vec(shared, values.shape(), values.device())?)
+    }
+
+    /// Calls `work` with the GPUs of all ranks, and waits for its end. The first call joins the GPU of `values` to them.
+    #[cfg(feature = "nccl")]
+    fn with_gpus(&self, values: &Tensor, work: impl FnOnce(&nccl::Gpus) -> Result<()>) -> Result<()> {
+        let Some(Others { watchdog, world, gpus }) = &self.others else { return Ok(()) };
+        watchdog.set(self.timeout() + GRACE);
+        let joined = match gpus.get() {
+            Some(joined) => joined,
+            None => {
+                let joined = nccl::Gpus::join(world, values.device())?;
+                gpus.get_or_init(|| joined)
+            }
+        };
+        work(joined)?;
+        values.device().synchronize()?;
+        watchdog.unset();
+        Ok(())
     }
 
     /// Replaces the values on the first rank by those of the rank `owner`.
@@ -212,7 +265,7 @@ impl Ranks {
     }
 
     fn exchange(&self, work: impl FnOnce(&World)) {
-        if let Some(Others { world, watchdog }) = &self.others {
+        if let Some(Others { world, watchdog, .. }) = &self.others {
             watchdog.set(self.timeout() + GRACE);
             work(world);
             watchdog.unset();

@@ -4,7 +4,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::env::consts::{ARCH, OS};
-use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -14,6 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::command::{capture, run};
+use crate::mpi;
 use crate::setup::{install, pip_install, remove, rename};
 
 /// Pinned version of the CUDA compiler. cudarc 0.19 refuses newer toolkits than 13.4.
@@ -70,10 +70,13 @@ pub fn gpu(root: &Path, reference: Option<&Path>, output: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Compiles the library, the programs and their tests with Candle's CUDA kernels, and checks them with Clippy. Nothing is linked.
+/// Compiles the library, the programs and their tests with Candle's CUDA kernels and with NCCL, and checks them with Clippy.
+/// Nothing is linked.
 pub fn check(root: &Path) -> Result<()> {
-    let mut clippy = cargo(root, "clippy")?;
-    run(clippy.args(["--all-targets", "--", "-D", "warnings"]))
+    // NCCL joins the GPUs of the processes of MPI.
+    let mpi = mpi::folder(root)?;
+    let mut clippy = cargo(root, "clippy", &[mpi.join("bin")])?;
+    run(clippy.args(["--features", "eqim-programs/nccl", "--all-targets", "--", "-D", "warnings"]))
 }
 
 /// The folder of the CUDA toolkit, which is installed if it is missing.
@@ -86,12 +89,12 @@ fn toolkit(root: &Path) -> Result<PathBuf> {
     Ok(folder.join("toolkit"))
 }
 
-/// A command of Cargo for the packages with CUDA kernels, in target/cuda.
-fn cargo(root: &Path, command: &str) -> Result<Command> {
+/// A command of Cargo for the packages with CUDA kernels, in target/cuda. Programs are also looked up in `folders`.
+fn cargo(root: &Path, command: &str, folders: &[PathBuf]) -> Result<Command> {
     let toolkit = toolkit(root)?;
-    let mut path = OsString::from(toolkit.join("bin"));
-    path.push(":");
-    path.push(env::var_os("PATH").unwrap_or_default());
+    let old = env::var_os("PATH").unwrap_or_default();
+    let folders = folders.iter().cloned().chain([toolkit.join("bin")]).chain(env::split_paths(&old));
+    let path = env::join_paths(folders).context("a folder of the variable PATH cannot be used")?;
     let mut cargo = Command::new("cargo");
     cargo
         .arg(command)
@@ -149,7 +152,7 @@ fn stub_driver(toolkit: &Path) -> Result<()> {
 fn build(root: &Path) -> Result<BTreeMap<String, PathBuf>> {
     println!("building with CUDA in target/cuda; the first time takes 15 minutes on two cores");
     let output = capture(
-        cargo(root, "build")?
+        cargo(root, "build", &[])?
             .args("--bins --test suite --test parity --message-format json-render-diagnostics".split(' '))
             .env("CARGO_PROFILE_RELEASE_STRIP", "symbols"),
     )?;

