@@ -204,7 +204,7 @@ impl Learner {
             if own.is_empty() {
                 continue;
             }
-            let values = self.ranks.sum(flat(own.iter().map(|(_, gradient)| gradient))?)?;
+            let values = self.ranks.sum(&flat(own.iter().map(|(_, gradient)| gradient))?)?;
             if owner.is_none_or(|owner| owner == self.ranks.rank()) {
                 let tensors = apart(&values, own.iter().map(|(_, gradient)| gradient))?;
                 sums.extend(own.iter().map(|(name, _)| name.to_string()).zip(tensors));
@@ -235,7 +235,7 @@ impl Learner {
         for (owner, names) in self.buckets() {
             let Some(owner) = owner else { continue };
             let tensors: Vec<&Tensor> = names.iter().map(|name| self.parameters[*name].value.as_tensor()).collect();
-            let values = self.ranks.broadcast(owner, flat(tensors.iter().copied())?)?;
+            let values = self.ranks.broadcast(owner, &flat(tensors.iter().copied())?)?;
             if owner != self.ranks.rank() {
                 let new = apart(&values, tensors.iter().copied())?;
                 names.iter().zip(new).try_for_each(|(name, new)| self.parameters[*name].value.set(&new))?;
@@ -364,13 +364,10 @@ fn owners(values: &BTreeMap<String, Tensor>, ranks: usize) -> BTreeMap<String, u
     owners
 }
 
-/// A new tensor `[count]` of the values of tensors, one after the other.
+/// A tensor `[count]` of the values of tensors, one after the other.
 fn flat<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<Tensor> {
     let tensors = tensors.into_iter().map(|tensor| Ok(tensor.flatten_all()?)).collect::<Result<Vec<_>>>()?;
-    Ok(match &tensors[..] {
-        [one] => one.copy()?,
-        several => Tensor::cat(several, 0)?,
-    })
+    Ok(Tensor::cat(&tensors, 0)?)
 }
 
 /// Divides `values [count]` among tensors of the shapes of `like`.

@@ -174,11 +174,10 @@ impl Ranks {
     ///
     /// # Errors
     /// If NCCL or a Candle operation fails.
-    pub fn sum(&self, values: Tensor) -> Result<Tensor> {
+    pub fn sum(&self, values: &Tensor) -> Result<Tensor> {
         #[cfg(feature = "nccl")]
         if values.device().is_cuda() {
-            self.with_gpus(&values, |gpus| gpus.sum(&values))?;
-            return Ok(values);
+            return self.on_gpus(values, nccl::Gpus::sum);
         }
         let mut summed = values.to_vec1()?;
         self.exchange(|world| match self.size.is_power_of_two() {
@@ -219,33 +218,29 @@ impl Ranks {
     ///
     /// # Errors
     /// If NCCL or a Candle operation fails.
-    pub fn broadcast(&self, owner: usize, values: Tensor) -> Result<Tensor> {
+    pub fn broadcast(&self, owner: usize, values: &Tensor) -> Result<Tensor> {
         #[cfg(feature = "nccl")]
         if values.device().is_cuda() {
-            self.with_gpus(&values, |gpus| gpus.broadcast(owner, &values))?;
-            return Ok(values);
+            return self.on_gpus(values, |gpus, values| gpus.broadcast(owner, values));
         }
         let mut shared = values.to_vec1::<f32>()?;
         self.exchange(|world| world.broadcast(owner, &mut shared));
         Ok(Tensor::from_vec(shared, values.shape(), values.device())?)
     }
 
-    /// Calls `work` with the GPUs of all ranks, and waits for its end. The first call joins the GPU of `values` to them.
+    /// What `work` makes of a copy of the values, with the GPUs of all ranks. The first call joins the GPU of `values` to them.
     #[cfg(feature = "nccl")]
-    fn with_gpus(&self, values: &Tensor, work: impl FnOnce(&nccl::Gpus) -> Result<()>) -> Result<()> {
-        let Some(Others { watchdog, world, gpus }) = &self.others else { return Ok(()) };
-        watchdog.set(self.timeout() + GRACE);
-        let joined = match gpus.get() {
-            Some(joined) => joined,
-            None => {
-                let joined = nccl::Gpus::join(world, values.device())?;
-                gpus.get_or_init(|| joined)
+    fn on_gpus(&self, values: &Tensor, work: impl FnOnce(&nccl::Gpus, &Tensor) -> Result<()>) -> Result<Tensor> {
+        let values = values.copy()?;
+        let Some(others) = &self.others else { return Ok(values) };
+        self.watched(others, |Others { world, gpus, .. }| {
+            if gpus.get().is_none() {
+                let _ = gpus.set(nccl::Gpus::join(world, values.device())?);
             }
-        };
-        work(joined)?;
-        values.device().synchronize()?;
-        watchdog.unset();
-        Ok(())
+            gpus.get().map_or(Ok(()), |gpus| work(gpus, &values))?;
+            values.device().synchronize()?;
+            Ok(values)
+        })
     }
 
     /// Replaces the values on the first rank by those of the rank `owner`.
@@ -265,11 +260,17 @@ impl Ranks {
     }
 
     fn exchange(&self, work: impl FnOnce(&World)) {
-        if let Some(Others { world, watchdog, .. }) = &self.others {
-            watchdog.set(self.timeout() + GRACE);
-            work(world);
-            watchdog.unset();
+        if let Some(others) = &self.others {
+            self.watched(others, |others| work(&others.world));
         }
+    }
+
+    /// Does work that waits for the other ranks. The watchdog ends the process if they do not answer.
+    fn watched<T>(&self, others: &Others, work: impl FnOnce(&Others) -> T) -> T {
+        others.watchdog.set(self.timeout() + GRACE);
+        let done = work(others);
+        others.watchdog.unset();
+        done
     }
 }
 
