@@ -61,7 +61,7 @@ fn kernels(criterion: &mut Criterion) {
         "modulate",
         &[&x, &modulations],
         &|t| kernels::modulate(t[0], &part(t[1], 0)?, &part(t[1], 1)?),
-        &|t| t[0].mul(&(part(t[1], 1)? + 1.0)?)?.add(&part(t[1], 0)?),
+        &|t| portable::modulate(t[0], &part(t[1], 0)?, &part(t[1], 1)?),
     );
 }
 

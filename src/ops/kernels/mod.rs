@@ -67,7 +67,7 @@ pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
     if are_rows([x, shift, scale]) {
         return x.apply_op3(scale, shift, Modulate { offset: 1.0 });
     }
-    x.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)
+    portable::modulate(x, shift, scale)
 }
 
 /// x + gate · y, for `x`, `gate` and `y` of `[rows, width]`.
@@ -78,7 +78,7 @@ pub fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
     if are_rows([x, gate, y]) {
         return y.apply_op3(gate, x, Modulate { offset: 0.0 });
     }
-    x.broadcast_add(&gate.broadcast_mul(y)?)
+    portable::gated_residual(x, gate, y)
 }
 
 /// Whether [`Modulate`] supports these tensors: matrices of one shape, whose rows may lie apart.
@@ -351,9 +351,9 @@ mod tests {
         for (rows, width) in [(1, 1), (3, 17), (130, 40)] {
             let (x, modulations) = (random(&[rows, width]), random(&[rows, 3 * width]));
             let part = |t: &Tensor, part: usize| t.narrow(1, part * width, width);
-            let theirs = |t: &[&Tensor]| t[0].mul(&(part(t[1], 1)? + 1.0)?)?.add(&part(t[1], 0)?);
+            let theirs = |t: &[&Tensor]| portable::modulate(t[0], &part(t[1], 0)?, &part(t[1], 1)?);
             same(&[&x, &modulations], 1e-6, |t| modulate(t[0], &part(t[1], 0)?, &part(t[1], 1)?), theirs);
-            let theirs = |t: &[&Tensor]| part(t[1], 1)?.mul(t[0])?.add(&part(t[1], 2)?);
+            let theirs = |t: &[&Tensor]| portable::gated_residual(&part(t[1], 2)?, &part(t[1], 1)?, t[0]);
             same(&[&x, &modulations], 1e-6, |t| gated_residual(&part(t[1], 2)?, &part(t[1], 1)?, t[0]), theirs);
         }
     }

@@ -40,6 +40,22 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
 }
 
+/// Same as [`super::modulate`].
+///
+/// # Errors
+/// If the shapes cannot be broadcast.
+pub fn modulate(x: &Tensor, shift: &Tensor, scale: &Tensor) -> Result<Tensor> {
+    x.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(shift)
+}
+
+/// Same as [`super::gated_residual`].
+///
+/// # Errors
+/// If the shapes cannot be broadcast.
+pub fn gated_residual(x: &Tensor, gate: &Tensor, y: &Tensor) -> Result<Tensor> {
+    x.broadcast_add(&gate.broadcast_mul(y)?)
+}
+
 /// Same as [`super::conv2d`].
 ///
 /// # Errors
